@@ -1,0 +1,25 @@
+"""Exceptions that a caller may catch; nothing else lives here."""
+
+
+class DptrainError(Exception):
+    """Base of every error that dptrain raises on purpose. Its text is one sentence for a person."""
+
+
+class ConfigError(DptrainError, ValueError):
+    """A setting that a user can correct: the text quotes the value and says what to write instead."""
+
+
+class CheckpointError(DptrainError):
+    """A checkpoint that cannot be written, or cannot be trusted when read."""
+
+
+class TaskError(DptrainError):
+    """A task (model, data, loss) that does not do what the trainer needs of it."""
+
+
+class ObservationError(DptrainError):
+    """The meter cannot be right in this loop: the text gives the reason and the remedy."""
+
+
+class DesyncError(DptrainError):
+    """Replicas disagree on a step: training on would mix values that do not belong together."""

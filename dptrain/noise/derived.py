@@ -1,0 +1,51 @@
+"""What follows from a noise scale φ alone: learning rate, efficiency, gain; closed forms of one number.
+
+φ and every batch are in samples. φ may be infinite ("at least" open above): each form has its limit.
+"""
+
+from __future__ import annotations
+
+import math
+
+
+def learning_rate_share(phi: float, *, batch: float) -> float:
+    """Return ε_opt(B)/ε_max = 1/(1 + φ/B): the best learning rate at batch B as a share of the full-batch one.
+
+    McCandlish et al. 2018, equation 2.6. The same factor is the share of the best possible loss decrease of one
+    step that batch B reaches (equation 2.7).
+    """
+    return 1 / (1 + phi / batch)
+
+
+def efficiency(phi: float, *, batch: float, reference_batch: float) -> float:
+    """Return the progress per sample at `batch` relative to `reference_batch`: (φ + B0)/(φ + B).
+
+    Pollux (Qiao et al. 2021, OSDI), equation 5.
+    """
+    if math.isinf(phi):
+        return 1.0
+    return (phi + reference_batch) / (phi + batch)
+
+
+def gain(phi: float, *, batch: float, reference_batch: float) -> float:
+    """Return AdaScale's gain r: how many steps at `reference_batch` one step at `batch` is worth.
+
+    r = (σ² + μ²)/(σ²/s + μ²) with s = B/B0, between 1 and s (Johnson et al. 2020, arXiv 2007.05105); it equals
+    s times the efficiency, and ε_opt(B)/ε_opt(B0).
+    """
+    return batch / reference_batch * efficiency(phi, batch=batch, reference_batch=reference_batch)
+
+
+def half_batch_cosine(phi: float, *, batch: float) -> float:
+    """Return the expected cosine between the gradients of two halves of a batch: 1/(1 + 2φ/B), the measure of SimiGrad."""
+    return 1 / (1 + 2 * phi / batch)
+
+
+def norm_test_batch(phi: float, *, tolerance: float) -> float:
+    """Return the smallest batch at which the norm test with `tolerance` η holds: φ/η²."""
+    return phi / tolerance**2
+
+
+def gradient_diversity(phi: float, *, batch: float) -> float:
+    """Return the gradient diversity of `batch` samples: (1 + φ)/B (Yin et al. 2018)."""
+    return (1 + phi) / batch
