@@ -192,19 +192,19 @@ def _fieller(pair: NoiseScale | _Pair, t: float) -> tuple[float, float]:
 
 
 def _t_of_level(level: float, degrees_of_freedom: float) -> float:
-    from scipy.special import stdtrit  # noqa: PLC0415 - scipy costs a tenth of a second that a plain import must not pay
+    from scipy.special import stdtrit
 
     return float(stdtrit(degrees_of_freedom, 0.5 + level / 2))
 
 
 def _t_of_normal(z: float, degrees_of_freedom: float) -> float:
-    from scipy.special import ndtr, stdtrit  # noqa: PLC0415 - as above
+    from scipy.special import ndtr, stdtrit
 
     return float(stdtrit(degrees_of_freedom, ndtr(z)))
 
 
 def _normal_of_t(t: float, degrees_of_freedom: float) -> float:
-    from scipy.special import ndtri, stdtr  # noqa: PLC0415 - as above
+    from scipy.special import ndtri, stdtr
 
     # The lower tail keeps its digits where the upper one rounds to 1.
     return math.copysign(float(-ndtri(stdtr(degrees_of_freedom, -abs(t)))), t)
