@@ -37,7 +37,7 @@ def gain(phi: float, *, batch: float, reference_batch: float) -> float:
 
 
 def half_batch_cosine(phi: float, *, batch: float) -> float:
-    """Return the expected cosine between the gradients of two halves of a batch: 1/(1 + 2φ/B), the measure of SimiGrad."""
+    """Return the expected cosine between the gradients of a batch's two halves: 1/(1 + 2φ/B), SimiGrad's measure."""
     return 1 / (1 + 2 * phi / batch)
 
 

@@ -200,7 +200,7 @@ def _t_of_level(level: float, degrees_of_freedom: float) -> float:
 def _t_of_normal(z: float, degrees_of_freedom: float) -> float:
     from scipy.special import ndtr, stdtrit
 
-    return float(stdtrit(degrees_of_freedom, ndtr(z)))
+    return float(stdtrit(degrees_of_freedom, float(ndtr(z))))
 
 
 def _normal_of_t(t: float, degrees_of_freedom: float) -> float:

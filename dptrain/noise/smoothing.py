@@ -109,10 +109,10 @@ class Smoothing:
         if sums.samples == 0:
             return 0.0
         if self.half_life_samples is not None:
-            return 0.5 ** (num_samples / self.half_life_samples)
+            return math.pow(0.5, num_samples / self.half_life_samples)
         # Solves d(ln weight)/d(samples) = −ln 2 / (memory · samples) over the step exactly, so that the result
         # does not depend on how the samples were cut into steps.
-        return (sums.samples / (sums.samples + num_samples)) ** (math.log(2) / self.memory)
+        return math.pow(sums.samples / (sums.samples + num_samples), math.log(2) / self.memory)
 
     def update(self, sums: MomentSums, moments: Moments) -> MomentSums:
         """Fade the past by this step's samples and add its pair with its samples as weight."""
