@@ -1,0 +1,40 @@
+"""The interface of a tap: where a replica's own gradient is seen before it is combined with the others'."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Tap(Protocol):
+    """Sees this replica's own gradients and keeps nothing but squared norms. Never changes a gradient.
+
+    Attributes:
+        name: how the tap is named to a user.
+        accumulated: True where it sees the sum over a replica's micro-batches once per step, False where it sees
+            each micro-batch singly.
+    """
+
+    name: str
+    accumulated: bool
+
+    def begin(self, *, ignore: bool = False) -> bool:
+        """Say that the gradients seen from now on belong to a new micro-batch, or to none at all.
+
+        Returns:
+            False where the micro-batch begun before saw no gradient, so that this one takes its place.
+        """
+
+    def collect(self, weights: list[float]) -> Tensor:
+        """Return Σ ‖seen‖²/v since the last call, a float64 scalar on the gradients' device, and forget it.
+
+        Args:
+            weights: the v of the micro-batches in the order in which they began.
+
+        Raises:
+            ObservationError: where what was seen cannot be told apart into micro-batches.
+        """
+
+    def remove(self) -> None:
+        """Let go of the model."""
