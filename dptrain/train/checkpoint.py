@@ -1,0 +1,441 @@
+"""The files of a checkpoint: how one is committed, verified, found again and retired; nothing of models lives here.
+
+A checkpoint is a folder `step-000000000042` with one safetensors file per group of tensors, `state.json`, and
+`manifest.json`, which names every file with its size and sha256 and carries the sha256 of itself. It is written under
+a temporary name and renamed when it is safe on disk, so a reader sees all of it or nothing. The checksums find damage,
+not malice: nothing here is signed. But nothing here is code either, so a planted checkpoint cannot run any.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import stat
+import threading
+import warnings
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+
+from dptrain.errors import CheckpointError, ConfigError
+from dptrain.train.manifest import (
+    MANIFEST,
+    MAX_JSON_BYTES,
+    PLAIN_NAME,
+    STATE,
+    Seal,
+    decode_manifest,
+    decode_state,
+    encode_manifest,
+    encode_state,
+    quoted,
+)
+from dptrain.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from io import FileIO
+
+    from torch import Tensor
+
+    from dptrain.train.manifest import JSON
+
+_STEP_NAME = re.compile(r"step-([0-9]{12,})")
+_BAD_NAME = re.compile(r"\.bad-([0-9]{12,})-[0-9a-f]+")
+
+# What safetensors reads back under torch; it writes a few more (float8_e8m0fnu, say) that it then cannot load.
+_DTYPES = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool}
+    | {torch.int64, torch.int32, torch.int16, torch.int8}
+    | {torch.uint64, torch.uint32, torch.uint16, torch.uint8}
+    | {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
+)
+
+# A second save of this process waits for the first, so that no save takes the other's folder for a leftover.
+_one_writer = threading.Lock()
+# What this process found of each checkpoint, with the file times at which it found it: retention asks after every
+# save, and must not hash gigabytes each time. Loading never relies on it.
+_verdicts: dict[Path, tuple[_Fingerprint, str | None]] = {}
+_Fingerprint: TypeAlias = tuple[tuple[str, int, int, int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint of which every byte was verified when it was opened.
+
+    Attributes:
+        path: its folder.
+        step: optimizer steps done when it was written.
+        state: what was given as `state`, floats equal bit for bit, tuples as tuples.
+        passed_over: newer checkpoints that could not be trusted, newest first, each with the reason.
+    """
+
+    path: Path
+    step: int
+    state: dict[str, JSON]
+    passed_over: tuple[tuple[Path, str], ...] = ()
+    _seals: Mapping[str, Seal] = field(repr=False)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors saved under `name`, on the CPU.
+
+        The file is read again and hashed again, so that the bytes parsed are the bytes verified even where somebody
+        changed the file since. It costs about a second per GB once per restart, and twice the file's size in memory.
+
+        Raises:
+            CheckpointError: where there is no such file, or it is no longer what the manifest says.
+        """
+        file_name = f"{name}.safetensors"
+        if file_name not in self._seals:
+            raise CheckpointError(f"checkpoint {self.path} holds no {file_name}: it holds {', '.join(self._seals)}")
+        try:
+            with _opened_folder(self.path) as folder:
+                content = _sealed_bytes(folder, file_name, self._seals[file_name])
+            return dict(load(content))
+        except (CheckpointError, OSError) as error:
+            raise CheckpointError(f"checkpoint {self.path} has changed since it was verified: {error}") from error
+        except (SafetensorError, AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"checkpoint {self.path}: {file_name} is not safetensors: {error!r}") from error
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, JSON],
+    keep: int = 3,
+) -> Path:
+    """Commit one checkpoint to disk, then retire the oldest beyond `keep`.
+
+    When it returns, the checkpoint survives a kill of the process (and a loss of power, where the disk honours fsync).
+    When it raises, earlier checkpoints are as they were. An intact checkpoint of the same step is kept as it is; a
+    damaged one is renamed to `.bad-…` and replaced. Retention counts only verified checkpoints, and only those up to
+    `step`: it never removes the one just written. Only one process may save into a folder; the caller sees to that.
+
+    Args:
+        folder: holds the checkpoints; made (mode 0700) if it is missing.
+        step: optimizer steps done, at least 0.
+        tensors: file stem (`model`, `optimizer`) → key → tensor: contiguous, sharing no memory within one file. They
+            must not change before this returns: copy them first if training goes on meanwhile.
+        state: everything else. Strict JSON, plus tuples and non-finite floats.
+        keep: how many verified checkpoints to leave, this one included, at least 1.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        CheckpointError: where it cannot be written (disk full, say), or holds what a file cannot.
+        ConfigError: where `keep` is below 1.
+    """
+    if keep < 1:
+        raise ConfigError(f"keep must be at least 1, got {keep}: retention never removes the last checkpoint")
+    assert step >= 0, step
+    assert all(PLAIN_NAME.fullmatch(name) for name in tensors), list(tensors)
+    final = folder / f"step-{step:012d}"
+    encoded = encode_state(state)
+    for name, group in tensors.items():
+        _check_tensors(name, group)
+    with _one_writer:
+        try:
+            _make_folder(folder)
+            _remove_leftovers(folder)
+            if not os.path.lexists(final) or _verdict(final) is not None:
+                _commit(final, step=step, tensors=tensors, encoded_state=encoded)
+            # Also where the checkpoint was there already: its writer may have died between rename and fsync.
+            _fsync_folder(folder)
+        except (OSError, SafetensorError) as error:
+            needed = len(encoded) + sum(t.nbytes for group in tensors.values() for t in group.values())
+            raise CheckpointError(
+                f"checkpoint {final} could not be written: {error}; it needs {needed} bytes and {_free_bytes(folder)} "
+                f"are free there; earlier checkpoints are untouched, so make room and save again"
+            ) from error
+        try:
+            _verdicts[final] = (_fingerprint(final), None)
+            _prune(folder, step=step, keep=keep)
+        except OSError as error:
+            warnings.warn(
+                f"checkpoint {final} is saved, but older ones in {folder} could not be removed: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return final
+
+
+def load_newest(folder: Path) -> Checkpoint | None:
+    """Return the newest checkpoint (by step) that is intact, or None where there is none at all.
+
+    Raises:
+        CheckpointError: where there are checkpoints and none is intact (the text gives each one's reason), or the
+            folder cannot be read. A run must not start afresh silently then.
+    """
+    try:
+        candidates = _committed(folder)
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint folder {folder} cannot be read: {error}") from error
+    passed_over: list[tuple[Path, str]] = []
+    for _, path in candidates:
+        try:
+            return replace(_open(path), passed_over=tuple(passed_over))
+        except CheckpointError as error:
+            passed_over.append((path, str(error)))
+    if not passed_over:
+        return None
+    reasons = "; ".join(f"{path.name}: {reason}" for path, reason in passed_over)
+    raise CheckpointError(f"no checkpoint in {folder} can be trusted, so there is none to resume from ({reasons})")
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Return the checkpoint in the folder `path`, whatever that folder is called.
+
+    Raises:
+        CheckpointError: where it is not intact; the text gives the reason.
+    """
+    try:
+        return _open(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be trusted: {error}") from error
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _commit(final: Path, *, step: int, tensors: Mapping[str, Mapping[str, Tensor]], encoded_state: bytes) -> None:
+    temporary = final.with_name(f".tmp-{step}-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(mode=0o700)
+        temporary.chmod(0o700)  # a umask may have taken our own rights away
+        seals = {}
+        for name, group in tensors.items():
+            path = temporary / f"{name}.safetensors"
+            # Not `save` to bytes, which would keep hash and file in one hand: it takes twice the memory, and holds
+            # the interpreter lock throughout, so that a save in a thread would stop the training loop.
+            save_file(dict(group), path)
+            seals[path.name] = _seal(path)
+        seals[STATE] = _write(temporary / STATE, encoded_state)
+        _write(temporary / MANIFEST, encode_manifest(step=step, written_by=__version__, seals=seals))
+        _fsync_folder(temporary)
+        if os.path.lexists(final):
+            final.rename(final.with_name(f".bad-{step:012d}-{secrets.token_hex(4)}"))
+        temporary.rename(final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write(path: Path, content: bytes) -> Seal:
+    _check_limit(path.name, size_bytes=len(content))
+    path.write_bytes(content)
+    return _seal(path)
+
+
+def _seal(path: Path) -> Seal:
+    """Make a file durable and private, and say what it holds."""
+    path.chmod(0o600)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+        return Seal(size_bytes=os.fstat(file.fileno()).st_size, sha256=digest)
+
+
+def _check_tensors(name: str, group: Mapping[str, Tensor]) -> None:
+    for key, tensor in group.items():
+        if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided or key == "__metadata__":
+            raise CheckpointError(
+                f"{name}.safetensors cannot hold {key!r} ({tensor.layout}, {tensor.dtype}): store it as a dense tensor "
+                f"of another dtype, under a name other than '__metadata__'"
+            )
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.exists():
+        folder.mkdir(mode=0o700, parents=True)
+        folder.chmod(0o700)
+        _fsync_folder(folder.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_bytes(folder: Path) -> str:
+    try:
+        return str(shutil.disk_usage(folder).free)
+    except OSError:
+        return "an unknown number"
+
+
+# --- retention -------------------------------------------------------------------------------------------------------
+
+
+def _committed(folder: Path) -> list[tuple[int, Path]]:
+    """Every committed checkpoint as (step, path), newest first, intact or not."""
+    if not folder.exists():
+        return []
+    matches = [(_STEP_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    found = [(int(match[1]), path) for match, path in matches if match]
+    return sorted(found, key=lambda item: item[0], reverse=True)
+
+
+def _prune(folder: Path, *, step: int, keep: int) -> None:
+    """Retire what is older than the `keep` newest intact checkpoints up to `step`; later ones are left alone."""
+    kept: list[int] = []
+    for found, path in _committed(folder):
+        if found > step:
+            continue
+        if len(kept) == keep:
+            _retire(path)
+        elif _verdict(path) is None:
+            kept.append(found)
+    for path in list(folder.iterdir()) if len(kept) == keep else ():
+        match = _BAD_NAME.fullmatch(path.name)
+        if match and int(match[1]) < kept[-1]:
+            _retire(path)
+
+
+def _retire(path: Path) -> None:
+    """Delete in two moves, so that a kill in between leaves a leftover and never half a checkpoint."""
+    doomed = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+    path.rename(doomed)
+    _verdicts.pop(path, None)
+    _delete(doomed)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what dead attempts left. With one writer per folder, every temporary folder seen here is dead."""
+    for path in folder.glob(".tmp-*"):
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, a link (not what it points to) or a folder; what resists is left for the next save."""
+    with suppress(OSError):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _verdict(path: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, or None: hashed once by each process, then known by its file times."""
+    try:
+        fingerprint = _fingerprint(path)
+    except OSError as error:
+        return str(error)
+    known = _verdicts.get(path)
+    if known is None or known[0] != fingerprint:
+        try:
+            _open(path)
+            reason = None
+        except CheckpointError as error:
+            reason = str(error)
+        _verdicts[path] = known = (fingerprint, reason)
+    return known[1]
+
+
+def _fingerprint(path: Path) -> _Fingerprint:
+    with os.scandir(path) as entries:
+        stats = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+    return tuple(sorted((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats))
+
+
+# --- verifying -------------------------------------------------------------------------------------------------------
+# Here, too, the text of a CheckpointError is the bare reason; the public functions say which checkpoint it is about.
+
+
+def _open(path: Path) -> Checkpoint:
+    try:
+        with _opened_folder(path) as folder:
+            step, seals = decode_manifest(_manifest_bytes(folder))
+            _check_names(path, step=step, seals=seals, present=os.listdir(folder))  # noqa: PTH208 -- by descriptor, not by path
+            for name, seal in seals.items():
+                if name != STATE:
+                    _check_seal(folder, name, seal)
+            state = decode_state(_sealed_bytes(folder, STATE, seals[STATE]))
+    except OSError as error:
+        raise CheckpointError(f"it cannot be read ({error})") from error
+    return Checkpoint(path=path, step=step, state=state, _seals=seals)
+
+
+def _check_names(path: Path, *, step: int, seals: Mapping[str, Seal], present: Iterable[str]) -> None:
+    promised_by_folder = _STEP_NAME.fullmatch(path.name)
+    if promised_by_folder and int(promised_by_folder[1]) != step:
+        raise CheckpointError(f"{MANIFEST} is of step {step}, which is not the step in the folder's name")
+    found = set(present)
+    missing = {*seals, STATE} - found
+    extra = found - {*seals, MANIFEST}
+    if missing:
+        raise CheckpointError(f"{quoted(missing)} is missing")
+    if extra:
+        raise CheckpointError(f"{quoted(extra)} is not in {MANIFEST}")
+
+
+def _check_seal(folder: int, name: str, seal: Seal) -> None:
+    with _opened_file(folder, name) as file:
+        _check_size(file, name=name, seal=seal)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != seal.sha256:
+        raise CheckpointError(f"the sha256 of {name} is not the one in {MANIFEST}")
+
+
+def _sealed_bytes(folder: int, name: str, seal: Seal) -> bytes:
+    """Read a file whole, and verify the very bytes that are returned."""
+    with _opened_file(folder, name) as file:
+        _check_size(file, name=name, seal=seal)
+        content = file.readall()
+    if len(content) != seal.size_bytes or hashlib.sha256(content).hexdigest() != seal.sha256:
+        raise CheckpointError(f"the sha256 of {name} is not the one in {MANIFEST}")
+    return content
+
+
+def _check_size(file: FileIO, *, name: str, seal: Seal) -> None:
+    size_bytes = os.fstat(file.fileno()).st_size
+    if size_bytes != seal.size_bytes:
+        raise CheckpointError(f"{name} has {size_bytes} bytes and should have {seal.size_bytes}")
+    _check_limit(name, size_bytes=size_bytes)
+
+
+def _check_limit(name: str, *, size_bytes: int) -> None:
+    if size_bytes > MAX_JSON_BYTES.get(name, size_bytes):
+        raise CheckpointError(
+            f"{name} has {size_bytes} bytes, more than the {MAX_JSON_BYTES[name]} of the largest that is written or read: "
+            f"store large values as tensors"
+        )
+
+
+def _manifest_bytes(folder: int) -> bytes:
+    with _opened_file(folder, MANIFEST) as file:
+        _check_limit(MANIFEST, size_bytes=os.fstat(file.fileno()).st_size)
+        return file.readall()
+
+
+@contextmanager
+def _opened_folder(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _opened_file(folder: int, name: str) -> Iterator[FileIO]:
+    """Open a regular file of an open folder; a link, a device or a pipe is refused before it is opened."""
+    if not stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+        raise CheckpointError(f"{name} is not a regular file")
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(name, flags, dir_fd=folder), "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise CheckpointError(f"{name} is not a regular file")
+        yield file
