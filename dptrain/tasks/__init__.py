@@ -1,0 +1,24 @@
+"""Problems that are ready to train, and problems whose answer is known exactly."""
+
+from dptrain.tasks.base import Batch, LossFunction, Suggestion, Task
+from dptrain.tasks.digits import digits
+from dptrain.tasks.known import KnownAnswer, exact_noise, known_answer, linear, quadratic
+from dptrain.tasks.pysource import pysource
+from dptrain.tasks.resolve import BUILT_IN, check_task, resolve_task
+
+__all__ = [
+    "BUILT_IN",
+    "Batch",
+    "KnownAnswer",
+    "LossFunction",
+    "Suggestion",
+    "Task",
+    "check_task",
+    "digits",
+    "exact_noise",
+    "known_answer",
+    "linear",
+    "pysource",
+    "quadratic",
+    "resolve_task",
+]
