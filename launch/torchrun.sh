@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Start this node's replicas of a run with torchrun; every node of a run gets the same command but for NODE_RANK.
+#
+#   launch/torchrun.sh --config run.yaml                                        one node
+#   NNODES=2 NODE_RANK=0 HEAD=10.0.0.1 launch/torchrun.sh --config run.yaml     the first of two nodes
+#   NNODES=2 NODE_RANK=1 HEAD=10.0.0.1 launch/torchrun.sh --config run.yaml     the second
+#
+#   NNODES     number of nodes (1)
+#   NODE_RANK  this node's number from 0; node 0 is the one that HEAD names (needed with several nodes)
+#   HEAD       name or address under which all nodes reach node 0 (needed with several nodes)
+#   PORT       free port on node 0 (29500)
+#   RUN_ID     any word that is the same on all nodes (dptrain)
+#   NPROC      replicas on this node (one per GPU; 2 without a GPU)
+set -euo pipefail
+
+fail() {
+  echo "launch/torchrun.sh: $1" >&2
+  exit 2
+}
+
+command -v torchrun >/dev/null ||
+  fail "torchrun is not on PATH: activate the environment first, such as: source .venv/bin/activate"
+
+NNODES="${NNODES:-1}"
+NPROC="${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}"
+[[ "$NNODES" =~ ^[1-9][0-9]*$ ]] || fail "NNODES must be a whole number of at least 1, got '$NNODES'"
+[[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || fail "NPROC must be a whole number of at least 1, got '$NPROC'"
+
+if ((NNODES == 1)); then
+  rendezvous=(--standalone)
+else
+  [[ -n "${HEAD:-}" ]] || fail "NNODES is $NNODES, so HEAD must name the node that has NODE_RANK=0"
+  [[ "${NODE_RANK:-}" =~ ^[0-9]+$ ]] || fail "NNODES is $NNODES, so NODE_RANK must be 0 to $((NNODES - 1)), got '${NODE_RANK:-}'"
+  ((NODE_RANK < NNODES)) || fail "NODE_RANK must be 0 to $((NNODES - 1)), got $NODE_RANK"
+  # Without is_host torchrun guesses from the host's name which node serves the store, and the guess fails
+  # where HEAD is an alias.
+  rendezvous=(
+    --nnodes "$NNODES"
+    --rdzv-backend c10d
+    --rdzv-id "${RUN_ID:-dptrain}"
+    --rdzv-endpoint "$HEAD:${PORT:-29500}"
+    --rdzv-conf "is_host=$((NODE_RANK == 0))"
+  )
+fi
+
+# With a shared store, replicas that torchrun restarts read the addresses of the attempt before, and hang.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+# torchrun's own default is 1 thread; the cores of this node are shared out instead. nproc counts what this
+# job may use, not what the node has.
+if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
+  cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
+  export OMP_NUM_THREADS=$((cores > NPROC ? cores / NPROC : 1))
+fi
+
+exec torchrun "${rendezvous[@]}" --nproc-per-node "$NPROC" -m dptrain train "$@"
