@@ -116,6 +116,14 @@ def about_geometry(record: RunRecord) -> str:
     return f"Global batch = {layout}"
 
 
+def about_averaging(record: RunRecord) -> str:
+    """Say what the last noise scale was averaged over, and the level of its interval; empty where unknown."""
+    steps = record.train[-1].get("gns/effective_steps")
+    level = (record.config.get("noise") or {}).get("level")
+    interval = f", interval at {level:.0%}" if level else ""
+    return f"Noise scale: mean over about {steps:,.0f} steps{interval}." if steps else ""
+
+
 def noise_scale_text(row: Row) -> str:
     """Write the noise scale of a row with its interval, or the lower bound that is known of it.
 

@@ -245,13 +245,7 @@ def _window(record: RunRecord) -> float:
 
 
 def _caption(record: RunRecord) -> str:
-    window = f"{_window(record):,.0f} samples ({SMOOTHING_SHARE:.0%} of the run)"
-    steps = record.train[-1].get("gns/effective_steps")
-    memory = f"; the noise scale averages over about {steps:,.0f} steps" if steps else ""
+    lines = f"Smoothed lines: mean over {_window(record):,.0f} samples ({SMOOTHING_SHARE:.0%} of the run)"
     return "\n".join(
-        [
-            f"{findings.about_geometry(record)}.",
-            f"Smoothed lines: mean over {window}{memory}.",
-            CAVEAT,
-        ]
+        [f"{findings.about_geometry(record)}.", f"{lines}. {findings.about_averaging(record)}".strip(), CAVEAT]
     )

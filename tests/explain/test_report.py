@@ -97,7 +97,7 @@ def run_folder(tmp_path):
         log = "".join(json.dumps(row) + "\n" for row in [*rows, *evals])
         (tmp_path / "metrics.jsonl").write_text(log)
         (tmp_path / "decisions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in decisions))
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"task": "pysource", "seed": 0}))
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"task": "pysource", "noise": {"level": 0.95}}))
         if finished:
             summary = {
                 "task": "pysource",
@@ -168,7 +168,7 @@ def test_the_caption_names_geometry_smoothing_and_the_caveat(run_folder):
     """The foot of the picture says how the batch was laid out, what was averaged, and how far to trust it."""
     caption = _figure(read_run(run_folder())).get_supxlabel()
     assert "micro-batch 8 × accumulation steps 1–8 × 2 replicas" in caption
-    assert "about 23 steps" in caption
+    assert "Noise scale: mean over about 23 steps, interval at 95%." in caption
     assert CAVEAT in caption
     assert "factor of six" in CAVEAT
 

@@ -138,16 +138,17 @@ def test_slurm_starts_one_torchrun_per_node_at_the_first_node(stand_ins):
     assert len(calls) == 2
     for is_host, call in zip((1, 0), calls, strict=True):
         assert f"<--rdzv-id><4321><--rdzv-endpoint><node-a:29821><--rdzv-conf><is_host={is_host}>" in call
-        assert call.endswith("<train><--config><my run.yaml>")
+        assert call.endswith("<train><--config><my run.yaml><--run_dir><runs/slurm-4321>")
 
 
-def test_a_requeued_job_resumes(stand_ins):
-    """The second attempt asks for the run of the first."""
+def test_a_requeued_job_goes_on_with_its_run_folder(stand_ins):
+    """The second attempt resumes what the first one left; where that left nothing it begins."""
     _write(stand_ins, "scontrol", SCONTROL)
     _write(stand_ins, "srun", SRUN)
-    environment = _environment(stand_ins, **SLURM, SLURM_RESTART_COUNT="1")
-    result = subprocess.run([SBATCH], env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[0].endswith("<train><--resume>")
+    for run_dir, end in ((stand_ins, "<--resume=true>"), (stand_ins / "none", f"<{stand_ins / 'none'}>")):
+        environment = _environment(stand_ins, **SLURM, SLURM_RESTART_COUNT="1", RUN_DIR=str(run_dir))
+        result = subprocess.run([SBATCH], env=environment, capture_output=True, text=True, check=True)
+        assert result.stdout.splitlines()[0].endswith(end)
 
 
 def test_the_warning_before_the_time_limit_requeues_the_job(stand_ins):

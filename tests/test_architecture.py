@@ -1,0 +1,263 @@
+"""The import arrows of the design and what pure rooms may not see, held by reading every file of the package."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dptrain"
+
+BOTTOM = {"errors", "version"}
+PURE_FLOOR = BOTTOM | {"batch", "noise"}
+MIDDLE = PURE_FLOOR | {"control", "observe", "data", "tasks"}
+
+MAY_IMPORT = {
+    "errors": set(),
+    "version": set(),
+    "batch": {"errors"},
+    "tasks": {"errors"},
+    "noise": {"batch", "errors"},
+    "control": {"noise", "batch", "errors"},
+    "observe": {"noise", "batch", "errors"},
+    "data": {"batch", "errors"},
+    "train": MIDDLE,
+    "explain": MIDDLE,
+    "integrations": PURE_FLOOR | {"control", "observe"},
+    "cli": MIDDLE | {"train", "explain"},
+}
+"""Which other rooms each room may import. The package's own `__init__` may import all: it is the shop window."""
+
+PURE = {"noise", "control", "batch", "errors"}
+UNSEEN = {
+    "torch.distributed": "a process group",
+    "os": "the environment",
+    "time": "a clock",
+    "datetime": "a clock",
+    "pathlib": "a file",
+    "io": "a file",
+    "socket": "the network",
+    "subprocess": "a process",
+}
+DRAWERS = {"utils", "utilities", "common", "core", "helpers", "misc"}
+
+
+def _imports(tree, module):
+    """Every module that a file imports, at any depth of its code, and names taken from a package as `package.name`."""
+    package = module.split(".")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: -node.level] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def _room(module):
+    """dptrain.noise.scale → noise; the package itself and names taken straight from it → the shop window ("")."""
+    name = module.removeprefix("dptrain").removeprefix(".").split(".")[0]
+    return {"__main__": "cli"}.get(name, name if name in MAY_IMPORT else "")
+
+
+def broken_arrows(source, module):
+    """The imports of a file that point up, sideways or back through the shop window."""
+    room = _room(module)
+    if not room:
+        return []
+    targets = {_room(name): name for name in _imports(ast.parse(source), module) if name.split(".")[0] == "dptrain"}
+    return [
+        f"{module}: {room} → {to or 'the package itself'} ({name})"
+        for to, name in targets.items()
+        if to != room and to not in MAY_IMPORT[room]
+    ]
+
+
+def impurities(source, module):
+    """What a pure room sees of the world: forbidden imports, `torch.distributed` by its dots, and `open(`."""
+    if _room(module) not in PURE:
+        return []
+    tree = ast.parse(source)
+    seen = [
+        f"{module} imports {name}: {what}"
+        for name in _imports(tree, module)
+        for hidden, what in UNSEEN.items()
+        if name == hidden or name.startswith(f"{hidden}.")
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            seen.append(f"{module} uses torch.distributed: a process group")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "open":
+            seen.append(f"{module} opens a file")
+    return seen
+
+
+def code_in_window(source):
+    """The statements of an `__init__` that are neither its docstring, an import nor `__all__`."""
+    body = ast.parse(source).body
+    body = body[1:] if body and ast.get_docstring(ast.parse(source)) else body
+    return [
+        ast.unparse(node)
+        for node in body
+        if not isinstance(node, ast.Import | ast.ImportFrom)
+        and not (isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"])
+    ]
+
+
+def is_drawer(path):
+    """Tell whether a file or a folder on its way is named after nothing in particular."""
+    return bool(DRAWERS & {Path(part).stem for part in path.parts})
+
+
+def _files():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def _module(path):
+    """The dotted name under which a file is imported."""
+    return _place(path).removesuffix(".__init__")
+
+
+def _place(path):
+    """The dotted name whose parent a file's relative imports start from; an `__init__` keeps its own name for it."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def cycles(graph):
+    """The modules of one import cycle, or nothing; `graph` maps each module to what it imports."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_arrows_of_import_point_down():
+    """No file imports a room that the design does not let it."""
+    assert _files()
+    assert [line for path in _files() for line in broken_arrows(path.read_text(encoding="utf-8"), _place(path))] == []
+
+
+def test_every_room_is_on_the_plan():
+    """A new folder or file of the package has its arrows here before it has code."""
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in _files()}
+    assert rooms - {"__init__", "__main__"} <= set(MAY_IMPORT)
+
+
+def test_the_plan_itself_has_no_cycle():
+    """The allowed arrows can be laid on floors."""
+    assert cycles(MAY_IMPORT) == []
+
+
+def test_no_file_imports_itself_in_a_circle():
+    """Inside a room too, files can be read from the bottom up."""
+    modules = {_module(path) for path in _files()}
+    graph = {}
+    for path in _files():
+        names = _imports(ast.parse(path.read_text(encoding="utf-8")), _place(path))
+        found = {name if name in modules else name.rpartition(".")[0] for name in names}
+        graph[_module(path)] = (found & modules) - {_module(path)}
+    assert cycles(graph) == []
+
+
+def test_pure_rooms_see_no_process_file_or_clock():
+    """What decides can be run in milliseconds on a train without network."""
+    assert [line for path in _files() for line in impurities(path.read_text(encoding="utf-8"), _place(path))] == []
+
+
+def test_shop_windows_hold_no_code():
+    """An `__init__` is a docstring, imports and `__all__`."""
+    windows = [path for path in _files() if path.name == "__init__.py"]
+    assert windows
+    assert {
+        str(path.relative_to(ROOT)): code
+        for path in windows
+        if (code := code_in_window(path.read_text(encoding="utf-8")))
+    } == {}
+
+
+def test_no_file_is_a_drawer():
+    """A file is named after what it does."""
+    assert [str(path) for path in _files() if is_drawer(path.relative_to(ROOT))] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("dptrain.noise.scale", "from dptrain.control import limited"),
+        ("dptrain.noise.scale", "def f():\n    import dptrain.train.step"),
+        ("dptrain.noise.scale", "from ..control import limited"),
+        ("dptrain.noise.scale", "from dptrain import control"),
+        ("dptrain.noise.scale", "from dptrain import attach"),
+        ("dptrain.noise.scale", "import dptrain"),
+        ("dptrain.noise.__init__", "from ..train import Trainer"),
+        ("dptrain.train.step", "from dptrain.explain.report import draw_report"),
+        ("dptrain.explain.report", "if TYPE_CHECKING:\n    from dptrain.train import Trainer"),
+        ("dptrain.tasks.digits", "from dptrain.data import Stream"),
+        ("dptrain.observe.meter", "from dptrain.control import Controller"),
+        ("dptrain.data.stream", "from dptrain.noise import NoiseScale"),
+        ("dptrain.integrations.lightning", "from dptrain.train import Trainer"),
+        ("dptrain.errors", "from dptrain.batch import BatchPlan"),
+        ("dptrain.train.step", "from dptrain.cli.main import main"),
+    ],
+)
+def test_an_arrow_that_points_up_is_found(module, source):
+    """A planted import against the design is reported, wherever in the file and however it is written."""
+    assert len(broken_arrows(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("dptrain.noise.scale", "from .moments import Moments"),
+        ("dptrain.noise.scale", "from dptrain.errors import ConfigError"),
+        ("dptrain.noise.scale", "from dptrain import errors"),
+        ("dptrain.cli.main", "from dptrain.train import Trainer"),
+        ("dptrain.__main__", "from dptrain.cli.main import main"),
+        ("dptrain.__init__", "from dptrain.train import Trainer"),
+    ],
+)
+def test_an_arrow_that_points_down_is_not(module, source):
+    """The checker lets through what the design allows."""
+    assert broken_arrows(source, module) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os",
+        "import os.path",
+        "from os import environ",
+        "from time import perf_counter",
+        "def f():\n    from pathlib import Path",
+        "import socket as s",
+        "import torch.distributed as dist",
+        "from torch import distributed",
+        "import torch\ntorch.distributed.get_rank()",
+        "open('x')",
+    ],
+)
+def test_a_look_at_the_world_is_found(source):
+    """Each forbidden sight is reported in a pure room, and none of them elsewhere."""
+    assert impurities(source, "dptrain.noise.scale")
+    assert not impurities(source, "dptrain.train.step")
+    assert not impurities("import math\nimport torch", "dptrain.noise.scale")
+
+
+@pytest.mark.parametrize("source", ["x = 1", "def f(): ...", "if True:\n    import os", "'''Doc.'''\n'''Again.'''"])
+def test_code_in_a_shop_window_is_found(source):
+    """Anything but docstring, imports and `__all__` is reported."""
+    assert code_in_window(source)
+    assert not code_in_window("'''Doc.'''\nfrom a import b\n__all__ = ['b']")
+
+
+def test_drawers_and_circles_are_found():
+    """A drawer is found as file and as folder, a circle through any number of files."""
+    assert is_drawer(Path("dptrain/train/utils.py"))
+    assert is_drawer(Path("dptrain/common/names.py"))
+    assert not is_drawer(Path("dptrain/noise/scale.py"))
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}})
+    assert not cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
