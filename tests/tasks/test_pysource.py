@@ -140,7 +140,7 @@ def test_model_sees_order():
 def test_untrained_model_knows_nothing(task):
     """At initialisation the held-out loss is that of a uniform guess, 8 bits per byte, within 2 %."""
     windows = torch.stack([task.eval_data[index] for index in range(32)])
-    bits = task.eval_metrics["bits_per_byte"](float(task.loss(task.model, windows)))
+    bits = task.eval_metrics["bits_per_byte"](task.loss(task.model, windows).item())
     assert bits == pytest.approx(8.0, rel=0.02)
 
 
