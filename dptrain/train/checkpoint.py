@@ -139,7 +139,7 @@ def save_checkpoint(
     if keep < 1:
         raise ConfigError(f"keep must be at least 1, got {keep}: retention never removes the last checkpoint")
     assert step >= 0, step
-    assert all(PLAIN_NAME.fullmatch(name) for name in tensors), list(tensors)
+    assert all(PLAIN_NAME.fullmatch(f"{name}.safetensors") for name in tensors), list(tensors)
     final = folder / f"step-{step:012d}"
     encoded = encode_state(state)
     for name, group in tensors.items():
@@ -409,7 +409,7 @@ def _check_size(file: FileIO, *, name: str, seal: Seal) -> None:
 def _check_limit(name: str, *, size_bytes: int) -> None:
     if size_bytes > MAX_JSON_BYTES.get(name, size_bytes):
         raise CheckpointError(
-            f"{name} has {size_bytes} bytes, more than the {MAX_JSON_BYTES[name]} of the largest that is written or read: "
+            f"{name} has {size_bytes} bytes, more than the {MAX_JSON_BYTES[name]} that are written or read: "
             f"store large values as tensors"
         )
 
