@@ -1,0 +1,99 @@
+"""What every controller is: measurement in, decision with its reason out; no law and no limit lives here."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from dptrain.errors import CheckpointError
+from dptrain.noise import NoiseScale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What is known when a decision is asked for; the same on all ranks.
+
+    Attributes:
+        samples_seen: position in the stream of samples.
+        global_batch_size: batch in force, in samples.
+        noise_scale: estimate up to now, in samples, with what is known of it.
+    """
+
+    samples_seen: int
+    global_batch_size: int
+    noise_scale: NoiseScale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """The batch to train on with from here, with the reason in words.
+
+    Attributes:
+        global_batch_size: in samples. A bare law may ask for a fraction; behind `limited` it is a whole number.
+        reason: one sentence with the numbers that led here, for the log and for people.
+    """
+
+    global_batch_size: float
+    reason: str
+
+    def __post_init__(self) -> None:
+        assert math.isfinite(self.global_batch_size), f"a law asked for a batch of {self.global_batch_size}"
+        assert self.global_batch_size > 0, f"a law asked for a batch of {self.global_batch_size}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What a controller remembers between decisions: as it stands, nothing. One that remembers derives its own."""
+
+
+def state_to_json(state: State) -> dict[str, Any]:
+    """Return the state as nested plain values; `Controller.restore` makes the same state of them."""
+    return asdict(state)
+
+
+class Controller(Protocol):
+    """Decides on the global batch: a pure function of (state, measurement), without clock, rank or file."""
+
+    def init(self) -> State:
+        """Return the state before the first decision."""
+        ...
+
+    def update(self, state: State, measurement: Measurement) -> tuple[State, Decision]:
+        """Decide, and return the state for the next decision."""
+        ...
+
+    def restore(self, record: Mapping[str, Any]) -> State:
+        """Return the state that `state_to_json` wrote.
+
+        Raises:
+            CheckpointError: where the record is that of another controller.
+        """
+        ...
+
+
+class Law(ABC):
+    """A controller that remembers nothing: it only has to `decide`."""
+
+    def init(self) -> State:
+        """Return the empty state."""
+        return State()
+
+    def update(self, state: State, measurement: Measurement) -> tuple[State, Decision]:
+        """Decide on the measurement alone."""
+        return state, self.decide(measurement)
+
+    def restore(self, record: Mapping[str, Any]) -> State:
+        """Return the empty state."""
+        if record:
+            raise CheckpointError(
+                f"the saved controller remembers {', '.join(record)}, which {type(self).__name__} has no use for: "
+                "resume with the controller settings of the saved run"
+            )
+        return State()
+
+    @abstractmethod
+    def decide(self, measurement: Measurement) -> Decision:
+        """Return the batch that the law asks for."""

@@ -1,0 +1,290 @@
+"""The limits: each wrapper alone, then what the whole stack guarantees over random paths of the noise scale."""
+
+import json
+import math
+from dataclasses import replace
+from itertools import chain, pairwise
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from dptrain.control import (
+    Bounds,
+    Constant,
+    DeadBand,
+    DwellTime,
+    Ladder,
+    Limits,
+    MaxChange,
+    Measurement,
+    NoiseLaw,
+    Rounding,
+    limited,
+    state_to_json,
+)
+from dptrain.errors import ConfigError
+from dptrain.noise import SmoothedMoments, noise_scale
+
+
+def measured(batch, *, lower=0.0, samples_seen=0):
+    phi = SimpleNamespace(bounds=lambda _z: (lower, math.inf), contrast=lambda phi: 2.0 * (phi < lower))
+    return Measurement(samples_seen=samples_seen, global_batch_size=batch, noise_scale=phi)
+
+
+def decided(controller, batch):
+    _, decision = controller.update(controller.init(), measured(batch))
+    return decision
+
+
+@given(st.floats(1e-3, 1e9), st.integers(1, 10**4), st.booleans())
+def test_ladder(batch, quantum, powers_of_two):
+    """Below, above and nearest are rungs round the batch, and no rung is nearer in log space than the nearest."""
+    ladder = Ladder(quantum=quantum, powers_of_two=powers_of_two)
+    below, above, nearest = ladder.below(batch), ladder.above(batch), ladder.nearest(batch)
+    for rung in (below, above, nearest):
+        assert rung % quantum == 0
+        assert not powers_of_two or (rung // quantum).bit_count() == 1
+    assert below <= max(batch, quantum)
+    assert above >= batch
+    assert nearest in (below, above)
+    for rung in (below, above):
+        assert abs(math.log(nearest / batch)) <= abs(math.log(rung / batch)) + 1e-12
+
+
+def test_ladder_rungs_are_fixed():
+    """A rung is its own neighbour in every direction, and the middle between two is the geometric one."""
+    ladder = Ladder(quantum=6)
+    assert all(f(24) == 24 for f in (ladder.below, ladder.above, ladder.nearest))
+    assert (ladder.nearest(16.9), ladder.nearest(17.1)) == (12, 24)
+    assert Ladder(quantum=5, powers_of_two=False).nearest(17.4) == 20
+
+
+@pytest.mark.parametrize(
+    ("wrap", "present", "asked", "stands"),
+    [
+        (lambda law: Bounds(law, smallest=16, largest=64), 32, 100, 64),
+        (lambda law: Bounds(law, smallest=16, largest=64), 32, 5, 16),
+        (lambda law: Rounding(law, ladder=Ladder(quantum=8)), 32, 100, 128),
+        (lambda law: DeadBand(law, ratio=1.5), 32, 47, 32),
+        (lambda law: DeadBand(law, ratio=1.5), 32, 22, 32),
+        (MaxChange, 32, 100, 64),
+        (MaxChange, 32, 5, 16),
+        (lambda law: MaxChange(law, factor=3, ladder=Ladder(quantum=8)), 32, 1000, 64),
+        (lambda law: MaxChange(law, factor=3, ladder=Ladder(quantum=8)), 32, 1, 16),
+    ],
+)
+def test_a_wrapper_overrules_and_says_why(wrap, present, asked, stands):
+    """Each wrapper changes what breaks its limit, and adds why to the reason of the law."""
+    decision = decided(wrap(Constant(asked)), present)
+    assert decision.global_batch_size == stands
+    assert decision.reason.startswith(f"constant batch of {asked}; ")
+    assert decision.reason.endswith(f": {stands}")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda law: Bounds(law, smallest=16, largest=64),
+        lambda law: Rounding(law, ladder=Ladder(quantum=8)),
+        lambda law: DeadBand(law, ratio=1.5),
+        MaxChange,
+        lambda law: DwellTime(law, samples=100),
+    ],
+)
+def test_a_wrapper_that_agrees_is_silent(wrap):
+    """What is within the limit passes with the law's own reason."""
+    decision = decided(wrap(Constant(64)), 32)
+    assert (decision.global_batch_size, decision.reason) == (64, "constant batch of 64")
+
+
+@pytest.mark.parametrize(("limit", "changes"), [({"decisions": 3}, [0, 3, 6]), ({"samples": 45}, [0, 5])])
+def test_dwell(limit, changes):
+    """After a change as many decisions, or samples, pass before the next, and the first change is free."""
+    controller, batch, changed = DwellTime(NoiseLaw(), **limit), 1, []
+    state = controller.init()
+    for i in range(8):
+        measurement = measured(batch, lower=2.0 * batch, samples_seen=10 * i)
+        state, decision = controller.update(state, measurement)
+        if decision.global_batch_size != batch:
+            changed.append(i)
+        batch = int(decision.global_batch_size)
+    assert changed == changes
+
+
+def test_dwell_counts_changes_that_happened():
+    """A change that the law asked for but nobody made starts no dwell time; one that others made does."""
+    controller = DwellTime(Constant(64), decisions=2)
+    state, wanted = controller.update(controller.init(), measured(32))
+    state, again = controller.update(state, measured(32))
+    assert wanted.global_batch_size == again.global_batch_size == 64
+    _, held = controller.update(state, measured(16))
+    assert held.global_batch_size == 16
+
+
+@pytest.mark.parametrize(
+    ("quantum", "limits", "complaint"),
+    [
+        (8, {"largest": 7}, "largest must be at least 8"),
+        (8, {"smallest": 33, "largest": 63}, "8, 16, 32"),
+        (0, {"largest": 64}, "quantum"),
+        (8, {"largest": 64, "max_change": 1.5}, "at least 2"),
+        (8, {"largest": 64, "dead_band": 1.0}, "above 1"),
+        (8, {"largest": 64, "dwell_samples": -1}, "negative"),
+    ],
+)
+def test_limits_out_of_range(quantum, limits, complaint):
+    """Limits that no batch can meet are refused with the batches that run."""
+    with pytest.raises(ConfigError, match=complaint):
+        limited(Constant(8), quantum=quantum, limits=Limits(**limits))
+
+
+# What follows holds for the whole stack, over paths of estimates that a run could throw at it.
+
+anything = st.one_of(
+    st.sampled_from([math.nan, math.inf, -math.inf, 0.0, -0.0]),
+    st.floats(-1e100, 1e100),
+    st.floats(1e-3, 1e6),
+)
+estimates = st.builds(
+    SmoothedMoments,
+    noise_trace=anything,
+    grad_sq_norm=anything,
+    var_trace=anything.map(abs),
+    var_grad=anything.map(abs),
+    cov=st.just(0.0),
+    effective_steps=st.floats(1, 1e4),
+    degrees_of_freedom=st.floats(1, 1e4),
+    num_steps=st.just(10),
+    num_samples=st.just(100.0),
+)
+
+
+def clean(phi):
+    """An estimate of φ with ten per cent of error in both moments."""
+    return SmoothedMoments(
+        noise_trace=phi,
+        grad_sq_norm=1.0,
+        var_trace=(0.1 * phi) ** 2,
+        var_grad=0.01,
+        cov=0.0,
+        effective_steps=100.0,
+        degrees_of_freedom=100.0,
+        num_steps=100,
+        num_samples=1000.0,
+    )
+
+
+ramps = st.builds(
+    lambda start, slope, n: [clean(start * math.exp(slope * i)) for i in range(n)],
+    st.floats(1, 1e4),
+    st.floats(-1, 1),
+    st.integers(1, 15),
+)
+steps = st.builds(lambda phi, n: [clean(phi)] * n, st.floats(1, 1e6), st.integers(1, 10))
+gaps = st.integers(1, 5).map(lambda n: [None] * n)
+spikes = estimates.map(lambda estimate: [estimate])
+paths = st.lists(st.one_of(ramps, steps, gaps, spikes), min_size=1, max_size=6).map(lambda parts: list(chain(*parts)))
+quanta = st.integers(1, 48)
+limit_settings = st.builds(
+    Limits,
+    largest=st.integers(48, 10**5),
+    smallest=st.one_of(st.none(), st.integers(1, 100)),
+    powers_of_two=st.booleans(),
+    max_change=st.one_of(st.none(), st.floats(2, 10)),
+    dead_band=st.one_of(st.none(), st.floats(1.1, 3)),
+    dwell_samples=st.integers(0, 3000),
+    dwell_decisions=st.integers(0, 4),
+)
+
+
+def stack(quantum, limits):
+    """Return the stack with its lowest batch, or give the example up where no rung fits."""
+    try:
+        controller = limited(NoiseLaw(), quantum=quantum, limits=limits)
+    except ConfigError:
+        assume(False)  # noqa: FBT003 - hypothesis's own form
+    return controller, controller.smallest
+
+
+def walk(controller, batch, path, *, state=None, seen=0):
+    """Return [(samples seen, batch before, state before, decision)] along a path of estimates."""
+    state, log = controller.init() if state is None else state, []
+    for moments in path:
+        measurement = Measurement(samples_seen=seen, global_batch_size=batch, noise_scale=noise_scale(moments))
+        before = state
+        state, decision = controller.update(state, measurement)
+        log.append((seen, batch, before, decision))
+        batch = decision.global_batch_size
+        seen += 10 * batch
+    return log
+
+
+def changes(log):
+    return [(i, seen) for i, (seen, batch, _, decision) in enumerate(log) if decision.global_batch_size != batch]
+
+
+@settings(deadline=None)
+@given(quantum=quanta, limits=limit_settings, path=paths)
+def test_every_limit_holds_at_once(quantum, limits, path):
+    """On any path: a whole number within the bounds, a rung, no larger change than allowed, no change too soon."""
+    controller, start = stack(quantum, limits)
+    log = walk(controller, start, path)
+    for _, before, _, decision in log:
+        batch = decision.global_batch_size
+        assert isinstance(batch, int)
+        assert max(limits.smallest or 0, quantum) <= batch <= limits.largest
+        assert batch % quantum == 0
+        assert not limits.powers_of_two or (batch // quantum).bit_count() == 1
+        factor = limits.max_change or math.inf
+        assert max(batch / before, before / batch) <= factor
+        assert decision.reason
+    moved = changes(log)
+    for (i, seen), (j, later) in pairwise(moved):
+        assert j - i >= limits.dwell_decisions
+        assert later - seen >= limits.dwell_samples
+
+
+@settings(deadline=None)
+@given(quantum=quanta, limits=limit_settings, moments=estimates, rung=st.integers(0, 30))
+def test_no_limit_cycle(quantum, limits, moments, rung):
+    """On an estimate that stays the same the batch goes one way, if anywhere."""
+    controller, start = stack(quantum, limits)
+    start = Ladder(quantum=quantum, powers_of_two=limits.powers_of_two).below(min(start << rung, controller.largest))
+    log = walk(controller, start, [moments] * 30)
+    steps = [decision.global_batch_size - before for _, before, _, decision in log]
+    assert all(step >= 0 for step in steps) or all(step <= 0 for step in steps)
+
+
+@settings(deadline=None)
+@given(quantum=quanta, limits=limit_settings, path=paths, data=st.data())
+def test_replay_from_any_saved_state(quantum, limits, path, data):
+    """A run resumed from the JSON of any of its states decides as the uninterrupted one did, reasons included."""
+    controller, start = stack(quantum, limits)
+    log = walk(controller, start, path)
+    cut = data.draw(st.integers(0, len(path) - 1))
+    seen, batch, state, _ = log[cut]
+    restored = controller.restore(json.loads(json.dumps(state_to_json(state))))
+    again = walk(controller, batch, path[cut:], state=restored, seen=seen)
+    assert [decision for *_, decision in again] == [decision for *_, decision in log[cut:]]
+
+
+@given(quantum=quanta, limits=limit_settings, phi=st.floats(1, 1e5))
+def test_shrinks_as_well_as_grows(quantum, limits, phi):
+    """From the smallest batch up and from the largest down the stack comes near the same noise scale."""
+    limits = replace(limits, dwell_samples=0)
+    controller, start = stack(quantum, limits)
+    up = walk(controller, start, [clean(phi)] * 200)[-1][3].global_batch_size
+    down = walk(controller, controller.largest, [clean(phi)] * 200)[-1][3].global_batch_size
+    target = min(max(phi, controller.smallest), controller.largest)
+    # One rung beside the interval (a factor 1.5 at ten per cent of error), or the width of the dead band.
+    slack = 1.5 * max(limits.dead_band or 1, 2)
+    assert target / slack <= up <= down * 1.0001 <= target * slack
+
+
+@pytest.mark.parametrize("present", [7, 24, 100, 10_000])
+def test_a_batch_off_the_ladder_comes_onto_it(present):
+    """From a batch that does not run here (a run resumed on other hardware) the next decision is one that does."""
+    controller = limited(NoiseLaw(), quantum=8, limits=Limits(largest=64, dwell_decisions=10))
+    assert decided(controller, present).global_batch_size in (8, 16, 32, 64)
