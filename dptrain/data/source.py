@@ -1,0 +1,95 @@
+"""Reads the samples of one slot, their randomness tied to (seed, position); when and where it is read is not known here."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from dptrain.data.stream import SampleStream
+from dptrain.data.window import Slot
+
+Sample = Any
+"""What the dataset returns for one index."""
+
+Batch = Any
+"""What `collate` makes of a list of samples."""
+
+
+class SlotSource(Dataset[tuple[int, Batch]]):
+    """The user's dataset, read by slot: (position, collated samples), with randomness tied to the position.
+
+    Seeding three generators for each sample costs more than reading a small sample does (17 µs against 6 µs for a digit
+    of 64 numbers, on one CPU core). Most datasets draw nothing, so a micro-batch is first read from one fixed seed; if
+    afterwards the generators give what they give right after that seed, no sample drew, and each is what its own seed
+    would have made it. Otherwise it is read again sample by sample, each from its own seed, and so is all that follows.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Sample], *, stream: SampleStream, collate: Callable[[list[Sample]], Batch]
+    ) -> None:
+        self._dataset = dataset
+        self._stream = stream
+        self._collate = collate
+        self._draws_random_numbers = False
+
+    def __getitem__(self, slot: Slot) -> tuple[int, Batch]:
+        positions = np.arange(slot.position, slot.position + max(1, slot.num_samples))  # 1: the filler
+        samples = self._read(self._stream.indices(positions).tolist(), first_position=slot.position)
+        # A collate that draws is a function of the whole micro-batch, so of its first position.
+        _seed_generators(_derived_seed(self._stream.seed, slot.position, purpose="collate"))
+        return slot.position, self._collate(samples)
+
+    def _read(self, indices: list[int], *, first_position: int) -> list[Sample]:
+        if not self._draws_random_numbers:
+            untouched = _draws_after_seed(_PROBE_SEED)
+            _seed_generators(_PROBE_SEED)
+            samples = self._read_together(indices)
+            if _draws() == untouched:
+                return samples
+            self._draws_random_numbers = True
+        return [self._read_seeded(index, position) for position, index in enumerate(indices, first_position)]
+
+    def _read_together(self, indices: list[int]) -> list[Sample]:
+        if hasattr(self._dataset, "__getitems__"):
+            return list(self._dataset.__getitems__(indices))
+        return [self._dataset[index] for index in indices]
+
+    def _read_seeded(self, index: int, position: int) -> Sample:
+        _seed_generators(_derived_seed(self._stream.seed, position, purpose="sample"))
+        return self._dataset[index]
+
+
+_PROBE_SEED = 0
+
+
+def _derived_seed(seed: int, position: int, *, purpose: str) -> int:
+    digest = hashlib.blake2b(f"dptrain {purpose} {seed} {position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _seed_generators(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (datasets draw from the global generator, so that one it is)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every device as well: 200 times the cost
+
+
+def _draws() -> tuple[float, float, float]:
+    """The next number of each generator."""
+    return (
+        random.random(),  # noqa: S311 (a probe, no secret)
+        np.random.random_sample(),  # noqa: NPY002 (as above)
+        torch.rand((), dtype=torch.float64, device="cpu").item(),
+    )
+
+
+@functools.cache
+def _draws_after_seed(seed: int) -> tuple[float, float, float]:
+    _seed_generators(seed)
+    return _draws()
