@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -148,3 +149,33 @@ def test_the_licence_is_the_one_that_the_package_declares():
     assert project["license"] == "Apache-2.0"
     assert "Apache License\n                           Version 2.0, January 2004" in text
     assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_the_example_of_a_controller_runs(tmp_path):
+    """The law in docs/extending.md is code that works behind the limits, as the page says."""
+    from dptrain.control import Limits, Measurement, limited
+    from dptrain.noise import noise_scale
+
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    script = tmp_path / "example.py"
+    script.write_text(example, encoding="utf-8")
+    law = runpy.run_path(str(script))["DoubleEvery"](first=16, num_samples=100)
+    controller = limited(law, quantum=16, limits=Limits(largest=64))
+    known = {"global_batch_size": 16, "noise_scale": noise_scale(None)}
+    state, decision = controller.update(controller.init(), Measurement(samples_seen=250, **known))
+    assert law.decide(Measurement(samples_seen=250, **known)).global_batch_size == 64
+    assert decision.global_batch_size == 32  # the largest change of one decision is a doubling
+    assert controller.restore({}) == state
+
+
+def test_every_path_named_in_the_pages_exists():
+    """A page that sends its reader to a file sends them to one that is there."""
+    pages = ["docs/extending.md", "launch/README.md"]
+    named = {
+        path
+        for page in pages
+        for path in re.findall(r"`((?:dptrain|tests|launch|docs)/[\w./]+)`", "\n".join(_lines(page)))
+    }
+    assert "dptrain/control/base.py" in named
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
