@@ -56,7 +56,8 @@ def about_noise_scale(record: RunRecord) -> str:
     """
     known = [row for row in record.train if known_lower(row) is not None]
     if not known:
-        return "The noise scale was not resolved in this run"
+        measured = any("gns/state" in row for row in record.train)
+        return f"The noise scale was not {'resolved' if measured else 'measured'} in this run"
     resolved = [row for row in known if is_resolved(row)]
     first, last = (resolved or known)[0], known[-1]
     if first is last:

@@ -53,6 +53,7 @@ def test_the_first_resolved_value_counts_where_there_is_one():
     record = _record(UNKNOWN, _at_least(3), _resolved(40, 30, 50), UNKNOWN)
     assert findings.about_noise_scale(record) == "The noise scale was 40 (30–50) samples"
     assert findings.about_noise_scale(_record(UNKNOWN)) == "The noise scale was not resolved in this run"
+    assert findings.about_noise_scale(_record({})) == "The noise scale was not measured in this run"
 
 
 def test_only_decisions_that_moved_the_batch_are_moves():

@@ -145,7 +145,7 @@ def test_a_requeued_job_goes_on_with_its_run_folder(stand_ins):
     """The second attempt resumes what the first one left; where that left nothing it begins."""
     _write(stand_ins, "scontrol", SCONTROL)
     _write(stand_ins, "srun", SRUN)
-    for run_dir, end in ((stand_ins, "<--resume=true>"), (stand_ins / "none", f"<{stand_ins / 'none'}>")):
+    for run_dir, end in ((stand_ins, "<--resume>"), (stand_ins / "none", f"<{stand_ins / 'none'}>")):
         environment = _environment(stand_ins, **SLURM, SLURM_RESTART_COUNT="1", RUN_DIR=str(run_dir))
         result = subprocess.run([SBATCH], env=environment, capture_output=True, text=True, check=True)
         assert result.stdout.splitlines()[0].endswith(end)
