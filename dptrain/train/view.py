@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live view on a terminal, one plain line per log step elsewhere; it computes nothing.
+"""What a person sees of a run: a live view on a terminal, one plain line per log step elsewhere; no file is written.
 
 Both views take the rows of `metrics.jsonl` and `decisions.jsonl` (see metrics.py). Text from outside (names, reasons,
 warnings) is shown with its control characters spelled out, and never read as markup. A stream that breaks ends the
@@ -14,6 +14,7 @@ import sys
 import time
 import unicodedata
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console, Group
@@ -115,10 +116,8 @@ class View(ABC):
 
     def _give_up(self) -> None:
         # What the stream still buffers would fail once more when the interpreter ends, and spoil the exit code.
-        with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+        with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 class PlainView(View):
