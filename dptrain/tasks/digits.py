@@ -40,11 +40,11 @@ def digits(*, model: str = "mlp") -> Task:
         eval_data=TensorDataset(pixels[held_out], classes[held_out]),
         loss=_cross_entropy,
         suggestion=Suggestion(
-            learning_rate=2e-3,
+            learning_rate=5e-3,
             global_batch_size=16,
             micro_batch_size=4,
-            max_samples=60_000,
-            eval_every_samples=6_000,
+            max_samples=30_000,
+            eval_every_samples=3_000,
         ),
     )
 

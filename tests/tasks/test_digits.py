@@ -33,17 +33,17 @@ def test_mlp_is_the_one_of_the_literature():
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_models_learn(model):
-    """A few passes at the suggested settings bring the held-out loss below a tenth of a guess's ln 10."""
+    """A few passes at the suggested settings bring the held-out loss from a guess's ln 10 = 2.3 to below 0.3."""
     torch.manual_seed(0)
     task = digits(model=model)
     check_task(task)
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=task.suggestion.learning_rate)
-    for _ in range(8):
+    for _ in range(5):
         for batch in zip(*(t.split(task.suggestion.global_batch_size) for t in task.train_data.tensors), strict=True):
             optimizer.zero_grad()
             task.loss(task.model, batch).backward()
             optimizer.step()
-    assert task.loss(task.model, task.eval_data.tensors).item() < 0.26
+    assert task.loss(task.model, task.eval_data.tensors).item() < 0.3
 
 
 def test_unknown_model_is_refused():
