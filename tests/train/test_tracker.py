@@ -294,8 +294,8 @@ def test_secrets_leave_the_config_and_nothing_else_does(monkeypatch):
 
 
 def test_the_module_does_without_wandb():
-    """Importing the module costs neither wandb nor accelerate."""
-    program = "import sys, dptrain.train.tracker as t; print(sorted({'wandb', 'accelerate'} & {*sys.modules}))"
+    """Importing the module, and the package round it, does not import wandb: 56 MB that only a tracked run pays for."""
+    program = "import sys, dptrain.train.tracker; print([name for name in sys.modules if name.startswith('wandb')])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "[]\n"
 
