@@ -1,4 +1,4 @@
-"""Reads the samples of one slot, their randomness tied to (seed, position); when and where it is read is not known here."""
+"""Reads the samples of one slot, their randomness tied to (seed, position); when and where is decided elsewhere."""
 
 from __future__ import annotations
 

@@ -38,7 +38,11 @@ class SampleStream:
         return position // self.num_samples
 
     def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The dataset index at each absolute position, none of them negative; they may span epochs in any order."""
+        """The dataset index at each absolute position.
+
+        Args:
+            positions: one-dimensional, from 0 on; they may span epochs, in any order.
+        """
         epochs, offsets = np.divmod(positions, self.num_samples)
         if not self.shuffle:
             return offsets

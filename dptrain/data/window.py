@@ -55,10 +55,10 @@ def slots(
     Raises:
         ConfigError: where a size is below 1.
     """
-    assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
     num_micro_steps = accumulation_steps(
         global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, world_size=world_size
     )
+    assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
     size, num_larger = divmod(global_batch_size, num_micro_steps * world_size)
     return tuple(
         Slot(
