@@ -37,8 +37,8 @@ def unbiased_moments(norms: SquaredNorms, *, population: int | None = None) -> M
             None for data without end.
 
     Returns:
-        The estimates, or None where the step says nothing: fewer than two small batches, or a value that is
-        not finite.
+        The estimates, or None where the step says nothing: fewer than two small batches, no samples, or a value
+        that is not finite.
     """
     contrast = norms.inverse_small - norms.inverse_large
     # Rounding leaves a contrast of some 1e-17 where a single batch was seen: it is the count that decides.
@@ -48,6 +48,6 @@ def unbiased_moments(norms: SquaredNorms, *, population: int | None = None) -> M
     grad_sq_norm = norms.large - noise_trace * norms.inverse_large
     if population is not None:
         grad_sq_norm += noise_trace / population
-    if not (math.isfinite(noise_trace) and math.isfinite(grad_sq_norm)):
+    if not (math.isfinite(noise_trace) and math.isfinite(grad_sq_norm) and 0 < norms.num_samples < math.inf):
         return None
     return Moments(noise_trace=noise_trace, grad_sq_norm=grad_sq_norm, num_samples=norms.num_samples)

@@ -9,6 +9,10 @@ from enum import StrEnum
 from dptrain.errors import ConfigError
 from dptrain.noise.smoothing import SmoothedMoments
 
+_ROUNDING = 1e-15
+_LARGEST_T = 1e60
+"""Stands for infinity: a t that nothing passes, whose fourth power is finite."""
+
 
 class Resolution(StrEnum):
     """What the measurement so far allows to be said."""
@@ -25,9 +29,8 @@ class Resolution(StrEnum):
 class NoiseScale:
     """An estimate of the simple noise scale φ = tr(Σ)/|G|², in samples, with what is known of it.
 
-    The interval is Fieller's (1954) for the ratio of two correlated means, by Student's t with the effective
-    number of steps less one as degrees of freedom. It is an interval for the mean over the memory of the
-    smoothing.
+    The interval is Fieller's (1954) for the ratio of two correlated means, by Student's t. It is an interval for
+    the ratio of the means over the memory of the smoothing, see `docs/noise-scale.md`.
 
     Attributes:
         noise_trace: smoothed tr(Σ); signed.
@@ -35,6 +38,7 @@ class NoiseScale:
         var_trace: variance of `noise_trace`.
         var_grad: variance of `grad_sq_norm`.
         cov: covariance of the two.
+        effective_steps: how many steps of equal weight the smoothed ones are worth; 0 before the first.
         degrees_of_freedom: of the variances.
         num_steps: steps measured since the start.
         num_samples: samples measured since the start.
@@ -50,6 +54,7 @@ class NoiseScale:
     var_trace: float
     var_grad: float
     cov: float
+    effective_steps: float
     degrees_of_freedom: float
     num_steps: int
     num_samples: float
@@ -62,18 +67,23 @@ class NoiseScale:
     def contrast(self, phi: float) -> float:
         """Return how sure it is that the noise scale is above `phi`, in standard errors of a normal.
 
-        tests tr(Σ) − phi·|G|² > 0, which needs no resolved ratio: where the batch is far too small, |G|² drowns
+        Tests tr(Σ) − phi·|G|² > 0, which needs no resolved ratio: where the batch is far too small, |G|² drowns
         in noise for long while this linear contrast is known within tens of steps. Positive: above; negative:
         below; 0 where nothing is known.
 
         Args:
-            phi: a noise scale in samples, finite.
+            phi: a noise scale in samples.
         """
-        variance = self.var_trace + phi * phi * self.var_grad - 2 * phi * self.cov
-        difference = self.noise_trace - phi * self.grad_sq_norm
-        if not math.isfinite(variance) or difference == 0:
+        # Divided by the larger of 1 and phi, so that no square overflows.
+        unit = max(abs(phi), 1.0)
+        a, b = 1 / unit, phi / unit
+        difference = a * self.noise_trace - b * self.grad_sq_norm
+        independent = a * a * self.var_trace + b * b * self.var_grad
+        if not math.isfinite(independent) or difference == 0:
             return 0.0
-        if variance <= 0:
+        # Where the two are all but proportional, rounding must not turn a small variance into none.
+        variance = max(independent - 2 * a * b * self.cov, _ROUNDING * independent)
+        if variance == 0:
             return math.copysign(math.inf, difference)
         return _normal_of_t(difference / math.sqrt(variance), self.degrees_of_freedom)
 
@@ -87,20 +97,26 @@ class NoiseScale:
     def steps_until(self, relative_error: float) -> float | None:
         """Estimate how many further steps bring the relative standard error of the ratio to `relative_error`.
 
-        The present relative variance, by first-order propagation, falls as one over the number of steps. None
+        The present relative variance, by first-order propagation, falls as one over the number of steps, which
+        holds for the memory that grows with the run; a fixed half-life stops improving after a few of them. None
         where |G|² or tr(Σ) is not positive yet, so that no ratio exists to speak of.
+
+        Raises:
+            ConfigError: where `relative_error` is not positive.
         """
+        if not relative_error > 0:
+            raise ConfigError(f"relative_error must be positive, such as 0.1, got {relative_error!r}")
         if not (self.noise_trace > 0 and self.grad_sq_norm > 0 and math.isfinite(self.var_trace)):
             return None
         relative_variance = (
-            self.var_trace / self.noise_trace**2
-            + self.var_grad / self.grad_sq_norm**2
-            - 2 * self.cov / (self.noise_trace * self.grad_sq_norm)
+            self.var_trace / self.noise_trace / self.noise_trace
+            + self.var_grad / self.grad_sq_norm / self.grad_sq_norm
+            - 2 * self.cov / self.noise_trace / self.grad_sq_norm
         )
-        return max(0.0, self.num_steps * (relative_variance / relative_error**2 - 1))
+        return max(0.0, self.num_steps * (relative_variance / relative_error / relative_error - 1))
 
     def __str__(self) -> str:
-        level = f"{self.level:.0%}"
+        level = f"{100 * self.level:g}%"
         if self.state is Resolution.RESOLVED:
             return f"{_short(self.value)} ({_short(self.lower)}–{_short(self.upper)}, {level})"
         if self.state is Resolution.AT_LEAST:
@@ -118,32 +134,20 @@ def noise_scale(moments: SmoothedMoments | None, *, level: float = 0.95) -> Nois
     if not 0 < level < 1:
         raise ConfigError(f"level must lie between 0 and 1, such as 0.95, got {level!r}")
     if moments is None:
-        moments = SmoothedMoments(
-            noise_trace=0.0,
-            grad_sq_norm=0.0,
-            var_trace=math.inf,
-            var_grad=math.inf,
-            cov=0.0,
-            effective_steps=0.0,
-            num_steps=0,
-            num_samples=0.0,
-        )
-    fields = {
-        "noise_trace": moments.noise_trace,
-        "grad_sq_norm": moments.grad_sq_norm,
-        "var_trace": moments.var_trace,
-        "var_grad": moments.var_grad,
-        "cov": moments.cov,
-        "degrees_of_freedom": max(moments.effective_steps - 1, 1.0),
-    }
-    scale = _Pair(**fields)
-    lower, upper = _fieller(scale, _t_of_level(level, scale.degrees_of_freedom))
+        moments = _NOTHING
+    lower, upper = _fieller(moments, _t_of_level(level, moments.degrees_of_freedom))
     if math.isfinite(upper):
         state, value = Resolution.RESOLVED, max(moments.noise_trace, 0.0) / moments.grad_sq_norm
     else:
         state, value = (Resolution.AT_LEAST if lower > 0 else Resolution.NOT_RESOLVED), None
     return NoiseScale(
-        **fields,
+        noise_trace=moments.noise_trace,
+        grad_sq_norm=moments.grad_sq_norm,
+        var_trace=moments.var_trace,
+        var_grad=moments.var_grad,
+        cov=moments.cov,
+        effective_steps=moments.effective_steps,
+        degrees_of_freedom=moments.degrees_of_freedom,
         num_steps=moments.num_steps,
         num_samples=moments.num_samples,
         level=level,
@@ -154,59 +158,71 @@ def noise_scale(moments: SmoothedMoments | None, *, level: float = 0.95) -> Nois
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Pair:
-    """The part of a noise scale that Fieller's theorem reads."""
+_NOTHING = SmoothedMoments(
+    noise_trace=0.0,
+    grad_sq_norm=0.0,
+    var_trace=math.inf,
+    var_grad=math.inf,
+    cov=0.0,
+    effective_steps=0.0,
+    degrees_of_freedom=1.0,
+    num_steps=0,
+    num_samples=0.0,
+)
 
-    noise_trace: float
-    grad_sq_norm: float
-    var_trace: float
-    var_grad: float
-    cov: float
-    degrees_of_freedom: float
 
-
-def _fieller(pair: NoiseScale | _Pair, t: float) -> tuple[float, float]:
-    """Solve (S − φG)² ≤ t²·Var(S − φG) for φ ≥ 0.
+def _fieller(pair: NoiseScale | SmoothedMoments, t: float) -> tuple[float, float]:
+    """Return the ends of the set of φ ≥ 0 with (S − φG)² ≤ t²·Var(S − φG), as (lower, upper).
 
     S and G are first moved to zero where chance made them negative: both are squares in truth, and a negative
     |G|² must widen the interval towards infinity, never turn it over.
     """
-    s, g = max(pair.noise_trace, 0.0), max(pair.grad_sq_norm, 0.0)
     if not (math.isfinite(pair.var_trace) and math.isfinite(pair.var_grad)):
         return 0.0, math.inf
-    a = g * g - t * t * pair.var_grad
-    b = s * g - t * t * pair.cov
-    c = s * s - t * t * pair.var_trace
-    root = math.sqrt(max(b * b - a * c, 0.0))
+    s, g = max(pair.noise_trace, 0.0), max(pair.grad_sq_norm, 0.0)
+    # All is of order one in these units, whatever the scale of the gradients.
+    unit_s = max(s, math.sqrt(pair.var_trace)) or 1.0
+    unit_g = max(g, math.sqrt(pair.var_grad)) or 1.0
+    s, g, t = s / unit_s, g / unit_g, min(t, _LARGEST_T)
+    var_s = t * t * (pair.var_trace / unit_s / unit_s)
+    var_g = t * t * (pair.var_grad / unit_g / unit_g)
+    cov = t * t * (pair.cov / unit_s / unit_g)
+    # a·φ² − 2b·φ + c ≤ 0, with the discriminant b² − ac written so that s²g² has cancelled already.
+    a, b, c = g * g - var_g, s * g - cov, s * s - var_s
+    root = math.sqrt(max(s * s * var_g + g * g * var_s - 2 * s * g * cov - (var_s * var_g - cov * cov), 0.0))
     if a > 0:
-        # The larger root in its stable form; the smaller one through the product of the roots, c/a.
-        upper = (b + root) / a if b >= 0 else c / (b - root) if b != root else 0.0
-        lower = c / (b + root) if b + root > 0 else (b - root) / a
-        return max(lower, 0.0), max(upper, 0.0)
-    if c > 0:
+        # One root in its stable form; the other through the product of the roots, c/a.
+        upper = (b + root) / a if b >= 0 else c / (b - root)
+        lower = c / (b + root) if b + root > 0 else 0.0
+    elif c > 0:
         # |G|² is not told from zero but tr(Σ) is: the set is open above, and 0 is not in it.
-        denominator = b + root
-        return (c / denominator if denominator > 0 else math.inf), math.inf
-    return 0.0, math.inf
+        lower, upper = (c / (b + root) if b + root > 0 else math.inf), math.inf
+    else:
+        lower, upper = 0.0, math.inf
+    lower, upper = max(lower, 0.0) * unit_s / unit_g, max(upper, 0.0) * unit_s / unit_g
+    if a > 0:
+        # Rounding must not put the ratio itself outside.
+        ratio = max(pair.noise_trace, 0.0) / pair.grad_sq_norm
+        lower, upper = min(lower, ratio), max(upper, ratio)
+    return lower, upper
 
 
 def _t_of_level(level: float, degrees_of_freedom: float) -> float:
     from scipy.special import stdtrit
 
-    return float(stdtrit(degrees_of_freedom, 0.5 + level / 2))
+    # Here and below the lower tail, which keeps its digits where the upper one rounds to 1.
+    return abs(float(stdtrit(degrees_of_freedom, (1 - level) / 2)))
 
 
 def _t_of_normal(z: float, degrees_of_freedom: float) -> float:
     from scipy.special import ndtr, stdtrit
 
-    return float(stdtrit(degrees_of_freedom, float(ndtr(z))))
+    return abs(float(stdtrit(degrees_of_freedom, float(ndtr(-z)))))
 
 
 def _normal_of_t(t: float, degrees_of_freedom: float) -> float:
     from scipy.special import ndtri, stdtr
 
-    # The lower tail keeps its digits where the upper one rounds to 1.
     return math.copysign(float(-ndtri(stdtr(degrees_of_freedom, -abs(t)))), t)
 
 
@@ -214,7 +230,7 @@ def _short(value: float | None) -> str:
     """Write a count with two to three digits and a letter for thousands and millions."""
     if value is None or not math.isfinite(value):
         return "∞"
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * limit:
             return f"{value / limit:.3g}{unit}"
     return f"{value:.3g}"

@@ -9,13 +9,18 @@ from dataclasses import asdict, dataclass, fields
 from dptrain.errors import ConfigError
 from dptrain.noise.moments import Moments
 
+# Beyond these a square in the sums would overflow, or lose its digits and feign certainty.
+_LARGEST_PAIR = 1e100
+_LARGEST_BATCH = 1e20
+
 
 @dataclass(frozen=True, kw_only=True)
 class MomentSums:
     """All that is remembered of the past: plain sums, so that JSON carries them bit for bit.
 
-    Step t has the pair x_t = (tr(Σ), |G|²) and the weight ω_t: its samples, decayed since. Names: `trace` and
-    `grad` are the two halves of the pair, `square` sums carry ω², `lag` sums carry ω_t·ω_(t−1).
+    Step t has the pair x_t = (tr(Σ), |G|²) and the weight ω_t: its samples, decayed since. `trace` and `grad` are
+    Σ ω x of the two halves. The `change` sums run over the changes x_t − x_(t−1) of neighbouring steps, with the
+    weights ω_t², and so start at the second step.
     """
 
     steps: int = 0
@@ -24,19 +29,15 @@ class MomentSums:
     trace: float = 0.0
     grad: float = 0.0
     square_weight: float = 0.0
-    square_trace: float = 0.0
-    square_grad: float = 0.0
-    square_trace_trace: float = 0.0
-    square_grad_grad: float = 0.0
-    square_trace_grad: float = 0.0
-    lag_weight: float = 0.0
-    lag_trace: float = 0.0
-    lag_grad: float = 0.0
-    lag_trace_trace: float = 0.0
-    lag_grad_grad: float = 0.0
-    last_weight: float = 0.0
+    change_weight: float = 0.0
+    change_trace_trace: float = 0.0
+    change_grad_grad: float = 0.0
+    change_trace_grad: float = 0.0
+    change_square_weight: float = 0.0
+    change_lag_weight: float = 0.0
     last_trace: float = 0.0
     last_grad: float = 0.0
+    last_change_weight: float = 0.0
 
     def to_json(self) -> dict[str, float]:
         """Return the record as a flat mapping; Python writes each float so that it reads back the same."""
@@ -52,7 +53,8 @@ class MomentSums:
         names = {field.name for field in fields(cls)}
         if names != set(record):
             raise ConfigError(f"not a noise state: names differ by {sorted(names ^ set(record))}")
-        return cls(**{**record, "steps": int(record["steps"])})  # type: ignore[arg-type]
+        values = {name: float(value) for name, value in record.items() if name != "steps"}
+        return cls(steps=int(record["steps"]), **values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +64,11 @@ class SmoothedMoments:
     Attributes:
         noise_trace: mean tr(Σ).
         grad_sq_norm: mean |G|².
-        var_trace: variance of `noise_trace`.
+        var_trace: variance of `noise_trace`; infinite after a single step, as are its kin.
         var_grad: variance of `grad_sq_norm`.
         cov: covariance of the two.
-        effective_steps: number of independent steps that carry as much information as the decayed, correlated
-            ones; below 2 the variances are infinite.
+        effective_steps: how many steps of equal weight the decayed ones are worth.
+        degrees_of_freedom: of the variances, at least 1.
         num_steps: steps measured since the start.
         num_samples: samples measured since the start.
     """
@@ -77,6 +79,7 @@ class SmoothedMoments:
     var_grad: float
     cov: float
     effective_steps: float
+    degrees_of_freedom: float
     num_steps: int
     num_samples: float
 
@@ -115,90 +118,79 @@ class Smoothing:
         return math.pow(sums.samples / (sums.samples + num_samples), math.log(2) / self.memory)
 
     def update(self, sums: MomentSums, moments: Moments) -> MomentSums:
-        """Fade the past by this step's samples and add its pair with its samples as weight."""
+        """Fade the past by this step's samples and add its pair with its samples as weight.
+
+        A pair whose squares a float cannot hold (not finite, beyond 1e±100) is refused: the sums come back as
+        they were.
+        """
+        if not _fits(moments):
+            return sums
         x, y, w = moments.noise_trace, moments.grad_sq_norm, moments.num_samples
-        keep = self._keep(sums, w)
-        keep_square = keep * keep
+        dx, dy = x - sums.last_trace, y - sums.last_grad
         square = w * w
-        lag = w * keep * sums.last_weight
+        change = square if sums.steps else 0.0
+        keep = self._keep(sums, w)
+        keep_2 = keep * keep
+        keep_4 = keep_2 * keep_2
         return MomentSums(
             steps=sums.steps + 1,
             samples=sums.samples + w,
             weight=keep * sums.weight + w,
             trace=keep * sums.trace + w * x,
             grad=keep * sums.grad + w * y,
-            square_weight=keep_square * sums.square_weight + square,
-            square_trace=keep_square * sums.square_trace + square * x,
-            square_grad=keep_square * sums.square_grad + square * y,
-            square_trace_trace=keep_square * sums.square_trace_trace + square * x * x,
-            square_grad_grad=keep_square * sums.square_grad_grad + square * y * y,
-            square_trace_grad=keep_square * sums.square_trace_grad + square * x * y,
-            lag_weight=keep_square * sums.lag_weight + lag,
-            lag_trace=keep_square * sums.lag_trace + lag * (x + sums.last_trace),
-            lag_grad=keep_square * sums.lag_grad + lag * (y + sums.last_grad),
-            lag_trace_trace=keep_square * sums.lag_trace_trace + lag * x * sums.last_trace,
-            lag_grad_grad=keep_square * sums.lag_grad_grad + lag * y * sums.last_grad,
-            last_weight=w,
+            square_weight=keep_2 * sums.square_weight + square,
+            change_weight=keep_2 * sums.change_weight + change,
+            change_trace_trace=keep_2 * sums.change_trace_trace + change * dx * dx,
+            change_grad_grad=keep_2 * sums.change_grad_grad + change * dy * dy,
+            change_trace_grad=keep_2 * sums.change_trace_grad + change * dx * dy,
+            change_square_weight=keep_4 * sums.change_square_weight + change * change,
+            change_lag_weight=keep_4 * sums.change_lag_weight + keep_2 * sums.last_change_weight * change,
             last_trace=x,
             last_grad=y,
+            last_change_weight=change,
         )
+
+
+def _fits(moments: Moments) -> bool:
+    x, y, w = moments.noise_trace, moments.grad_sq_norm, moments.num_samples
+    if not (math.isfinite(x) and math.isfinite(y)):
+        return False
+    size = max(abs(x), abs(y))
+    return (size == 0 or 1 / _LARGEST_PAIR < size < _LARGEST_PAIR) and 1 / _LARGEST_BATCH < w < _LARGEST_BATCH
 
 
 def smoothed(sums: MomentSums) -> SmoothedMoments | None:
     """Return the de-biased means with the covariance of their error; None before the first step.
 
-    The covariance is the empirical one, Σ ω²(x − x̄)(x − x̄)ᵀ / (Σω)², which needs no model of the noise and stays
-    right when the batch, and with it the variance of a step, changes on the way. Steps that follow each other are
-    correlated where the gradient drifts slowly; the correlation ρ of neighbours is measured, and where it is
-    larger than chance would give it the variance is multiplied by (1 + ρ)/(1 − ρ), the long-run factor of a
-    first-order autoregression. That the drift within the memory also widens the spread is left in: the interval
-    is one for the mean over the memory, and says so by being wider where that mean is a poor summary.
+    The error is that against the same mean of the true |G|² and tr(Σ) along the way. Each step draws its own
+    samples, so given the parameters its error is independent of all before, and the covariance of the mean is
+    Σ ω² Cov(x_t) / (Σ ω)². Here Cov(x_t) is half the mean square change from step to step (von Neumann 1941). That
+    needs no model of the noise, stays right when the batch, and with it the variance of a step, changes on the
+    way, and is blind to the slow drift of the truth: the spread about the mean would count the drift as noise, and
+    a measured correlation of neighbours, which drift causes, would widen the interval several times.
+
+    Not covered is data whose neighbouring batches resemble each other, such as a stream read unshuffled: there
+    the error itself is correlated, and the interval too narrow.
     """
-    if sums.steps == 0 or sums.weight <= 0:
+    if sums.steps == 0:
         return None
-    x, y = sums.trace / sums.weight, sums.grad / sums.weight
-    kish = sums.weight**2 / sums.square_weight
-    effective = kish / _correlation_factor(sums, x, y, kish)
-    if effective > 1 and kish > 1:
-        # kish/(kish − 1) undoes the loss of one degree of freedom to the mean.
-        scale = kish / (kish - 1) * (kish / effective) / sums.weight**2
-        var_trace, var_grad, cov = (scale * spread for spread in _spreads(sums, x, y))
-        bound = math.sqrt(var_trace * var_grad)
-        cov = min(max(cov, -bound), bound)
-    else:
-        var_trace, var_grad, cov = math.inf, math.inf, 0.0
+    var_trace, var_grad, cov, degrees_of_freedom = math.inf, math.inf, 0.0, 1.0
+    if sums.change_weight > 0:
+        share = sums.square_weight / sums.weight / sums.weight
+        var_trace, var_grad, cov = (
+            share * change / (2 * sums.change_weight)
+            for change in (sums.change_trace_trace, sums.change_grad_grad, sums.change_trace_grad)
+        )
+        # Satterthwaite's number for normal errors: two neighbouring changes share a step, whence the lag.
+        degrees_of_freedom = 2 * sums.change_weight**2 / (2 * sums.change_square_weight + sums.change_lag_weight)
     return SmoothedMoments(
-        noise_trace=x,
-        grad_sq_norm=y,
+        noise_trace=sums.trace / sums.weight,
+        grad_sq_norm=sums.grad / sums.weight,
         var_trace=var_trace,
         var_grad=var_grad,
         cov=cov,
-        effective_steps=effective,
+        effective_steps=sums.weight * (sums.weight / sums.square_weight),
+        degrees_of_freedom=max(degrees_of_freedom, 1.0),
         num_steps=sums.steps,
         num_samples=sums.samples,
     )
-
-
-def _spreads(sums: MomentSums, x: float, y: float) -> tuple[float, float, float]:
-    """Return Σ ω²(x_t − x)², Σ ω²(y_t − y)² and Σ ω²(x_t − x)(y_t − y)."""
-    w = sums.square_weight
-    trace = sums.square_trace_trace - 2 * x * sums.square_trace + x * x * w
-    grad = sums.square_grad_grad - 2 * y * sums.square_grad + y * y * w
-    both = sums.square_trace_grad - x * sums.square_grad - y * sums.square_trace + x * y * w
-    return max(trace, 0.0), max(grad, 0.0), both
-
-
-def _correlation_factor(sums: MomentSums, x: float, y: float, kish: float) -> float:
-    """Return how many correlated steps count as one independent step; at least 1."""
-    trace_spread, grad_spread, _ = _spreads(sums, x, y)
-    lag_trace = sums.lag_trace_trace - x * sums.lag_trace + x * x * sums.lag_weight
-    lag_grad = sums.lag_grad_grad - y * sums.lag_grad + y * y * sums.lag_weight
-    rho = max(
-        lag_trace / trace_spread if trace_spread > 0 else 0.0,
-        lag_grad / grad_spread if grad_spread > 0 else 0.0,
-    )
-    # Under independence ρ scatters by 1/√steps: twice that is the bar, so that white noise costs nothing.
-    if not rho > 2 / math.sqrt(max(kish, 1.0)):
-        return 1.0
-    rho = min(rho, 0.95)
-    return (1 + rho) / (1 - rho)

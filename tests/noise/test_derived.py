@@ -1,0 +1,101 @@
+"""Proves the closed forms of the noise scale against each other, against their limits and against simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dptrain.noise.derived import (
+    efficiency,
+    gain,
+    gradient_diversity,
+    half_batch_cosine,
+    learning_rate_share,
+    norm_test_batch,
+)
+
+PHI = st.floats(0, 1e9)
+BATCH = st.floats(1, 1e7)
+
+
+@given(phi=PHI, batch=BATCH, scale=st.floats(1, 1e3))
+@settings(deadline=None)
+def test_adascale_pollux_and_mccandlish_agree(phi, batch, scale):
+    """AdaScale's gain = scale × Pollux's efficiency = the ratio of the two best learning rates, from 1 to the scale."""
+    larger = scale * batch
+    r = gain(phi, batch=larger, reference_batch=batch)
+    adascale = (phi / batch + 1) / (phi / batch / scale + 1)
+    rates = learning_rate_share(phi, batch=larger) / learning_rate_share(phi, batch=batch)
+    assert r == pytest.approx(adascale)
+    assert r == pytest.approx(rates)
+    assert 1 - 1e-12 <= r <= scale * (1 + 1e-12)
+
+
+def test_the_published_form_of_the_gain():
+    """φ = 300, B0 = 32, s = 8 gives 4.776978."""
+    assert gain(300, batch=256, reference_batch=32) == pytest.approx(4.776978, abs=1e-6)
+
+
+def test_the_best_learning_rate_of_a_quadratic():
+    """Shifted quadratic at B = 7: 1/(1 + φ/B) of the noiseless best rate is 0.2412266, and it is the best rate."""
+    h, c, delta = np.array([4, 1, 0.5, 0.1]), np.array([1, 2, 3, 4]), np.array([1, -1, 2, 3])
+    g = h * delta
+    rate_max = (g @ g) / (g @ (h * g))
+    with_curvature = (h * h * c * h).sum() / (g @ (h * g))
+    best = rate_max * learning_rate_share(with_curvature, batch=7)
+    assert best == pytest.approx(0.2412266, abs=1e-7)
+
+    def decrease(rate):
+        return rate * (g @ g) - rate**2 / 2 * (g @ (h * g) + (h * h * c * h).sum() / 7)
+
+    assert decrease(best) == pytest.approx(2.1818951, abs=1e-7)
+    assert decrease(2 * best) == pytest.approx(0, abs=1e-12)
+    assert decrease(best) > max(decrease(0.99 * best), decrease(1.01 * best))
+
+
+@given(phi=PHI, batch=BATCH, factor=st.floats(1, 100))
+@settings(deadline=None)
+def test_a_larger_batch_buys_less_per_sample_and_more_per_step(phi, batch, factor):
+    """Efficiency never rises with the batch; the share of the best step never falls, nor does the cosine."""
+    larger = factor * batch
+    assert efficiency(phi, batch=larger, reference_batch=batch) <= 1
+    assert learning_rate_share(phi, batch=larger) >= learning_rate_share(phi, batch=batch)
+    assert half_batch_cosine(phi, batch=larger) >= half_batch_cosine(phi, batch=batch)
+
+
+def test_the_limits():
+    """No noise: every step is a full step. Noise alone: every sample counts the same. Infinity is allowed."""
+    assert learning_rate_share(0, batch=8) == half_batch_cosine(0, batch=8) == 1
+    assert gain(0, batch=64, reference_batch=8) == 1
+    assert learning_rate_share(math.inf, batch=8) == half_batch_cosine(math.inf, batch=8) == 0
+    assert efficiency(math.inf, batch=64, reference_batch=8) == 1
+    assert gain(math.inf, batch=64, reference_batch=8) == 8
+    assert norm_test_batch(math.inf, tolerance=0.5) == gradient_diversity(math.inf, batch=8) == math.inf
+
+
+def test_half_batches_of_a_wide_problem_point_as_predicted():
+    """In 4,000 dimensions the cosine between two half-batch gradients is 1/(1 + 2φ/B) to 3 %."""
+    rng, d, phi, batch = np.random.default_rng(11), 4000, 50.0, 32
+    G, spread = np.full(d, 1 / math.sqrt(d)), math.sqrt(phi / d / (batch / 2))
+    halves = G + spread * rng.standard_normal((2, 200, d))
+    norms = np.linalg.norm(halves, axis=2)
+    cosines = (halves[0] * halves[1]).sum(axis=1) / norms[0] / norms[1]
+    assert cosines.mean() == pytest.approx(half_batch_cosine(phi, batch=batch), rel=0.03)
+
+
+def test_the_norm_test_holds_from_its_batch_on():
+    """At B = φ/η² the noise tr(Σ)/B is η² of |G|²."""
+    batch = norm_test_batch(90.0, tolerance=0.3)
+    assert 90.0 / batch == pytest.approx(0.3**2)
+
+
+def test_gradient_diversity_of_a_data_set():
+    """Σ‖g_i‖² / ‖Σ g_i‖² of n gradients is (1 + φ)/n, with their own |G|² and tr(Σ)."""
+    g = np.random.default_rng(2).standard_normal((30, 5)) + 1
+    phi = g.var(axis=0).sum() / (g.mean(axis=0) ** 2).sum()
+    direct = (g**2).sum() / (g.sum(axis=0) ** 2).sum()
+    assert gradient_diversity(phi, batch=30) == pytest.approx(direct)
