@@ -41,11 +41,10 @@ def loss_unit(record: RunRecord) -> str:
 
 def about_batch(record: RunRecord) -> str:
     """Say how often the global batch moved, and from where to where."""
-    sizes = column(record.train, "batch/global")
-    first, last = (f"{size:,.0f}" for size in (sizes[0], sizes[-1]))
+    first, last = (f"{size:,.0f}" for size in _first_and_last_batch(record))
     count = len(record.batch_changes)
     if not count:
-        return f"The global batch stayed at {last} samples" if first == last else f"The batch: {first} to {last}"
+        return f"The global batch stayed at {first} samples"
     return f"The batch moved {_times(count)}, from {first} to {last} samples"
 
 
@@ -86,12 +85,13 @@ def about_throughput(record: RunRecord) -> str:
     timed = np.isfinite(speeds)
     if not timed.any():
         return "No throughput was logged"
-    at_first, at_last = (speeds[timed & (sizes == size)] for size in (sizes[0], sizes[-1]))
-    if sizes[0] == sizes[-1] or min(len(at_first), len(at_last)) < _MIN_ROWS_PER_MEDIAN:
+    first, last = _first_and_last_batch(record)
+    at_first, at_last = (speeds[timed & (sizes == size)] for size in (first, last))
+    if first == last or min(len(at_first), len(at_last)) < _MIN_ROWS_PER_MEDIAN:
         return f"The run did {_short(np.median(speeds[timed]))} samples/s (median)"
     return (
-        f"A batch of {sizes[0]:,.0f} ran at {_short(np.median(at_first))} samples/s, "
-        f"a batch of {sizes[-1]:,.0f} at {_short(np.median(at_last))} (medians)"
+        f"A batch of {first:,.0f} ran at {_short(np.median(at_first))} samples/s, "
+        f"a batch of {last:,.0f} at {_short(np.median(at_last))} (medians)"
     )
 
 
@@ -177,9 +177,19 @@ def _dropped(record: RunRecord) -> str:
     return f"; {_count(dropped, 'step')} dropped" if dropped else ""
 
 
+def _first_and_last_batch(record: RunRecord) -> tuple[float, float]:
+    """Return the batches that were decided on: the last step of a run is often cut short by its end."""
+    if moves := record.batch_changes:
+        return moves[0]["batch/before"], moves[-1]["batch/after"]
+    return (record.train[0]["batch/global"],) * 2
+
+
 def _num_replicas(record: RunRecord) -> int:
-    row = record.train[-1]
-    return int(row["batch/global"] // (row["batch/micro"] * row["batch/accumulation"]))
+    """Return the world size; before the end of a run it follows from the layout of its first step."""
+    row = record.train[0]
+    return int(
+        record.summary.get("world_size") or row["batch/global"] // (row["batch/micro"] * row["batch/accumulation"])
+    )
 
 
 def _range(values: Sequence[float] | NDArray[np.float64]) -> str:

@@ -113,16 +113,13 @@ def column(rows: Sequence[Row], key: str) -> NDArray[np.float64]:
 def smooth(samples: NDArray[np.float64], values: NDArray[np.float64], *, window: float) -> NDArray[np.float64]:
     """Average `values` over the `window` samples round each point, so that the line does not lag behind.
 
-    The window counts samples, not rows: a change of batch does not change what the line shows. NaN takes no
-    part; where a window holds nothing else, the average is NaN.
+    The window counts samples, not rows: a change of batch does not change what the line shows.
 
     Args:
         samples: (rows,) positions in samples, ascending.
-        values: (rows,) one value per position.
+        values: (rows,) one finite value per position.
         window: full width, in samples.
     """
     begins = np.searchsorted(samples, samples - window / 2, side="left")
     ends = np.searchsorted(samples, samples + window / 2, side="right")
-    parts = (values[begin:end] for begin, end in zip(begins, ends, strict=True))
-    finite = (part[np.isfinite(part)] for part in parts)
-    return np.array([part.mean() if len(part) else np.nan for part in finite])
+    return np.array([values[begin:end].mean() for begin, end in zip(begins, ends, strict=True)])

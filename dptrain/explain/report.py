@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-BLUE, VERMILLION, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#9B5F8A", "#56B4E9", "#8A8A8A"
+BLUE, VERMILLION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#9B5F8A", "#8A8A8A"
 """Colours that stay apart for the colour-blind (Okabe and Ito 2008; the purple darkened to read on white)."""
 
 SMOOTHING_SHARE = 0.02
@@ -82,10 +82,7 @@ def _figure(record: RunRecord) -> Figure:
 
 
 def _loss(axes: Axes, record: RunRecord) -> None:
-    samples, loss = column(record.train, SAMPLES), column(record.train, "train/loss")
-    smoothed = smooth(samples, loss, window=_window(record))
-    axes.plot(samples, loss, _dots(record), color=BLUE, alpha=0.3, linewidth=0.7, label="training")
-    axes.plot(samples, smoothed, color=BLUE, linewidth=1.6, label="training, smoothed")
+    smoothed = _raw_and_smoothed(axes, record, "train/loss")
     if record.evals:
         held_out = column(record.evals, SAMPLES), column(record.evals, "eval/loss")
         axes.plot(*held_out, color=VERMILLION, marker="o", markersize=4, linewidth=1, label="held out")
@@ -94,6 +91,19 @@ def _loss(axes: Axes, record: RunRecord) -> None:
     axes.set_ylabel(" ".join(["loss", *([f"({unit})"] if (unit := findings.loss_unit(record)) else [])]))
     axes.set_title(findings.about_loss(record, smoothed=smoothed))
     axes.legend(loc="upper right", ncols=4)
+
+
+def _raw_and_smoothed(axes: Axes, record: RunRecord, key: str) -> NDArray[np.float64]:
+    """Draw a figure of the training rows faint as it was and bold as smoothed; return the smoothed values.
+
+    A row without the figure is a gap in the one, and takes no part in the other.
+    """
+    samples, values = column(record.train, SAMPLES), column(record.train, key)
+    finite = np.isfinite(values)
+    smoothed = smooth(samples[finite], values[finite], window=_window(record))
+    axes.plot(samples, values, _dots(record), color=BLUE, alpha=0.3, linewidth=0.7, label="training")
+    axes.plot(samples[finite], smoothed, color=BLUE, linewidth=1.6, label="training, smoothed")
+    return smoothed
 
 
 def _mark_dropped(axes: Axes, record: RunRecord) -> None:
@@ -121,7 +131,7 @@ def _batch(axes: Axes, record: RunRecord) -> None:
     sizes = column(record.train, "batch/global")
     _step_line(axes, record, linewidth=1.6)
     moves = record.batch_changes
-    for marker, sign, label in (("^", 1, "raised by a decision"), ("v", -1, "lowered by a decision")):
+    for marker, sign, label in (("^", 1, "raised"), ("v", -1, "lowered")):
         chosen = [row for row in moves if sign * (row["batch/after"] - row["batch/before"]) > 0]
         if chosen:
             where = column(chosen, SAMPLES), column(chosen, "batch/after")
@@ -221,10 +231,8 @@ def _learning_rate(axes: Axes, record: RunRecord) -> None:
 
 
 def _throughput(axes: Axes, record: RunRecord) -> None:
-    samples, speed = column(record.train, SAMPLES), column(record.train, "throughput/samples_per_sec")
-    axes.plot(samples, speed, _dots(record), color=SKY, alpha=0.4, linewidth=0.7)
-    axes.plot(samples, smooth(samples, speed, window=_window(record)), color=BLUE, linewidth=1.6)
-    axes.set_ylim(bottom=0, top=_headroom(speed))
+    _raw_and_smoothed(axes, record, "throughput/samples_per_sec")
+    axes.set_ylim(bottom=0, top=_headroom(column(record.train, "throughput/samples_per_sec")))
     axes.set_ylabel("samples/s")
     axes.set_title(findings.about_throughput(record))
 

@@ -65,6 +65,14 @@ def test_only_decisions_that_moved_the_batch_are_moves():
     assert findings.about_batch(_record({}, {}, decisions=[stay])) == "The global batch stayed at 16 samples"
 
 
+def test_a_last_step_that_the_end_cut_short_is_no_move():
+    """The batch that was decided on counts, not what was left of the samples for the last step."""
+    move = {"progress/samples": 32, "batch/before": 16, "batch/after": 32}
+    record = _record({}, {"batch/global": 32}, {"batch/global": 10, "batch/micro": 4}, decisions=[move])
+    assert findings.about_batch(record).endswith("from 16 to 32 samples")
+    assert findings.about_geometry(record).endswith("× 2 replicas")
+
+
 def test_a_loss_without_bits_per_byte_has_no_unit_of_ours():
     """A task's loss may be anything; its other figures are named as the task named them."""
     evals = [{"eval/loss": 4.0, "eval/perplexity": 54.6}, {"eval/loss": 4.5, "eval/perplexity": 90.0}]

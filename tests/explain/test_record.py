@@ -36,9 +36,3 @@ def test_smoothing_counts_samples_and_does_not_lag():
     assert (line == 1.0).all()
     even = np.arange(200.0)
     np.testing.assert_allclose(smooth(even, 3 * even, window=20.0)[20:-20], 3 * even[20:-20])
-
-
-def test_a_gap_takes_no_part():
-    """A dropped step neither pulls the average nor ends it; a window of nothing else stays empty."""
-    line = smooth(np.array([0.0, 1.0, 2.0, 100.0]), np.array([1.0, np.nan, 3.0, np.nan]), window=4.0)
-    np.testing.assert_array_equal(line, [2.0, 2.0, 2.0, np.nan])

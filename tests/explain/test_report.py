@@ -201,8 +201,7 @@ def test_an_open_bound_never_shows_a_number_as_an_estimate(run_folder):
     assert title == "The noise scale went from at least 10 to at least 240 samples"
 
 
-@pytest.mark.parametrize("num_steps", [1, 3])
-@pytest.mark.parametrize("noise", ["resolves", "bound only", "never"])
+@pytest.mark.parametrize(("num_steps", "noise"), [(1, "resolves"), (1, "bound only"), (2, "never"), (3, "resolves")])
 def test_a_run_of_a_few_rows_is_drawn(run_folder, num_steps, noise):
     """Few rows, no evaluation and no end are no reason to fail."""
     folder = run_folder(num_steps=num_steps, noise=noise, batches=(32,), eval_every=0, finished=False)
@@ -246,6 +245,14 @@ def test_dropped_steps_are_counted_and_marked(run_folder):
     (marks,) = (line for line in axes.get_lines() if line.get_label() == "step dropped")
     assert axes.get_title(loc="left").endswith("; 2 steps dropped")
     assert list(marks.get_xdata()) == [record.train[index]["progress/samples"] for index in (50, 120)]
+
+
+def test_a_row_without_throughput_does_not_break_the_smoothed_line(run_folder):
+    """A step that was not timed is a gap in the raw curve alone."""
+    folder = run_folder(edit=lambda rows: [row.update({"throughput/samples_per_sec": None}) for row in rows[::7]])
+    raw, smoothed = _figure(read_run(folder)).axes[4].get_lines()
+    assert np.isnan(raw.get_ydata()).any()
+    assert np.isfinite(smoothed.get_ydata()).all()
 
 
 def test_a_run_without_a_single_finite_loss_is_drawn(run_folder):
