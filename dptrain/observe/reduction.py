@@ -18,26 +18,17 @@ class PendingSum:
     """
 
     def __init__(self, vector: Tensor, *, group: dist.ProcessGroup | None = None) -> None:
-        self._vector: Tensor | None = vector
-        self._values: list[float] = []
+        self._vector = vector
         self._work = (
             dist.all_reduce(vector, group=group, async_op=True)
             if dist.is_available() and dist.is_initialized()
             else None
         )
 
-    @classmethod
-    def arrived(cls, values: list[float]) -> PendingSum:
-        """Return one that was read before, such as by the process that wrote a checkpoint."""
-        pending = cls.__new__(cls)
-        pending._vector, pending._values, pending._work = None, list(values), None
-        return pending
-
     def read(self) -> list[float]:
         """Wait and return the sum (synchronises the device the first time)."""
         if self._work is not None:
             self._work.wait()
             self._work = None
-        if self._vector is not None:
-            self._values, self._vector = self._vector.tolist(), None
-        return self._values
+        values: list[float] = self._vector.tolist()
+        return values

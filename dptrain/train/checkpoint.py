@@ -156,7 +156,7 @@ def save_checkpoint(
             needed = len(encoded) + sum(t.nbytes for group in tensors.values() for t in group.values())
             raise CheckpointError(
                 f"checkpoint {final} could not be written: {error}; it needs {needed} bytes and {_free_bytes(folder)} "
-                f"are free there; earlier checkpoints are untouched, so make room and save again"
+                f"are free there; earlier checkpoints are untouched: make room, or make the folder writable"
             ) from error
         try:
             _verdicts[final] = (_fingerprint(final), None)

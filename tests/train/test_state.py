@@ -143,6 +143,23 @@ def test_restored_state_has_dtype_and_strides_of_the_live_one(tmp_path):
     assert type(its_optimizer.param_groups[0]["betas"]) is tuple
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_the_step_counter_stays_on_the_host_unless_the_kernel_increments_it(capturable):
+    """Moments go where their parameter is; the counter does so only for fused and capturable steps."""
+    model, optimizer = build("adamw", seed=0)
+    train(model, optimizer, steps=range(1))
+    for group in optimizer.param_groups:
+        group["capturable"] = capturable
+    tensors, state = pack_optimizer(optimizer, names=names_of(model))
+    elsewhere = Model().to("meta")
+    split = [p for p in elsewhere.parameters() if p.ndim != 1], [p for p in elsewhere.parameters() if p.ndim == 1]
+    its_optimizer = torch.optim.AdamW([{"params": split[0]}, {"params": split[1]}])
+    unpack_optimizer(its_optimizer, names=names_of(elsewhere), tensors=tensors, state=state)
+    restored = its_optimizer.state[elsewhere.embed.weight]
+    assert restored["exp_avg"].device.type == "meta"
+    assert restored["step"].device.type == ("meta" if capturable else "cpu")
+
+
 def test_options_come_from_the_checkpoint_and_unknown_ones_stay():
     """The learning rate is restored; what a newer torch added keeps its default."""
     model, optimizer = build("sgd", seed=0)

@@ -1,0 +1,164 @@
+"""`dptrain train`: settings from file and command line, then this process as a replica or as their launcher."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from dptrain.cli.replicas import default_replicas, is_replica, start_replicas
+from dptrain.errors import ConfigError
+from dptrain.train.config import TrainConfig
+from dptrain.train.preemption import EXIT_RESUMABLE
+from dptrain.train.run_folder import default_run_dir, write_config
+
+_DESCRIPTION = """Train a task on all replicas, measure the gradient noise scale on the way, and adapt the batch to it.
+Settings come from --config, then from the command line, the later one wins; --print_config shows them."""
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Parse, then train: as a replica where a launcher started this process, else by starting the replicas."""
+    config, options = parse(arguments)
+    if is_replica():
+        if options.replicas is not None:
+            raise ConfigError("--replicas has no meaning under a launcher, which has started the replicas already")
+        return _train_here(config, resume=options.resume)
+    if options.replicas is None:
+        options.replicas = default_replicas(cpu=config.device == "cpu")
+    config = replace(config, run_dir=config.run_dir or default_run_dir(config.task))
+    with tempfile.TemporaryDirectory(prefix="dptrain-") as folder:
+        path = Path(folder) / "config.yaml"
+        write_config(path, config)
+        resume = ["--resume"] if options.resume else []
+        return start_replicas(["train", "--config", str(path), *resume], num_replicas=options.replicas)
+
+
+def parse(arguments: Sequence[str]) -> tuple[TrainConfig, Namespace]:
+    """Return the settings, and the options that are of this call alone (`replicas`, `resume`).
+
+    Raises:
+        ConfigError: in one sentence, with the nearest name for a misspelt one.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="dptrain train", description=_DESCRIPTION, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with settings; a run folder's config.yaml is one.")
+    parser.add_argument("--replicas", type=int | None, help="Replicas to start. Default: one per GPU, else 2 on CPU.")
+    parser.add_argument(
+        "--resume", action="store_true", help="Go on from the newest checkpoint in run_dir, with the run's settings."
+    )
+    parser.add_class_arguments(TrainConfig)
+    arguments = _with_saved_settings(list(arguments))
+    try:
+        parsed = parser.parse_args(arguments)
+        settings = (parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes)(parsed)
+    except (ArgumentError, OSError, UnicodeError) as error:
+        raise ConfigError(_sentence(str(error), known=_option_names(parser))) from None
+    names = [field.name for field in fields(TrainConfig)]
+    return TrainConfig(**{name: settings[name] for name in names}), parsed
+
+
+def _with_saved_settings(arguments: list[str]) -> list[str]:
+    """Where a run is resumed and no settings file is named, put the run's own first, so that the rest overrides it."""
+    given = [argument.partition("=")[0] for argument in arguments]
+    if "--resume" not in given or "--config" in given or "--run_dir" not in given:
+        return arguments
+    at = given.index("--run_dir")
+    run_dir = arguments[at].partition("=")[2] or "".join(arguments[at + 1 : at + 2])
+    saved = Path(run_dir) / "config.yaml"
+    return ["--config", str(saved), *arguments] if saved.is_file() else arguments
+
+
+def _train_here(config: TrainConfig, *, resume: bool) -> int:
+    import torch.distributed as dist
+
+    from dptrain.train import Trainer
+
+    try:
+        trainer = Trainer(config, resume=resume)
+        summary = trainer.run()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if summary is None:
+        return EXIT_RESUMABLE
+    if trainer.is_main:
+        _close(trainer.run_dir, summary)
+    return 0
+
+
+def _close(run_dir: Path, summary: Mapping[str, Any]) -> None:
+    """Draw the report and say in three lines what came out."""
+    from dptrain.explain import draw_report
+
+    sys.stdout.write("\n".join([*_findings(summary), f"report: {draw_report(run_dir)}"]) + "\n")
+
+
+def _findings(summary: Mapping[str, Any]) -> Iterable[str]:
+    minutes, seconds = divmod(round(summary["wall_s"]), 60)
+    held_out = "" if summary["eval_loss"] is None else f"held-out loss {summary['eval_loss']:.4g}"
+    if summary["bits_per_byte"] is not None:
+        held_out += f" ({summary['bits_per_byte']:.3f} bits per byte)"
+    yield (
+        f"{held_out or 'done'} after {summary['samples_seen']:,} samples in {summary['steps']:,} steps and "
+        f"{minutes}:{seconds:02d} min ({summary['samples_per_s']:,.0f} samples/s)"
+    )
+    changes = summary["num_batch_changes"]
+    times = {0: "the batch never moved from", 1: "the batch moved once, from"}.get(
+        changes, f"the batch moved {changes} times, from"
+    )
+    to = "" if changes == 0 else f" to {summary['batch_last']:,}"
+    yield f"{times} {summary['batch_first']:,}{to} samples; noise scale: {summary['noise_scale_text']}"
+
+
+def _option_names(parser: ArgumentParser) -> list[str]:
+    return [action.dest for action in parser._actions if action.dest != "help"]  # noqa: SLF001 - argparse has no other way
+
+
+def _sentence(message: str, *, known: Sequence[str]) -> str:
+    """Turn the parser's message into one sentence.
+
+    It speaks of unions and classes in several lines; a user needs the name, what is expected and what was given.
+    """
+    if match := re.search(r"[Uu]nrecognized arguments: (.*)", message):
+        name = match[1].split()[0].partition("=")[0]
+        return f"there is no option {name}{_nearest(name.lstrip('-'), known)}"
+    if match := re.search(r"[Oo]ption '([^']+)' is not accepted", message):
+        return f"there is no setting {match[1]}{_nearest(match[1], known)}"
+    if match := re.search(r'[Pp]arser key "([^"]+)":(.*)', message, re.DOTALL):
+        name, rest = match[1], match[2]
+        expected = dict.fromkeys(
+            found.replace("NoneType", "null") for found in re.findall(r"Expected an? <class '([\w.]+)'>", rest)
+        )
+        value = re.search(r"(?:Given value|Got value): (.*)", rest)
+        if expected and value:
+            return f"{name} must be {' or '.join(expected)}, got {value[1].strip()!r}"
+        if (choices := re.search(r"Literal\[(.*?)\]", rest)) and value:
+            return f"{name} must be one of {choices[1]}, got {value[1].strip()!r}"
+        return f"{name}: {_one_line(rest)}"
+    return _one_line(message)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """Return "; did you mean …?", by the whole name or by its last part."""
+    leaf = name.rpartition(".")[2]
+    by_leaf = {candidate.rpartition(".")[2]: candidate for candidate in known}
+    close = difflib.get_close_matches(name, known, n=1) or [
+        by_leaf[found] for found in difflib.get_close_matches(leaf, by_leaf, n=1)
+    ]
+    close = close or [candidate for candidate in known if _letters(leaf) in _letters(candidate)][:1]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _letters(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,311 @@
+"""The settings of a run, as data, and how what the user left open is filled in; nothing is started here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+from dptrain.batch import BatchPlan
+from dptrain.control import (
+    Constant,
+    Controller,
+    ExchangeRateLaw,
+    LearningRateSchedule,
+    Limits,
+    NoiseLaw,
+    Schedule,
+    limited,
+)
+from dptrain.data import choose_micro_batch_size
+from dptrain.errors import ConfigError
+from dptrain.noise import Smoothing
+from dptrain.tasks.base import Suggestion
+
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlConfig:
+    """How the global batch is decided."""
+
+    law: Literal["noise", "exchange_rate", "schedule", "constant"] = "noise"
+    """noise: ratio × noise scale; exchange_rate: √(samples_per_step × noise scale); schedule: given; constant."""
+    ratio: float = 1.0
+    """Batch over noise scale, for law=noise."""
+    samples_per_step: float | None = None
+    """Samples that one optimizer step fewer is worth, for law=exchange_rate."""
+    schedule: str | None = None
+    """Batches by position in samples, for law=schedule: "0:64 100000:128 1M:256"."""
+    z: float = 1.0
+    """Standard errors at which a noise scale counts as ruled out."""
+    smallest: int | None = None
+    """Smallest global batch, in samples. Default: the least that the replicas run."""
+    largest: int | None = None
+    """Largest global batch, in samples. Default: 64 times the first, but at least 50 steps in the run."""
+    powers_of_two: bool = True
+    """Only batches that differ from the first by a power of two."""
+    max_change: float = 2.0
+    """Largest factor of one change."""
+    dead_band: float | None = None
+    """Ratio of batches below which a change is not worth making."""
+    dwell_samples: int = 0
+    """Samples that must pass between two changes."""
+    dwell_decisions: int = 10
+    """Steps that must be measured between two changes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """How the noise scale is measured."""
+
+    observer: Literal["parameters", "hook"] = "parameters"
+    """parameters: each micro-batch; hook: each replica's accumulated gradient, in DDP's communication hook."""
+    memory: float = 0.2
+    """Half-life of the running means, as a fraction of the samples measured so far."""
+    half_life_samples: float | None = None
+    """A fixed half-life instead, in samples."""
+    level: float = 0.95
+    """Confidence of the interval."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and its learning rate."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """Which one."""
+    learning_rate: float | None = None
+    """Base rate, at the first global batch (at an infinite batch for rule=noise). Default: the task's."""
+    rule: Literal["none", "linear", "square_root", "gain", "noise"] = "square_root"
+    """How the rate follows the batch."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """How the rate falls after the warm-up."""
+    warmup_samples: int | None = None
+    """Length of the linear warm-up. Default: 2 % of the run."""
+    final_fraction: float | None = None
+    """What is left of the rate at the end. Default: 0.1 where the schedule falls."""
+    weight_decay: float = 0.1
+    """Decoupled for adamw, an L2 term for sgd."""
+    beta1: float = 0.9
+    """Decay of the first moment, for adamw; momentum, for sgd."""
+    beta2: float = 0.95
+    """Decay of the second moment, for adamw."""
+    max_grad_norm: float | None = 1.0
+    """Clip the gradient to this norm. null: do not clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state of the run is saved."""
+
+    every_samples: int | None = None
+    """Samples between two checkpoints. Default: a tenth of the run. One is always written at the end."""
+    keep: int = 3
+    """How many are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is told while it trains."""
+
+    every_steps: int = 1
+    """Steps between two rows of metrics.jsonl."""
+    eval_every_samples: int | None = None
+    """Samples between two evaluations. Default: the task's. One is always made at the end."""
+    print_every_steps: int = 50
+    """Steps between two printed lines where there is no terminal."""
+    tracker: Literal["auto", "wandb", "none"] = "auto"
+    """A second copy of the log. auto: wandb if a key is there."""
+    project: str = "dptrain"
+    """Project name for the tracker."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All settings of a run. What is None is filled in from the task's suggestion before the run starts."""
+
+    task: str = "pysource"
+    """A built-in task (pysource, digits, quadratic, linear) or path/to/file.py:function."""
+    task_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the task's function."""
+    run_dir: str | None = None
+    """Folder of the run. Default: runs/TASK-DATE-TIME."""
+    seed: int = 0
+    """Decides initialisation, order of samples and dropout."""
+    max_samples: int | None = None
+    """Length of the run, in samples. Default: the task's."""
+    global_batch_size: int | None = None
+    """Samples in the first optimizer steps, all replicas together. Default: the task's."""
+    micro_batch_size: int | None = None
+    """Largest number of samples in one forward and backward pass on one replica. Default: the task's."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: GPUs where there are some."""
+    precision: Literal["no", "bf16"] = "no"
+    """no: as the parameters are; bf16: autocast."""
+    num_workers: int = 0
+    """Processes that load samples, for each replica."""
+    control: ControlConfig = field(default_factory=ControlConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    """Refuse what can be seen to be wrong without the task."""
+    at_least_one = {
+        "max_samples": config.max_samples,
+        "global_batch_size": config.global_batch_size,
+        "micro_batch_size": config.micro_batch_size,
+        "checkpoint.every_samples": config.checkpoint.every_samples,
+        "checkpoint.keep": config.checkpoint.keep,
+        "log.every_steps": config.log.every_steps,
+        "log.print_every_steps": config.log.print_every_steps,
+        "log.eval_every_samples": config.log.eval_every_samples,
+    }
+    for name, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+    optimizer = config.optimizer
+    positive = {"optimizer.learning_rate": optimizer.learning_rate, "optimizer.max_grad_norm": optimizer.max_grad_norm}
+    for name, value in positive.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{name} must be positive and finite, got {value}")
+    for name, value in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
+        if not 0 <= value < 1:
+            raise ConfigError(f"optimizer.{name} must lie in [0, 1), got {value}")
+    if not 0 <= optimizer.weight_decay < math.inf:
+        raise ConfigError(f"optimizer.weight_decay must not be negative, got {optimizer.weight_decay}")
+    if config.num_workers < 0 or config.seed < 0:
+        raise ConfigError(
+            f"num_workers and seed must not be negative, got num_workers {config.num_workers}, seed {config.seed}"
+        )
+    if not 0 < config.noise.level < 1:
+        raise ConfigError(f"noise.level must lie between 0 and 1, such as 0.95, got {config.noise.level}")
+    _check_law(config.control)
+    smoothing(config)
+
+
+def _check_law(control: ControlConfig) -> None:
+    needs = {"exchange_rate": "samples_per_step", "schedule": "schedule"}
+    for law, name in needs.items():
+        given = getattr(control, name) is not None
+        if control.law == law and not given:
+            raise ConfigError(f"control.law={law} needs control.{name}")
+        if control.law != law and given:
+            raise ConfigError(f"control.{name} is given, but control.law is {control.law}: it would be ignored")
+    _law(control, global_batch_size=1)
+
+
+def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -> TrainConfig:
+    """Return the settings with every None that has a default replaced by it, checked for `world_size` replicas.
+
+    Raises:
+        ConfigError: where the first global batch cannot be laid out over the replicas.
+    """
+    max_samples = config.max_samples or suggestion.max_samples
+    batch = config.global_batch_size or _suggested_batch(suggestion.global_batch_size, world_size)
+    micro = config.micro_batch_size or suggestion.micro_batch_size
+    if config.micro_batch_size is not None:
+        BatchPlan.exactly(global_batch_size=batch, micro_batch_size=micro, world_size=world_size)
+    elif batch % world_size:
+        BatchPlan.exactly(global_batch_size=batch, micro_batch_size=1, world_size=world_size)
+    control, optimizer = config.control, config.optimizer
+    largest = control.largest or max(batch, min(64 * batch, max_samples // 50))
+    falls = optimizer.schedule != "constant"
+    final = optimizer.final_fraction if optimizer.final_fraction is not None else (0.1 if falls else 0.0)
+    warmup = optimizer.warmup_samples if optimizer.warmup_samples is not None else max_samples // 50
+    return replace(
+        config,
+        max_samples=max_samples,
+        global_batch_size=batch,
+        micro_batch_size=micro,
+        control=replace(control, largest=largest),
+        optimizer=replace(
+            optimizer,
+            learning_rate=optimizer.learning_rate or suggestion.learning_rate,
+            warmup_samples=warmup,
+            final_fraction=final,
+        ),
+        checkpoint=replace(
+            config.checkpoint, every_samples=config.checkpoint.every_samples or max(1, max_samples // 10)
+        ),
+        log=replace(config.log, eval_every_samples=config.log.eval_every_samples or suggestion.eval_every_samples),
+    )
+
+
+def _suggested_batch(suggested: int, world_size: int) -> int:
+    """Return the smallest batch not below the suggestion that all replicas share equally: a suggestion is soft."""
+    return -(-suggested // world_size) * world_size
+
+
+def given(value: Value | None) -> Value:
+    """Return a setting that `filled_in` has filled in."""
+    assert value is not None, "read before filled_in"
+    return value
+
+
+def plan(config: TrainConfig, *, global_batch_size: int, world_size: int) -> BatchPlan:
+    """Lay a global batch out: the largest micro-batch on the ladder that the settings allow, the rest accumulated."""
+    micro = choose_micro_batch_size(
+        global_batch_size=global_batch_size, world_size=world_size, largest=given(config.micro_batch_size)
+    )
+    return BatchPlan.exactly(global_batch_size=global_batch_size, micro_batch_size=micro, world_size=world_size)
+
+
+def controller(config: TrainConfig, *, world_size: int) -> Controller:
+    """Build the controller of a run from filled-in settings."""
+    control, batch = config.control, given(config.global_batch_size)
+    law = _law(control, global_batch_size=batch)
+    if control.law == "constant":
+        return law
+    given_by_hand = control.law == "schedule"
+    limits = Limits(
+        smallest=control.smallest,
+        largest=given(control.largest),
+        powers_of_two=control.powers_of_two and not given_by_hand,
+        max_change=None if given_by_hand else control.max_change,
+        dead_band=control.dead_band,
+        dwell_samples=control.dwell_samples,
+        dwell_decisions=0 if given_by_hand else control.dwell_decisions,
+    )
+    return limited(law, quantum=_quantum(batch, world_size, powers_of_two=limits.powers_of_two), limits=limits)
+
+
+def _quantum(batch: int, world_size: int, *, powers_of_two: bool) -> int:
+    """Return the lowest rung from which doubling reaches the first batch; without doubling, one sample a replica."""
+    if not powers_of_two:
+        return world_size
+    share = batch // world_size
+    return world_size * (share // (share & -share))
+
+
+def _law(control: ControlConfig, *, global_batch_size: int) -> Controller:
+    if control.law == "noise":
+        return NoiseLaw(ratio=control.ratio, z=control.z)
+    if control.law == "exchange_rate":
+        return ExchangeRateLaw(samples_per_step=given(control.samples_per_step), z=control.z)
+    if control.law == "schedule":
+        return Schedule.parse(given(control.schedule))
+    return Constant(global_batch_size=global_batch_size)
+
+
+def learning_rate_schedule(config: TrainConfig) -> LearningRateSchedule:
+    """Build the course of the base rate from filled-in settings."""
+    optimizer = config.optimizer
+    return LearningRateSchedule(
+        kind=optimizer.schedule,
+        warmup_samples=given(optimizer.warmup_samples),
+        max_samples=config.max_samples if optimizer.schedule != "constant" else None,
+        final_fraction=given(optimizer.final_fraction),
+    )
+
+
+def smoothing(config: TrainConfig) -> Smoothing:
+    """Build the smoothing of the noise scale."""
+    return Smoothing(memory=config.noise.memory, half_life_samples=config.noise.half_life_samples)

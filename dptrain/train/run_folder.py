@@ -1,0 +1,124 @@
+"""The folder of a run: made, locked and checked before anything is trained; what goes into its files does not matter here."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from dptrain.errors import ConfigError
+from dptrain.train.config import TrainConfig
+
+# Settings that a resumed run may have otherwise than the run it continues: they change what is told, not what is trained.
+_FREE_ON_RESUME = ("run_dir", "log", "checkpoint", "num_workers", "device")
+
+
+def default_run_dir(task: str) -> str:
+    """Return runs/TASK-DATE-TIME; of a task file, its stem."""
+    name = Path(task.rpartition(":")[0] or task).stem
+    return str(Path("runs") / f"{name}-{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}")
+
+
+class RunFolder:
+    """A run folder that this process owns until it is closed.
+
+    Args:
+        path: the folder.
+        resume: whether it is expected to hold a run.
+
+    Raises:
+        ConfigError: where it holds a run and none is to be resumed, cannot be written, or is in use.
+    """
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"run folder {path} is a file: choose another --run_dir")
+        held = self.metrics.exists() or self.config.exists()
+        if held and not resume:
+            raise ConfigError(
+                f"run folder {path} holds a run already: add --resume to go on, or choose another --run_dir"
+            )
+        if resume and not held:
+            raise ConfigError(f"there is no run to resume in {path}: check --run_dir, or leave --resume out")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            raise ConfigError(f"cannot write to run folder {path}: {error.strerror or error}") from error
+        self._lock = FileLock(path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(f"run folder {path} is in use by another process: two runs cannot share it") from None
+
+    @property
+    def metrics(self) -> Path:
+        """One row for each logged step and each evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def decisions(self) -> Path:
+        """One row for each change of the batch."""
+        return self.path / "decisions.jsonl"
+
+    @property
+    def config(self) -> Path:
+        """The settings, filled in."""
+        return self.path / "config.yaml"
+
+    @property
+    def summary(self) -> Path:
+        """The figures of the whole run, written at its end."""
+        return self.path / "summary.json"
+
+    def close(self) -> None:
+        """Give the folder free."""
+        self._lock.release()
+
+
+def checkpoints_in(run_dir: Path) -> Path:
+    """Return where a run's checkpoints are."""
+    return run_dir / "checkpoints"
+
+
+def write_config(path: Path, config: TrainConfig) -> None:
+    """Write settings so that `--config` reads them back; replaces the file in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    temporary.replace(path)
+
+
+def check_same_settings(config: TrainConfig, *, saved: Mapping[str, Any]) -> None:
+    """Refuse to resume with settings under which the run would have been another one.
+
+    Raises:
+        ConfigError: listing each such setting with both values.
+    """
+    current = _flat(asdict(config))
+    before = _flat(saved)
+    differing = [
+        f"{name} was {before.get(name)!r} and is {current.get(name)!r}"
+        for name in sorted(before.keys() | current.keys())
+        if before.get(name) != current.get(name) and name.split(".")[0] not in _FREE_ON_RESUME
+    ]
+    if differing:
+        raise ConfigError(f"cannot resume with other settings: {'; '.join(differing)}")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found

@@ -1,0 +1,149 @@
+"""Where a run tells what it does: log files, tracker and view on rank 0, nothing on the others, behind one interface."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+from dptrain.noise import NoiseScale
+from dptrain.train.config import TrainConfig, given
+from dptrain.train.metrics import JsonlLog, Value
+from dptrain.train.run_folder import RunFolder, write_config
+from dptrain.train.tracker import start_tracker
+from dptrain.train.view import make_view
+
+
+class RunLog(Protocol):
+    """Takes rows; the keys are described in `metrics`."""
+
+    def train(self, row: Mapping[str, Value]) -> None:
+        """Take the row of an optimizer step."""
+
+    def evaluation(self, row: Mapping[str, Value]) -> None:
+        """Take the row of an evaluation."""
+
+    def decision(self, row: Mapping[str, Value]) -> None:
+        """Take the row of a change of the batch."""
+
+    def note(self, text: str) -> None:
+        """Take a sentence for the user."""
+
+    def finish(self, summary: Mapping[str, Value]) -> None:
+        """Take the figures of the whole run."""
+
+    def close(self) -> None:
+        """Stop telling; safe to call twice."""
+
+
+class SilentLog:
+    """The log of every rank but 0."""
+
+    def train(self, row: Mapping[str, Value]) -> None:
+        """Do nothing."""
+
+    def evaluation(self, row: Mapping[str, Value]) -> None:
+        """Do nothing."""
+
+    def decision(self, row: Mapping[str, Value]) -> None:
+        """Do nothing."""
+
+    def note(self, text: str) -> None:
+        """Do nothing."""
+
+    def finish(self, summary: Mapping[str, Value]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class WritingLog:
+    """The log of rank 0.
+
+    Args:
+        folder: the run's.
+        config: filled in.
+        up_to_step: the step after which rows of an earlier attempt are dropped; 0 for a new run.
+        title: for the view.
+        world_size: number of replicas, for the view.
+    """
+
+    def __init__(self, folder: RunFolder, *, config: TrainConfig, up_to_step: int, title: str) -> None:
+        self._folder = folder
+        self._every_steps = config.log.every_steps
+        write_config(folder.config, config)
+        self._metrics = JsonlLog.resume(folder.metrics, up_to=up_to_step)
+        self._decisions = JsonlLog.resume(folder.decisions, up_to=up_to_step)
+        self._view = make_view(
+            max_samples=given(config.max_samples), title=title, print_every_steps=config.log.print_every_steps
+        )
+        self._tracker = start_tracker(
+            choice=config.log.tracker,
+            project=config.log.project,
+            run_name=folder.path.name,
+            run_dir=folder.path,
+            config=asdict(config),
+            warn=self._view.note,
+        )
+
+    def train(self, row: Mapping[str, Value]) -> None:
+        """Show the row, and write it where its step is to be logged."""
+        self._view.update(row)
+        step = int(row["step"] or 0)
+        if step % self._every_steps == 0:
+            self._metrics.write(row)
+            self._tracker.log(row, step=step)
+
+    def evaluation(self, row: Mapping[str, Value]) -> None:
+        """Write and show the row."""
+        self._metrics.write(row)
+        self._tracker.log(row, step=int(row["step"] or 0))
+        self._view.evaluation(row)
+
+    def decision(self, row: Mapping[str, Value]) -> None:
+        """Write and show the row."""
+        self._decisions.write(row)
+        self._view.decision(row)
+
+    def note(self, text: str) -> None:
+        """Show the sentence."""
+        self._view.note(text)
+
+    def finish(self, summary: Mapping[str, Value]) -> None:
+        """Write the summary and close the tracker."""
+        write_json(self._folder.summary, summary)
+        self._tracker.finish(summary)
+
+    def close(self) -> None:
+        """Give terminal and files back."""
+        self._view.close()
+        self._metrics.close()
+        self._decisions.close()
+        self._folder.close()
+
+
+def write_json(path: Path, record: Mapping[str, Value]) -> None:
+    """Write a flat record as strict JSON, in one step; figures that are not finite become null."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(json.dumps(finite, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def noise_columns(scale: NoiseScale) -> dict[str, Value]:
+    """Return a noise scale as the columns of a row."""
+    return {
+        "gns/b_simple": scale.value,
+        "gns/lower": scale.lower,
+        "gns/upper": scale.upper if math.isfinite(scale.upper) else None,
+        "gns/state": str(scale.state),
+        "gns/grad_sq": scale.grad_sq_norm,
+        "gns/trace": scale.noise_trace,
+        "gns/effective_steps": scale.degrees_of_freedom + 1 if scale.num_steps else 0.0,
+    }

@@ -1,0 +1,339 @@
+"""The meter on real replicas against gradients computed without any wrapper."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import dptrain
+from dptrain.errors import ObservationError
+from dptrain.noise import Smoothing, SquaredNorms, noise_scale, smoothed, unbiased_moments
+from dptrain.noise.smoothing import MomentSums
+from dptrain.observe import DdpTap, Meter, ParameterTap
+from tests.replicas import run_replicas
+
+STEPS, ACCUMULATION, MICRO = 6, 3, 5
+
+
+class TiedModel(nn.Module):
+    """Has a tied weight, a frozen bias and a parameter that no forward pass uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.first.bias.requires_grad_(False)
+        self.unused = nn.Parameter(torch.ones(3))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+def make_model():
+    torch.manual_seed(1)
+    return TiedModel()
+
+
+def micro_batch(step, micro_step, rank, size=MICRO):
+    generator = torch.Generator().manual_seed(1000 * step + 100 * micro_step + rank)
+    return torch.randn(size, 6, generator=generator), torch.randn(size, 2, generator=generator)
+
+
+def mean_loss(model, x, y):
+    return ((model(x) - y) ** 2).sum(1).mean()
+
+
+def train(rank, world_size, method, scale=1.0, clip=False, bucket_view=False, broken_rank=None):
+    """Train with a meter (or none) and return (parameters, noise scale pair, dropped)."""
+    model = DistributedDataParallel(
+        make_model(), find_unused_parameters=True, gradient_as_bucket_view=bucket_view
+    )
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    meter = None
+    if method is not None:
+        meter = dptrain.attach(model, method=method, loss_scale=None if scale == 1.0 else lambda: scale)
+    for step in range(STEPS):
+        for micro_step in range(ACCUMULATION):
+            x, y = micro_batch(step, micro_step, rank)
+            if broken_rank == rank and step == 2:
+                x = x * math.nan
+            last = micro_step == ACCUMULATION - 1
+            with contextlib.nullcontext() if last else model.no_sync():
+                (mean_loss(model, x, y) / ACCUMULATION * scale).backward()
+        if meter is not None:
+            meter.step()
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.div_(scale)
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        if broken_rank is None or step != 2:
+            optimizer.step()
+        optimizer.zero_grad()
+    found = None if meter is None else (meter.read().noise_trace, meter.read().grad_sq_norm, meter.steps_dropped)
+    return [p.detach().clone().tolist() for p in model.parameters()], found
+
+
+def reference(world_size, *, accumulated, clip=False, skip=None):
+    """Compute the same pair in one process from gradients of plain models."""
+    model = make_model()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    sums = MomentSums()
+    for step in range(STEPS):
+        gradients = {
+            (rank, micro_step): torch.cat(
+                [
+                    g.flatten() if g is not None else torch.zeros(3)
+                    for g in torch.autograd.grad(
+                        mean_loss(model, *micro_batch(step, micro_step, rank)), trainable, allow_unused=True
+                    )
+                ]
+            ).double()
+            for rank in range(world_size)
+            for micro_step in range(ACCUMULATION)
+        }
+        if step == skip:
+            continue
+        mean = torch.stack(list(gradients.values())).mean(0)
+        small = [
+            torch.stack([gradients[rank, m] for m in range(ACCUMULATION)]).mean(0) for rank in range(world_size)
+        ]
+        if not accumulated:
+            small = list(gradients.values())
+        norms = SquaredNorms.of(
+            [float(g @ g) for g in small],
+            sizes=[MICRO * (ACCUMULATION if accumulated else 1)] * len(small),
+            large_sq_norm=float(mean @ mean),
+        )
+        sums = Smoothing().update(sums, unbiased_moments(norms))
+        factor = min(1.0, 0.1 / (float(mean.norm()) + 1e-6)) if clip else 1.0
+        offset = 0
+        with torch.no_grad():
+            for p in trainable:
+                p -= 0.05 * factor * mean[offset : offset + p.numel()].view_as(p).float()
+                offset += p.numel()
+    pair = noise_scale(smoothed(sums))
+    return pair.noise_trace, pair.grad_sq_norm
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("method", ["parameters", "hook"])
+def test_agrees_with_gradients_of_a_plain_model(world_size, method):
+    """Tied, frozen and unused parameters, no_sync, unequal replicas: the pair is that of plain gradients."""
+    trace, grad, dropped = run_replicas(train, world_size=world_size, args=(method,))[0][1]
+    expected = reference(world_size, accumulated=method == "hook")
+    assert (trace, grad) == pytest.approx(expected, rel=1e-4)
+    assert dropped == 0
+
+
+@pytest.mark.parametrize("method", ["parameters", "hook"])
+def test_measures_before_clipping_and_without_the_loss_scale(method):
+    """Clipped and scaled by 1024, the pair is still that of the plain gradients along the clipped path."""
+    trace, grad, _ = run_replicas(train, world_size=2, args=(method, 1024.0, True))[0][1]
+    assert (trace, grad) == pytest.approx(reference(2, accumulated=method == "hook", clip=True), rel=1e-4)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("bucket_view", [False, True])
+def test_training_is_bit_identical_with_and_without_the_meter(world_size, bucket_view):
+    """Neither tap changes a parameter in any bit, also where 1/world_size is not exact."""
+    bare, tapped, hooked = (
+        run_replicas(train, world_size=world_size, args=(method, 1.0, False, bucket_view))[0][0]
+        for method in (None, "parameters", "hook")
+    )
+    assert bare == tapped
+    assert bare == hooked
+
+
+@pytest.mark.parametrize("method", ["parameters", "hook"])
+def test_every_rank_reads_the_same_bits(method):
+    """Decisions are taken from numbers that are equal on all ranks, to the last bit."""
+    found = [result[1] for result in run_replicas(train, world_size=4, args=(method,))]
+    assert found.count(found[0]) == len(found)
+
+
+@pytest.mark.parametrize("method", ["parameters", "hook"])
+def test_a_gradient_that_is_not_finite_on_one_replica_drops_the_step_on_all(method):
+    """The step is counted as dropped everywhere and the mean is that of the other steps."""
+    results = run_replicas(train, world_size=2, args=(method, 1.0, False, False, 1))
+    assert [result[1][2] for result in results] == [1, 1]
+    assert results[0][1][:2] == pytest.approx(reference(2, accumulated=method == "hook", skip=2), rel=1e-4)
+
+
+def one_process_steps(meter, model, sizes_by_step):
+    for step, sizes in enumerate(sizes_by_step):
+        for micro_step, size in enumerate(sizes):
+            (mean_loss(model, *micro_batch(step, micro_step, 0, size)) / len(sizes)).backward()
+        meter.step()
+        model.zero_grad()
+
+
+def test_one_process_with_accumulation_equals_replicas():
+    """Four micro-batches in one process are the same four small batches that four replicas have."""
+    model = make_model()
+    with dptrain.attach(model) as meter:
+        for micro_step in range(4):
+            (mean_loss(model, *micro_batch(0, 0, micro_step)) / 4).backward()
+        meter.step()
+    pair = meter.read()
+    replicas = run_replicas(one_step_each, world_size=4)[0]
+    assert (pair.noise_trace, pair.grad_sq_norm) == pytest.approx(replicas, rel=1e-5)
+
+
+def one_step_each(rank, world_size):
+    model = DistributedDataParallel(make_model(), find_unused_parameters=True)
+    with dptrain.attach(model) as meter:
+        mean_loss(model, *micro_batch(0, 0, rank)).backward()
+        meter.step()
+    return meter.read().noise_trace, meter.read().grad_sq_norm
+
+
+def sq_norm(model):
+    return sum(float((p.grad.double() ** 2).sum()) for p in model.parameters() if p.grad is not None)
+
+
+def test_micro_batches_of_unequal_size_are_weighted():
+    """4, 12 and 32 samples with the exact mean over samples give the pair of formula F3."""
+    model, sizes = make_model(), (4, 12, 32)
+    meter = Meter(model.parameters(), tap=ParameterTap(model.parameters()))
+    norms = []
+    for number, size in enumerate(sizes):
+        meter.begin(num_samples=size, weight=size / sum(sizes))
+        (mean_loss(model, *micro_batch(0, number, 0, size)) * size / sum(sizes)).backward()
+        plain = make_model()
+        mean_loss(plain, *micro_batch(0, number, 0, size)).backward()
+        norms.append(sq_norm(plain))
+    large = sq_norm(model)
+    meter.step()
+    expected = unbiased_moments(SquaredNorms.of(norms, sizes=sizes, large_sq_norm=large))
+    assert meter.read().noise_trace == pytest.approx(expected.noise_trace, rel=1e-5)
+    assert meter.read().grad_sq_norm == pytest.approx(expected.grad_sq_norm, rel=1e-5)
+
+
+def test_a_filler_of_weight_zero_is_not_looked_at():
+    """A replica without samples of its own runs a filler, which must leave no trace."""
+    model = make_model()
+    meter = Meter(model.parameters(), tap=ParameterTap(model.parameters()))
+    for weight in (0.5, 0.0, 0.5):
+        meter.begin(num_samples=MICRO, weight=weight)
+        (mean_loss(model, *micro_batch(0, 0, int(weight * 10))) * weight).backward()
+    meter.step()
+    assert meter.read().num_samples == 2 * MICRO
+
+
+def test_reading_late_or_never_changes_nothing():
+    """Two hundred steps read once at the end give the same bits as two hundred read one by one."""
+    readings = []
+    for read_each in (True, False):
+        model = make_model()
+        with dptrain.attach(model) as meter:
+            for step in range(200):
+                for micro_step in range(2):
+                    (mean_loss(model, *micro_batch(step % 7, micro_step, 0)) / 2).backward()
+                reading = meter.step()
+                if read_each:
+                    _ = reading.noise_scale
+                model.zero_grad()
+        readings.append(meter.read())
+    assert readings[0] == readings[1]
+    assert readings[0].num_steps == 200
+
+
+def test_state_goes_on_bit_for_bit():
+    """A meter restored from its state_dict ends where the uninterrupted one ends."""
+    whole, first, second = (make_model() for _ in range(3))
+    meters = [dptrain.attach(model) for model in (whole, first, second)]
+    one_process_steps(meters[0], whole, [(4, 4)] * 3 + [(4, 4, 4)] * 3)
+    one_process_steps(meters[1], first, [(4, 4)] * 3)
+    meters[2].load_state_dict(meters[1].state_dict())
+    for step in range(3, 6):
+        for micro_step in range(3):
+            (mean_loss(second, *micro_batch(step, micro_step, 0, 4)) / 3).backward()
+        meters[2].step()
+        second.zero_grad()
+    assert meters[0].state() == meters[2].state()
+
+
+def test_evaluation_is_not_measured():
+    """Forward passes in evaluation mode or without gradients are no micro-batches."""
+    model = make_model()
+    with dptrain.attach(model) as meter:
+        for micro_step in range(2):
+            (mean_loss(model, *micro_batch(0, micro_step, 0)) / 2).backward()
+            with torch.no_grad():
+                model(torch.randn(50, 6))
+            model.eval()
+            model(torch.randn(70, 6))
+            model.train()
+        meter.step()
+    assert meter.read().num_samples == 2 * MICRO
+
+
+def test_two_backward_passes_after_one_forward_are_refused():
+    """The sum of two squares is not the square of the sum: the meter refuses instead of telling a wrong number."""
+    model = make_model()
+    with dptrain.attach(model) as meter:
+        output = model(torch.randn(4, 6))
+        output.sum().backward(retain_graph=True)
+        (output**2).sum().backward()
+        with pytest.raises(ObservationError, match="backward"):
+            meter.step()
+
+
+def test_a_forward_pass_without_a_backward_pass_is_replaced_by_the_next():
+    """A pass in training mode whose loss was thrown away does not count as a micro-batch."""
+    model = make_model()
+    with dptrain.attach(model) as meter:
+        for micro_step in range(2):
+            model(torch.randn(50, 6))
+            (mean_loss(model, *micro_batch(0, micro_step, 0)) / 2).backward()
+        meter.step()
+    assert meter.read().num_samples == 2 * MICRO
+
+
+def test_one_small_batch_says_nothing_and_is_counted():
+    """One process with one micro-batch has nothing to compare: no estimate, and the step counts as dropped."""
+    model = make_model()
+    with dptrain.attach(model) as meter:
+        mean_loss(model, *micro_batch(0, 0, 0)).backward()
+        meter.step()
+        assert str(meter.read().state) == "not resolved yet"
+        assert meter.steps_dropped == 1
+
+
+def test_remove_leaves_the_model_as_it_was():
+    """After remove no hook is left on module or parameters, and the meter can still be read."""
+    model = make_model()
+    meter = dptrain.attach(model)
+    one_process_steps(meter, model, [(4, 4)])
+    meter.remove()
+    assert not model._forward_pre_hooks
+    assert all(not p._backward_hooks for p in model.parameters())
+    assert meter.read().num_steps == 1
+
+
+def refuse_plain_module(rank, world_size):
+    with pytest.raises(ObservationError, match="DistributedDataParallel"):
+        dptrain.attach(make_model())
+    model = DistributedDataParallel(make_model())
+    DdpTap(model)
+    with pytest.raises(ObservationError, match="taken already"):
+        dptrain.attach(model, method="hook")
+    return True
+
+
+def test_refuses_where_it_cannot_be_right():
+    """A bare module among several ranks and a hook slot that is taken are refused with the remedy."""
+    assert all(run_replicas(refuse_plain_module, world_size=2))
+    with pytest.raises(ObservationError, match="needs a DistributedDataParallel"):
+        dptrain.attach(make_model(), method="hook")
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ObservationError, match="no parameter"):
+        dptrain.attach(frozen)
