@@ -22,7 +22,6 @@ from dptrain.errors import ConfigError
 from dptrain.noise import Smoothing
 from dptrain.tasks.base import Suggestion
 
-
 Value = TypeVar("Value")
 
 
@@ -172,13 +171,13 @@ def _check_ranges(config: TrainConfig) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
     optimizer = config.optimizer
-    positive = {"optimizer.learning_rate": optimizer.learning_rate, "optimizer.max_grad_norm": optimizer.max_grad_norm}
-    for name, value in positive.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{name} must be positive and finite, got {value}")
-    for name, value in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
-        if not 0 <= value < 1:
-            raise ConfigError(f"optimizer.{name} must lie in [0, 1), got {value}")
+    positive = {"learning_rate": optimizer.learning_rate, "max_grad_norm": optimizer.max_grad_norm}
+    for name, number in positive.items():
+        if number is not None and not 0 < number < math.inf:
+            raise ConfigError(f"optimizer.{name} must be positive and finite, got {number}")
+    for name, decay in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
+        if not 0 <= decay < 1:
+            raise ConfigError(f"optimizer.{name} must lie in [0, 1), got {decay}")
     if not 0 <= optimizer.weight_decay < math.inf:
         raise ConfigError(f"optimizer.weight_decay must not be negative, got {optimizer.weight_decay}")
     if config.num_workers < 0 or config.seed < 0:

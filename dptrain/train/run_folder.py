@@ -1,8 +1,8 @@
-"""The folder of a run: made, locked and checked before anything is trained; what goes into its files does not matter here."""
+"""The folder of a run: made, locked and checked before anything is trained; its files are filled elsewhere."""
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import os
 import tempfile
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ from filelock import FileLock, Timeout
 from dptrain.errors import ConfigError
 from dptrain.train.config import TrainConfig
 
-# Settings that a resumed run may have otherwise than the run it continues: they change what is told, not what is trained.
+# Settings that a resumed run may have otherwise: they change what is told, not what is trained.
 _FREE_ON_RESUME = ("run_dir", "log", "checkpoint", "num_workers", "device")
 
 
 def default_run_dir(task: str) -> str:
     """Return runs/TASK-DATE-TIME; of a task file, its stem."""
     name = Path(task.rpartition(":")[0] or task).stem
-    return str(Path("runs") / f"{name}-{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}")
+    return str(Path("runs") / f"{name}-{dt.datetime.now().astimezone():%Y%m%d-%H%M%S}")
 
 
 class RunFolder:

@@ -1,4 +1,4 @@
-"""Where a run tells what it does: log files, tracker and view on rank 0, nothing on the others, behind one interface."""
+"""Where a run tells what it does: log files, tracker and view on rank 0, nothing on the others."""
 
 from __future__ import annotations
 
@@ -69,7 +69,6 @@ class WritingLog:
         config: filled in.
         up_to_step: the step after which rows of an earlier attempt are dropped; 0 for a new run.
         title: for the view.
-        world_size: number of replicas, for the view.
     """
 
     def __init__(self, folder: RunFolder, *, config: TrainConfig, up_to_step: int, title: str) -> None:

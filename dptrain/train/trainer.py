@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +34,7 @@ from dptrain.train.config import (
 )
 from dptrain.train.consensus import StepOutcome, StepRecord, receive
 from dptrain.train.evaluation import evaluate
+from dptrain.train.manifest import JSON
 from dptrain.train.metrics import Value
 from dptrain.train.optimizer import build_optimizer, skips_on_device
 from dptrain.train.preemption import StopRequest
@@ -42,9 +43,8 @@ from dptrain.train.run_log import RunLog, SilentLog, WritingLog, noise_columns
 from dptrain.train.state import pack_model, pack_optimizer, unpack_model, unpack_optimizer
 from dptrain.train.step import Stepper
 
-
 # Longest wait for a peer, in a collective: a replica that hangs must not hold the others for torch's half hour.
-_TIMEOUT = datetime.timedelta(seconds=300)
+_TIMEOUT = dt.timedelta(seconds=300)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,8 @@ class Trainer:
     ) -> None:
         self._resume = resume
         self._accelerator = Accelerator(
-            cpu=config.device == "cpu",
+            # Accelerate initialises gloo only when it is told to use the CPU; it does not see by itself that it must.
+            cpu=config.device == "cpu" or not torch.cuda.is_available(),
             mixed_precision=config.precision,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
         )
@@ -193,8 +194,7 @@ class Trainer:
                 self._logged = (record.end, time.monotonic() - began_s)
         if self._progress.position < max_samples:
             log.note(
-                f"stopped on request after step {self._progress.step:,}: "
-                f"go on with --run_dir {self._run_dir} --resume"
+                f"stopped on request after step {self._progress.step:,}: go on with --run_dir {self._run_dir} --resume"
             )
             return None
         summary = self._summary()
@@ -398,7 +398,7 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint of this moment: every outcome is read, the latest not decided on."""
         optimizer_tensors, optimizer_state = pack_optimizer(self._optimizer, names=self._names())
-        state = {
+        state: dict[str, JSON] = {
             "config": asdict(self._config),
             "world_size": self._world_size,
             "num_samples": self._num_samples,
