@@ -37,7 +37,10 @@ def gain(phi: float, *, batch: float, reference_batch: float) -> float:
 
 
 def half_batch_cosine(phi: float, *, batch: float) -> float:
-    """Return the expected cosine between the gradients of a batch's two halves: 1/(1 + 2φ/B), SimiGrad's measure."""
+    """Return the cosine between the gradients of a batch's two halves: 1/(1 + 2φ/B), SimiGrad's measure.
+
+    It is the ratio of the expectations, which the mean cosine approaches where the noise fills many directions.
+    """
     return 1 / (1 + 2 * phi / batch)
 
 
@@ -47,5 +50,5 @@ def norm_test_batch(phi: float, *, tolerance: float) -> float:
 
 
 def gradient_diversity(phi: float, *, batch: float) -> float:
-    """Return the gradient diversity of `batch` samples: (1 + φ)/B (Yin et al. 2018)."""
+    """Return the gradient diversity of a set of `batch` samples, φ being the set's own: (1 + φ)/B (Yin et al. 2018)."""
     return (1 + phi) / batch

@@ -221,10 +221,11 @@ def test_the_variance_is_blind_to_slow_drift():
 
 
 def test_the_memory_is_a_fixed_share_of_the_run():
-    """At every stage 0.4 of the steps is the effective number, and the mean looks back over a fifth of the run."""
+    """At every stage the mean is worth 0.4 of the steps, its variance 0.16 of them, and it looks back by 0.18."""
     for num_steps in (100, 1000):
         found = smoothed(absorb([(float(t), 1.0, 8) for t in range(num_steps)]))
         assert found.effective_steps == pytest.approx(0.4 * num_steps, rel=0.02)
+        assert found.degrees_of_freedom == pytest.approx(0.16 * num_steps, rel=0.03)
         assert found.noise_trace == pytest.approx(0.82 * num_steps, rel=0.02)
 
 
