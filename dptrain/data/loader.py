@@ -46,8 +46,7 @@ class MicroBatchLoader:
     Randomness in the dataset (torch's CPU generator, `random`, and numpy's global generator) depends on (seed,
     position) alone: not on world size, workers, micro-batch or restarts. A dataset that keeps a generator of its own is
     outside this promise, and so is one whose samples change when they are read twice. Neither building nor iterating
-    the loader draws from the caller's generators; without workers, though, a fetch leaves them in a state that depends
-    on (seed, position) alone, so seed them after it.
+    the loader draws from the caller's generators; without workers, though, a fetch seeds them, so seed them after it.
 
     Workers ignore SIGINT and SIGTERM: these reach the whole process group, and the replica needs its workers to finish
     its step. `close` ends them, as do the context manager and the end of the program.

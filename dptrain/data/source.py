@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from dptrain.data.stream import SampleStream
 from dptrain.data.window import Slot
@@ -42,8 +42,9 @@ class SlotSource(Dataset[tuple[int, Batch]]):
     def __getitem__(self, slot: Slot) -> tuple[int, Batch]:
         positions = np.arange(slot.position, slot.position + max(1, slot.num_samples))  # 1: the filler
         samples = self._read(self._stream.indices(positions).tolist(), first_position=slot.position)
-        # A collate that draws is a function of the whole micro-batch, so of its first position.
-        _seed_generators(_derived_seed(self._stream.seed, slot.position, purpose="collate"))
+        if self._collate is not default_collate:  # which draws nothing
+            # What another collate draws is a matter of the whole micro-batch, so of its first position.
+            _seed_generators(_derived_seed(self._stream.seed, slot.position, purpose="collate"))
         return slot.position, self._collate(samples)
 
     def _read(self, indices: list[int], *, first_position: int) -> list[Sample]:
