@@ -314,6 +314,7 @@ def test_views_of_one_memory_round_trip(tmp_path):
         return model
 
     packed = pack_model(views(0))
+    assert packed.keys() == views(0).state_dict().keys()
     path = save_checkpoint(tmp_path, step=1, tensors={"model": packed}, state={})
     again = views(1)
     unpack_model(again, load_newest(tmp_path).tensors("model"))
