@@ -27,9 +27,9 @@ class Limits:
     dead_band: float | None = None
     """Ratio of batches, above 1, below which a change is not worth making."""
     dwell_samples: int = 0
-    """Samples that must pass after a change before the next one."""
+    """Samples that must pass after the start or a change before the next one."""
     dwell_decisions: int = 0
-    """Measured decisions that must pass after a change before the next one."""
+    """Measured decisions that must pass after the start or a change before the next one."""
 
 
 def limited(law: Controller, *, quantum: int, limits: Limits) -> Controller:
@@ -253,7 +253,8 @@ class DwellState(State):
 class DwellTime:
     """Leaves a batch in force for a while after each change, so that it is measured before it is judged.
 
-    A change is one that happened: seen from the batch of the next measurement, whoever made it.
+    The start counts as a change: the first few steps say little. A change is one that happened: seen from the batch
+    of the next measurement, whoever made it.
 
     Attributes:
         inner: the controller whose decisions are held back.
@@ -271,7 +272,7 @@ class DwellTime:
             raise ConfigError(f"dwell must not be negative, got {self.samples} samples, {self.decisions} decisions")
 
     def init(self) -> DwellState:
-        """Return the state before the first decision, which is free."""
+        """Return the state before the first decision."""
         return DwellState(inner=self.inner.init())
 
     def restore(self, record: Mapping[str, Any]) -> DwellState:
@@ -298,10 +299,9 @@ class DwellTime:
             changed_at=state.samples_seen if just_changed else state.changed_at,
             decisions=1 if just_changed else state.decisions + 1,
         )
-        if after.changed_at is None:
-            return after, asked
-        passed = measurement.samples_seen - after.changed_at
+        passed = measurement.samples_seen - (after.changed_at or 0)
         if passed >= self.samples and after.decisions >= self.decisions:
             return after, asked
-        why = f"only {passed} samples and {after.decisions} decisions since the last change"
+        since = "the start" if after.changed_at is None else "the last change"
+        why = f"only {passed} samples and {after.decisions} decisions since {since}"
         return after, _changed(asked, present, why=why)

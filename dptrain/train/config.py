@@ -40,7 +40,7 @@ class ControlConfig:
     z: float = 1.0
     """Standard errors at which a noise scale counts as ruled out."""
     smallest: int | None = None
-    """Smallest global batch, in samples. Default: the least that the replicas run."""
+    """Smallest global batch, in samples. Default: a full micro-batch on each replica, or the first batch if smaller."""
     largest: int | None = None
     """Largest global batch, in samples. Default: 64 times the first, but at least 50 steps in the run."""
     powers_of_two: bool = True
@@ -50,9 +50,9 @@ class ControlConfig:
     dead_band: float | None = None
     """Ratio of batches below which a change is not worth making."""
     dwell_samples: int = 0
-    """Samples that must pass between two changes."""
+    """Samples that must pass from the start, or a change, to the next change."""
     dwell_decisions: int = 10
-    """Steps that must be measured between two changes."""
+    """Steps that must be measured from the start, or a change, to the next change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +224,7 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
         max_samples=max_samples,
         global_batch_size=batch,
         micro_batch_size=micro,
-        control=replace(control, largest=largest),
+        control=replace(control, smallest=control.smallest or min(batch, micro * world_size), largest=largest),
         optimizer=replace(
             optimizer,
             learning_rate=optimizer.learning_rate or suggestion.learning_rate,

@@ -90,7 +90,7 @@ def test_a_wrapper_overrules_and_says_why(wrap, present, asked, stands):
         lambda law: Rounding(law, ladder=Ladder(quantum=8)),
         lambda law: DeadBand(law, ratio=1.5),
         MaxChange,
-        lambda law: DwellTime(law, samples=100),
+        lambda law: DwellTime(law, decisions=1),
     ],
 )
 def test_a_wrapper_that_agrees_is_silent(wrap):
@@ -99,9 +99,9 @@ def test_a_wrapper_that_agrees_is_silent(wrap):
     assert (decision.global_batch_size, decision.reason) == (64, "constant batch of 64")
 
 
-@pytest.mark.parametrize(("limit", "changes"), [({"decisions": 3}, [0, 3, 6]), ({"samples": 45}, [0, 5])])
+@pytest.mark.parametrize(("limit", "changes"), [({"decisions": 3}, [2, 5]), ({"samples": 35}, [4])])
 def test_dwell(limit, changes):
-    """After a change as many decisions, or samples, pass before the next, and the first change is free."""
+    """As many decisions, or samples, pass from the start to the first change and from each change to the next."""
     controller, batch, changed = DwellTime(NoiseLaw(), **limit), 1, []
     state = controller.init()
     for i in range(8):
@@ -116,7 +116,8 @@ def test_dwell(limit, changes):
 def test_dwell_counts_changes_that_happened():
     """A change that the law asked for but nobody made starts no dwell time; one that others made does."""
     controller = DwellTime(Constant(64), decisions=2)
-    state, wanted = controller.update(controller.init(), measured(32))
+    state, _ = controller.update(controller.init(), measured(32))
+    state, wanted = controller.update(state, measured(32))
     state, again = controller.update(state, measured(32))
     assert wanted.global_batch_size == again.global_batch_size == 64
     _, held = controller.update(state, measured(16))
