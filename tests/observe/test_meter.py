@@ -52,9 +52,7 @@ def mean_loss(model, x, y):
 
 def train(rank, world_size, method, scale=1.0, clip=False, bucket_view=False, broken_rank=None):
     """Train with a meter (or none) and return (parameters, noise scale pair, dropped)."""
-    model = DistributedDataParallel(
-        make_model(), find_unused_parameters=True, gradient_as_bucket_view=bucket_view
-    )
+    model = DistributedDataParallel(make_model(), find_unused_parameters=True, gradient_as_bucket_view=bucket_view)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     meter = None
     if method is not None:
@@ -102,9 +100,7 @@ def reference(world_size, *, accumulated, clip=False, skip=None):
         if step == skip:
             continue
         mean = torch.stack(list(gradients.values())).mean(0)
-        small = [
-            torch.stack([gradients[rank, m] for m in range(ACCUMULATION)]).mean(0) for rank in range(world_size)
-        ]
+        small = [torch.stack([gradients[rank, m] for m in range(ACCUMULATION)]).mean(0) for rank in range(world_size)]
         if not accumulated:
             small = list(gradients.values())
         norms = SquaredNorms.of(
@@ -117,7 +113,7 @@ def reference(world_size, *, accumulated, clip=False, skip=None):
         offset = 0
         with torch.no_grad():
             for p in trainable:
-                p -= 0.05 * factor * mean[offset : offset + p.numel()].view_as(p).float()
+                p.sub_(0.05 * factor * mean[offset : offset + p.numel()].view_as(p).float())
                 offset += p.numel()
     pair = noise_scale(smoothed(sums))
     return pair.noise_trace, pair.grad_sq_norm
