@@ -23,3 +23,7 @@ class ObservationError(DptrainError):
 
 class DesyncError(DptrainError):
     """Replicas disagree on a step: training on would mix values that do not belong together."""
+
+
+class AbortedError(DptrainError):
+    """Another replica failed in what was done on behalf of all; its own error says why."""

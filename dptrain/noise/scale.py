@@ -191,8 +191,8 @@ def _fieller(pair: NoiseScale | SmoothedMoments, t: float) -> tuple[float, float
     a, b, c = g * g - var_g, s * g - cov, s * s - var_s
     root = math.sqrt(max(s * s * var_g + g * g * var_s - 2 * s * g * cov - (var_s * var_g - cov * cov), 0.0))
     if a > 0:
-        # One root in its stable form; the other through the product of the roots, c/a.
-        upper = (b + root) / a if b >= 0 else c / (b - root)
+        # The smaller root through the product of the two, c/a, for its difference form loses digits.
+        upper = (b + root) / a
         lower = c / (b + root) if b + root > 0 else 0.0
     elif c > 0:
         # |G|² is not told from zero but tr(Σ) is: the set is open above, and 0 is not in it.

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dptrain.errors import DesyncError
+from dptrain.errors import AbortedError, DesyncError
 from dptrain.observe import NUM_SUMS, PendingSum
+
+Result = TypeVar("Result")
 
 _TAGS = ("step", "position", "global_batch_size")
 # tags, stop flag, then loss sum, then the meter's sums, of which the last is the number of samples
@@ -98,3 +102,26 @@ def receive(pending: PendingSum, record: StepRecord) -> StepOutcome:
         stop=values[_NUM_HOST - 1] > 0,
         meter_sums=meter_sums,
     )
+
+
+def on_rank_0(action: Callable[[], Result], *, rank: int, device: torch.device) -> Result | None:
+    """Do something on rank 0 alone, and have every replica learn whether it failed. A collective; waits.
+
+    Returns:
+        What it returned, on rank 0; None on the others.
+
+    Raises:
+        Exception: what it raised, on rank 0; an `AbortedError` on the others, which would else wait for a dead peer.
+    """
+    result, error = None, None
+    if rank == 0:
+        try:
+            result = action()
+        except Exception as caught:  # noqa: BLE001 - raised again below, after the others were told
+            error = caught
+    (failed,) = PendingSum(torch.tensor([float(error is not None)], dtype=torch.float64, device=device)).read()
+    if error is not None:
+        raise error
+    if failed:
+        raise AbortedError("rank 0 failed and says why")
+    return result

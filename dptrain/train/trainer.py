@@ -32,7 +32,7 @@ from dptrain.train.config import (
     plan,
     smoothing,
 )
-from dptrain.train.consensus import StepOutcome, StepRecord, receive
+from dptrain.train.consensus import Result, StepOutcome, StepRecord, on_rank_0, receive
 from dptrain.train.evaluation import evaluate
 from dptrain.train.manifest import JSON
 from dptrain.train.metrics import Value
@@ -362,8 +362,9 @@ class Trainer:
     # Parts
 
     def _open_log(self, saved: Checkpoint | None) -> RunLog:
-        if not self.is_main:
-            return SilentLog()
+        return self._on_rank_0(lambda: self._writing_log(saved)) or SilentLog()
+
+    def _writing_log(self, saved: Checkpoint | None) -> RunLog:
         folder = RunFolder(self._run_dir, resume=self._resume)
         replicas = "replica" if self._world_size == 1 else "replicas"
         title = f"{self._task.name} on {self._world_size} {self._accelerator.device.type} {replicas} → {self._run_dir}"
@@ -408,14 +409,15 @@ class Trainer:
             "optimizer": optimizer_state,
             "undecided": None if self._undecided is None else asdict(self._undecided),
         }
-        if self.is_main:
-            save_checkpoint(
+        self._on_rank_0(
+            lambda: save_checkpoint(
                 checkpoints_in(self._run_dir),
                 step=self._progress.step,
                 tensors={"model": pack_model(self._bare_model), "optimizer": optimizer_tensors},
                 state=state,
                 keep=self._config.checkpoint.keep,
             )
+        )
 
     def _restore(self, saved: Checkpoint, log: RunLog) -> None:
         """Become what the saved run was when it was saved."""
@@ -441,6 +443,9 @@ class Trainer:
             raise CheckpointError(f"checkpoint {saved.path} does not hold what this version needs: {error}") from error
         self._logged = (self._progress.position, self._progress.wall_s)
         log.note(f"resumed from step {self._progress.step}, {self._progress.position:,} samples seen")
+
+    def _on_rank_0(self, action: Callable[[], Result]) -> Result | None:
+        return on_rank_0(action, rank=self._accelerator.process_index, device=self._accelerator.device)
 
     def _names(self) -> dict[torch.nn.Parameter, str]:
         return {parameter: name for name, parameter in self._bare_model.named_parameters()}

@@ -483,3 +483,17 @@ def test_known_exactly():
     scale = noise_scale(smoothed(absorb([(100.0, 2.0, 8)] * 4)))
     assert (scale.lower, scale.value, scale.upper) == (50, 50, 50)
     assert (scale.contrast(49), scale.contrast(50), scale.contrast(51)) == (math.inf, 0, -math.inf)
+
+
+def test_proportional_estimates_feign_no_certainty():
+    """Where tr(Σ) and |G|² scatter in proportion, a contrast whose variance rounds to none or below stays finite."""
+    for sd in np.linspace(0.1, 1, 200):
+        scale = noise_scale(pair(var_trace=(3 * sd) ** 2, var_grad=sd**2, cov=3 * sd * sd))
+        assert 0 < scale.contrast(3) < math.inf
+
+
+def test_the_contrast_against_a_huge_noise_scale_is_the_test_of_the_signal():
+    """As phi grows the contrast tends to −|G|² over its standard error; nothing overflows on the way."""
+    scale = noise_scale(pair(degrees_of_freedom=1e9))
+    assert scale.contrast(1e300) == pytest.approx(-2 / 0.3, rel=1e-3)
+    assert scale.contrast(1e300) == pytest.approx(scale.contrast(1e9), rel=1e-6)
