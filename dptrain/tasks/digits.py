@@ -42,7 +42,7 @@ def digits(*, model: str = "mlp") -> Task:
         suggestion=Suggestion(
             learning_rate=5e-3,
             global_batch_size=16,
-            micro_batch_size=4,
+            micro_batch_size=16,
             max_samples=30_000,
             eval_every_samples=3_000,
         ),

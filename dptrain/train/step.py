@@ -87,10 +87,18 @@ class Stepper:
             # Replicas are averaged with equal weight; this factor makes it the mean over samples, whatever their sizes.
             weight = micro.num_samples * world_size / record.global_batch_size
             self._meter.begin(num_samples=micro.num_samples, weight=weight)
-            torch.manual_seed(self._seed_of(micro.position))
+            _seed_forward(self._seed_of(micro.position), self._accelerator.device)
             last = number == record.micro_steps(world_size)
             with nullcontext() if last else self._accelerator.no_sync(self._model):
                 loss = self._loss(self._model, send_to_device(micro.batch, self._accelerator.device, non_blocking=True))
                 self._accelerator.backward(loss * weight)
             loss_sum += loss.detach() * micro.num_samples
         return loss_sum
+
+
+def _seed_forward(seed: int, device: torch.device) -> None:
+    """Seed the generators that a forward pass draws from."""
+    # torch.manual_seed visits every kind of device there is, which costs a hundred times as much.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtr
 
@@ -467,6 +467,7 @@ NUMBERS = st.floats(allow_nan=True, allow_infinity=True, allow_subnormal=True)
     steps=st.lists(st.tuples(NUMBERS, NUMBERS, st.floats(1, 1e9)), max_size=6), phi=NUMBERS, z=NUMBERS, level=NUMBERS
 )
 @settings(deadline=None, derandomize=True, max_examples=300)
+@example(steps=[(0.0, 1.0, 1.0), (1.0, 0.0, 1.0), (0.0, 0.0, 1.0)], phi=0.0, z=0.0, level=0.95)
 def test_no_measurement_breaks_the_reading(steps, phi, z, level):
     """Whatever was measured and asked, nothing raises, no end is NaN, and the ends do not cross."""
     scale = noise_scale(smoothed(absorb(steps)), level=level if 0 < level < 1 else 0.95)
