@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from dptrain.cli.replicas import default_replicas, is_replica, start_replicas
@@ -22,10 +23,14 @@ from dptrain.train.run_folder import default_run_dir, write_config
 _DESCRIPTION = """Train a task on all replicas, measure the gradient noise scale on the way, and adapt the batch to it.
 Settings come from --config, then from the command line, the later one wins; --print_config shows them."""
 
+_SURE = 0.7  # likeness of two names of one part; below it they have but some letters in common
+
 
 def train(arguments: Sequence[str]) -> int:
     """Parse, then train: as a replica where a launcher started this process, else by starting the replicas."""
     config, options = parse(arguments)
+    if options.resume and config.run_dir is None:
+        raise ConfigError("--resume needs --run_dir, the folder of the run to go on with")
     if is_replica():
         if options.replicas is not None:
             raise ConfigError("--replicas has no meaning under a launcher, which has started the replicas already")
@@ -47,7 +52,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, Namespace]:
         ConfigError: in one sentence, with the nearest name for a misspelt one.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="dptrain train", description=_DESCRIPTION, exit_on_error=False)
+    parser = ArgumentParser(prog="dptrain train", description=_DESCRIPTION, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with settings; a run folder's config.yaml is one.")
     parser.add_argument("--replicas", type=int | None, help="Replicas to start. Default: one per GPU, else 2 on CPU.")
     parser.add_argument(
@@ -55,24 +60,64 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, Namespace]:
     )
     parser.add_class_arguments(TrainConfig)
     arguments = _with_saved_settings(list(arguments))
+    known = [action.dest for action in parser._actions if action.dest != "help"]  # noqa: SLF001 - argparse has no other way
+    for path in _values("--config", arguments):
+        _check_names(_settings_in(Path(path)), known=known, file=path)
     try:
         parsed = parser.parse_args(arguments)
         settings = (parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes)(parsed)
     except (ArgumentError, OSError, UnicodeError) as error:
-        raise ConfigError(_sentence(str(error), known=_option_names(parser))) from None
+        raise ConfigError(_sentence(str(error), known=known)) from None
     names = [field.name for field in fields(TrainConfig)]
     return TrainConfig(**{name: settings[name] for name in names}), parsed
 
 
 def _with_saved_settings(arguments: list[str]) -> list[str]:
     """Where a run is resumed and no settings file is named, put the run's own first, so that the rest overrides it."""
-    given = [argument.partition("=")[0] for argument in arguments]
-    if "--resume" not in given or "--config" in given or "--run_dir" not in given:
+    run_dirs = _values("--run_dir", arguments)
+    if "--resume" not in arguments or _values("--config", arguments) or not run_dirs:
         return arguments
-    at = given.index("--run_dir")
-    run_dir = arguments[at].partition("=")[2] or "".join(arguments[at + 1 : at + 2])
-    saved = Path(run_dir) / "config.yaml"
+    saved = Path(run_dirs[-1]) / "config.yaml"
     return ["--config", str(saved), *arguments] if saved.is_file() else arguments
+
+
+def _values(option: str, arguments: Sequence[str]) -> list[str]:
+    """Return what is given to an option, as `--option value` and as `--option=value`."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    return [
+        following if argument == option else argument.partition("=")[2]
+        for argument, following in pairs
+        if argument.partition("=")[0] == option
+    ]
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"cannot read settings file {path}: {getattr(error, 'strerror', error)}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"settings file {path} is not YAML: {_one_line(str(error))}") from None
+    if not isinstance(settings, dict):
+        found = "nothing" if settings is None else repr(settings)
+        raise ConfigError(f"settings file {path} must hold names with values, such as `task: digits`, got {found}")
+    return settings
+
+
+def _check_names(settings: Mapping[str, Any], *, known: Sequence[str], file: str, prefix: str = "") -> None:
+    """Refuse names in a settings file that do not exist, and values where there should be a group of settings."""
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if name in _groups(known):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{name} in {file} must be a group of settings, got {value!r}")
+            _check_names(value, known=known, file=file, prefix=f"{name}.")
+        elif name not in known:
+            raise ConfigError(f"there is no setting {name}, in {file}{_nearest(name, known)}")
+
+
+def _groups(known: Sequence[str]) -> set[str]:
+    return {name.partition(".")[0] for name in known if "." in name}
 
 
 def _train_here(config: TrainConfig, *, resume: bool) -> int:
@@ -117,10 +162,6 @@ def _findings(summary: Mapping[str, Any]) -> Iterable[str]:
     yield f"{times} {summary['batch_first']:,}{to} samples; noise scale: {summary['noise_scale_text']}"
 
 
-def _option_names(parser: ArgumentParser) -> list[str]:
-    return [action.dest for action in parser._actions if action.dest != "help"]  # noqa: SLF001 - argparse has no other way
-
-
 def _sentence(message: str, *, known: Sequence[str]) -> str:
     """Turn the parser's message into one sentence.
 
@@ -128,9 +169,15 @@ def _sentence(message: str, *, known: Sequence[str]) -> str:
     """
     if match := re.search(r"[Uu]nrecognized arguments: (.*)", message):
         name = match[1].split()[0].partition("=")[0]
-        return f"there is no option {name}{_nearest(name.lstrip('-'), known)}"
-    if match := re.search(r"[Oo]ption '([^']+)' is not accepted", message):
-        return f"there is no setting {match[1]}{_nearest(match[1], known)}"
+        if not name.startswith("-"):
+            return f"there is no place for {name!r}: settings are written --name value"
+        return f"there is no option {name}{_nearest(name.lstrip('-'), known, prefix='--')}"
+    if match := re.search(r"Group '([^']+)' does not accept option '([^']+)'", message):
+        name = f"{match[1]}.{match[2]}"
+        return f"there is no setting {name}{_nearest(name, known)}"
+    if match := re.search(r'[Pp]arser key "([^"]+)": Unable to load config', message):
+        example = next(name for name in known if name.startswith(f"{match[1]}."))
+        return f"{match[1]} is a group of settings: set each by its name, such as --{example}"
     if match := re.search(r'[Pp]arser key "([^"]+)":(.*)', message, re.DOTALL):
         name, rest = match[1], match[2]
         expected = dict.fromkeys(
@@ -145,15 +192,15 @@ def _sentence(message: str, *, known: Sequence[str]) -> str:
     return _one_line(message)
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def _nearest(name: str, known: Sequence[str], *, prefix: str = "") -> str:
     """Return "; did you mean …?", by the whole name or by its last part."""
     leaf = name.rpartition(".")[2]
     by_leaf = {candidate.rpartition(".")[2]: candidate for candidate in known}
     close = difflib.get_close_matches(name, known, n=1) or [
-        by_leaf[found] for found in difflib.get_close_matches(leaf, by_leaf, n=1)
+        by_leaf[found] for found in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=_SURE)
     ]
     close = close or [candidate for candidate in known if _letters(leaf) in _letters(candidate)][:1]
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _letters(name: str) -> str:

@@ -138,7 +138,8 @@ class TrainConfig:
     global_batch_size: int | None = None
     """Samples in the first optimizer steps, all replicas together. Default: the task's."""
     micro_batch_size: int | None = None
-    """Largest number of samples in one forward and backward pass on one replica. Default: the task's."""
+    """Largest number of samples in one forward and backward pass on one replica; a step is always made of at least
+    two such passes. Default: the task's."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: GPUs where there are some."""
     precision: Literal["no", "bf16"] = "no"
@@ -251,9 +252,9 @@ def given(value: Value | None) -> Value:
 
 def plan(config: TrainConfig, *, global_batch_size: int, world_size: int) -> BatchPlan:
     """Lay a global batch out: the largest micro-batch on the ladder that the settings allow, the rest accumulated."""
-    micro = choose_micro_batch_size(
-        global_batch_size=global_batch_size, world_size=world_size, largest=given(config.micro_batch_size)
-    )
+    # At least two micro-batches, on whatever replicas: from a single one no noise can be told.
+    largest = max(1, min(given(config.micro_batch_size), global_batch_size // 2))
+    micro = choose_micro_batch_size(global_batch_size=global_batch_size, world_size=world_size, largest=largest)
     return BatchPlan.exactly(global_batch_size=global_batch_size, micro_batch_size=micro, world_size=world_size)
 
 
