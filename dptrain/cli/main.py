@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from dptrain.errors import CheckpointError, ConfigError, DesyncError, DptrainError, TaskError
@@ -24,6 +25,8 @@ _EXIT_CODES: tuple[tuple[type[DptrainError], int], ...] = (
     (DesyncError, 76),
     (DptrainError, 70),
 )
+
+_PATIENCE_S = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,8 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DptrainError as error:
         from dptrain.cli.replicas import is_silent_replica
 
-        if not is_silent_replica():
-            sys.stderr.write(f"dptrain {arguments[0]}: {error}\n")
+        if is_silent_replica():
+            # Were this one to end first, the launcher would end the others before rank 0 has told what is wrong. In
+            # general rank 0 then ends, and with it this one; it speaks only where it is alone in its trouble.
+            time.sleep(_PATIENCE_S)
+        sys.stderr.write(f"dptrain {arguments[0]}: {error}\n")
         return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
 
 

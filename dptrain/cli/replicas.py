@@ -17,7 +17,7 @@ def is_replica(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def is_silent_replica(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is a replica whose errors in settings another one tells already."""
+    """Whether this is a replica whose errors another one most likely tells already."""
     return is_replica(environment) and environment["RANK"] != "0"
 
 
@@ -47,8 +47,7 @@ def start_replicas(arguments: Sequence[str], *, num_replicas: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # What failed is said by the replica itself; the agent's table of exit codes would bury it.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    _silence_agent()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -69,6 +68,13 @@ def start_replicas(arguments: Sequence[str], *, num_replicas: int) -> int:
 
         return EXIT_RESUMABLE
     return 0
+
+
+def _silence_agent() -> None:
+    """What failed, or stopped, is said by the replicas themselves; the agent's messages would bury it."""
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _exit_code(error: object) -> int:

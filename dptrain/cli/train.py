@@ -168,28 +168,35 @@ def _sentence(message: str, *, known: Sequence[str]) -> str:
     It speaks of unions and classes in several lines; a user needs the name, what is expected and what was given.
     """
     if match := re.search(r"[Uu]nrecognized arguments: (.*)", message):
-        name = match[1].split()[0].partition("=")[0]
-        if not name.startswith("-"):
-            return f"there is no place for {name!r}: settings are written --name value"
-        return f"there is no option {name}{_nearest(name.lstrip('-'), known, prefix='--')}"
+        return _unknown(match[1].split()[0].partition("=")[0], known=known)
     if match := re.search(r"Group '([^']+)' does not accept option '([^']+)'", message):
         name = f"{match[1]}.{match[2]}"
         return f"there is no setting {name}{_nearest(name, known)}"
-    if match := re.search(r'[Pp]arser key "([^"]+)": Unable to load config', message):
-        example = next(name for name in known if name.startswith(f"{match[1]}."))
-        return f"{match[1]} is a group of settings: set each by its name, such as --{example}"
     if match := re.search(r'[Pp]arser key "([^"]+)":(.*)', message, re.DOTALL):
-        name, rest = match[1], match[2]
-        expected = dict.fromkeys(
-            found.replace("NoneType", "null") for found in re.findall(r"Expected an? <class '([\w.]+)'>", rest)
-        )
-        value = re.search(r"(?:Given value|Got value): (.*)", rest)
-        if expected and value:
-            return f"{name} must be {' or '.join(expected)}, got {value[1].strip()!r}"
-        if (choices := re.search(r"Literal\[(.*?)\]", rest)) and value:
-            return f"{name} must be one of {choices[1]}, got {value[1].strip()!r}"
-        return f"{name}: {_one_line(rest)}"
+        return _wrong_value(match[1], match[2], known=known)
     return _one_line(message)
+
+
+def _unknown(argument: str, *, known: Sequence[str]) -> str:
+    if not argument.startswith("-"):
+        return f"there is no place for {argument!r}: settings are written --name value"
+    return f"there is no option {argument}{_nearest(argument.lstrip('-'), known, prefix='--')}"
+
+
+def _wrong_value(name: str, message: str, *, known: Sequence[str]) -> str:
+    """Say what a setting must be, from what the parser says of each type that it tried."""
+    if "Unable to load config" in message:
+        example = next(setting for setting in known if setting.startswith(f"{name}."))
+        return f"{name} is a group of settings: set each by its name, such as --{example}"
+    expected = dict.fromkeys(
+        found.replace("NoneType", "null") for found in re.findall(r"Expected an? <class '([\w.]+)'>", message)
+    )
+    value = re.search(r"(?:Given value|Got value): (.*)", message)
+    if expected and value:
+        return f"{name} must be {' or '.join(expected)}, got {value[1].strip()!r}"
+    if (choices := re.search(r"Literal\[(.*?)\]", message)) and value:
+        return f"{name} must be one of {choices[1]}, got {value[1].strip()!r}"
+    return f"{name}: {_one_line(message)}"
 
 
 def _nearest(name: str, known: Sequence[str], *, prefix: str = "") -> str:

@@ -74,9 +74,10 @@ class NoiseScaleMonitor:
 
     def _loss_scale(self) -> float:
         scaler = self._accelerator.scaler
+        amplified = 1.0 if scaler is None else float(scaler.get_scale())
         # `backward` divides by the planned accumulation steps; the last window of an epoch may have fewer.
-        planned = self._accelerator.gradient_accumulation_steps
-        return (1.0 if scaler is None else float(scaler.get_scale())) * self._micro_steps / planned
+        planned: int = self._accelerator.gradient_accumulation_steps
+        return amplified * self._micro_steps / planned
 
     def step(self) -> Reading | None:
         """Call it after each `accelerator.backward`, before clipping; does nothing while gradients accumulate.

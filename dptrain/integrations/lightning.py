@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from dptrain.control import Controller, Limits, RuleName
 from dptrain.errors import ConfigError, ObservationError
 from dptrain.integrations.adaptation import Adaptation, scale_learning_rate
-from dptrain.noise import Smoothing
+from dptrain.noise import NoiseScale, Smoothing
 from dptrain.observe import Meter, ParameterTap, Reading
 
 
@@ -50,13 +50,7 @@ class GradientNoiseScaleMonitor(Callback):
         if self._saved is not None:
             self._restore(self._saved)
 
-    def on_train_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,  # noqa: ANN401, ARG002 - theirs
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002 - Lightning's signature
         """Announce a micro-batch."""
         assert self.meter is not None
         self.meter.begin(num_samples=extract_batch_size(batch))
@@ -74,7 +68,8 @@ class GradientNoiseScaleMonitor(Callback):
             grad_norm = grad_norm * amplified  # the gradients were unscaled by now, those that the tap saw were not
         self.meter.step(grad_norm=grad_norm)
         self._micro_steps = 0
-        if trainer.log_every_n_steps and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set where mypy does not look
+        if every and (trainer.global_step + 1) % every == 0:
             pl_module.log_dict(self.as_metrics(), on_step=True, on_epoch=False)
 
     def as_metrics(self) -> dict[str, float]:
@@ -82,16 +77,11 @@ class GradientNoiseScaleMonitor(Callback):
         assert self.meter is not None
         return Reading(self.meter).as_metrics()
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002 - their signature
+    def on_fit_end(self, *_: object) -> None:
         """Take everything off the model; the meter can still be read."""
         self._remove()
 
-    def on_exception(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        exception: BaseException,  # noqa: ARG002 - their signature
-    ) -> None:
+    def on_exception(self, *_: object) -> None:
         """Take everything off the model."""
         self._remove()
 
@@ -144,12 +134,12 @@ class AdaptiveBatchSize(GradientNoiseScaleMonitor):
             "limits": limits,
             "rule": rule,
         }
-        self._closed: int | None = None
+        self._closed: tuple[NoiseScale, int] | None = None
         self.adaptation: Adaptation | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the first window from the trainer, or from the checkpoint."""
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]  # the same
             raise ConfigError("GradientAccumulationScheduler sets the accumulation steps too: remove one of the two")
         self.adaptation = Adaptation(
             world_size=trainer.world_size, accumulation_steps=trainer.accumulate_grad_batches, **self._settings
@@ -157,7 +147,7 @@ class AdaptiveBatchSize(GradientNoiseScaleMonitor):
         super().on_fit_start(trainer, pl_module)
         trainer.accumulate_grad_batches = self.adaptation.window.accumulation_steps
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002 - their signature
+    def on_train_start(self, trainer: Trainer, *_: object) -> None:
         """Let the learning rate follow the batch, now that there is an optimizer."""
         assert self.meter is not None
         self.meter.on_remove(scale_learning_rate(trainer.optimizers[0], self._factor))
@@ -167,23 +157,24 @@ class AdaptiveBatchSize(GradientNoiseScaleMonitor):
         return self.adaptation.window.learning_rate_factor
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Close the step."""
-        self._closed = self._micro_steps
+        """Close the step. What is known before it decides on the next window, so that nobody waits for this one."""
+        assert self.meter is not None
+        self._closed = self.meter.read(), self._micro_steps
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:  # noqa: ANN401 - their signature
-        """Decide on the next window, where an update was made (synchronises the device)."""
-        assert self.meter is not None
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        """Decide on the next window, where an update was made."""
         assert self.adaptation is not None
         if self._closed is None:
             return
+        (known, micro_steps), self._closed = self._closed, None
         done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         window = self.adaptation.decide(
-            self.meter.read(),
-            micro_steps=self._closed,
+            known,
+            micro_steps=micro_steps,
             may_be=lambda steps: trainer.is_last_batch or done % steps == 0,
         )
-        trainer.accumulate_grad_batches, self._closed = window.accumulation_steps, None
+        trainer.accumulate_grad_batches = window.accumulation_steps
 
     def as_metrics(self) -> dict[str, float]:
         """Return flat floats under `gns/…` and `batch/…` (synchronises the device)."""

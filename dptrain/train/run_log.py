@@ -144,5 +144,5 @@ def noise_columns(scale: NoiseScale) -> dict[str, Value]:
         "gns/state": str(scale.state),
         "gns/grad_sq": scale.grad_sq_norm,
         "gns/trace": scale.noise_trace,
-        "gns/effective_steps": scale.degrees_of_freedom + 1 if scale.num_steps else 0.0,
+        "gns/effective_steps": scale.effective_steps,
     }
