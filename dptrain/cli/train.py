@@ -97,7 +97,8 @@ def _settings_in(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"cannot read settings file {path}: {getattr(error, 'strerror', error)}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"settings file {path} is not YAML: {_one_line(str(error))}") from None
+        line = f" in line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
+        raise ConfigError(f"settings file {path} is not YAML{line}: {getattr(error, 'problem', error)}") from None
     if not isinstance(settings, dict):
         found = "nothing" if settings is None else repr(settings)
         raise ConfigError(f"settings file {path} must hold names with values, such as `task: digits`, got {found}")
@@ -201,13 +202,16 @@ def _wrong_value(name: str, message: str, *, known: Sequence[str]) -> str:
 
 def _nearest(name: str, known: Sequence[str], *, prefix: str = "") -> str:
     """Return "; did you mean …?", by the whole name or by its last part."""
-    leaf = name.rpartition(".")[2]
-    by_leaf = {candidate.rpartition(".")[2]: candidate for candidate in known}
-    close = difflib.get_close_matches(name, known, n=1) or [
-        by_leaf[found] for found in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=_SURE)
-    ]
-    close = close or [candidate for candidate in known if _letters(leaf) in _letters(candidate)][:1]
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
+    leaf = _leaf(name)
+    leaves = difflib.get_close_matches(leaf, dict.fromkeys(map(_leaf, known)), n=1, cutoff=_SURE)
+    close = [setting for setting in known if _leaf(setting) in leaves]
+    close = close or [setting for setting in known if _letters(leaf) in _letters(setting)]
+    best = difflib.get_close_matches(name, close, n=1, cutoff=0)
+    return f"; did you mean {prefix}{best[0]}?" if best else ""
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _letters(name: str) -> str:
