@@ -76,7 +76,8 @@ class WritingLog:
         self._every_steps = config.log.every_steps
         write_config(folder.config, config)
         self._metrics = JsonlLog.resume(folder.metrics, up_to=up_to_step)
-        self._decisions = JsonlLog.resume(folder.decisions, up_to=up_to_step)
+        # A checkpoint is written before its own step is decided on: that decision is taken again, and told again.
+        self._decisions = JsonlLog.resume(folder.decisions, up_to=up_to_step - 1)
         self._view = make_view(
             max_samples=given(config.max_samples), title=title, print_every_steps=config.log.print_every_steps
         )
