@@ -24,6 +24,8 @@ from dptrain.tasks.base import Suggestion
 
 Value = TypeVar("Value")
 
+_LARGEST = 2**63  # samples and seeds are 64-bit numbers in torch and numpy
+
 
 @dataclass(frozen=True, kw_only=True)
 class ControlConfig:
@@ -158,7 +160,7 @@ class TrainConfig:
 
 def _check_ranges(config: TrainConfig) -> None:
     """Refuse what can be seen to be wrong without the task."""
-    at_least_one = {
+    counts = {
         "max_samples": config.max_samples,
         "global_batch_size": config.global_batch_size,
         "micro_batch_size": config.micro_batch_size,
@@ -167,10 +169,13 @@ def _check_ranges(config: TrainConfig) -> None:
         "log.every_steps": config.log.every_steps,
         "log.print_every_steps": config.log.print_every_steps,
         "log.eval_every_samples": config.log.eval_every_samples,
+        "num_workers": config.num_workers,
+        "seed": config.seed,
     }
-    for name, value in at_least_one.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}")
+    for name, value in counts.items():
+        least = 0 if name in ("num_workers", "seed") else 1
+        if value is not None and not least <= value < _LARGEST:
+            raise ConfigError(f"{name} must be at least {least}{' and below 2⁶³' if value > 0 else ''}, got {value}")
     optimizer = config.optimizer
     positive = {"learning_rate": optimizer.learning_rate, "max_grad_norm": optimizer.max_grad_norm}
     for name, number in positive.items():
@@ -181,10 +186,6 @@ def _check_ranges(config: TrainConfig) -> None:
             raise ConfigError(f"optimizer.{name} must lie in [0, 1), got {decay}")
     if not 0 <= optimizer.weight_decay < math.inf:
         raise ConfigError(f"optimizer.weight_decay must not be negative, got {optimizer.weight_decay}")
-    if config.num_workers < 0 or config.seed < 0:
-        raise ConfigError(
-            f"num_workers and seed must not be negative, got num_workers {config.num_workers}, seed {config.seed}"
-        )
     if not 0 < config.noise.level < 1:
         raise ConfigError(f"noise.level must lie between 0 and 1, such as 0.95, got {config.noise.level}")
     _check_law(config.control)
