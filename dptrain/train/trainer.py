@@ -99,6 +99,8 @@ class Trainer:
             mixed_precision=config.precision,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
         )
+        # A replica that fails in what follows must not tear the connections that another still makes.
+        self._accelerator.wait_for_everyone()
         torch.manual_seed(config.seed)
         self._task = task if isinstance(task, Task) else resolve_task(task or config.task, options=config.task_options)
         check_task(self._task)
