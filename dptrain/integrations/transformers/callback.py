@@ -1,0 +1,207 @@
+"""The meter as a callback of the transformers Trainer; what changes the batch stands in `window`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate.state import GradientState
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.trainer_callback import ExportableState
+
+from dptrain.errors import ObservationError
+from dptrain.noise import Smoothing
+from dptrain.observe import Meter, ParameterTap, Reading
+
+
+class GradientNoiseScaleCallback(TrainerCallback, ExportableState):
+    """Measures the gradient noise scale and adds `gns/…` to each row that the Trainer logs.
+
+    `Trainer(..., callbacks=[GradientNoiseScaleCallback()])` is enough for `state.log_history` and the progress
+    bar. The Trainer puts the reporters of `report_to` in front of everybody's callbacks, so for their rows write
+    `GradientNoiseScaleCallback().add_to(trainer)` instead.
+
+    It measures under DDP and in one process. Where the Trainer normalises the loss by the tokens of all replicas,
+    micro-batches are weighted by theirs, and a sample is a sequence all the same. A loss from `compute_loss_func`
+    or an overridden `compute_loss` is taken to weight micro-batches equally.
+
+    Args:
+        memory: see `dptrain.Smoothing`.
+        half_life_samples: see `dptrain.Smoothing`.
+        level: confidence of the interval.
+        population: samples in the data set where it is small and drawn without replacement.
+
+    Raises:
+        ObservationError: when training begins, where the meter could not be right.
+    """
+
+    # Plain numbers, because the Trainer keeps the arguments of its callbacks in JSON.
+    def __init__(
+        self,
+        *,
+        memory: float = 0.2,
+        half_life_samples: float | None = None,
+        level: float = 0.95,
+        population: int | None = None,
+    ) -> None:
+        self._arguments: dict[str, Any] = {
+            "memory": memory,
+            "half_life_samples": half_life_samples,
+            "level": level,
+            "population": population,
+        }
+        self._grad_norm: Tensor | None = None
+        self._armed = False
+        self._weight_factor = 1
+        self._parameters: list[nn.Parameter] = []
+        self.meter: Meter | None = None
+
+    def add_to(self, trainer: Any) -> None:  # noqa: ANN401 - any Trainer
+        """Join a Trainer in front of its reporters, so that their rows have `gns/…` too."""
+        trainer.callback_handler.callbacks.insert(0, self)
+
+    # What the Trainer calls
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's signature
+        """Put the meter on the parameters, and go on from a checkpoint's state where there is one."""
+        model: nn.Module = kwargs["model"]
+        _refuse(args, model)
+        self._remove()
+        self._parameters = list(model.parameters())
+        scaler = getattr(kwargs["optimizer"], "scaler", None)
+        arguments = dict(self._arguments)
+        smoothing = Smoothing(memory=arguments.pop("memory"), half_life_samples=arguments.pop("half_life_samples"))
+        self.meter = Meter(
+            self._parameters,
+            tap=ParameterTap(self._parameters),
+            loss_scale=None if scaler is None else scaler.get_scale,
+            smoothing=smoothing,
+            **arguments,
+        )
+        self._weight_factor = args.world_size if args.average_tokens_across_devices else 1
+        handle = model.register_forward_hook(self._on_forward, with_kwargs=True)
+        self.meter.on_remove(handle.remove)
+        # The Trainer expects an entry of each callback's in a state that it has loaded.
+        states: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]  # it lists them only at first
+        saved = states.setdefault(type(self).__name__, self.state())["attributes"]["record"]
+        if saved is not None:
+            self._restore(saved)
+
+    def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
+        """Close the step. The gradients are clipped by now, so their norm was taken at the end of the backward."""
+        assert self.meter is not None
+        if self._grad_norm is None:
+            raise ObservationError(
+                "the end of the step's last backward pass was not seen: the model must return the loss, or the "
+                "logits that it is computed from, as a tensor of its own in its output"
+            )
+        self.meter.step(grad_norm=self._grad_norm)
+        self._grad_norm = None
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, *_: object, **kwargs: Any) -> None:  # noqa: ANN401, ARG002 - the Trainer's signature
+        """Add to rows of training what is known (synchronises the device)."""
+        logs: dict[str, float] = kwargs["logs"]
+        if "loss" in logs:
+            metrics = self.as_metrics()
+            logs.update(metrics)
+            state.log_history[-1].update(metrics)
+
+    def on_train_end(self, *_: object, **__: object) -> None:
+        """Take everything off the model; the meter can still be read."""
+        self._remove()
+
+    # One micro-batch
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _on_forward(self, model: nn.Module, args: object, kwargs: dict[str, Any], output: object) -> None:  # noqa: ARG002 - a hook's signature
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        assert self.meter is not None
+        self.meter.begin(num_samples=_first_dimension(kwargs), weight=self._weight(model, kwargs))
+        self._armed = GradientState().sync_gradients
+        if self._armed:
+            for tensor in _differentiable(output):
+                tensor.register_hook(self._on_backward)  # type: ignore[no-untyped-call]
+
+    def _weight(self, model: nn.Module, kwargs: dict[str, Any]) -> float | None:
+        """Return the factor on the mean loss of a micro-batch: its share of the tokens, or None for equal shares."""
+        num_items = kwargs.get("num_items_in_batch")
+        if num_items is None:
+            return None
+        labels = kwargs.get("shift_labels")
+        if labels is None:
+            labels = kwargs.get("labels")
+            if labels is None:
+                raise ObservationError(
+                    "the loss is normalised by num_items_in_batch but the model is not given the labels (as with "
+                    "label smoothing), so the weights of micro-batches are unknown: set label_smoothing_factor=0"
+                )
+            if LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss:
+                labels = labels[..., 1:]
+        # Waits for the device, as the Trainer does after each micro-batch to look for a loss that is not finite.
+        return float(labels.ne(-100).sum() / num_items) * self._weight_factor
+
+    def _on_backward(self, _: Tensor) -> None:
+        """At the beginning of a backward pass, ask to be called after its end."""
+        if not self._armed:
+            return
+        self._armed = False
+        queue = torch.autograd.Variable._execution_engine.queue_callback  # noqa: SLF001 - what DDP and FSDP use: there is no public end of a backward pass
+        # DDP asks for the same during the pass, to fetch the reduced gradients: asking again comes after it.
+        queue(lambda: queue(self._note_norm))
+
+    def _note_norm(self) -> None:
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+
+    # State
+
+    def as_metrics(self) -> dict[str, float]:
+        """Return flat floats under `gns/…` (synchronises the device)."""
+        assert self.meter is not None
+        return Reading(self.meter).as_metrics()
+
+    def state(self) -> dict[str, Any]:
+        """Return what the Trainer's checkpoint must hold."""
+        return {"args": self._arguments, "attributes": {"record": self._record()}}
+
+    def _record(self) -> dict[str, Any] | None:
+        return None if self.meter is None else {"meter": self.meter.state_dict()}
+
+    def _restore(self, record: Mapping[str, Any]) -> None:
+        assert self.meter is not None
+        self.meter.load_state_dict(record["meter"])
+
+    def _remove(self) -> None:
+        if self.meter is not None:
+            self.meter.remove()
+
+
+def _refuse(args: TrainingArguments, model: nn.Module) -> None:
+    """Raise where the taps would not see what a replica's own gradient is."""
+    if args.n_gpu > 1:
+        raise ObservationError(
+            f"the Trainer runs {args.n_gpu} devices in one process (DataParallel), where no replica's own gradient "
+            "can be seen: start it with torchrun"
+        )
+    sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
+    if args.deepspeed or args.fsdp or sharded:
+        raise ObservationError(
+            "the Trainer shards the parameters (FSDP, DeepSpeed or tensor parallelism), where this callback cannot "
+            "see a replica's own gradient: measure under DDP or in one process"
+        )
+
+
+def _first_dimension(kwargs: Mapping[str, Any]) -> int:
+    sizes = [value.shape[0] for value in kwargs.values() if isinstance(value, Tensor) and value.dim() > 0]
+    if not sizes:
+        raise ObservationError("the model was called without a tensor by name, so its batch size is unknown")
+    return sizes[0]
+
+
+def _differentiable(output: object) -> Iterable[Tensor]:
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
+    return [value for value in values if isinstance(value, Tensor) and value.requires_grad]

@@ -1,0 +1,225 @@
+"""A mixin that owns the Trainer's window of micro-batches, so that its length may change between any two updates.
+
+The Trainer takes a step where the number of the batch within the epoch is a multiple of the accumulation steps, but
+synchronises gradients at the end of the window that it fetched. A callback that changes the setting parts the two,
+and replicas then step on gradients of their own. Here the Trainer accumulates nothing: it is given whole windows as
+its batches, and both the window and its synchronisation are in one place.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from transformers import TrainerState, TrainingArguments
+
+from dptrain.control import Controller, Limits, RuleName
+from dptrain.errors import CheckpointError, ConfigError
+from dptrain.integrations.adaptation import Adaptation, scale_learning_rate
+from dptrain.integrations.transformers.callback import GradientNoiseScaleCallback
+from dptrain.noise import NoiseScale
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+_MICRO_BATCHES = "micro_batches"
+
+
+class AdaptiveBatchMixin(_Trainer):
+    """Measures, and lets the number of micro-batches per update follow.
+
+    ```python
+    class AdaptiveTrainer(AdaptiveBatchMixin, Trainer): ...
+
+    trainer = AdaptiveTrainer(model, args, train_dataset=data, law=NoiseLaw(), limits=Limits(largest=4096))
+    ```
+
+    `gradient_accumulation_steps` of the arguments is the first window. With `max_steps` the run and its schedule
+    are that many updates long, over as many epochs as it takes. With `num_train_epochs` the number of updates is
+    not known beforehand: then the schedule, its warm-up too, is stepped once for each micro-batch, and ends with
+    the data. Nothing but the length of the window is changed.
+
+    Args:
+        args: those of the Trainer.
+        law: decides on the global batch, such as `NoiseLaw()`.
+        limits: what the batch may do.
+        rule: how the learning rate follows the batch; a factor on the rates that the groups hold.
+        noise: settings of the `GradientNoiseScaleCallback` that measures.
+        kwargs: those of the Trainer.
+    """
+
+    def __init__(
+        self,
+        *args: Any,  # noqa: ANN401 - those of the Trainer
+        law: Controller,
+        limits: Limits,
+        rule: RuleName = "none",
+        noise: Mapping[str, Any] | None = None,
+        **kwargs: Any,  # noqa: ANN401 - those of the Trainer
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.restore_callback_states_from_checkpoint:
+            raise ConfigError("restore_callback_states_from_checkpoint would replace the meter: set it to False")
+        self._settings: dict[str, Any] = {"law": law, "limits": limits, "rule": rule}
+        self._first_window = self.args.gradient_accumulation_steps
+        self.args = copy.copy(self.args)
+        self.args.gradient_accumulation_steps = 1
+        self._own_schedule = self.lr_scheduler is not None
+        self._callback = WindowCallback(self, **(noise or {}))
+        self._callback.add_to(self)
+        self.micro_steps_seen = 0
+        self._micro_steps_in_epoch: int | None = None
+        self._micro_steps_in_all: int | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self.micro_steps_seen = 0
+        self.adaptation = Adaptation(
+            micro_batch_size=self.args.train_batch_size,
+            world_size=self.args.world_size,
+            accumulation_steps=self._first_window,
+            **self._settings,
+        )
+
+    # What the Trainer calls
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple[Any, ...]:  # noqa: ANN401 - the Trainer's signature
+        """Plan the run in micro-batches; with `max_steps` the epochs are without end, since windows may grow."""
+        epochs, *others, micro_steps_in_epoch, max_steps = super().set_initial_training_values(args, dataloader)
+        self._micro_steps_in_epoch = micro_steps_in_epoch
+        self._micro_steps_in_all = None if args.max_steps > 0 else max_steps
+        self._start()
+        return (sys.maxsize if args.max_steps > 0 else epochs, *others, micro_steps_in_epoch, max_steps)
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        updates_per_epoch: int,
+        epochs: int,
+        checkpoint: str | None,
+        trial: Any,  # noqa: ANN401 - the Trainer's signature
+    ) -> tuple[int, int]:
+        """Find the position of a resumed run from the micro-batches seen: updates had different numbers of them."""
+        super()._init_training_state(max_steps, updates_per_epoch, epochs, checkpoint, trial)
+        if checkpoint is None:
+            return 0, 0
+        states: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]  # as loaded
+        saved = states.get(WindowCallback.__name__)
+        if saved is None:
+            raise CheckpointError(f"{checkpoint} was not written with an adaptive batch: resume it without the mixin")
+        self.micro_steps_seen = saved["attributes"]["record"]["micro_steps_seen"]
+        epoch, done = divmod(self.micro_steps_seen, updates_per_epoch)
+        return epoch, 0 if self.args.ignore_data_skip else done
+
+    def get_batch_samples(
+        self,
+        epoch_iterator: Iterator[Any],
+        num_batches: int,  # noqa: ARG002 - the Trainer's signature
+        device: torch.device,
+    ) -> tuple[list[Any], Any]:
+        """Return one batch: the window, with the items of all its micro-batches counted."""
+        size = self.adaptation.window.accumulation_steps
+        if self._micro_steps_in_all is not None:
+            size = min(size, self._micro_steps_in_all - self.micro_steps_seen)
+        micro_batches, num_items = super().get_batch_samples(epoch_iterator, size, device)
+        return ([{_MICRO_BATCHES: micro_batches}] if micro_batches else []), num_items
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:  # noqa: ANN401 - the Trainer's signature
+        """Run a window; gradients are synchronised with its last micro-batch."""
+        micro_batches = inputs[_MICRO_BATCHES]
+        self.current_gradient_accumulation_steps = len(micro_batches)
+        losses = []
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            last = number == len(micro_batches)
+            self.accelerator.sync_gradients = last
+            with nullcontext() if last else self.accelerator.no_sync(model=model):
+                losses.append(super().training_step(model, micro_batch, num_items_in_batch))
+        self.micro_steps_seen += len(micro_batches)
+        if self._micro_steps_in_all is not None:
+            # The Trainer ends, saves and evaluates at this number: exact from the last window on.
+            left = self._micro_steps_in_all - self.micro_steps_seen
+            windows = math.ceil(left / self.adaptation.window.accumulation_steps)
+            self.state.max_steps = self.state.global_step + 1 + windows
+        return torch.stack(losses).sum()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return the operations of a whole window."""
+        return sum(super(AdaptiveBatchMixin, self).floating_point_ops(batch) for batch in inputs[_MICRO_BATCHES])
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        for micro_batch in inputs[_MICRO_BATCHES]:
+            super()._track_num_input_tokens(micro_batch)  # type: ignore[no-untyped-call]
+
+    # After an update
+
+    def close_window(self, known: NoiseScale) -> None:
+        """Decide on the next window, and bring epoch and schedule up to the position reached."""
+        micro_steps = self.current_gradient_accumulation_steps
+        self.adaptation.decide(known, micro_steps=micro_steps)
+        if self._micro_steps_in_epoch:
+            self.state.epoch = self.micro_steps_seen / self._micro_steps_in_epoch
+        schedule = self.lr_scheduler
+        if self._own_schedule or self._micro_steps_in_all is None or self.accelerator.optimizer_step_was_skipped:
+            return
+        if isinstance(schedule, LRScheduler) and not isinstance(schedule, ReduceLROnPlateau):
+            for _ in range(micro_steps - 1):  # the Trainer has stepped it once
+                schedule.step()
+
+
+class WindowCallback(GradientNoiseScaleCallback):
+    """Measures for a Trainer with the mixin, tells it when an update is done, and carries its state.
+
+    Args:
+        trainer: the one with the mixin.
+        options: settings of `GradientNoiseScaleCallback`.
+    """
+
+    def __init__(self, trainer: AdaptiveBatchMixin, **options: Any) -> None:  # noqa: ANN401 - named in the base class
+        super().__init__(**options)
+        self._trainer = trainer
+        self._known: NoiseScale | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's signature
+        """Put the meter on the parameters, and let the learning rate follow the batch."""
+        super().on_train_begin(args, state, **kwargs)
+        assert self.meter is not None
+        optimizer = kwargs["optimizer"]
+        prepared = getattr(optimizer, "optimizer", optimizer)
+        adaptation = self._trainer.adaptation
+        self.meter.on_remove(scale_learning_rate(prepared, lambda: adaptation.window.learning_rate_factor))
+
+    def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
+        """Close the step. What is known before it decides on the next window, so that nobody waits for this one."""
+        assert self.meter is not None
+        self._known = self.meter.read()
+        super().on_pre_optimizer_step()
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        """Hand over to the Trainer."""
+        assert self._known is not None
+        self._trainer.close_window(self._known)
+
+    def as_metrics(self) -> dict[str, float]:
+        """Return flat floats under `gns/…` and `batch/…` (synchronises the device)."""
+        return {**super().as_metrics(), **self._trainer.adaptation.as_metrics()}
+
+    def _record(self) -> dict[str, Any] | None:
+        record = super()._record()
+        if record is None:
+            return None
+        trainer = self._trainer
+        adaptation = trainer.adaptation.state_dict()
+        return {**record, "adaptation": adaptation, "micro_steps_seen": trainer.micro_steps_seen}
+
+    def _restore(self, record: Mapping[str, Any]) -> None:
+        super()._restore(record)
+        self._trainer.adaptation.load_state_dict(record["adaptation"])
