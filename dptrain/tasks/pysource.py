@@ -65,8 +65,8 @@ def pysource(*, context: int = 64, width: int = 128, depth: int = 2, heads: int 
             learning_rate=2e-3,
             global_batch_size=16,
             micro_batch_size=8,
-            max_samples=60_000,
-            eval_every_samples=6_000,
+            max_samples=40_000,
+            eval_every_samples=4_000,
         ),
     )
 
