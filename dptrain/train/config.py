@@ -42,9 +42,11 @@ class ControlConfig:
     z: float = 1.0
     """Standard errors at which a noise scale counts as ruled out."""
     smallest: int | None = None
-    """Smallest global batch, in samples. Default: a full micro-batch on each replica, or the first batch if smaller."""
+    """Smallest global batch, in samples. Default: a full micro-batch on each replica, or the first batch if smaller;
+    of a schedule, its own."""
     largest: int | None = None
-    """Largest global batch, in samples. Default: 64 times the first, but at least 50 steps in the run."""
+    """Largest global batch, in samples. Default: 64 times the first, but at least 50 steps in the run;
+    of a schedule, its own."""
     powers_of_two: bool = True
     """Only batches that differ from the first by a power of two."""
     max_change: float = 2.0
@@ -138,7 +140,7 @@ class TrainConfig:
     max_samples: int | None = None
     """Length of the run, in samples. Default: the task's."""
     global_batch_size: int | None = None
-    """Samples in the first optimizer steps, all replicas together. Default: the task's."""
+    """Samples in the first optimizer steps, all replicas together. Default: the schedule's, or the task's."""
     micro_batch_size: int | None = None
     """Largest number of samples in one forward and backward pass on one replica; a step is always made of at least
     two such passes. Default: the task's."""
@@ -210,14 +212,16 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
         ConfigError: where the first global batch cannot be laid out over the replicas.
     """
     max_samples = config.max_samples or suggestion.max_samples
-    batch = config.global_batch_size or _suggested_batch(suggestion.global_batch_size, world_size)
+    scheduled = _scheduled_batches(config.control)
+    batch = config.global_batch_size or (scheduled or [_suggested_batch(suggestion.global_batch_size, world_size)])[0]
     micro = config.micro_batch_size or suggestion.micro_batch_size
     if config.micro_batch_size is not None:
         BatchPlan.exactly(global_batch_size=batch, micro_batch_size=micro, world_size=world_size)
     elif batch % world_size:
         BatchPlan.exactly(global_batch_size=batch, micro_batch_size=1, world_size=world_size)
     control, optimizer = config.control, config.optimizer
-    largest = control.largest or max(batch, min(64 * batch, max_samples // 50))
+    smallest = min(scheduled, default=min(batch, micro * world_size))
+    largest = max(scheduled, default=max(batch, min(64 * batch, max_samples // 50)))
     falls = optimizer.schedule != "constant"
     final = optimizer.final_fraction if optimizer.final_fraction is not None else (0.1 if falls else 0.0)
     warmup = optimizer.warmup_samples if optimizer.warmup_samples is not None else max_samples // 50
@@ -226,7 +230,7 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
         max_samples=max_samples,
         global_batch_size=batch,
         micro_batch_size=micro,
-        control=replace(control, smallest=control.smallest or min(batch, micro * world_size), largest=largest),
+        control=replace(control, smallest=control.smallest or smallest, largest=control.largest or largest),
         optimizer=replace(
             optimizer,
             learning_rate=optimizer.learning_rate or suggestion.learning_rate,
@@ -238,6 +242,11 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
         ),
         log=replace(config.log, eval_every_samples=config.log.eval_every_samples or suggestion.eval_every_samples),
     )
+
+
+def _scheduled_batches(control: ControlConfig) -> list[int]:
+    """Return the batches of a schedule in their order; none for another law."""
+    return [] if control.schedule is None else [batch for _, batch in Schedule.parse(control.schedule).stages]
 
 
 def _suggested_batch(suggested: int, world_size: int) -> int:
