@@ -9,7 +9,7 @@ import torch
 from accelerate.state import GradientState
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 
 from dptrain.errors import ObservationError
@@ -139,7 +139,7 @@ class GradientNoiseScaleCallback(TrainerCallback, ExportableState):
                     "the loss is normalised by num_items_in_batch but the model is not given the labels (as with "
                     "label smoothing), so the weights of micro-batches are unknown: set label_smoothing_factor=0"
                 )
-            if LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss:
+            if _shifts_labels(model):
                 labels = labels[..., 1:]
         # Waits for the device, as the Trainer does after each micro-batch to look for a loss that is not finite.
         return float(labels.ne(-100).sum() / num_items) * self._weight_factor
@@ -193,6 +193,13 @@ def _refuse(args: TrainingArguments, model: nn.Module) -> None:
             "the Trainer shards the parameters (FSDP, DeepSpeed or tensor parallelism), where this callback cannot "
             "see a replica's own gradient: measure under DDP or in one process"
         )
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Whether the loss leaves the first label of each sequence out; the Trainer's own count misses some such models."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    return getattr(model, "loss_function", None) is ForCausalLMLoss
 
 
 def _first_dimension(kwargs: Mapping[str, Any]) -> int:
