@@ -6,26 +6,40 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from dptrain.errors import ObservationError
 from dptrain.noise import Smoothing
-from dptrain.observe.ddp_tap import DdpTap
+from dptrain.observe.ddp_tap import CommHook, DdpTap
+from dptrain.observe.geometry import AdamGeometry, Geometry, GeometryName, PlainGeometry
+from dptrain.observe.groups import Groups, GroupsLike, resolve_groups
+from dptrain.observe.guard import Guard
 from dptrain.observe.meter import LossScale, Meter
+from dptrain.observe.pace import Pace
 from dptrain.observe.parameter_tap import ParameterTap
 from dptrain.observe.tap import Tap
+from dptrain.observe.wrapping import Wrapping, identify
 
 Method = Literal["auto", "parameters", "hook"]
+Loss = Literal["mean", "sum"]
 
 
 def attach(
     model: nn.Module,
     *,
     method: Method = "auto",
+    loss: Loss = "mean",
     micro_batch_size: int | None = None,
     loss_scale: LossScale | None = None,
+    groups: GroupsLike | None = None,
+    geometry: GeometryName = "sgd",
+    optimizer: Optimizer | None = None,
+    every: int | None = None,
+    budget: float = 0.01,
+    inner: CommHook | None = None,
+    inner_state: object = None,
     smoothing: Smoothing | None = None,
     level: float = 0.95,
     population: int | None = None,
@@ -33,25 +47,35 @@ def attach(
     """Measure the gradient noise scale in a loop of your own.
 
     ```python
-    meter = dptrain.attach(model)        # after wrapping in DDP, before training
+    meter = dptrain.attach(model)        # after wrapping in DDP or fully_shard, before training
     ...                                  # forward, loss / accumulation_steps, backward: as ever
     reading = meter.step()               # after the last backward, before clipping and optimizer.step()
     print(reading.noise_scale)           # when you like; only this waits
     ```
 
-    The loss is taken to be the mean over its micro-batch, and the step's gradient the mean over its micro-batches
-    (each loss divided by the number of accumulation steps). Micro-batches are told apart by the model's forward
-    passes in training mode.
+    The step's gradient is taken to be the mean over its micro-batches (each loss divided by the number of
+    accumulation steps). Micro-batches are told apart by the model's forward passes in training mode, until the loop
+    calls `meter.begin` itself. `docs/measure.md` has the table of wrappers.
 
     Args:
-        model: the module that the loop calls: in DDP, or plain in one process.
+        model: the module that the loop calls: in DDP, wrapped by `fully_shard` or `replicate()`, or plain in one
+            process; compiled or not.
         method: "parameters" sees each micro-batch and needs at least two per step, over all replicas; "hook" sees
             each replica's accumulated gradient in DDP's communication hook and needs two replicas; "auto" takes
             the parameters.
+        loss: whether a micro-batch's loss is the mean or the sum over its samples.
         micro_batch_size: samples in a micro-batch; by default the first dimension of the first tensor given to
             the model.
-        loss_scale: called at each step for the factor on the loss, such as `scaler.get_scale`. The taps see scaled
-            gradients, so the meter must too: call `meter.step()` before `scaler.unscale_(optimizer)`.
+        loss_scale: called at each measured step for the factor on the loss, such as `scaler.get_scale`. The taps see
+            scaled gradients, so the meter must too: call `meter.step()` before `scaler.unscale_(optimizer)`.
+        groups: parts of the model that get a noise scale of their own: name → prefix or parameters, "module" for
+            the first-level children, or an optimizer for its parameter groups.
+        geometry: the norm: "sgd" for the plain one, "adam" for the one of Adam's preconditioner.
+        optimizer: whose state holds the preconditioner; `torch.optim.Adam` or `AdamW`.
+        every: measure each such step; by default the meter chooses by what measuring costs.
+        budget: the share of the step time that measuring may take, where `every` is not given.
+        inner: with method="hook", your own communication hook, which the meter calls with the bucket untouched.
+        inner_state: its state.
         smoothing: how fast the past is forgotten.
         level: confidence of the interval.
         population: samples in the data set where it is small and drawn without replacement.
@@ -59,50 +83,93 @@ def attach(
     Raises:
         ObservationError: where the meter could not be right; the text has the remedy.
     """
-    wrapped = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    group = wrapped.process_group if isinstance(wrapped, DistributedDataParallel) else None
-    _refuse_unknown_wrapping(wrapped)
+    wrapping = identify(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    resolved = resolve_groups(groups, model=wrapping.inner)
+    norm = _geometry(geometry, optimizer=optimizer, parameters=parameters, wrapping=wrapping)
+    if loss not in ("mean", "sum"):
+        raise ObservationError(f"loss must be 'mean' or 'sum' over the samples of a micro-batch, got {loss!r}")
     meter = Meter(
-        model.parameters(),
-        tap=_tap(wrapped, method),
-        group=group,
+        parameters,
+        tap=_tap(wrapping, method, groups=resolved, geometry=norm, inner=inner, inner_state=inner_state),
+        group=wrapping.group,
         loss_scale=loss_scale,
         smoothing=smoothing,
         level=level,
         population=population,
+        groups=resolved,
+        geometry=norm,
+        num_shards=wrapping.num_shards,
+        pace=Pace(every=every, budget=budget),
+        guard=Guard(wrapping.group),
     )
 
     def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module.training and torch.is_grad_enabled():
-            meter.begin(num_samples=micro_batch_size or _first_dimension(args, kwargs))
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        _check_join(wrapping.model, meter)
+        if meter.counts_forward_passes:
+            num_samples = micro_batch_size or _first_dimension(args, kwargs)
+            meter.begin_forward(num_samples=num_samples, weight=num_samples if loss == "sum" else None)
 
-    meter.on_remove(model.register_forward_pre_hook(announce, with_kwargs=True).remove)
+    # Where the model is compiled in place, its hooks are inside; this one must stay outside of the graph.
+    eager = torch.compiler.disable(announce)  # type: ignore[no-untyped-call]
+    meter.on_remove(model.register_forward_pre_hook(eager, with_kwargs=True).remove)
     return meter
 
 
-def _refuse_unknown_wrapping(model: nn.Module) -> None:
-    """Raise where gradients are combined in a way that the taps of this version do not see."""
-    # A sharded parameter is known by its mesh: importing DTensor to ask for its type would double the import time.
-    if any(hasattr(p, "device_mesh") for p in model.parameters()):
+def _geometry(
+    name: GeometryName, *, optimizer: Optimizer | None, parameters: list[nn.Parameter], wrapping: Wrapping
+) -> Geometry:
+    if name == "sgd":
+        return PlainGeometry()
+    if name != "adam":
+        raise ObservationError(f"geometry must be 'sgd' or 'adam', got {name!r}")
+    if optimizer is None:
+        raise ObservationError("geometry='adam' reads the optimizer's state: give it as `optimizer`")
+    if wrapping.num_shards > 1:
         raise ObservationError(
-            "the parameters are sharded (FSDP2 or tensor parallelism): this version measures DDP and single processes"
+            f"geometry='adam' needs the whole preconditioner on each rank, but it is cut into {wrapping.num_shards} "
+            "shards: measure with geometry='sgd', or with replicate() or DDP in place of fully_shard"
         )
-    if isinstance(model, DistributedDataParallel) or not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    raise ObservationError(
-        f"{type(model).__name__} is not wrapped in DistributedDataParallel but the process group has "
-        f"{dist.get_world_size()} ranks: attach to the module that DDP returns, after wrapping"
-    )
+    return AdamGeometry(parameters, optimizer=optimizer)
 
 
-def _tap(model: nn.Module, method: Method) -> Tap:
-    if method in ("auto", "parameters"):
-        return ParameterTap(model.parameters())
-    if method != "hook":
+def _tap(
+    wrapping: Wrapping,
+    method: Method,
+    *,
+    groups: Groups,
+    geometry: Geometry,
+    inner: CommHook | None,
+    inner_state: object,
+) -> Tap:
+    model = wrapping.model
+    if method not in ("auto", "parameters", "hook"):
         raise ObservationError(f"method must be 'auto', 'parameters' or 'hook', got {method!r}")
-    if not isinstance(model, DistributedDataParallel):
-        raise ObservationError(f"method='hook' needs a DistributedDataParallel module, got {type(model).__name__}")
-    return DdpTap(model)
+    if method == "hook":
+        if not isinstance(model, DistributedDataParallel):
+            raise ObservationError(f"method='hook' needs a DistributedDataParallel module, got {type(model).__name__}")
+        return DdpTap(model, inner=inner, inner_state=inner_state, groups=groups, geometry=geometry)
+    if inner is not None:
+        raise ObservationError(
+            "`inner` is for method='hook': with the parameters, register your communication hook with DDP as ever"
+        )
+    if wrapping.kind == "fsdp":
+        from dptrain.observe.fsdp_tap import FsdpTap
+
+        return FsdpTap(model, groups=groups, geometry=geometry)
+    return ParameterTap(model.parameters(), groups=groups, geometry=geometry)
+
+
+def _check_join(model: nn.Module, meter: Meter) -> None:
+    """Raise inside a Join that does not know the meter: ranks without samples would not answer its reduction."""
+    config = getattr(model, "_join_config", None)
+    if config is not None and config.enable and not meter.is_joinable_now:
+        raise ObservationError(
+            "the model is inside Join but the meter is not, so ranks that run out of samples would not answer its "
+            "reduction: write Join([model, meter])"
+        )
 
 
 def _first_dimension(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -12,6 +12,9 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from dptrain.errors import ObservationError
+from dptrain.observe.geometry import Geometry, PlainGeometry
+from dptrain.observe.groups import Groups
+from dptrain.observe.stopwatch import Stopwatch
 
 GradBucket = Any  # torch.distributed.GradBucket, which torch leaves without a type
 CommHook = Callable[[Any, GradBucket], Future[Tensor]]
@@ -31,19 +34,35 @@ class DdpTap:
         model: the DDP module, before its first backward pass.
         inner: hook that reduces the bucket, DDP's own mean where not given.
         inner_state: its state.
+        groups: which trained parameter belongs where; the whole model by default.
+        geometry: the norm; the plain one by default.
     """
 
     name = "hook"
     accumulated = True
 
     def __init__(
-        self, model: DistributedDataParallel, *, inner: CommHook | None = None, inner_state: object = None
+        self,
+        model: DistributedDataParallel,
+        *,
+        inner: CommHook | None = None,
+        inner_state: object = None,
+        groups: Groups | None = None,
+        geometry: Geometry | None = None,
     ) -> None:
         self._inner: CommHook = inner or _mean
         self._inner_state = model.process_group if inner is None else inner_state
-        self._sq_norms: list[Tensor] = []
+        self._groups = groups or Groups()
+        self._geometry = geometry or PlainGeometry()
+        # A plain norm of the whole needs no more than one kernel per bucket.
+        self._singly = bool(self._groups.names) or not isinstance(self._geometry, PlainGeometry)
+        self._indices = {id(p): i for i, p in enumerate(p for p in model.parameters() if p.requires_grad)}
+        self._norms: dict[int, Tensor] = {}
+        self._repeated = False
         self._listening = True
-        self._zero = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+        device = next(model.parameters()).device
+        self.stopwatch = Stopwatch(device)
+        self._zero = torch.zeros((), dtype=torch.float64, device=device)
         try:
             model.register_comm_hook(self, _observe_bucket)
         except RuntimeError as error:
@@ -52,30 +71,48 @@ class DdpTap:
                 "or hand your hook to dptrain as `inner` instead of registering it"
             ) from error
 
+    def listen(self, *, on: bool) -> None:
+        """Look at the buckets or only pass them on; DDP's slot cannot be emptied."""
+        self._listening = on
+
     def begin(self, *, ignore: bool = False) -> bool:  # noqa: ARG002 - a filler adds zeros to the replica's gradient
         """Nothing to do: buckets come once per step, whatever the number of micro-batches."""
         return True
 
     def see(self, bucket: GradBucket) -> Future[Tensor]:
-        """Note the squared norm of one bucket, then reduce it."""
+        """Note the norm of one bucket, or of each parameter in it, then reduce it."""
         if self._listening:
-            buffer = bucket.buffer()
-            dtype = torch.float64 if buffer.dtype == torch.float64 else torch.float32
-            self._sq_norms.append(torch.linalg.vector_norm(buffer, dtype=dtype).double().square())
+            began = self.stopwatch.start()
+            if self._singly:
+                for parameter, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
+                    index = self._indices[id(parameter)]
+                    self._note(index, self._geometry.norm(index, grad))
+            else:
+                self._note(bucket.index(), self._geometry.norm(0, bucket.buffer()))
+            self.stopwatch.stop(began)
         return self._inner(self._inner_state, bucket)
+
+    def _note(self, key: int, norm: Tensor) -> None:
+        self._repeated = self._repeated or key in self._norms
+        self._norms[key] = norm
 
     def collect(self, weights: list[float]) -> Tensor:
         """Return ‖accumulated gradient‖²/Σv of this replica."""
-        seen, self._sq_norms = self._sq_norms, []
+        (seen, repeated), (self._norms, self._repeated) = (self._norms, self._repeated), ({}, False)
+        if repeated:
+            raise ObservationError(
+                "DDP synchronised more than once in this step, so its buckets mixed the replica's own gradient with "
+                "an average: put all but the last micro-batch under model.no_sync(), or use method='parameters'"
+            )
         total = sum(weights)
         if not seen or total == 0:
-            return self._zero
-        return torch.stack(seen).sum() / total
+            return self._zero.expand(self._groups.num_entries)
+        return self._groups.squares(seen, zero=self._zero) / total
 
     def remove(self) -> None:
         """Stop measuring; DDP goes on calling the hook, which only reduces."""
         self._listening = False
-        self._sq_norms = []
+        self._norms = {}
 
 
 # DDP inspects the signature and refuses annotations that are strings, which all of this file's are.

@@ -1,66 +1,40 @@
-"""The meter: from a tap's squared norms and the combined gradient to the running noise scale."""
+"""The meter: from a tap's squared norms and the combined gradient to one reduction per measured step."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from dptrain.errors import ObservationError
-from dptrain.noise import MomentSums, NoiseScale, Smoothing, SquaredNorms, noise_scale, smoothed, unbiased_moments
+from dptrain.noise import NoiseScale, Smoothing, SquaredNorms
+from dptrain.observe.combined import CombinedGradient
+from dptrain.observe.estimate import NUM_SIZES, Estimate, MeterState, from_record, to_record
+from dptrain.observe.geometry import Geometry, PlainGeometry
+from dptrain.observe.groups import Groups
+from dptrain.observe.guard import Guard
+from dptrain.observe.pace import LAG, Pace
+from dptrain.observe.reading import Reading
 from dptrain.observe.reduction import PendingSum
 from dptrain.observe.sizes import MicroBatchSizes
 from dptrain.observe.tap import Tap
 
 LossScale = Callable[[], float | Tensor]
 
-# Steps whose sums may wait unread. By then the oldest has long arrived, so that absorbing it stalls nothing.
-_MAX_PENDING = 64
+_NUM_TIMINGS = 3
+_MAX_SIZE_VECTORS = 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeterState:
-    """What a checkpoint must hold of a meter."""
-
-    sums: MomentSums
-    steps_measured: int
-    steps_dropped: int
-
-
-class Reading:
-    """What is known after a step. Looking at it waits for the sums under way; not looking costs nothing."""
-
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
-
-    @property
-    def noise_scale(self) -> NoiseScale:
-        """The noise scale with its interval, from all steps measured up to now (synchronises the device)."""
-        return self._meter.read()
-
-    def as_metrics(self) -> dict[str, float]:
-        """Return flat floats under `gns/…` for any logger; ends that are open are left out."""
-        scale = self.noise_scale
-        found = {
-            "gns/b_simple": scale.value,
-            "gns/lower": scale.lower,
-            "gns/upper": scale.upper,
-            "gns/grad_sq": scale.grad_sq_norm,
-            "gns/trace": scale.noise_trace,
-        }
-        return {name: value for name, value in found.items() if value is not None and value != float("inf")}
-
-
-class Meter:
+class Meter(Joinable):
     """Measures the gradient noise scale of a model in training. Never changes a gradient.
 
     The loop calls `begin` before each micro-batch's forward pass, and `step` once per optimizer step: after the last
-    backward pass and before clipping and `optimizer.step()`. `attach` makes a meter that calls `begin` by itself.
+    backward pass and before clipping and `optimizer.step()`. `attach` makes a meter that announces by itself.
     All replicas make the same calls: `step` starts one all-reduce of a few scalars.
 
     Args:
@@ -72,6 +46,11 @@ class Meter:
         smoothing: how fast the past is forgotten.
         level: confidence of the interval.
         population: samples in the data set if steps draw from it without replacement, see `unbiased_moments`.
+        groups: parts of the model with a noise scale of their own; the tap must have the same.
+        geometry: the norm; the tap must have the same.
+        num_shards: ranks over which the combined gradient is cut up.
+        pace: which steps are measured; each by default.
+        guard: looks for replicas that are not independent; nobody by default.
     """
 
     def __init__(
@@ -84,22 +63,38 @@ class Meter:
         smoothing: Smoothing | None = None,
         level: float = 0.95,
         population: int | None = None,
+        groups: Groups | None = None,
+        geometry: Geometry | None = None,
+        num_shards: int = 1,
+        pace: Pace | None = None,
+        guard: Guard | None = None,
     ) -> None:
-        self._parameters = [p for p in parameters if p.requires_grad]
-        self._device = self._parameters[0].device
+        super().__init__()
+        trained = [p for p in parameters if p.requires_grad]
+        groups, self._geometry = groups or Groups(), geometry or PlainGeometry()
+        self._combined = CombinedGradient(trained, groups=groups, geometry=self._geometry, num_shards=num_shards)
+        self._device = trained[0].device
+        self._num_entries = groups.num_entries
         self._tap = tap
         self._group = group
         self._world_size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
         self._loss_scale = loss_scale
-        self._smoothing = smoothing or Smoothing()
-        self._level = level
-        self._population = population
+        self._estimate = Estimate(
+            names=groups.names,
+            world_size=self._world_size,
+            smoothing=smoothing,
+            level=level,
+            population=population,
+        )
+        self._pace = pace or Pace(every=1)
+        self._guard = guard
         self._sizes = MicroBatchSizes()
         self._size_vectors: dict[tuple[float, ...], Tensor] = {}
-        self._sums = MomentSums()
-        self._steps_measured = 0
-        self._steps_dropped = 0
-        self._pending: deque[PendingSum] = deque()
+        self._measuring = self._pace.next_is_measured()
+        self._num_closed = 0
+        self._by_hand = False
+        self._divides_by_active = False
+        self._pending: deque[tuple[PendingSum, PendingSum | None]] = deque()
         self._closers: list[Callable[[], None]] = [tap.remove]
 
     # One micro-batch
@@ -107,12 +102,26 @@ class Meter:
     def begin(self, *, num_samples: float, weight: float | None = None) -> None:
         """Announce a micro-batch before its backward pass.
 
+        From the first call on, a meter of `attach` counts no forward passes any more: the loop tells it all.
+
         Args:
             num_samples: b, the samples whose mean gradient it computes.
             weight: v, by which its mean loss is multiplied before the backward pass; by default an equal share,
                 1/accumulation_steps. For the exact mean over samples of unequal micro-batches it is
                 num_samples·world_size/global_batch_size. 0 for a filler, which is not looked at.
         """
+        self._by_hand = True
+        self._begin(num_samples=num_samples, weight=weight)
+
+    def begin_forward(self, *, num_samples: float, weight: float | None = None) -> None:
+        """Announce a micro-batch from its forward pass; for those who do it in the loop's place."""
+        self._begin(num_samples=num_samples, weight=weight)
+
+    def _begin(self, *, num_samples: float, weight: float | None) -> None:
+        if not self._measuring:
+            return
+        if not self._sizes.num_samples:
+            self._geometry.open()
         opened = self._tap.begin(ignore=weight == 0)
         if weight == 0:
             return
@@ -125,8 +134,9 @@ class Meter:
     def local_sums(self, *, grad_norm: Tensor | None = None) -> Tensor:
         """Return this replica's part of the step as a float64 vector to be summed over the replicas.
 
-        For loops that have a reduction of their own to put it in: sum it over the replicas, hand it to `absorb`.
-        Its length is `NUM_SUMS`. No host sync, no collective.
+        For loops that have a reduction of their own to put it in, and measure each step: sum it over the replicas,
+        hand it to `absorb`. Its length is `NUM_SUMS`, and two more for each group past the first. No host sync, no
+        collective.
 
         Args:
             grad_norm: norm of the combined gradient before clipping where the loop has it already; else it is
@@ -134,10 +144,7 @@ class Meter:
         """
         sizes, self._sizes = self._sizes, MicroBatchSizes()
         small = self._tap.collect(sizes.resolved_weights())
-        if grad_norm is None:
-            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        large = grad_norm.to(self._device, torch.float64).square()
-        squares = torch.stack([small, large])
+        squares = torch.cat([small, self._combined.squares(grad_norm=grad_norm)])
         if self._loss_scale is not None:
             squares = squares / torch.as_tensor(self._loss_scale(), dtype=torch.float64, device=self._device) ** 2
         return torch.cat([squares, self._size_vector(sizes)])
@@ -146,7 +153,7 @@ class Meter:
         # Sizes rarely change, so their copy to the device is kept: a fresh one each step would be a transfer each.
         values = sizes.sums(accumulated=self._tap.accumulated)
         if values not in self._size_vectors:
-            if len(self._size_vectors) >= _MAX_PENDING:
+            if len(self._size_vectors) >= _MAX_SIZE_VECTORS:
                 self._size_vectors.clear()
             self._size_vectors[values] = torch.tensor(values, dtype=torch.float64, device=self._device)
         return self._size_vectors[values]
@@ -157,71 +164,163 @@ class Meter:
         Returns:
             The step's squared norms, or None for a step that measured nothing.
         """
-        norms = _squared_norms(sums, world_size=self._world_size)
-        moments = None if norms is None else unbiased_moments(norms, population=self._population)
-        if moments is None:
-            self._steps_dropped += 1
-        else:
-            self._steps_measured += 1
-            self._sums = self._smoothing.update(self._sums, moments)
-        return norms
+        # DDP divides by the ranks that still have samples only where Join was told so.
+        divisor = sums[-2] if self._divides_by_active else float(self._world_size)
+        return self._estimate.absorb(sums, divisor=divisor)
 
     def step(self, *, grad_norm: Tensor | None = None) -> Reading:
-        """Close an optimizer step: call it after the last backward pass, before clipping. A collective; no wait."""
-        self._pending.append(PendingSum(self.local_sums(grad_norm=grad_norm), group=self._group))
-        if len(self._pending) > _MAX_PENDING:
-            self.absorb(self._pending.popleft().read())
-        return Reading(self)
+        """Close an optimizer step: call it after the last backward pass, before clipping. A collective; no wait.
+
+        Args:
+            grad_norm: norm of the combined gradient before clipping where the loop has it already.
+        """
+        if self._join_config.enable:
+            self._check_join()
+        measured = self._measuring
+        if measured:
+            began = self._tap.stopwatch.start()
+            vector = self.local_sums(grad_norm=grad_norm)
+            self._tap.stopwatch.stop(began)
+            self._reduce(vector)
+        self._turn()
+        return Reading(self, measured=measured)
+
+    def _check_join(self) -> None:
+        if self._join_config.is_first_joinable:
+            raise ObservationError("inside Join the model must come before the meter: Join([model, meter])")
+        if len(self._sizes.num_samples) > 1:
+            raise ObservationError(
+                "inside Join each forward pass must be an optimizer step of its own, for a joined rank answers each "
+                f"of them, but this step had {len(self._sizes.num_samples)} micro-batches: accumulate outside of Join"
+            )
+
+    def _reduce(self, vector: Tensor) -> None:
+        """Start the one reduction of a measured step, and take in those that are long under way."""
+        stopwatch = self._tap.stopwatch
+        own = vector[: self._num_entries].sum()
+        timing = torch.tensor(self._pace.timing(stopwatch.take()), dtype=torch.float64)
+        began = stopwatch.start()
+        pending = PendingSum(torch.cat([vector, timing.to(self._device, non_blocking=True)]), group=self._group)
+        self._num_closed += 1
+        squares = None if self._guard is None else self._guard.exchange(own, number=self._num_closed)
+        self._pending.append((pending, squares))
+        self._absorb_up_to(LAG)
+        stopwatch.stop(began)
+        self._pace.close()
+
+    def _turn(self) -> None:
+        """Go over to the next step, which is measured or not."""
+        measured, self._measuring = self._measuring, self._pace.next_is_measured()
+        if not measured:
+            self._pace.skip()
+        if measured != self._measuring:
+            self._tap.listen(on=self._measuring)
+
+    def _absorb_up_to(self, num_left: int) -> None:
+        while len(self._pending) > num_left:
+            pending, squares = self._pending.popleft()
+            values = pending.read()
+            self.absorb(values[:-_NUM_TIMINGS])
+            self._pace.note(values[-_NUM_TIMINGS:])
+            if squares is not None and self._guard is not None:
+                self._guard.judge(squares.read())
 
     def read(self) -> NoiseScale:
         """Return the noise scale from all steps up to now; waits for the sums under way."""
-        while self._pending:
-            self.absorb(self._pending.popleft().read())
-        return noise_scale(smoothed(self._sums), level=self._level)
+        self._absorb_up_to(0)
+        return self._estimate.read()
 
-    # State
+    def read_groups(self) -> dict[str, NoiseScale]:
+        """Return the noise scale of each group; waits for the sums under way."""
+        self._absorb_up_to(0)
+        return self._estimate.read_groups()
+
+    # What it is
+
+    @property
+    def counts_forward_passes(self) -> bool:
+        """Whether forward passes are announced for the loop: in measured steps, unless it calls `begin` itself."""
+        return self._measuring and not self._by_hand
+
+    @property
+    def is_joinable_now(self) -> bool:
+        """Whether a Join knows the meter."""
+        return bool(self._join_config.enable)
 
     @property
     def seam(self) -> str:
-        """Where gradients are seen: "parameters" or "hook"."""
+        """Where gradients are seen: "parameters", "unsharded parameters" or "hook"."""
         return self._tap.name
+
+    @property
+    def geometry(self) -> str:
+        """The norm: "sgd" or "adam"."""
+        return self._geometry.name
+
+    @property
+    def every(self) -> int:
+        """Every how many steps one is measured, at present."""
+        return self._pace.every
+
+    @property
+    def share(self) -> float | None:
+        """The share of the step time that measuring took so far, over all ranks; None before it is known."""
+        return self._pace.share
+
+    @property
+    def identical_ranks(self) -> tuple[tuple[int, ...], ...]:
+        """Sets of ranks whose gradients were found equal to the last bit; waits for the sums under way."""
+        self._absorb_up_to(0)
+        return () if self._guard is None else self._guard.identical_ranks
 
     @property
     def steps_dropped(self) -> int:
         """Steps whose squared norms were not finite, or that held fewer than two small batches."""
-        return self._steps_dropped
+        return self._estimate.steps_dropped
+
+    # State
 
     def state(self) -> MeterState:
         """Return what a checkpoint must hold; waits for the sums under way."""
-        self.read()
-        return MeterState(sums=self._sums, steps_measured=self._steps_measured, steps_dropped=self._steps_dropped)
+        self._absorb_up_to(0)
+        return self._estimate.state
 
     def restore(self, state: MeterState) -> None:
         """Go on from `state`."""
-        self._sums = state.sums
-        self._steps_measured = state.steps_measured
-        self._steps_dropped = state.steps_dropped
+        self._estimate.restore(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return `state` in the form that torch and the frameworks save."""
-        state = self.state()
-        return {
-            "sums": state.sums.to_json(),
-            "steps_measured": state.steps_measured,
-            "steps_dropped": state.steps_dropped,
-        }
+        return to_record(self.state())
 
     def load_state_dict(self, record: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        try:
-            state = MeterState(
-                sums=MomentSums.from_json(record["sums"]),
-                steps_measured=int(record["steps_measured"]),
-                steps_dropped=int(record["steps_dropped"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ObservationError(f"not the state of a meter: {error}") from error
-        self.restore(state)
+        self.restore(from_record(record))
+
+    # Uneven inputs: torch's Join calls these
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:  # noqa: ANN401 - torch hands every joinable the same arguments
+        """Return what answers for a rank that ran out of samples."""
+        self._divides_by_active = not kwargs.get("divide_by_initial_world_size", True)
+        return _Joined(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Where its collectives run."""
+        return self._device
+
+    @property
+    def join_process_group(self) -> Any:  # noqa: ANN401 - torch leaves it without a type
+        """Over whom they run."""
+        return self._group
+
+    def step_joined(self) -> None:
+        """Answer the step of the ranks that go on; a collective on measured steps."""
+        if self._measuring:
+            self._tap.collect([])
+            num_values = 2 * self._num_entries + NUM_SIZES
+            self._reduce(torch.zeros(num_values, dtype=torch.float64, device=self._device))
+        self._turn()
 
     # Life
 
@@ -241,24 +340,12 @@ class Meter:
         self.remove()
 
 
-NUM_SUMS = 7
-"""Length of the vector of `Meter.local_sums`."""
+class _Joined(JoinHook):
+    """Stands in for a rank without samples: it contributes zeros, and is not counted among the replicas."""
 
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
 
-def _squared_norms(sums: list[float], *, world_size: int) -> SquaredNorms | None:
-    """Turn the sums over all replicas into squared norms with their sizes.
-
-    With weights v_k and V = Σ v_k the combined gradient is (V/world_size)·Σ (v_k/V)·g_k.
-    """
-    small, large, inverse, inverse_square, weight, count, samples = sums
-    if weight <= 0:
-        return None
-    return SquaredNorms(
-        small=small / weight,
-        # Each replica put in the norm of the same combined gradient.
-        large=large * world_size / (weight * weight),
-        inverse_small=inverse / weight,
-        inverse_large=inverse_square / (weight * weight),
-        num_small=round(count),
-        num_samples=samples,
-    )
+    def main_hook(self) -> None:
+        """Answer one step."""
+        self._meter.step_joined()

@@ -7,8 +7,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dptrain.errors import ObservationError
+from dptrain.observe.geometry import Geometry, PlainGeometry
+from dptrain.observe.groups import Groups
+from dptrain.observe.micro_batches import MicroBatchNorms
+from dptrain.observe.stopwatch import Stopwatch
 
 
 class ParameterTap:
@@ -19,69 +24,52 @@ class ParameterTap:
 
     Args:
         parameters: those to watch; frozen ones are passed over.
+        groups: which of them belongs where; the whole model by default.
+        geometry: the norm; the plain one by default.
     """
 
     name = "parameters"
     accumulated = False
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        watched = [p for p in parameters if p.requires_grad]
-        if not watched:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], *, groups: Groups | None = None, geometry: Geometry | None = None
+    ) -> None:
+        self._watched = [p for p in parameters if p.requires_grad]
+        if not self._watched:
             raise ObservationError("the model has no parameter that requires a gradient: there is nothing to measure")
-        self._zero = torch.zeros((), dtype=torch.float64, device=watched[0].device)
-        self._handles = [
-            p.register_hook(functools.partial(self._see, i))  # type: ignore[no-untyped-call]
-            for i, p in enumerate(watched)
-        ]
-        self._micro_batches: list[dict[int, Tensor]] = []
-        self._listening = True
-        self._overlap = False
+        device = self._watched[0].device
+        self.stopwatch = Stopwatch(device)
+        self._norms = MicroBatchNorms(
+            groups=groups or Groups(),
+            geometry=geometry or PlainGeometry(),
+            stopwatch=self.stopwatch,
+            zero=torch.zeros((), dtype=torch.float64, device=device),
+        )
+        self._handles: list[RemovableHandle] = []
+        self.listen(on=True)
 
-    def begin(self, *, ignore: bool = False) -> bool:
-        """Start a micro-batch; one that is ignored is not looked at."""
-        self._listening = not ignore
-        replaces = bool(self._micro_batches) and not self._micro_batches[-1]
-        if self._listening and not replaces:
-            self._micro_batches.append({})
-        return not replaces
-
-    def _see(self, index: int, grad: Tensor) -> None:
-        if not (self._listening and self._micro_batches):
-            return
-        norms = self._micro_batches[-1]
-        if index in norms:
-            self._overlap = True
-        if grad.is_sparse:
-            grad = grad.coalesce().values()
-        # Reduced precision would lose the very difference that is measured: sums of squares are kept in fp32.
-        norms[index] = torch.linalg.vector_norm(grad.detach(), dtype=_accumulation_dtype(grad.dtype))
-
-    def collect(self, weights: list[float]) -> Tensor:
-        """Return Σ ‖seen‖²/v over the micro-batches of the step."""
-        seen, overlap = self._micro_batches, self._overlap
-        self._micro_batches, self._overlap = [], False
-        if overlap:
-            raise ObservationError(
-                "a parameter received two gradients within one micro-batch (several backward() calls after one "
-                "forward), so the squares cannot be added up: measure with method='hook' under DDP, or add the "
-                "losses and call backward() once"
-            )
-        if len(seen) != len(weights) or not all(seen):
-            raise ObservationError(
-                f"{len(weights)} micro-batches were announced but gradients of {sum(map(bool, seen))} were seen: "
-                "each forward pass in training mode needs its backward pass before the step is closed"
-            )
-        total = self._zero
-        for norms, weight in zip(seen, weights, strict=True):
-            total = total + torch.stack(list(norms.values())).double().square().sum() / weight
-        return total
-
-    def remove(self) -> None:
-        """Take the hooks off the parameters."""
+    def listen(self, *, on: bool) -> None:
+        """Put the hooks on the parameters, or take them off."""
+        began = self.stopwatch.start()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if on:
+            self._handles = [
+                p.register_hook(functools.partial(self._norms.see, i))  # type: ignore[no-untyped-call]
+                for i, p in enumerate(self._watched)
+            ]
+        self.stopwatch.stop(began)
 
+    def begin(self, *, ignore: bool = False) -> bool:
+        """Start a micro-batch; one that is ignored is not looked at."""
+        return self._norms.begin(ignore=ignore)
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    def collect(self, weights: list[float]) -> Tensor:
+        """Return Σ ‖seen‖²/v over the micro-batches of the step."""
+        return self._norms.collect(weights)
+
+    def remove(self) -> None:
+        """Take the hooks off the parameters."""
+        self.listen(on=False)
+        self._norms.forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -10,7 +11,8 @@ class PendingSum:
     """The sum over all replicas of one small float64 vector, under way from construction on.
 
     Construction is a collective: all replicas must construct in the same order. It does not wait. Reading waits
-    for the sum and synchronises the device. In one process without a process group the sum is the vector.
+    for the sum, and on a GPU for no work that was queued later. In one process without a process group the sum is
+    the vector.
 
     Args:
         vector: this replica's part; must not be changed afterwards.
@@ -24,11 +26,32 @@ class PendingSum:
             if dist.is_available() and dist.is_initialized()
             else None
         )
+        self._copied = self._copy_aside() if vector.device.type == "cuda" else None
+
+    def _copy_aside(self) -> torch.cuda.Event:
+        """Bring the sum to the host in a stream of its own, so that reading it does not wait for the training."""
+        device = self._vector.device
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # one of a pool
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            if self._work is not None:
+                self._work.wait()
+                self._work = None
+            on_device = self._vector
+            self._vector = torch.empty_like(on_device, device="cpu", pin_memory=True)
+            self._vector.copy_(on_device, non_blocking=True)
+            on_device.record_stream(stream)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        return event
 
     def read(self) -> list[float]:
-        """Wait and return the sum (synchronises the device the first time)."""
+        """Wait and return the sum."""
         if self._work is not None:
             self._work.wait()
             self._work = None
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
         values: list[float] = self._vector.tolist()
         return values

@@ -36,8 +36,8 @@ class MicroBatchSizes:
         share = 1 / max(len(self.weights), 1)
         return [share if weight is None else weight for weight in self.weights]
 
-    def sums(self, *, accumulated: bool) -> tuple[float, float, float, float, float]:
-        """Return (Σ v/b, Σ v²/b, Σ v, number of small batches, Σ b) of this replica.
+    def sums(self, *, accumulated: bool) -> tuple[float, ...]:
+        """Return (Σ v/b, Σ v²/b, Σ v, number of small batches, 1 for this replica, Σ b).
 
         Args:
             accumulated: the replica's gradient is seen once, after accumulation: then it is one small batch,
@@ -48,5 +48,5 @@ class MicroBatchSizes:
         total = sum(weights)
         square = sum(v * v / b for b, v in pairs)
         if accumulated:
-            return square / total if total else 0.0, square, total, float(total > 0), sum(self.num_samples)
-        return sum(v / b for b, v in pairs), square, total, float(len(pairs)), sum(self.num_samples)
+            return square / total if total else 0.0, square, total, float(total > 0), 1.0, sum(self.num_samples)
+        return sum(v / b for b, v in pairs), square, total, float(len(pairs)), 1.0, sum(self.num_samples)

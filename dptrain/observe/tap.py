@@ -6,6 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from dptrain.observe.stopwatch import Stopwatch
+
 
 class Tap(Protocol):
     """Sees this replica's own gradients and keeps nothing but squared norms. Never changes a gradient.
@@ -14,10 +16,15 @@ class Tap(Protocol):
         name: how the tap is named to a user.
         accumulated: True where it sees the sum over a replica's micro-batches once per step, False where it sees
             each micro-batch singly.
+        stopwatch: counts the time that the tap takes.
     """
 
     name: str
     accumulated: bool
+    stopwatch: Stopwatch
+
+    def listen(self, *, on: bool) -> None:
+        """Look at the gradients from now on, or let go of them at no cost; a new tap looks."""
 
     def begin(self, *, ignore: bool = False) -> bool:
         """Say that the gradients seen from now on belong to a new micro-batch, or to none at all.
@@ -27,10 +34,13 @@ class Tap(Protocol):
         """
 
     def collect(self, weights: list[float]) -> Tensor:
-        """Return Σ ‖seen‖²/v since the last call, a float64 scalar on the gradients' device, and forget it.
+        """Return Σ ‖seen‖²/v since the last call and forget it.
 
         Args:
             weights: the v of the micro-batches in the order in which they began.
+
+        Returns:
+            A float64 vector on the gradients' device, one entry for each group, or one for the whole model.
 
         Raises:
             ObservationError: where what was seen cannot be told apart into micro-batches.

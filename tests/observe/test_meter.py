@@ -56,7 +56,7 @@ def train(rank, world_size, method, scale=1.0, clip=False, bucket_view=False, br
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     meter = None
     if method is not None:
-        meter = dptrain.attach(model, method=method, loss_scale=None if scale == 1.0 else lambda: scale)
+        meter = dptrain.attach(model, method=method, every=1, loss_scale=None if scale == 1.0 else lambda: scale)
     for step in range(STEPS):
         for micro_step in range(ACCUMULATION):
             x, y = micro_batch(step, micro_step, rank)
@@ -174,7 +174,7 @@ def one_process_steps(meter, model, sizes_by_step):
 def test_one_process_with_accumulation_equals_replicas():
     """Four micro-batches in one process are the same four small batches that four replicas have."""
     model = make_model()
-    with dptrain.attach(model) as meter:
+    with dptrain.attach(model, every=1) as meter:
         for micro_step in range(4):
             (mean_loss(model, *micro_batch(0, 0, micro_step)) / 4).backward()
         meter.step()
@@ -185,7 +185,7 @@ def test_one_process_with_accumulation_equals_replicas():
 
 def one_step_each(rank, world_size):
     model = DistributedDataParallel(make_model(), find_unused_parameters=True)
-    with dptrain.attach(model) as meter:
+    with dptrain.attach(model, every=1) as meter:
         mean_loss(model, *micro_batch(0, 0, rank)).backward()
         meter.step()
     return meter.read().noise_trace, meter.read().grad_sq_norm
@@ -229,7 +229,7 @@ def test_reading_late_or_never_changes_nothing():
     readings = []
     for read_each in (True, False):
         model = make_model()
-        with dptrain.attach(model) as meter:
+        with dptrain.attach(model, every=1) as meter:
             for step in range(200):
                 for micro_step in range(2):
                     (mean_loss(model, *micro_batch(step % 7, micro_step, 0)) / 2).backward()
@@ -245,7 +245,7 @@ def test_reading_late_or_never_changes_nothing():
 def test_state_goes_on_bit_for_bit():
     """A meter restored from its state_dict ends where the uninterrupted one ends."""
     whole, first, second = (make_model() for _ in range(3))
-    meters = [dptrain.attach(model) for model in (whole, first, second)]
+    meters = [dptrain.attach(model, every=1) for model in (whole, first, second)]
     one_process_steps(meters[0], whole, [(4, 4)] * 3 + [(4, 4, 4)] * 3)
     one_process_steps(meters[1], first, [(4, 4)] * 3)
     meters[2].load_state_dict(meters[1].state_dict())
@@ -260,7 +260,7 @@ def test_state_goes_on_bit_for_bit():
 def test_evaluation_is_not_measured():
     """Forward passes in evaluation mode or without gradients are no micro-batches."""
     model = make_model()
-    with dptrain.attach(model) as meter:
+    with dptrain.attach(model, every=1) as meter:
         for micro_step in range(2):
             (mean_loss(model, *micro_batch(0, micro_step, 0)) / 2).backward()
             with torch.no_grad():
@@ -275,7 +275,7 @@ def test_evaluation_is_not_measured():
 def test_two_backward_passes_after_one_forward_are_refused():
     """The sum of two squares is not the square of the sum: the meter refuses instead of telling a wrong number."""
     model = make_model()
-    with dptrain.attach(model) as meter:
+    with dptrain.attach(model, every=1) as meter:
         output = model(torch.randn(4, 6))
         output.sum().backward(retain_graph=True)
         (output**2).sum().backward()
@@ -286,7 +286,7 @@ def test_two_backward_passes_after_one_forward_are_refused():
 def test_a_forward_pass_without_a_backward_pass_is_replaced_by_the_next():
     """A pass in training mode whose loss was thrown away does not count as a micro-batch."""
     model = make_model()
-    with dptrain.attach(model) as meter:
+    with dptrain.attach(model, every=1) as meter:
         for micro_step in range(2):
             model(torch.randn(50, 6))
             (mean_loss(model, *micro_batch(0, micro_step, 0)) / 2).backward()
@@ -297,7 +297,7 @@ def test_a_forward_pass_without_a_backward_pass_is_replaced_by_the_next():
 def test_one_small_batch_says_nothing_and_is_counted():
     """One process with one micro-batch has nothing to compare: no estimate, and the step counts as dropped."""
     model = make_model()
-    with dptrain.attach(model) as meter:
+    with dptrain.attach(model, every=1) as meter:
         mean_loss(model, *micro_batch(0, 0, 0)).backward()
         meter.step()
         assert str(meter.read().state) == "not resolved yet"

@@ -1,0 +1,164 @@
+"""From the sum of one step over all replicas to the running noise scale, whole and by group; sees no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dptrain.errors import ObservationError
+from dptrain.noise import MomentSums, NoiseScale, Smoothing, SquaredNorms, noise_scale, smoothed, unbiased_moments
+
+NUM_SIZES = 6
+"""Entries behind the squared norms in the vector of a step: c1, c2, V, K, ranks that took part, samples."""
+
+NUM_SUMS = 2 + NUM_SIZES
+"""Length of the vector of `Meter.local_sums` where there are no groups."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeterState:
+    """What a checkpoint must hold of a meter."""
+
+    sums: MomentSums
+    steps_measured: int
+    steps_dropped: int
+    groups: Mapping[str, MomentSums] = field(default_factory=dict)
+
+
+class Estimate:
+    """Takes in steps and remembers their smoothed moments.
+
+    Args:
+        names: of the groups; empty for the whole model alone.
+        world_size: number of replicas.
+        smoothing: how fast the past is forgotten.
+        level: confidence of the interval.
+        population: samples in the data set if steps draw from it without replacement, see `unbiased_moments`.
+    """
+
+    def __init__(
+        self,
+        *,
+        names: tuple[str, ...] = (),
+        world_size: int,
+        smoothing: Smoothing | None = None,
+        level: float = 0.95,
+        population: int | None = None,
+    ) -> None:
+        self._names = names
+        self._world_size = world_size
+        self._smoothing = smoothing or Smoothing()
+        self._level = level
+        self._population = population
+        self._sums = MomentSums()
+        self._group_sums = dict.fromkeys(names, MomentSums())
+        self._steps_measured = 0
+        self.steps_dropped = 0
+
+    def absorb(self, sums: list[float], *, divisor: float | None = None) -> SquaredNorms | None:
+        """Take in the sum over all replicas of one step.
+
+        Args:
+            sums: Σ‖g_k‖²v by group, ‖g‖² of each rank by group, then `NUM_SIZES` entries.
+            divisor: by what the sum of the replicas' gradients was divided; the world size by default.
+
+        Returns:
+            The squared norms of the whole, or None for a step that measured nothing.
+        """
+        num = max(len(self._names), 1)
+        small, large, sizes = sums[:num], sums[num : 2 * num], sums[2 * num :]
+        divisor = self._world_size if divisor is None else divisor
+        norms = _squared_norms(sum(small), sum(large), sizes, divisor=divisor)
+        moments = None if norms is None else unbiased_moments(norms, population=self._population)
+        if moments is None:
+            self.steps_dropped += 1
+            return norms
+        self._steps_measured += 1
+        self._sums = self._smoothing.update(self._sums, moments)
+        for name, part, whole in zip(self._names, small, large, strict=False):
+            norms_of_group = _squared_norms(part, whole, sizes, divisor=divisor)
+            moments = None if norms_of_group is None else unbiased_moments(norms_of_group, population=self._population)
+            if moments is not None:
+                self._group_sums[name] = self._smoothing.update(self._group_sums[name], moments)
+        return norms
+
+    def read(self) -> NoiseScale:
+        """Return the noise scale of the whole model from all steps taken in."""
+        return noise_scale(smoothed(self._sums), level=self._level)
+
+    def read_groups(self) -> dict[str, NoiseScale]:
+        """Return the noise scale of each group."""
+        return {name: noise_scale(smoothed(sums), level=self._level) for name, sums in self._group_sums.items()}
+
+    @property
+    def state(self) -> MeterState:
+        """What a checkpoint must hold."""
+        return MeterState(
+            sums=self._sums,
+            steps_measured=self._steps_measured,
+            steps_dropped=self.steps_dropped,
+            groups=dict(self._group_sums),
+        )
+
+    def restore(self, state: MeterState) -> None:
+        """Go on from `state`.
+
+        Raises:
+            ObservationError: where it is the state of other groups.
+        """
+        if set(state.groups) != set(self._names):
+            raise ObservationError(
+                f"the saved meter has groups {sorted(state.groups)} and this one {sorted(self._names)}: attach with "
+                "the same `groups`"
+            )
+        self._sums = state.sums
+        self._group_sums = {name: state.groups[name] for name in self._names}
+        self._steps_measured = state.steps_measured
+        self.steps_dropped = state.steps_dropped
+
+
+def to_record(state: MeterState) -> dict[str, Any]:
+    """Return `state` in the form that torch and the frameworks save."""
+    return {
+        "sums": state.sums.to_json(),
+        "steps_measured": state.steps_measured,
+        "steps_dropped": state.steps_dropped,
+        "groups": {name: sums.to_json() for name, sums in state.groups.items()},
+    }
+
+
+def from_record(record: Mapping[str, Any]) -> MeterState:
+    """Return the state that `to_record` wrote.
+
+    Raises:
+        ObservationError: for a record of something else.
+    """
+    try:
+        return MeterState(
+            sums=MomentSums.from_json(record["sums"]),
+            steps_measured=int(record["steps_measured"]),
+            steps_dropped=int(record["steps_dropped"]),
+            groups={name: MomentSums.from_json(sums) for name, sums in record.get("groups", {}).items()},
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ObservationError(f"not the state of a meter: {error}") from error
+
+
+def _squared_norms(small: float, large: float, sizes: list[float], *, divisor: float) -> SquaredNorms | None:
+    """Turn the sums over all replicas into squared norms with their sizes.
+
+    With weights v_k and V = Σ v_k the combined gradient is (V/divisor)·Σ (v_k/V)·g_k.
+    """
+    inverse, inverse_square, weight, count, ranks, samples = sizes
+    if weight <= 0 or ranks <= 0:
+        return None
+    return SquaredNorms(
+        small=small / weight,
+        # The mean over the ranks that took part is the square of the combined gradient.
+        large=large / ranks * (divisor / weight) ** 2,
+        inverse_small=inverse / weight,
+        inverse_large=inverse_square / (weight * weight),
+        num_small=round(count),
+        num_samples=samples,
+    )

@@ -1,0 +1,122 @@
+"""Names for parts of a model, so that each gets a noise scale of its own; what is summed per part stands elsewhere."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dptrain.errors import ObservationError
+
+GroupsLike = Mapping[str, str | Iterable[nn.Parameter]] | Literal["module"] | torch.optim.Optimizer
+
+REST = "rest"
+"""The group of those parameters that no given group names; with it the groups always add up to the whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Which part of the model each trained parameter belongs to.
+
+    Attributes:
+        names: one for each group; empty where only the whole model is of interest.
+        labels: for each trained parameter, in the order of `model.parameters()`, the number of its group.
+    """
+
+    names: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
+
+    @property
+    def num_entries(self) -> int:
+        """Squared norms that describe one gradient: one per group, or one for the whole."""
+        return max(len(self.names), 1)
+
+    def squares(self, norms: Mapping[int, Tensor], *, zero: Tensor) -> Tensor:
+        """Add up the squares of single parameters' norms by group.
+
+        Args:
+            norms: number of the trained parameter → scalar.
+            zero: a float64 zero on the device.
+
+        Returns:
+            A float64 vector of `num_entries`.
+        """
+        if not norms:
+            return zero.expand(self.num_entries)
+        values = torch.stack(list(norms.values())).double().square()
+        if not self.names:
+            return values.sum().reshape(1)
+        return _membership(tuple(self.labels[i] for i in norms), len(self.names), values.device) @ values
+
+
+@functools.lru_cache(maxsize=64)
+def _membership(labels: tuple[int, ...], num_groups: int, device: torch.device) -> Tensor:
+    """Return the matrix of zeros and ones that adds up by group, kept so that it is not sent to the device each time.
+
+    A product has a fixed order of addition; a scatter has none on a GPU.
+    """
+    return torch.nn.functional.one_hot(torch.tensor(labels), num_groups).T.double().to(device)
+
+
+def resolve_groups(groups: GroupsLike | None, *, model: nn.Module) -> Groups:
+    """Return the group of each trained parameter of `model`.
+
+    Args:
+        groups: name → prefix of parameter names (whole components) or the parameters themselves; "module" for the
+            model's first-level children; an optimizer for its parameter groups, named by their "name" where they
+            have one and `group_0`, `group_1`, … where not; None for the whole model alone.
+        model: without DDP and torch.compile round it.
+
+    Raises:
+        ObservationError: for a parameter in two groups, or a group without trained parameters.
+    """
+    if groups is None:
+        return Groups()
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wanted = _wanted(groups, model=model)
+    owner: dict[int, str] = {}
+    for group, members in wanted.items():
+        if isinstance(members, str):
+            found = [p for name, p in named.items() if name == members or name.startswith(f"{members}.")]
+        else:
+            found = [p for p in members if p.requires_grad]
+        if not found:
+            raise ObservationError(
+                f"group {group!r} holds no trained parameter: give parameters, or a prefix such as "
+                f"{next(iter(named)).rpartition('.')[0]!r}"
+            )
+        for parameter in found:
+            if owner.setdefault(id(parameter), group) != group:
+                raise ObservationError(
+                    f"a parameter of shape {tuple(parameter.shape)} is in group {owner[id(parameter)]!r} and in "
+                    f"{group!r}: groups must not overlap, or they would not add up to the whole"
+                )
+    chosen = [owner.get(id(p), REST) for p in named.values()]
+    names = [name for name in wanted if name in chosen]
+    if REST in chosen and REST not in names:
+        names.append(REST)
+    return Groups(names=tuple(names), labels=tuple(names.index(name) for name in chosen))
+
+
+def _wanted(groups: GroupsLike, *, model: nn.Module) -> Mapping[str, str | Iterable[nn.Parameter]]:
+    if isinstance(groups, Mapping):
+        return groups
+    if groups == "module":
+        seen: set[int] = set()
+        children = {}
+        for name, child in model.named_children():
+            # A tied parameter belongs to the first child that has it.
+            own = [p for p in child.parameters() if p.requires_grad and id(p) not in seen]
+            seen.update(id(p) for p in own)
+            if own:
+                children[name] = own
+        return children
+    param_groups = getattr(groups, "param_groups", None)
+    if param_groups is None:
+        raise ObservationError(f"groups must be a mapping, 'module' or an optimizer, got {groups!r}")
+    found = {str(group.get("name", f"group_{i}")): group["params"] for i, group in enumerate(param_groups)}
+    return {name: parameters for name, parameters in found.items() if any(p.requires_grad for p in parameters)}
