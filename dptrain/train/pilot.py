@@ -1,0 +1,234 @@
+"""What a run has learned and decided: outcomes of steps in, the next step's batch and rate out; touches no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from dptrain.control import RULES, Measurement, State, state_to_json
+from dptrain.noise import NoiseScale
+from dptrain.observe import Meter, PendingSum
+from dptrain.train.config import TrainConfig, controller, given, learning_rate_schedule, plan
+from dptrain.train.consensus import StepOutcome, StepRecord, receive
+from dptrain.train.manifest import JSON
+from dptrain.train.metrics import Value
+from dptrain.train.run_log import RunLog, noise_columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run is, apart from model, optimizer, meter and controller. Exactly this is in a checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        position: samples seen.
+        global_batch_size: for the next step.
+        learning_rate_factor: of the rule, for the next step.
+        steps_dropped: updates skipped for a gradient that was not finite.
+        num_batch_changes: how often the batch changed.
+        loss_first: of the first step.
+        loss_last: of the latest step whose outcome is known.
+        eval_loss: latest held-out loss.
+        wall_s: seconds of training, earlier attempts included.
+    """
+
+    step: int = 0
+    position: int = 0
+    global_batch_size: int
+    learning_rate_factor: float
+    steps_dropped: int = 0
+    num_batch_changes: int = 0
+    loss_first: float | None = None
+    loss_last: float | None = None
+    eval_loss: float | None = None
+    wall_s: float = 0.0
+
+
+class Pilot:
+    """Lays out each step, reads late what it taught, and decides on the batch and the rate of a later one.
+
+    All of it happens on every rank, from numbers that are equal on all.
+
+    Args:
+        config: filled in.
+        meter: absorbs what steps measured.
+        world_size: number of replicas.
+        num_samples: length of the training data.
+    """
+
+    def __init__(self, config: TrainConfig, *, meter: Meter, world_size: int, num_samples: int) -> None:
+        self._config = config
+        self._meter = meter
+        self._world_size = world_size
+        self._num_samples = num_samples
+        self._schedule = learning_rate_schedule(config)
+        self._rule = RULES[config.optimizer.rule]
+        self._controller = controller(config, world_size=world_size)
+        self._control_state: State = self._controller.init()
+        batch = given(config.global_batch_size)
+        self._progress = Progress(
+            global_batch_size=batch, learning_rate_factor=self._learning_rate_factor(meter.read(), batch)
+        )
+        self._unread: tuple[StepRecord, PendingSum] | None = None
+        self._undecided: StepRecord | None = None
+        self._stop_agreed = False
+        self._clock = (0, 0.0)  # position and seconds at the latest row, for the throughput
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        return self._progress
+
+    @property
+    def stop_agreed(self) -> bool:
+        """Whether all replicas know that one was asked to stop."""
+        return self._stop_agreed
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the last step was taken."""
+        return self._progress.position >= given(self._config.max_samples)
+
+    def next_record(self, *, wall_s: float) -> StepRecord:
+        """Lay out the next step: the batch in force, or what is left of the run."""
+        progress, max_samples = self._progress, given(self._config.max_samples)
+        batch = min(progress.global_batch_size, max_samples - progress.position)
+        layout = plan(self._config, global_batch_size=progress.global_batch_size, world_size=self._world_size)
+        base = given(self._config.optimizer.learning_rate) * self._schedule.factor(progress.position + batch)
+        return StepRecord(
+            step=progress.step + 1,
+            position=progress.position,
+            global_batch_size=batch,
+            micro_batch_size=layout.micro_batch_size,
+            learning_rate=base * progress.learning_rate_factor,
+            wall_s=wall_s,
+        )
+
+    def sent(self, record: StepRecord, pending: PendingSum, *, wall_s: float) -> None:
+        """Note that a step was handed to the device, and that its outcome is under way."""
+        self._unread = (record, pending)
+        self._progress = replace(self._progress, step=record.step, position=record.end, wall_s=wall_s)
+
+    def paused(self, *, wall_s: float) -> None:
+        """Note that something else than training took time up to now."""
+        self._clock = (self._progress.position, wall_s)
+
+    def evaluated(self, loss: float) -> None:
+        """Note the held-out loss."""
+        self._progress = replace(self._progress, eval_loss=loss)
+
+    def read_outcome(self, log: RunLog) -> None:
+        """Wait for the outcome of the latest step, if it was not read yet, and take it in."""
+        if self._unread is None:
+            return
+        (record, pending), self._unread = self._unread, None
+        outcome = receive(pending, record)
+        if outcome.finite:
+            self._meter.absorb(outcome.meter_sums)
+        self._progress = replace(
+            self._progress,
+            steps_dropped=self._progress.steps_dropped + (not outcome.finite),
+            loss_first=outcome.loss if self._progress.loss_first is None else self._progress.loss_first,
+            loss_last=outcome.loss,
+        )
+        self._undecided = record
+        self._stop_agreed = self._stop_agreed or outcome.stop
+        log.train(self._row(record, outcome, self._meter.read()))
+
+    def decide(self, log: RunLog) -> None:
+        """Ask the controller for the batch of the next step, and the rule for the rate that goes with it."""
+        if self._undecided is None:
+            return
+        record, self._undecided = self._undecided, None
+        before, scale = self._progress, self._meter.read()
+        # The step after `record` is under way already: a decision takes effect one step later.
+        measurement = Measurement(
+            samples_seen=record.end, global_batch_size=before.global_batch_size, noise_scale=scale
+        )
+        self._control_state, decision = self._controller.update(self._control_state, measurement)
+        batch = round(decision.global_batch_size)
+        factor = self._learning_rate_factor(scale, batch)
+        changed = batch != before.global_batch_size
+        self._progress = replace(
+            before,
+            global_batch_size=batch,
+            learning_rate_factor=factor,
+            num_batch_changes=before.num_batch_changes + changed,
+        )
+        if changed:
+            log.decision(
+                {
+                    "step": record.step,
+                    "progress/samples": record.end,
+                    "batch/before": before.global_batch_size,
+                    "batch/after": batch,
+                    "lr_factor/before": before.learning_rate_factor,
+                    "lr_factor/after": factor,
+                    "reason": decision.reason,
+                    **noise_columns(scale),
+                }
+            )
+
+    def _learning_rate_factor(self, scale: NoiseScale, batch: int) -> float:
+        return self._rule(scale, batch=batch, reference_batch=given(self._config.global_batch_size))
+
+    def _row(self, record: StepRecord, outcome: StepOutcome, scale: NoiseScale) -> dict[str, Value]:
+        (position, wall_s), self._clock = self._clock, (record.position, record.wall_s)
+        elapsed, samples = record.wall_s - wall_s, record.position - position
+        return {
+            "kind": "train",
+            "step": record.step,
+            "progress/samples": record.end,
+            "progress/epoch": record.end / self._num_samples,
+            "progress/wall_s": record.wall_s,
+            "train/loss": outcome.loss,
+            "train/lr": record.learning_rate,
+            "train/grad_norm": outcome.grad_norm,
+            "train/steps_dropped": self._progress.steps_dropped,
+            "batch/global": record.global_batch_size,
+            "batch/micro": record.micro_batch_size,
+            "batch/accumulation": record.micro_steps(self._world_size),
+            **noise_columns(scale),
+            "throughput/samples_per_sec": samples / elapsed if samples and elapsed > 0 else None,
+        }
+
+    def figures(self) -> dict[str, Value]:
+        """Return the figures of the whole run, as far as they are known here."""
+        progress, scale = self._progress, self._meter.read()
+        return {
+            "samples_seen": progress.position,
+            "steps": progress.step,
+            "wall_s": progress.wall_s,
+            "samples_per_s": progress.position / progress.wall_s,
+            "loss_first": progress.loss_first,
+            "loss_last": progress.loss_last,
+            "eval_loss": progress.eval_loss,
+            "batch_first": given(self._config.global_batch_size),
+            "batch_last": progress.global_batch_size,
+            "num_batch_changes": progress.num_batch_changes,
+            "noise_scale": scale.value,
+            "noise_scale_lower": scale.lower,
+            "noise_scale_upper": scale.upper,
+            "noise_scale_text": str(scale),
+            "resolved": str(scale.state),
+            "steps_dropped": progress.steps_dropped,
+        }
+
+    def state(self) -> dict[str, JSON]:
+        """Return what a checkpoint must hold. Every outcome must have been read; the latest is not decided on."""
+        assert self._unread is None, "saved before the outcome of the latest step was read"
+        return {
+            "progress": asdict(self._progress),
+            "control": state_to_json(self._control_state),
+            "meter": self._meter.state_dict(),
+            "undecided": None if self._undecided is None else asdict(self._undecided),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`."""
+        self._meter.load_state_dict(state["meter"])
+        self._control_state = self._controller.restore(state["control"])
+        self._progress = Progress(**state["progress"])
+        self._undecided = None if state["undecided"] is None else StepRecord(**state["undecided"])
+        self._clock = (self._progress.position, self._progress.wall_s)
