@@ -152,8 +152,9 @@ def scale_learning_rate(optimizer: Optimizer, factor: Callable[[], float]) -> Ca
     def scale(*_: object) -> None:
         restore()  # a step that raised has left its rates scaled
         base.extend(group["lr"] for group in optimizer.param_groups)
+        present = factor()
         for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * factor()
+            group["lr"] = group["lr"] * present
 
     def restore(*_: object) -> None:
         for group, rate in zip(optimizer.param_groups, base, strict=False):
