@@ -1,0 +1,232 @@
+"""Runs that were killed or stopped and resumed, against the run that was not: same parameters, same log."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from dptrain.tasks import Suggestion, Task
+from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, OptimizerConfig, TrainConfig, Trainer
+from dptrain.train.checkpoint import load_newest
+from dptrain.train.metrics import read_rows
+from dptrain.train.preemption import EXIT_RESUMABLE
+from dptrain.train.run_folder import write_config
+from dptrain.train.step import Stepper
+from tests.replicas import run_replicas
+
+EVERY = 25
+BY_CLOCK = {"progress/wall_s", "throughput/samples_per_sec", "wall_s", "samples_per_s"}
+
+
+def noisy():
+    """Build a model with dropout on targets that are mostly noise, so that the batch grows soon."""
+    generator = torch.Generator().manual_seed(1)
+    data = TensorDataset(torch.randn(90, 4, generator=generator), torch.randn(90, 1, generator=generator))
+    return Task(
+        name="noisy",
+        model=nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 1)),
+        train_data=data,
+        eval_data=data,
+        loss=slow_loss,
+        suggestion=Suggestion(
+            learning_rate=0.01, global_batch_size=4, micro_batch_size=2, max_samples=230, eval_every_samples=60
+        ),
+    )
+
+
+def slow_loss(model, batch):
+    time.sleep(float(os.environ.get("TEST_MICRO_STEP_S", "0")))
+    features, target = batch
+    return ((model(features) - target) ** 2).mean()
+
+
+def make_config(folder, *, keep=3):
+    return TrainConfig(
+        task=f"{__file__}:noisy",
+        run_dir=str(folder),
+        device="cpu",
+        control=ControlConfig(dwell_decisions=2, z=0.3, largest=16),
+        checkpoint=CheckpointConfig(every_samples=EVERY, keep=keep),  # no multiple of any batch
+        optimizer=OptimizerConfig(weight_decay=0.01),
+        log=LogConfig(tracker="none"),
+    )
+
+
+class Killed(BaseException):
+    """Takes the place of a death: nothing between two steps catches it."""
+
+
+def attempt(folder, *, kill_at=None, kill=None, keep=3):
+    """Train from the newest checkpoint, if there is one, and die in the step `kill_at`."""
+    take_step = Stepper.step
+
+    def step_or_die(stepper, record, *, stop):
+        pending = take_step(stepper, record, stop=stop)
+        if record.step == kill_at:
+            kill()
+        return pending
+
+    Stepper.step = step_or_die
+    try:
+        resume = (Path(folder) / "config.yaml").exists()
+        Trainer(make_config(folder, keep=keep), task=noisy, resume=resume).run()
+    finally:
+        Stepper.step = take_step
+
+
+def without_clock(record):
+    return {key: value for key, value in record.items() if key not in BY_CLOCK}
+
+
+def result_of(folder):
+    """Everything that a run leaves, less what a clock told."""
+    folder = Path(folder)
+    saved = load_newest(folder / "checkpoints")
+    state = {**saved.state, "progress": without_clock(saved.state["progress"])}
+    state["undecided"] = without_clock(state["undecided"])
+    state["config"] = {key: value for key, value in state["config"].items() if key not in ("run_dir", "checkpoint")}
+    return {
+        "parameters": (saved.path / "model.safetensors").read_bytes(),
+        "optimizer": (saved.path / "optimizer.safetensors").read_bytes(),
+        "state": state,
+        "rows": [without_clock(row) for row in read_rows(folder / "metrics.jsonl")],
+        "decisions": read_rows(folder / "decisions.jsonl"),
+        "summary": without_clock(json.loads((folder / "summary.json").read_text())),
+    }
+
+
+def assert_same(found, expected):
+    for part, value in expected.items():
+        assert found[part] == value, part
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What the run leaves that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_replicas(train_whole, world_size=2, args=(folder,))
+    return result_of(folder)
+
+
+def train_whole(rank, world_size, folder):
+    attempt(folder)
+
+
+def test_the_run_is_worth_interrupting(whole):
+    """The batch changes twice, once on what was known at a checkpoint: resuming has something to get wrong."""
+    assert {row["kind"] for row in whole["rows"]} == {"train", "eval"}
+    rows = [row for row in whole["rows"] if row["kind"] == "train"]
+    assert {4, 8, 16} <= {row["batch/global"] for row in rows}
+    ends = {row["step"]: row["progress/samples"] for row in rows}
+    saved = {step for step, end in ends.items() if end // EVERY > ends.get(step - 1, 0) // EVERY}
+    decided = {row["step"] for row in whole["decisions"]}
+    # Killed two steps after such a checkpoint, the decision is in the log already, and is taken again.
+    assert any(step in saved and step + 1 not in saved for step in decided)
+
+
+def test_killed_after_any_step_it_ends_the_same(whole, tmp_path):
+    """For each step a run that is killed in it, and resumed: same bits, no row lost, none twice, with any `keep`."""
+    num_steps = whole["summary"]["steps"]
+    run_replicas(kill_each_step_once, world_size=2, args=(tmp_path, num_steps))
+    for step in range(1, num_steps + 1):
+        assert_same(result_of(tmp_path / str(step)), whole)
+        kept = list((tmp_path / str(step) / "checkpoints").iterdir())
+        assert len(kept) == keep_of(step)
+
+
+def keep_of(step):
+    return 1 if step % 2 else 3
+
+
+def kill_each_step_once(rank, world_size, folder, num_steps):
+    def kill():
+        raise Killed
+
+    for step in range(1, num_steps + 1):
+        run, keep = Path(folder) / str(step), keep_of(step)
+        with pytest.raises(Killed):
+            attempt(run, kill_at=step, kill=kill, keep=keep)
+        torch.distributed.barrier()  # the folder's lock is rank 0's to give free
+        attempt(run, keep=keep)
+        torch.distributed.barrier()
+
+
+def test_killed_again_and_again_it_ends_the_same(whole, tmp_path):
+    """Processes that die without a word at two steps in a row, the second before a checkpoint was made again."""
+    for step in (5, 6):
+        with pytest.raises(AssertionError, match="exit code 9"):
+            run_replicas(die, world_size=2, args=(tmp_path, step))
+    run_replicas(train_whole, world_size=2, args=(tmp_path,))
+    assert_same(result_of(tmp_path), whole)
+
+
+def die(rank, world_size, folder, step):
+    attempt(folder, kill_at=step, kill=lambda: os._exit(9))
+
+
+# The command itself
+
+
+def start(folder, *more):
+    """Start `dptrain train` on two replicas; slow, so that there is time to end it."""
+    arguments = [sys.executable, "-m", "dptrain", "train", "--replicas", "2", "--run_dir", str(folder), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TEST_MICRO_STEP_S": "0.05"}
+    # A session of its own, so that a signal to the group reaches what a terminal's Ctrl-C would reach.
+    return subprocess.Popen(
+        arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def wait_for_step(folder, step, process):
+    path = Path(folder) / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (path.exists() and any(row["step"] >= step for row in read_rows(path))):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.timeout(300)
+def test_the_command_survives_kill_and_obeys_signals(whole, tmp_path):
+    """SIGKILL of all processes, SIGTERM to the command, Ctrl-C: each time resumed, the run ends the same."""
+    folder, settings = tmp_path / "run", tmp_path / "settings.yaml"
+    write_config(settings, make_config(folder))
+
+    process = start(folder, "--config", str(settings))
+    wait_for_step(folder, 3, process)
+    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert len(tree) >= 3
+    for member in tree:
+        member.kill()
+    process.communicate()
+
+    for step, stop in (
+        (6, lambda pid: os.kill(pid, signal.SIGTERM)),
+        (9, lambda pid: os.killpg(pid, signal.SIGINT)),
+    ):
+        process = start(folder, "--resume")
+        wait_for_step(folder, step, process)
+        stop(process.pid)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == EXIT_RESUMABLE, output
+        last_row = read_rows(folder / "metrics.jsonl")[-1]["step"]
+        assert load_newest(folder / "checkpoints").step == last_row, "what was told is saved"
+        assert f"stopped on request after step {last_row}" in output
+        assert "Traceback" not in output
+        assert "Signal" not in output
+
+    process = start(folder, "--resume")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert_same(result_of(folder), whole)
