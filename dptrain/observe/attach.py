@@ -89,6 +89,8 @@ def attach(
     norm = _geometry(geometry, optimizer=optimizer, parameters=parameters, wrapping=wrapping)
     if loss not in ("mean", "sum"):
         raise ObservationError(f"loss must be 'mean' or 'sum' over the samples of a micro-batch, got {loss!r}")
+    # All that may be refused comes before the tap, which puts hooks on the model.
+    pace = Pace(every=every, budget=budget)
     meter = Meter(
         parameters,
         tap=_tap(wrapping, method, groups=resolved, geometry=norm, inner=inner, inner_state=inner_state),
@@ -100,7 +102,7 @@ def attach(
         groups=resolved,
         geometry=norm,
         num_shards=wrapping.num_shards,
-        pace=Pace(every=every, budget=budget),
+        pace=pace,
         guard=Guard(wrapping.group),
     )
 

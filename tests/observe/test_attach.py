@@ -1,0 +1,111 @@
+"""What the loop tells the meter, and what the meter finds out by itself: sizes, weights, losses, two models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import dptrain
+from dptrain.errors import ObservationError
+from dptrain.noise import SquaredNorms, unbiased_moments
+from tests.observe.plain import RATE, gradient, make_model, micro_batch, pair, reference, sq_norm, trained
+from tests.replicas import run_replicas
+
+SIZES = ((3, 9), (5, 2))
+"""Samples in the micro-batches of two ranks."""
+
+
+def sum_loss(model, x, y):
+    return ((model(x) - y) ** 2).sum()
+
+
+def summed(rank, world_size):
+    """Return the pairs with losses summed over samples, told by `loss` and told by hand."""
+    found = []
+    for by_hand in (False, True):
+        model = DistributedDataParallel(make_model())
+        optimizer = torch.optim.SGD(trained(model), lr=RATE / 5)
+        meter = dptrain.attach(model, every=1, loss="mean" if by_hand else "sum")
+        for step in range(4):
+            for micro_step, size in enumerate(SIZES[rank]):
+                if by_hand:
+                    meter.begin(num_samples=size, weight=size * 0.2)
+                (0.2 * sum_loss(model, *micro_batch(step, micro_step, rank, size))).backward()
+            meter.step()
+            # Undo the factor, so that both loops take the same path as the plain one.
+            for p in trained(model):
+                p.grad.mul_(25)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(pair(meter.read()))
+    return found
+
+
+def test_losses_that_are_summed_over_uneven_micro_batches():
+    """Sizes 3, 9 | 5, 2 with summed losses: the pair is that of plain gradients weighted by their samples."""
+    (told, by_hand), other = run_replicas(summed, world_size=2)
+    assert [told, by_hand] == other
+    trace, square = reference(2, sizes=SIZES)
+    assert by_hand == pytest.approx((trace, square), rel=1e-4)
+    # The further factor 0.2 on the loss that only the second loop told of: the ratio does not see it.
+    assert told == pytest.approx((0.2**2 * trace, 0.2**2 * square), rel=1e-4)
+
+
+def test_begin_by_hand_ends_the_counting_of_forward_passes():
+    """A loop that announces its micro-batches is never counted a second time by the forward hook."""
+    model = make_model()
+    with dptrain.attach(model, every=1) as meter:
+        norms, large = [], None
+        for number, size in enumerate((4, 12)):
+            batch = micro_batch(0, number, 0, size)
+            meter.begin(num_samples=size, weight=size / 16)
+            (((model(batch[0]) - batch[1]) ** 2).sum(1).mean() * size / 16).backward()
+            norms.append(sq_norm(gradient(make_model(), batch)))
+        large = sq_norm([p.grad for p in trained(model)])
+        meter.step()
+    moments = unbiased_moments(SquaredNorms.of(norms, sizes=(4, 12), large_sq_norm=large))
+    assert pair(meter.read()) == pytest.approx((moments.noise_trace, moments.grad_sq_norm), rel=1e-5)
+    assert meter.read().num_samples == 16
+
+
+def test_two_models_have_meters_of_their_own():
+    """As with a GAN: the judge's meter is told which passes are its own, and both read what plain gradients give."""
+    maker, judge = make_model(), nn.Linear(2, 1)
+    maker_meter, judge_meter = (dptrain.attach(model, every=1) for model in (maker, judge))
+    for number in range(2):
+        x, y = micro_batch(0, number, 0)
+        judge_meter.begin(num_samples=5)
+        with torch.no_grad():
+            made = maker(x)
+        loss = (judge(made) - judge(y)).square().mean() / 2
+        loss.backward()
+    judge_square = sq_norm([p.grad for p in judge.parameters()])
+    judge_meter.step()
+    for number in range(2):
+        judge_meter.begin(num_samples=5, weight=0)
+        x, _ = micro_batch(0, number, 0)
+        (judge(maker(x)).square().mean() / 2).backward()
+    maker_meter.step()
+    assert judge_meter.read().num_samples == maker_meter.read().num_samples == 10
+    scale = judge_meter.read()
+    # Formula F1 for the step's batch of ten.
+    assert scale.grad_sq_norm + scale.noise_trace / 10 == pytest.approx(judge_square, rel=1e-5)
+
+
+def test_wrong_settings_are_told_apart():
+    """Each setting that cannot be is refused by its name."""
+    model = make_model()
+    for settings, text in (
+        ({"method": "guess"}, "method must be"),
+        ({"loss": "max"}, "loss must be"),
+        ({"geometry": "sign"}, "geometry must be"),
+        ({"geometry": "adam"}, "give it as `optimizer`"),
+        ({"every": 0}, "every must be"),
+        ({"budget": 0.0}, "budget must be"),
+        ({"inner": sum_loss}, "`inner` is for"),
+    ):
+        with pytest.raises(ObservationError, match=text):
+            dptrain.attach(model, **settings)
+    assert all(not p._backward_hooks for p in model.parameters())

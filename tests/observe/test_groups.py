@@ -1,0 +1,170 @@
+"""Noise scales of parts of a model, and in Adam's geometry, against plain gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import dptrain
+from dptrain.errors import ObservationError
+from dptrain.noise import Smoothing, SquaredNorms, noise_scale, smoothed, unbiased_moments
+from dptrain.noise.smoothing import MomentSums
+from dptrain.observe.groups import REST, resolve_groups
+from tests.observe.plain import (
+    ACCUMULATION,
+    MICRO,
+    STEPS,
+    gradient,
+    make_model,
+    micro_batch,
+    pair,
+    reference,
+    sq_norm,
+    train,
+    trained,
+)
+from tests.replicas import run_replicas
+
+PARTS = {"blocks": slice(2, 6), "head": slice(7, 8)}
+"""Where the parameters of two groups stand among the trained ones."""
+
+
+def grouped(rank, world_size):
+    """Return the pairs by group in three seams, with the whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    found = {}
+    for name in ("parameters", "hook", "fully_shard"):
+        model = make_model()
+        if name == "fully_shard":
+            fully_shard(model.blocks[0])
+            fully_shard(model)
+            no_sync, method = None, "auto"
+        else:
+            model, method = DistributedDataParallel(model), name
+            no_sync = model.no_sync
+        meter = dptrain.attach(model, every=1, method=method, groups={"blocks": "blocks", "head": "head"})
+        train(model, rank, meter=meter, **({} if no_sync is None else {"no_sync": no_sync}))
+        found[name] = {group: pair(scale) for group, scale in meter.read_groups().items()}, pair(meter.read())
+    restored = dptrain.attach(make_and_wrap(), groups={"blocks": "blocks", "head": "head"})
+    restored.load_state_dict(meter.state_dict())
+    assert restored.read_groups() == meter.read_groups()
+    keys = set(restored.step().as_metrics())
+    return found, keys
+
+
+def make_and_wrap():
+    return DistributedDataParallel(make_model())
+
+
+def test_groups_are_right_and_add_up_in_each_seam():
+    """Each group's pair is that of its plain gradients, and the pairs add up to the whole."""
+    (found, keys), other = run_replicas(grouped, world_size=2)
+    assert (found, keys) == other
+    for seam, (groups, whole) in found.items():
+        assert set(groups) == {"blocks", "head", REST}
+        for name, part in PARTS.items():
+            expected = reference(2, part=part, accumulated=seam == "hook")
+            assert groups[name] == pytest.approx(expected, rel=1e-4), (seam, name)
+        for i in range(2):
+            assert sum(group[i] for group in groups.values()) == pytest.approx(whole[i], rel=1e-9)
+    assert {"gns/trace", "gns/head/trace", "gns/rest/grad_sq"} <= keys
+
+
+def test_groups_can_be_named_in_three_ways():
+    """Prefixes, first-level children and an optimizer's groups; a tied weight belongs to the first child."""
+    model = make_model()
+    assert resolve_groups("module", model=model).names == ("first", "blocks", "last", "head")
+    optimizer = torch.optim.SGD(
+        [{"params": model.head.parameters(), "name": "head"}, {"params": model.first.parameters()}], 1
+    )
+    assert resolve_groups(optimizer, model=model).names == ("head", "group_1", REST)
+    labels = resolve_groups({"one": "blocks.0"}, model=model)
+    assert [labels.names[i] for i in labels.labels] == [REST, REST, "one", "one", REST, REST, REST, REST]
+
+
+def test_wrong_groups_are_refused():
+    """Overlapping, empty and unknown groups are told with what to do."""
+    model = make_model()
+    for groups, text in (
+        ({"a": "head", "b": model.head.parameters()}, "must not overlap"),
+        ({"a": "nothing"}, "no trained parameter"),
+        ("children", "must be a mapping"),
+    ):
+        with pytest.raises(ObservationError, match=text):
+            dptrain.attach(model, groups=groups)
+    meter = dptrain.attach(model, groups={"head": "head"})
+    with pytest.raises(ObservationError, match="same `groups`"):
+        dptrain.attach(make_model()).load_state_dict(meter.state_dict())
+
+
+def adam(model, amsgrad):
+    return torch.optim.AdamW(trained(model), lr=0.01, amsgrad=amsgrad)
+
+
+def preconditioned(rank, world_size, amsgrad):
+    """Return the pair in Adam's geometry under DDP and replicate(), with what was dropped and its metrics' names."""
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+
+    found = []
+    for wrap in (DistributedDataParallel, replicate):
+        model = wrap(make_model())
+        optimizer = adam(model, amsgrad)
+        meter = dptrain.attach(model, every=1, geometry="adam", optimizer=optimizer)
+        train(model, rank, meter=meter, optimizer=optimizer)
+        reading = meter.step()
+        found.append((pair(reading.noise_scale), meter.steps_dropped, reading.geometry, list(reading.as_metrics())))
+    return found
+
+
+def adam_reference(world_size, amsgrad):
+    """Precondition plain gradients by the state before each step; the first step has none."""
+    model, sums = make_model(), MomentSums()
+    optimizer = adam(model, amsgrad)
+    for step in range(STEPS):
+        gradients = [
+            gradient(model, micro_batch(step, micro_step, rank))
+            for rank in range(world_size)
+            for micro_step in range(ACCUMULATION)
+        ]
+        mean = [sum(parts) / len(gradients) for parts in zip(*gradients, strict=True)]
+        if step > 0:
+            scales = []
+            for p in trained(model):
+                state = optimizer.state[p]
+                second = state["max_exp_avg_sq" if amsgrad else "exp_avg_sq"].double()
+                scales.append(1 / ((second / (1 - 0.999**step)).sqrt() + 1e-8))
+            norms = SquaredNorms.of(
+                [sq_norm([g * s for g, s in zip(parts, scales, strict=True)]) for parts in gradients],
+                sizes=[MICRO] * len(gradients),
+                large_sq_norm=sq_norm([g * s for g, s in zip(mean, scales, strict=True)]),
+            )
+            sums = Smoothing().update(sums, unbiased_moments(norms))
+        for p, g in zip(trained(model), mean, strict=True):
+            p.grad = g.float()
+        optimizer.step()
+    return pair(noise_scale(smoothed(sums)))
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_adams_geometry_is_that_of_its_state_before_the_step(amsgrad):
+    """The pair is that of preconditioned plain gradients; before Adam has a state nothing is said, and it is named."""
+    results = run_replicas(preconditioned, world_size=2, args=(amsgrad,))
+    assert results[0] == results[1]
+    for found, dropped, geometry, names in results[0]:
+        assert found == pytest.approx(adam_reference(2, amsgrad), rel=2e-3)
+        # The first step, and the empty one at the end.
+        assert dropped == 2
+        assert geometry == "adam"
+        assert all(name.startswith("gns/adam/") for name in names)
+
+
+def test_adams_geometry_needs_adam():
+    """Another optimizer, or one that trains only a part, is refused."""
+    model = make_model()
+    with pytest.raises(ObservationError, match="SGD"):
+        dptrain.attach(model, geometry="adam", optimizer=torch.optim.SGD(model.parameters()))
+    with pytest.raises(ObservationError, match="all trained parameters"):
+        dptrain.attach(model, geometry="adam", optimizer=torch.optim.Adam(nn.Linear(2, 2).parameters()))
