@@ -1,0 +1,1 @@
+"""One question per script; `results/` holds the answers."""
