@@ -115,6 +115,8 @@ class Trainer:
             The summary, or None where the run was asked to stop and can be resumed.
         """
         saved = load_newest(checkpoints_in(self._run_dir)) if self._resume else None
+        if saved is not None:
+            self._check_is_ours(saved)  # before the log is opened, which writes the settings and cuts rows
         log = self._open_log(saved)
         try:
             if saved is not None:
@@ -256,8 +258,8 @@ class Trainer:
             )
         )
 
-    def _restore(self, saved: Checkpoint, log: RunLog) -> None:
-        """Become what the saved run was when it was saved."""
+    def _check_is_ours(self, saved: Checkpoint) -> None:
+        """Refuse a checkpoint from which these settings and this data would go on as another run."""
         state: dict[str, Any] = saved.state
         check_same_settings(self._config, saved=state["config"])
         if state["num_samples"] != self._num_samples:
@@ -265,6 +267,10 @@ class Trainer:
                 f"the data set had {state['num_samples']} samples when {saved.path} was saved and has "
                 f"{self._num_samples} now: the order of samples would be another one"
             )
+
+    def _restore(self, saved: Checkpoint, log: RunLog) -> None:
+        """Become what the saved run was when it was saved."""
+        state: dict[str, Any] = saved.state
         for path, reason in saved.passed_over:
             log.note(f"passed over checkpoint {path}: {reason}")
         try:
