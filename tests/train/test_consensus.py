@@ -1,0 +1,104 @@
+"""What replicas agree on: sums that add up, a desync that is found, an error that all learn of."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from dptrain.errors import AbortedError, ConfigError, DesyncError
+from dptrain.observe import NUM_SUMS
+from dptrain.train.consensus import StepRecord, on_rank_0, receive, send
+from tests.replicas import run_replicas
+
+RECORD = StepRecord(step=7, position=96, global_batch_size=16, micro_batch_size=4, learning_rate=0.1, wall_s=1.0)
+
+
+def agree(record, *, stop=False, loss_sum=8.0, large=9.0):
+    # A meter's sums end with the number of samples; the second is the squared norm of the combined gradient.
+    sums = torch.zeros(NUM_SUMS, dtype=torch.float64)
+    sums[1], sums[-1] = large, record.global_batch_size / 2
+    return receive(send(record, stop=stop, loss_sum=torch.tensor(loss_sum), meter_sums=sums), record)
+
+
+def agree_in_many_ways(rank, world_size):
+    outcomes = {
+        "plain": agree(RECORD, loss_sum=8.0 + 16.0 * rank),
+        "stop": agree(RECORD, stop=rank == 1),
+        "nan": agree(RECORD, large=math.nan if rank == 1 else 9.0),
+        "inf": agree(RECORD, large=math.inf if rank == 0 else 9.0),
+    }
+    errors = {}
+    for name in ("step", "position", "global_batch_size"):
+        mine = dataclasses.replace(RECORD, **{name: getattr(RECORD, name) + 2 * rank})
+        with pytest.raises(DesyncError) as caught:
+            agree(mine)
+        errors[name] = str(caught.value)
+    return outcomes, errors
+
+
+@pytest.fixture(scope="module")
+def results():
+    return run_replicas(agree_in_many_ways, world_size=2)
+
+
+def test_every_replica_learns_the_same(results):
+    """The outcome of each reduction is equal on both, to the last bit."""
+    first, second = (outcomes for outcomes, _ in results)
+    assert first["plain"] == second["plain"]
+    assert first["plain"].loss == 2.0
+    assert first["plain"].grad_norm == 3.0
+    assert first["plain"].finite
+    assert not first["plain"].stop
+
+
+def test_one_replica_stops_all(results):
+    """A flag that is raised on one is seen on both."""
+    assert [outcomes["stop"].stop for outcomes, _ in results] == [True, True]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_gradient_that_is_not_finite_on_one_is_known_to_all(results, value):
+    """All of them count the step as dropped."""
+    assert [outcomes[value].finite for outcomes, _ in results] == [False, False]
+
+
+@pytest.mark.parametrize("name", ["step", "position", "global_batch_size"])
+def test_replicas_at_different_places_are_found_out(results, name):
+    """Both refuse, in a sentence with what is here and what is elsewhere."""
+    here = [getattr(RECORD, name), getattr(RECORD, name) + 2]
+    for (_, errors), value in zip(results, here, strict=True):
+        assert f"{name} is {value} here, but {sum(here) / 2:g} on average over 2 replicas" in errors[name]
+
+
+def test_one_process_agrees_with_itself():
+    """Without a process group the same code gives the same kind of answer."""
+    outcome = agree(RECORD, loss_sum=4.0)
+    assert (outcome.loss, outcome.grad_norm, outcome.finite, outcome.stop) == (0.5, 3.0, True, False)
+
+
+def test_the_record_counts_its_passes():
+    """The last, ragged micro-batch is a pass too."""
+    assert RECORD.end == 112
+    assert [RECORD.micro_steps(world_size) for world_size in (1, 2, 3, 4)] == [4, 2, 2, 1]
+
+
+def fail_on_rank_0(rank, world_size):
+    def fail():
+        assert rank == 0, "done on behalf of all"
+        raise ConfigError("the folder is full")
+
+    with pytest.raises(ConfigError if rank == 0 else AbortedError) as caught:
+        on_rank_0(fail, rank=rank, device=torch.device("cpu"))
+    found = on_rank_0(lambda: 5, rank=rank, device=torch.device("cpu"))
+    return str(caught.value), found
+
+
+def test_all_learn_that_rank_0_failed():
+    """It raises its own error, the others another; what succeeds returns on rank 0 alone, and goes on everywhere."""
+    first, second = run_replicas(fail_on_rank_0, world_size=2)
+    assert first == ("the folder is full", 5)
+    assert "rank 0" in second[0]
+    assert second[1] is None
