@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,8 @@ def _with_saved_settings(arguments: list[str]) -> list[str]:
 
 def _values(option: str, arguments: Sequence[str]) -> list[str]:
     """Return what is given to an option, as `--option value` and as `--option=value`."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    return [
-        following if argument == option else argument.partition("=")[2]
-        for argument, following in pairs
-        if argument.partition("=")[0] == option
-    ]
+    apart = [value for argument, value in pairwise(arguments) if argument == option]
+    return apart + [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{option}=")]
 
 
 def _settings_in(path: Path) -> dict[str, Any]:
