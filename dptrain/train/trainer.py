@@ -102,7 +102,7 @@ class Trainer:
     def _tap(self) -> Tap:
         if self._config.noise.observer == "parameters":
             return ParameterTap(self._bare_model.parameters())
-        if self._model is self._bare_model:
+        if self._world_size == 1:  # which may be wrapped all the same
             raise ConfigError("noise.observer=hook needs at least two replicas: use noise.observer=parameters")
         return DdpTap(self._model)
 
