@@ -82,7 +82,7 @@ class GradientNoiseScaleMonitor(Callback):
         self._remove()
 
     def on_exception(self, *_: object) -> None:
-        """Take everything off the model."""
+        """Do as at the end."""
         self._remove()
 
     def _remove(self) -> None:

@@ -9,10 +9,10 @@ import torch
 from accelerate.state import GradientState
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 
 from dptrain.errors import ObservationError
+from dptrain.integrations.transformers.tokens import token_share
 from dptrain.noise import Smoothing
 from dptrain.observe import Meter, ParameterTap, Reading
 
@@ -120,29 +120,13 @@ class GradientNoiseScaleCallback(TrainerCallback, ExportableState):
         if not (model.training and torch.is_grad_enabled()):
             return
         assert self.meter is not None
-        self.meter.begin(num_samples=_first_dimension(kwargs), weight=self._weight(model, kwargs))
+        share = token_share(model, kwargs)
+        weight = None if share is None else share * self._weight_factor
+        self.meter.begin(num_samples=_first_dimension(kwargs), weight=weight)
         self._armed = GradientState().sync_gradients
         if self._armed:
             for tensor in _differentiable(output):
                 tensor.register_hook(self._on_backward)  # type: ignore[no-untyped-call]
-
-    def _weight(self, model: nn.Module, kwargs: dict[str, Any]) -> float | None:
-        """Return the factor on the mean loss of a micro-batch: its share of the tokens, or None for equal shares."""
-        num_items = kwargs.get("num_items_in_batch")
-        if num_items is None:
-            return None
-        labels = kwargs.get("shift_labels")
-        if labels is None:
-            labels = kwargs.get("labels")
-            if labels is None:
-                raise ObservationError(
-                    "the loss is normalised by num_items_in_batch but the model is not given the labels (as with "
-                    "label smoothing), so the weights of micro-batches are unknown: set label_smoothing_factor=0"
-                )
-            if _shifts_labels(model):
-                labels = labels[..., 1:]
-        # Waits for the device, as the Trainer does after each micro-batch to look for a loss that is not finite.
-        return float(labels.ne(-100).sum() / num_items) * self._weight_factor
 
     def _on_backward(self, _: Tensor) -> None:
         """At the beginning of a backward pass, ask to be called after its end."""
@@ -193,13 +177,6 @@ def _refuse(args: TrainingArguments, model: nn.Module) -> None:
             "the Trainer shards the parameters (FSDP, DeepSpeed or tensor parallelism), where this callback cannot "
             "see a replica's own gradient: measure under DDP or in one process"
         )
-
-
-def _shifts_labels(model: nn.Module) -> bool:
-    """Whether the loss leaves the first label of each sequence out; the Trainer's own count misses some such models."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return False
-    return getattr(model, "loss_function", None) is ForCausalLMLoss
 
 
 def _first_dimension(kwargs: Mapping[str, Any]) -> int:
