@@ -1,0 +1,94 @@
+"""The `dptrain` command: sub-commands, exit codes, and that each error is a sentence."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import dptrain
+from dptrain.cli import main as command
+from dptrain.cli.main import main
+from dptrain.errors import (
+    AbortedError,
+    CheckpointError,
+    ConfigError,
+    DesyncError,
+    DptrainError,
+    ObservationError,
+    TaskError,
+)
+
+
+def test_help_names_every_command(capsys):
+    """Asked for, it is the answer; with nothing to do it is the complaint."""
+    assert main(["--help"]) == main(["-h"]) == 0
+    assert main([]) == 2
+    text = capsys.readouterr().out
+    assert "train " in text
+    assert "report " in text
+
+
+def test_version(capsys):
+    """It is the package's."""
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dptrain {dptrain.__version__}\n"
+
+
+@pytest.mark.parametrize("name", ["trian", "--train", "runs/x"])
+def test_an_unknown_command_is_refused(name, capsys):
+    """With the names of those that exist."""
+    assert main([name]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"dptrain: there is no command {name!r}; commands are train, report\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        (ConfigError, 2),
+        (TaskError, 2),
+        (ObservationError, 70),
+        (AbortedError, 70),
+        (DptrainError, 70),
+        (CheckpointError, 74),
+        (DesyncError, 76),
+    ],
+)
+def test_each_error_is_a_sentence_and_has_a_code(kind, code, monkeypatch, capsys):
+    """A scheduler can tell by the code whether another attempt makes sense."""
+
+    def fail(_arguments):
+        raise kind("something is wrong")
+
+    monkeypatch.setattr(command, "_train", fail)
+    assert main(["train"]) == code
+    assert capsys.readouterr().err == "dptrain train: something is wrong\n"
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+    """What nobody foresaw is not made to look as if it had been."""
+
+    def fail(_arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(command, "_train", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["train"])
+
+
+def test_the_package_runs_as_a_module(tmp_path):
+    """`python -m dptrain` is the command, exit code included."""
+    found = subprocess.run(
+        [sys.executable, "-m", "dptrain", "trian"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (found.returncode, found.stdout) == (2, "")
+    assert "no command 'trian'" in found.stderr
