@@ -37,6 +37,8 @@ class NoiseScaleMonitor:
         accelerator: the one that prepared the model.
         model: as `accelerator.prepare` returned it.
         micro_batch_size: see `dptrain.attach`.
+        every: measure each such step; by default the meter chooses by what measuring costs.
+        budget: the share of the step time that measuring may take, where `every` is not given.
         smoothing: how fast the past is forgotten.
         level: confidence of the interval.
         population: samples in the data set where it is small and drawn without replacement.
@@ -51,6 +53,8 @@ class NoiseScaleMonitor:
         model: nn.Module,
         *,
         micro_batch_size: int | None = None,
+        every: int | None = None,
+        budget: float = 0.01,
         smoothing: Smoothing | None = None,
         level: float = 0.95,
         population: int | None = None,
@@ -66,6 +70,8 @@ class NoiseScaleMonitor:
             model,
             micro_batch_size=micro_batch_size,
             loss_scale=self._loss_scale,
+            every=every,
+            budget=budget,
             smoothing=smoothing,
             level=level,
             population=population,
@@ -125,7 +131,8 @@ class AdaptiveBatch(NoiseScaleMonitor):
         limits: what the batch may do.
         micro_batch_size: samples in one forward–backward on one replica.
         rule: how the learning rate follows the batch; a factor on the rates that the groups hold.
-        options: further settings of `NoiseScaleMonitor`.
+        options: further settings of `NoiseScaleMonitor`. Each step is measured where `every` is not among them: an
+            interval that rests on timings would make two runs take different decisions.
     """
 
     def __init__(
@@ -148,7 +155,7 @@ class AdaptiveBatch(NoiseScaleMonitor):
             accumulation_steps=accelerator.gradient_accumulation_steps,
             rule=rule,
         )
-        super().__init__(accelerator, model, micro_batch_size=micro_batch_size, **options)
+        super().__init__(accelerator, model, micro_batch_size=micro_batch_size, **{"every": 1, **options})
         self._factor = 1.0
         # The window is decided on before the step that it follows, whose factor is the one before.
         prepared = getattr(optimizer, "optimizer", optimizer)

@@ -62,7 +62,7 @@ def windows(records):
     return [(key, [inputs for _, inputs in group]) for key, group in groupby(records, key=lambda record: record[0])]
 
 
-def measured_by_hand(model, records_of_ranks, *, weight=lambda _: 1.0):
+def measured_by_hand(model, records_of_ranks, *, weight=lambda _: 1.0, every=1):
     """Return ((tr(Σ), |G|²), [(parameters, micro-batches per rank, mean gradient)]) along the run's own path.
 
     Fails where the ranks' parameters are not the same bits at each step: then they stepped on gradients of their own.
@@ -84,7 +84,8 @@ def measured_by_hand(model, records_of_ranks, *, weight=lambda _: 1.0):
             weights=weights,
         )
         moments = unbiased_moments(norms)
-        if moments is not None:  # one small batch alone says nothing
+        # One small batch alone says nothing.
+        if moments is not None and len(steps) % every == 0:
             sums = Smoothing().update(sums, moments)
         steps.append((parameters, [len(inputs) for _, inputs in parts], mean.tolist()))
     pair = noise_scale(smoothed(sums))

@@ -13,7 +13,7 @@ from tests.replicas import run_replicas
 MICRO, RATE = 4, 0.05
 
 
-def train(kind, *, epochs=2, accumulation=3, clip=None, schedule=None, save_in=None, resume=False):
+def train(kind, *, epochs=2, accumulation=3, clip=None, schedule=None, save_in=None, resume=False, every=1):
     """A plain loop on accelerate with 13 batches an epoch for each rank, so that the last window is short."""
     from accelerate import Accelerator
 
@@ -28,7 +28,7 @@ def train(kind, *, epochs=2, accumulation=3, clip=None, schedule=None, save_in=N
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     monitor = None
     if kind == "measure":
-        monitor = NoiseScaleMonitor(accelerator, model)
+        monitor = NoiseScaleMonitor(accelerator, model, every=every)
     if kind == "adapt":
         law, limits = Schedule.parse(schedule), Limits(largest=64)
         monitor = AdaptiveBatch(

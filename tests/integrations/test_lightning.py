@@ -77,7 +77,8 @@ def one_after_another(rank, world_size, folder):
     measure = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5, "folder": folder}
     found = {
         "bare": train([], **measure)[0],
-        "measured": train([GradientNoiseScaleMonitor()], **measure)[0],
+        "measured": train([GradientNoiseScaleMonitor(every=1)], **measure)[0],
+        "sparse": train([GradientNoiseScaleMonitor(every=2)], **measure)[0],
         "whole": train(adaptive(), accumulate_grad_batches=2, folder=folder, max_epochs=3)[0],
     }
     found["half"], trainer = train(adaptive(), accumulate_grad_batches=2, folder=folder, max_epochs=2)
@@ -105,6 +106,14 @@ def test_the_pair_is_that_of_plain_gradients(runs, name):
     metrics = runs[0][name]["metrics"]
     assert (metrics["gns/trace"], metrics["gns/grad_sq"]) == pytest.approx(expected, rel=1e-4)
     assert metrics == runs[1][name]["metrics"]
+
+
+def test_steps_between_measured_ones_cost_nothing_and_count_for_nothing(runs):
+    """With every=2 the pair is that of every other step, and training is the same to the bit."""
+    expected, _ = measured_by_hand(Regression(), [run["sparse"]["records"] for run in runs], every=2)
+    metrics = runs[0]["sparse"]["metrics"]
+    assert (metrics["gns/trace"], metrics["gns/grad_sq"]) == pytest.approx(expected, rel=1e-4)
+    assert runs[0]["sparse"]["parameters"] == runs[0]["bare"]["parameters"]
 
 
 def test_training_is_bit_identical_with_and_without_the_monitor(runs):
@@ -150,7 +159,7 @@ def test_one_process_is_a_case_of_many(tmp_path):
     from dptrain.integrations.lightning import GradientNoiseScaleMonitor
 
     run, _ = train(
-        [GradientNoiseScaleMonitor()],
+        [GradientNoiseScaleMonitor(every=1)],
         world_size=1,
         strategy="auto",
         devices=1,

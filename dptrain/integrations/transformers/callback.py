@@ -15,6 +15,8 @@ from dptrain.errors import ObservationError
 from dptrain.integrations.transformers.tokens import token_share
 from dptrain.noise import Smoothing
 from dptrain.observe import Meter, ParameterTap, Reading
+from dptrain.observe.guard import Guard
+from dptrain.observe.pace import Pace
 
 
 class GradientNoiseScaleCallback(TrainerCallback, ExportableState):
@@ -29,6 +31,8 @@ class GradientNoiseScaleCallback(TrainerCallback, ExportableState):
     or an overridden `compute_loss` is taken to weight micro-batches equally.
 
     Args:
+        every: measure each such step; by default the meter chooses by what measuring costs.
+        budget: the share of the step time that measuring may take, where `every` is not given.
         memory: see `dptrain.Smoothing`.
         half_life_samples: see `dptrain.Smoothing`.
         level: confidence of the interval.
@@ -42,12 +46,16 @@ class GradientNoiseScaleCallback(TrainerCallback, ExportableState):
     def __init__(
         self,
         *,
+        every: int | None = None,
+        budget: float = 0.01,
         memory: float = 0.2,
         half_life_samples: float | None = None,
         level: float = 0.95,
         population: int | None = None,
     ) -> None:
         self._arguments: dict[str, Any] = {
+            "every": every,
+            "budget": budget,
             "memory": memory,
             "half_life_samples": half_life_samples,
             "level": level,
@@ -72,14 +80,16 @@ class GradientNoiseScaleCallback(TrainerCallback, ExportableState):
         self._remove()
         self._parameters = list(model.parameters())
         scaler = getattr(kwargs["optimizer"], "scaler", None)
-        arguments = dict(self._arguments)
-        smoothing = Smoothing(memory=arguments.pop("memory"), half_life_samples=arguments.pop("half_life_samples"))
+        given = self._arguments
         self.meter = Meter(
             self._parameters,
             tap=ParameterTap(self._parameters),
             loss_scale=None if scaler is None else scaler.get_scale,
-            smoothing=smoothing,
-            **arguments,
+            smoothing=Smoothing(memory=given["memory"], half_life_samples=given["half_life_samples"]),
+            level=given["level"],
+            population=given["population"],
+            pace=Pace(every=given["every"], budget=given["budget"]),
+            guard=Guard(None),
         )
         self._weight_factor = args.world_size if args.average_tokens_across_devices else 1
         handle = model.register_forward_hook(self._on_forward, with_kwargs=True)
@@ -93,7 +103,7 @@ class GradientNoiseScaleCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
         """Close the step. The gradients are clipped by now, so their norm was taken at the end of the backward."""
         assert self.meter is not None
-        if self._grad_norm is None:
+        if self._grad_norm is None and self.meter.counts_forward_passes:
             raise ObservationError(
                 "the end of the step's last backward pass was not seen: the model must return the loss, or the "
                 "logits that it is computed from, as a tensor of its own in its output"
@@ -120,9 +130,11 @@ class GradientNoiseScaleCallback(TrainerCallback, ExportableState):
         if not (model.training and torch.is_grad_enabled()):
             return
         assert self.meter is not None
+        if not self.meter.counts_forward_passes:
+            return
         share = token_share(model, kwargs)
         weight = None if share is None else share * self._weight_factor
-        self.meter.begin(num_samples=_first_dimension(kwargs), weight=weight)
+        self.meter.begin_forward(num_samples=_first_dimension(kwargs), weight=weight)
         self._armed = GradientState().sync_gradients
         if self._armed:
             for tensor in _differentiable(output):

@@ -53,7 +53,8 @@ class AdaptiveBatchMixin(_Trainer):
         law: decides on the global batch, such as `NoiseLaw()`.
         limits: what the batch may do.
         rule: how the learning rate follows the batch; a factor on the rates that the groups hold.
-        noise: settings of the `GradientNoiseScaleCallback` that measures.
+        noise: settings of the `GradientNoiseScaleCallback` that measures. Each step is measured where `every` is not
+            among them: an interval that rests on timings would make two runs take different decisions.
         kwargs: those of the Trainer.
     """
 
@@ -74,7 +75,7 @@ class AdaptiveBatchMixin(_Trainer):
         self.args = copy.copy(self.args)
         self.args.gradient_accumulation_steps = 1
         self._own_schedule = self.lr_scheduler is not None
-        self._callback = WindowCallback(self, **(noise or {}))
+        self._callback = WindowCallback(self, **{"every": 1, **(noise or {})})
         self._callback.add_to(self)
         self.micro_steps_seen = 0
         self._micro_steps_in_epoch: int | None = None

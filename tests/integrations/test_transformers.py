@@ -124,9 +124,10 @@ def one_after_another(rank, world_size, folder):
     saved = {**adaptive, "save_strategy": "steps", "save_steps": 5, "num_train_epochs": 3}
     return {
         "bare": train(folder, **accumulated),
-        "measured": train(folder, callbacks=[report], in_front=GradientNoiseScaleCallback(), **accumulated),
+        "measured": train(folder, callbacks=[report], in_front=GradientNoiseScaleCallback(every=1), **accumulated),
         "reported": report.rows,
-        "tokens": train(folder, callbacks=[GradientNoiseScaleCallback()], **tokens),
+        "sparse": train(folder, callbacks=[GradientNoiseScaleCallback(every=2)], **accumulated),
+        "tokens": train(folder, callbacks=[GradientNoiseScaleCallback(every=1)], **tokens),
         "whole": train(f"{folder}/run", **saved),
         "resumed": train(f"{folder}/run", checkpoint=f"{folder}/run/checkpoint-5", **saved),
         "updates": train(folder, **adaptive, max_steps=9),
@@ -162,6 +163,13 @@ def test_micro_batches_are_weighted_by_their_tokens(runs):
     equal, _ = by_hand(runs, "tokens", model=language_model())
     assert pair(runs[0]["tokens"]) == pytest.approx(expected, rel=1e-3)
     assert pair(runs[0]["tokens"]) != pytest.approx(equal, rel=1e-2)
+
+
+def test_steps_between_measured_ones_cost_nothing_and_count_for_nothing(runs):
+    """With every=2 the pair is that of every other step, and training is the same to the bit."""
+    expected, _ = by_hand(runs, "sparse", every=2)
+    assert pair(runs[0]["sparse"]) == pytest.approx(expected, rel=1e-4)
+    assert runs[0]["sparse"]["parameters"] == runs[0]["bare"]["parameters"]
 
 
 def test_training_is_bit_identical_with_and_without_the_callback(runs):
