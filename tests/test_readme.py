@@ -13,7 +13,7 @@ def tree():
     block = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- tree -->")[1].split("<!-- /tree -->")[0]
     found, folder = [], ""
     for line in block.splitlines():
-        if match := re.match(r"^(?P<indent> *)(?P<name>[\w.]+/?)(?:\s\s+\S|$)", line):
+        if match := re.match(r"^(?P<indent> *)(?P<name>[\w./]+)(?:\s\s+\S|$)", line):
             name = match["name"]
             if name.endswith("/"):
                 folder = name if match["indent"] == "" else f"dptrain/{name}"
