@@ -29,8 +29,10 @@ class CombinedGradient:
         self._geometry = geometry
         self._num_shards = num_shards
         self._device = parameters[0].device
+        self._distributed = hasattr(parameters[0], "to_local")
         self._zero = torch.zeros((), dtype=torch.float64, device=self._device)
 
+    @torch.no_grad()
     def squares(self, *, grad_norm: Tensor | None = None) -> Tensor:
         """Return this rank's part of ‖g‖², by group, such that the mean over all ranks is ‖g‖².
 
@@ -45,7 +47,9 @@ class CombinedGradient:
         if plain and grad_norm is not None:
             whole = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
             return whole.to(self._device, torch.float64).square().reshape(1)
-        grads = {i: local(p.grad).detach() for i, p in enumerate(self._parameters) if p.grad is not None}
+        grads = {i: p.grad for i, p in enumerate(self._parameters) if p.grad is not None}
+        if self._distributed:
+            grads = {i: local(grad) for i, grad in grads.items()}
         if plain and grads and all(grad.dtype == torch.float32 for grad in grads.values()):
             squares = torch.nn.utils.get_total_norm(list(grads.values())).double().square().reshape(1)
         else:

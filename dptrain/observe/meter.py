@@ -302,6 +302,11 @@ class Meter(Joinable):
     def join_hook(self, **kwargs: Any) -> JoinHook:  # noqa: ANN401 - torch hands every joinable the same arguments
         """Return what answers for a rank that ran out of samples."""
         self._divides_by_active = not kwargs.get("divide_by_initial_world_size", True)
+        if self._divides_by_active and self._tap.accumulated:
+            raise ObservationError(
+                "divide_by_initial_world_size=False does not reach a communication hook, which divides by all ranks: "
+                "leave it out, or measure with method='parameters'"
+            )
         return _Joined(self)
 
     @property
