@@ -214,11 +214,10 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
     max_samples = config.max_samples or suggestion.max_samples
     scheduled = _scheduled_batches(config.control)
     batch = config.global_batch_size or (scheduled or [_suggested_batch(suggestion.global_batch_size, world_size)])[0]
-    micro = config.micro_batch_size or suggestion.micro_batch_size
-    if config.micro_batch_size is not None:
-        BatchPlan.exactly(global_batch_size=batch, micro_batch_size=micro, world_size=world_size)
-    elif batch % world_size:
-        BatchPlan.exactly(global_batch_size=batch, micro_batch_size=1, world_size=world_size)
+    micro = config.micro_batch_size or _suggested_micro_batch(suggestion.micro_batch_size, batch, world_size)
+    # It is the largest one: where the first batch needs less, the replicas only have to share that equally.
+    least = micro if batch > micro * world_size else 1
+    BatchPlan.exactly(global_batch_size=batch, micro_batch_size=least, world_size=world_size)
     control, optimizer = config.control, config.optimizer
     smallest = min(scheduled, default=min(batch, micro * world_size))
     largest = max(scheduled, default=max(batch, min(64 * batch, max_samples // 50)))
@@ -252,6 +251,15 @@ def _scheduled_batches(control: ControlConfig) -> list[int]:
 def _suggested_batch(suggested: int, world_size: int) -> int:
     """Return the smallest batch not below the suggestion that all replicas share equally: a suggestion is soft."""
     return -(-suggested // world_size) * world_size
+
+
+def _suggested_micro_batch(suggested: int, batch: int, world_size: int) -> int:
+    """Return the suggestion, or the next smaller that makes up the first batch: filled-in settings are valid ones."""
+    if batch <= suggested * world_size:
+        return suggested
+    if batch % world_size:
+        return 1
+    return choose_micro_batch_size(global_batch_size=batch, world_size=world_size, largest=suggested)
 
 
 def given(value: Value | None) -> Value:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
@@ -93,6 +93,19 @@ def test_nothing_that_has_a_default_is_left_open():
     assert filled_in(config, SUGGESTION, world_size=2) == config
 
 
+@pytest.mark.parametrize("micro", [1, 3, 4, 16])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+def test_the_settings_of_a_run_are_settings(world_size, micro):
+    """A run's config.yaml starts the same run again, whatever was left open and however small the first batch is."""
+    suggestion = replace(SUGGESTION, micro_batch_size=micro)
+    for share in (None, 1, 3, 5, 8, 20):
+        config = TrainConfig(global_batch_size=None if share is None else share * world_size)
+        config = filled_in(config, suggestion, world_size=world_size)
+        assert filled_in(config, suggestion, world_size=world_size) == config
+        assert controller(config, world_size=world_size)
+        assert config.micro_batch_size <= micro
+
+
 def test_what_is_set_stays():
     """No default replaces a value that was given."""
     config = filled(
@@ -125,6 +138,8 @@ def test_a_suggestion_yields_to_the_world_size(world_size):
     [
         ({"global_batch_size": 12, "micro_batch_size": 4}, "multiple of 8, such as 8 or 16"),
         ({"global_batch_size": 15}, "multiple of 2, such as 14 or 16"),
+        ({"global_batch_size": 3, "micro_batch_size": 4}, "multiple of 2, such as 2 or 4"),
+        ({"global_batch_size": 1}, "multiple of 2, such as 2 or 4"),
     ],
 )
 def test_a_batch_that_cannot_be_reached_is_refused_with_the_nearest_that_can(settings, text):
