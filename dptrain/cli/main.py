@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 done; 2 settings or task wrong; 70 other error of dptrain; 74 checkpoint cannot be written or trusted;
     75 stopped on request, can be resumed; 76 replicas disagree.
     """
+    if arguments is None:
+        # This is the program itself: until training handles Ctrl-C, it ends without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     commands: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "report": _report}
     if arguments[:1] == ["--version"]:
