@@ -1,0 +1,327 @@
+"""Arms of the overhead benchmark: ways to take the same step, timed in turns; torch and dptrain suffice for it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import dptrain
+from benchmarks.peers import PEERS, Finish
+
+BARE, AGAIN, DEFAULT = "bare", "bare again", "default"
+EVERY_STEP, EVERY_STEP_HOOK = "every=1, parameters", "every=1, hook"
+PEER = "peer "
+_TURNS_OF_A_PEER = 3
+"""A peer has a turn in each third round: its cost is far above the floor, and its time better spent on ours."""
+_WARM_STEPS = 2
+_PACED_STEPS = 12
+"""Measured steps, after which the default's median of nine rests on timings without the first passes."""
+_SHORTEST_TURN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model and a step.
+
+    Attributes:
+        parameters: how many, in words.
+        compute: "light" or "heavy" for a replica's step of few or many tokens, or "accumulation".
+        num_blocks: transformer blocks.
+        width: their features.
+        num_tokens: in a sample.
+        num_samples: in a micro-batch.
+        accumulation_steps: micro-batches of a step.
+        world_size: replicas.
+        in_ddp: whether the model is wrapped.
+    """
+
+    parameters: str
+    compute: str
+    num_blocks: int
+    width: int
+    num_tokens: int
+    num_samples: int = 4
+    accumulation_steps: int = 1
+    world_size: int = 2
+    in_ddp: bool = True
+
+    @property
+    def name(self) -> str:
+        """Parameters and compute."""
+        return f"{self.parameters} {self.compute}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much is measured of each case.
+
+    Attributes:
+        seconds: of turns; the last round is finished.
+        fewest_rounds: more time is taken for these.
+        longest_warm_up: steps after which the default keeps the interval that it has.
+    """
+
+    seconds: float
+    fewest_rounds: int = 4
+    longest_warm_up: int = 80
+
+
+class Arm:
+    """One way to take a step; all arms of a case share the memory of their parameters."""
+
+    def __init__(self, name: str, *, network: nn.Module, case: Case) -> None:
+        self.name = name
+        self._case = case
+        model = copy.deepcopy(network)
+        for own, shared in zip(model.parameters(), network.parameters(), strict=True):
+            own.data = shared.data
+        self._model = DistributedDataParallel(model) if case.in_ddp else model
+        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-4)
+        self._meter: dptrain.Meter | None = None
+        self._finish = self._make_finish()
+
+    def _make_finish(self) -> Finish:
+        if self.name.startswith(PEER):
+            assert isinstance(self._model, DistributedDataParallel)
+            return PEERS[self.name.removeprefix(PEER)](self._model, self._optimizer)
+        if self.name == DEFAULT:
+            self._meter = dptrain.attach(self._model)
+        elif self.name == EVERY_STEP:
+            self._meter = dptrain.attach(self._model, every=1, method="parameters")
+        elif self.name == EVERY_STEP_HOOK:
+            self._meter = dptrain.attach(self._model, every=1, method="hook")
+        return self._update
+
+    def _update(self) -> bool:
+        measured = self._meter is not None and self._meter.step().measured
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return measured
+
+    def step(self, samples: Tensor) -> bool:
+        """Take one optimizer step and return whether dptrain measured it."""
+        micro_batches = samples.chunk(self._case.accumulation_steps)
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            with self._waits() if number < len(micro_batches) else nullcontext():
+                loss: Tensor = self._model(micro_batch).square().mean() / len(micro_batches)
+                loss.backward()  # type: ignore[no-untyped-call]
+        return bool(self._finish())
+
+    def _waits(self) -> AbstractContextManager[None]:
+        return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else nullcontext()
+
+    def warm_up(self, samples: Tensor, *, longest: int) -> None:
+        """Let buffers, threads and the default's interval find their size, then hold the interval.
+
+        The meter weighs its cost against the time between its steps, which the turns of other arms would lengthen.
+        """
+        for _ in range(_WARM_STEPS):
+            self.step(samples)
+        if self.name == DEFAULT and self._meter is not None:
+            num_measured = num_steps = 0
+            while num_measured < _PACED_STEPS and num_steps < longest:
+                num_measured += self.step(samples)
+                num_steps += 1
+            self._meter.remove()
+            self._meter = dptrain.attach(self._model, every=self._meter.every)
+            self.step(samples)
+
+    @property
+    def every(self) -> int:
+        """Every how many steps dptrain measures one."""
+        return 1 if self._meter is None else self._meter.every
+
+    @property
+    def share(self) -> float | None:
+        """What the meter says that it takes of the time of a step; None for another arm."""
+        return None if self._meter is None else self._meter.share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """The mean step of one turn of one arm, on the mean replica."""
+
+    wall_s: float
+    cpu_s: float
+
+
+Turns = dict[str, list[Turn | None]]
+"""By arm and round; None where an arm rests."""
+
+
+def measure_arms(case: Case, *, device: torch.device, limits: Limits) -> list[dict[str, Any]]:
+    """Return a row for each arm of a case, as one of its replicas; inside a process group, all ranks alike."""
+    torch.manual_seed(0)
+    network = _network(case).to(device)
+    shape = (case.accumulation_steps * case.num_samples, case.num_tokens, case.width)
+    samples = torch.randn(shape, generator=torch.Generator().manual_seed(1 + dist.get_rank())).to(device)
+    arms, absent = _arms(network, case=case, samples=samples, limits=limits)
+    turns = _turns(arms, samples=samples, limits=limits)
+    num_parameters = sum(p.numel() for p in network.parameters())
+    rows = [_row(arm, turns=turns, case=case, num_parameters=num_parameters) for arm in arms if arm.name != BARE]
+    return rows + [_absent_row(name, case=case, reason=reason) for name, reason in absent.items()]
+
+
+def _network(case: Case) -> nn.Module:
+    block = nn.TransformerEncoderLayer(
+        case.width, 8, 4 * case.width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    return nn.TransformerEncoder(block, case.num_blocks, enable_nested_tensor=False)
+
+
+def _arms(network: nn.Module, *, case: Case, samples: Tensor, limits: Limits) -> tuple[list[Arm], dict[str, str]]:
+    """Return the arms that work, warm, and the reason for each that does not."""
+    names = [BARE, AGAIN, DEFAULT, EVERY_STEP]
+    if case.in_ddp:
+        names += [EVERY_STEP_HOOK, *(PEER + name for name in PEERS)]
+    arms, absent = [], {}
+    for name in names:
+        try:
+            arm = Arm(name, network=network, case=case)
+            arm.warm_up(samples, longest=limits.longest_warm_up)
+        except Exception as error:
+            if not name.startswith(PEER):
+                raise
+            absent[name] = f"{type(error).__name__}: {error}"
+        else:
+            arms.append(arm)
+    return arms, absent
+
+
+def _turns(arms: Sequence[Arm], *, samples: Tensor, limits: Limits) -> Turns:
+    """Give each arm its turn in every round, in an order that changes, until the time is over."""
+    every = next(arm.every for arm in arms if arm.name == DEFAULT)
+    # Whole intervals, so that a turn of the default has its share of measured steps.
+    num_steps = every * math.ceil(_SHORTEST_TURN / every)
+    order = random.Random(0)  # noqa: S311 - the same on all ranks
+    turns: Turns = {arm.name: [] for arm in arms}
+    began_s = time.perf_counter()
+    for number in _rounds_until(lambda: time.perf_counter() - began_s >= limits.seconds, fewest=limits.fewest_rounds):
+        for arm in order.sample(arms, len(arms)):
+            rests = arm.name.startswith(PEER) and number % _TURNS_OF_A_PEER
+            turns[arm.name].append(None if rests else _turn(arm, samples=samples, num_steps=num_steps))
+    return turns
+
+
+def _rounds_until(over: Callable[[], bool], *, fewest: int) -> Iterator[int]:
+    """Count rounds until rank 0 says that it is over."""
+    number = 0
+    while True:
+        yield number
+        number += 1
+        flag = torch.tensor([int(over())])
+        dist.broadcast(flag, src=0)
+        if number >= fewest and flag.item():
+            return
+
+
+def _turn(arm: Arm, *, samples: Tensor, num_steps: int) -> Turn:
+    """Time `num_steps` steps of one arm; the one before them finds the caches cold and does not count."""
+    dist.barrier()
+    arm.step(samples)
+    clock = _Clock(samples.device)
+    for _ in range(num_steps):
+        arm.step(samples)
+    means = torch.tensor(clock.read(), dtype=torch.float64) / (num_steps * dist.get_world_size())
+    dist.all_reduce(means)
+    wall_s, cpu_s = means.tolist()
+    return Turn(wall_s=wall_s, cpu_s=cpu_s)
+
+
+class _Clock:
+    """Wall and CPU seconds from its construction on; the wall by events where the work runs on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._first = _event() if device.type == "cuda" else None
+        self._wall_s, self._cpu_s = time.perf_counter(), time.process_time()
+
+    def read(self) -> list[float]:
+        """Return both; waits for the device."""
+        if self._first is None:
+            wall_s = time.perf_counter() - self._wall_s
+        else:
+            last = _event()
+            last.synchronize()
+            wall_s = self._first.elapsed_time(last) / 1000
+        return [wall_s, time.process_time() - self._cpu_s]
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _row(arm: Arm, *, turns: Turns, case: Case, num_parameters: int) -> dict[str, Any]:
+    wall = _Ratio.of(arm.name, turns=turns, seconds=lambda turn: turn.wall_s)
+    cpu = _Ratio.of(arm.name, turns=turns, seconds=lambda turn: turn.cpu_s)
+    floor = _Ratio.of(AGAIN, turns=turns, seconds=lambda turn: turn.wall_s)
+    step_s = statistics.median(turn.wall_s for turn in turns[BARE] if turn is not None)
+    row = {
+        "case": case.name,
+        "arm": arm.name,
+        "num_parameters": num_parameters,
+        "num_tokens": case.num_tokens * case.num_samples * case.accumulation_steps,
+        "world_size": case.world_size,
+        "ratio": wall.median,
+        "ratio_error": wall.error,
+        "ratio_quartile_1": wall.quartiles[0],
+        "ratio_quartile_3": wall.quartiles[1],
+        "cpu_ratio": cpu.median,
+        "floor_ratio": floor.median,
+        "bare_step_s": step_s,
+        "every": arm.every,
+        "num_rounds": wall.num_rounds,
+        "shown": f"{wall.median:.4f} ± {wall.error:.4f} ({wall.quartiles[0]:.3f}–{wall.quartiles[1]:.3f})",
+        "shown_cpu": f"{cpu.median:.4f} ± {cpu.error:.4f}",
+        "shown_floor": f"{floor.median:.4f} ± {floor.error:.4f}",
+        "shown_step": f"{1000 * step_s:.4g} ms",
+    }
+    return row if arm.share is None else row | {"share": arm.share}
+
+
+def _absent_row(name: str, *, case: Case, reason: str) -> dict[str, Any]:
+    blank = dict.fromkeys(("shown_cpu", "shown_floor", "shown_step"), "")
+    return blank | {
+        "case": case.name,
+        "arm": name,
+        "absent": reason,
+        "shown": f"absent: {reason}",
+        "every": 1,
+        "num_rounds": 0,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ratio:
+    """Time to that of the bare arms in the same round: the median over rounds and what chance leaves of it."""
+
+    median: float
+    error: float
+    quartiles: tuple[float, float]
+    num_rounds: int
+
+    @classmethod
+    def of(cls, name: str, *, turns: Turns, seconds: Callable[[Turn], float]) -> _Ratio:
+        """Divide by the mean of both bare arms, whose chance is smaller; one of them by the other."""
+        references = (BARE,) if name == AGAIN else (BARE, AGAIN)
+        ratios = []
+        for turn, *bare in zip(turns[name], *(turns[reference] for reference in references), strict=True):
+            if turn is not None:
+                ratios.append(seconds(turn) / statistics.fmean(seconds(other) for other in bare if other is not None))
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
+        # The standard error of a median of normal values, from quartiles that one disturbed round does not move.
+        error = 1.2533 * (high - low) / 1.349 / math.sqrt(len(ratios))
+        return cls(median=statistics.median(ratios), error=error, quartiles=(low, high), num_rounds=len(ratios))

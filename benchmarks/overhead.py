@@ -1,0 +1,127 @@
+"""What does measuring add to the time of a training step?"""
+# python -m benchmarks.overhead [--json PATH|-] [--quick]
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from benchmarks import harness
+from benchmarks.arms import AGAIN, DEFAULT, EVERY_STEP, EVERY_STEP_HOOK, PEER, Case, Limits, measure_arms
+from benchmarks.replicas import run_replicas
+
+LARGEST_DEFAULT_RATIO = 1.01
+LARGEST_EVERY_STEP_RATIO = 1.03
+
+_2M: dict[str, Any] = {"parameters": "2M", "num_blocks": 4, "width": 208}
+_12M: dict[str, Any] = {"parameters": "12M", "num_blocks": 6, "width": 416}
+_50M: dict[str, Any] = {"parameters": "50M", "num_blocks": 8, "width": 720}
+
+CASES = (
+    Case(**_2M, compute="light", num_tokens=8),
+    Case(**_2M, compute="heavy", num_tokens=64),
+    Case(**_12M, compute="light", num_tokens=8),
+    Case(**_12M, compute="heavy", num_tokens=64),
+    Case(**_50M, compute="light", num_tokens=4),
+    Case(**_50M, compute="heavy", num_tokens=32),
+    Case(**_2M, compute="accumulation", num_tokens=16, accumulation_steps=4, world_size=1, in_ddp=False),
+)
+QUICK_CASES = (CASES[0], CASES[-1])
+_JUDGED = "12M heavy"
+"""Where `every=1` and the peers are compared."""
+
+
+FULL = Limits(seconds=45)
+QUICK = Limits(seconds=1, fewest_rounds=2, longest_warm_up=16)
+
+
+def measure(quick: bool) -> harness.Findings:  # noqa: FBT001 - the harness's own signature
+    """Measure every case, one launch of processes each."""
+    cases, limits = (QUICK_CASES, QUICK) if quick else (CASES, FULL)
+    rows: list[dict[str, Any]] = []
+    console = Console(stderr=True)
+    for case in cases:
+        with console.status(case.name), tempfile.TemporaryDirectory() as folder:
+            rows += run_replicas(measure_case, world_size=case.world_size, args=(case, limits, folder))
+    return findings(rows, quick=quick)
+
+
+def _has_replicas_on_cuda() -> bool:
+    """NCCL takes one replica per device."""
+    return torch.cuda.device_count() >= max(case.world_size for case in CASES)
+
+
+def _device() -> str:
+    return f"CUDA, {torch.cuda.get_device_name()}" if _has_replicas_on_cuda() else "CPU"
+
+
+def findings(rows: list[dict[str, Any]], *, quick: bool) -> harness.Findings:
+    """Read the answer from the rows."""
+    figures = _figures(rows)
+    return harness.Findings(figures=figures, rows=rows, columns=_COLUMNS, note=_note(figures, quick=quick))
+
+
+_COLUMNS = {
+    "model": "{case}",
+    "arm": "{arm}",
+    "time to bare (quartiles)": "{shown}",
+    "CPU time to bare": "{shown_cpu}",
+    "bare to bare": "{shown_floor}",
+    "bare step": "{shown_step}",
+    "every": "{every:g}",
+    "rounds": "{num_rounds:g}",
+}
+
+
+def _figures(rows: list[dict[str, Any]]) -> dict[str, float]:
+    present = [row for row in rows if "absent" not in row]
+    floors = [row["ratio"] for row in present if row["arm"] == AGAIN]
+    # The quick form has no model of that size.
+    where = _JUDGED if any(row["case"] == _JUDGED for row in present) else present[0]["case"]
+    judged = {row["arm"]: row["ratio"] for row in present if row["case"] == where}
+    peers = {arm.removeprefix(PEER): ratio for arm, ratio in judged.items() if arm.startswith(PEER)}
+    figures = {
+        "default_ratio_max": max(row["ratio"] for row in present if row["arm"] == DEFAULT),
+        # The floor that is furthest from 1, on either side.
+        "floor_ratio": max(floors, key=lambda ratio: abs(math.log(ratio))),
+        "every_step_ratio": judged[EVERY_STEP],
+        "every_step_hook_ratio": judged[EVERY_STEP_HOOK],
+    }
+    if peers:
+        figures["best_peer_ratio"] = min(peers.values())
+    return figures | {f"peer_{name}_ratio": ratio for name, ratio in peers.items()}
+
+
+def _note(figures: dict[str, float], *, quick: bool) -> str:
+    if quick:
+        return "a few rounds: too few for the bounds that the full form is held to"
+    held = (
+        figures["default_ratio_max"] <= LARGEST_DEFAULT_RATIO
+        and figures["every_step_ratio"] <= LARGEST_EVERY_STEP_RATIO
+        and max(figures["default_ratio_max"], figures["every_step_ratio"]) < figures.get("best_peer_ratio", math.inf)
+    )
+    return (
+        f"medians over rounds; bounds {'held' if held else 'BROKEN'}: default up to {LARGEST_DEFAULT_RATIO}, every=1 "
+        f"up to {LARGEST_EVERY_STEP_RATIO} at {_JUDGED}, both below every peer; read each beside bare to bare"
+    )
+
+
+def measure_case(rank: int, world_size: int, case: Case, limits: Limits, folder: str) -> list[dict[str, Any]]:
+    """Measure one case as one of its replicas; rank 0 returns the rows."""
+    if not _has_replicas_on_cuda():
+        return measure_arms(case, device=torch.device("cpu"), limits=limits)
+    dist.destroy_process_group()
+    torch.cuda.set_device(rank)
+    store = f"file://{Path(folder) / 'store'}"
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=store, rank=rank, world_size=world_size)
+    return measure_arms(case, device=torch.device("cuda", rank), limits=limits)
+
+
+if __name__ == "__main__":
+    harness.run(measure, question=__doc__, name="overhead", device=_device())

@@ -1,0 +1,81 @@
+"""Other packages that estimate gradient noise, put into a step as their documentation says; none is copied here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+Finish = Callable[[], object]
+"""Ends an optimizer step after its backward pass: measures, updates the parameters and clears their gradients."""
+
+
+def k_diffusion(model: DistributedDataParallel, optimizer: Optimizer) -> Finish:
+    """`DDPGradientStatsHook` with its `GradientNoiseScale`: a communication hook, and a sum read in each step."""
+    gns = _module("k-diffusion", "k_diffusion/gns.py")
+    hook, scale = gns.DDPGradientStatsHook(model), gns.GradientNoiseScale()
+
+    def finish() -> None:
+        scale.update(*hook.get_stats(), 1, max(2, dist.get_world_size()))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return finish
+
+
+def adaptdl(model: DistributedDataParallel, optimizer: Optimizer) -> Finish:
+    """`GradientNoiseScale`: hooks on the parameters, its work done when the backward pass ends."""
+    scale = _module("adaptdl", "adaptdl/torch/gradient_noise_scale.py").GradientNoiseScale(model, optimizer)
+
+    def finish() -> None:
+        scale.gain(2.0)
+        optimizer.step()
+        scale.reset_accumulation()
+
+    return finish
+
+
+def adascale(model: DistributedDataParallel, optimizer: Optimizer) -> Finish:  # noqa: ARG001 - it sees no more than the optimizer
+    """Fairscale's `AdaScale`: hooks on the parameters, and an optimizer round the optimizer."""
+    from fairscale.optim.adascale import AdaScale  # type: ignore[import-not-found, unused-ignore]
+
+    outer = AdaScale(optimizer)
+
+    def finish() -> None:
+        outer.gain()
+        outer.step()
+        outer.zero_grad()
+
+    return finish
+
+
+PEERS: dict[str, Callable[[DistributedDataParallel, Optimizer], Finish]] = {
+    "k_diffusion": k_diffusion,
+    "adaptdl": adaptdl,
+    "adascale": adascale,
+}
+
+
+def _module(distribution: str, file: str) -> ModuleType:
+    """Import one file of an installed package and not the package round it, which needs a dozen others.
+
+    Raises:
+        ImportError: where the package is not installed or lacks the file.
+    """
+    name = file.removesuffix(".py").replace("/", "_")
+    if name in sys.modules:
+        return sys.modules[name]
+    path = importlib.metadata.distribution(distribution).locate_file(file)
+    spec = importlib.util.spec_from_file_location(name, str(path))
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{distribution} has no {file}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    return module

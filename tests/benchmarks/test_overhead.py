@@ -1,0 +1,108 @@
+"""The quick form of `benchmarks.overhead`, run as its reader would run it, and how its figures are made."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import arms, overhead, peers
+
+ROOT = Path(__file__).parents[2]
+OURS = {"default", "every=1, parameters", "every=1, hook"}
+FIGURES = {"default_ratio_max", "floor_ratio", "every_step_ratio", "every_step_hook_ratio"}
+
+pytestmark = pytest.mark.timeout(600)  # ten seconds of work, but of many short turns of two processes
+
+
+@pytest.fixture(scope="module")
+def result():
+    command = [sys.executable, "-m", "benchmarks.overhead", "--quick", "--json", "-"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_figures_are_there(result):
+    """Each figure is a ratio of times; the peers' are there exactly where they are installed."""
+    present = {row["arm"] for row in result["rows"] if "absent" not in row}
+    installed = {f"peer_{name}_ratio" for name in peers.PEERS if f"peer {name}" in present}
+    assert set(result["figures"]) == FIGURES | installed | ({"best_peer_ratio"} if installed else set())
+    assert all(0.1 < ratio < 10 for ratio in result["figures"].values())
+
+
+def test_every_arm_has_a_row_in_every_case(result):
+    """Under DDP all of ours, the floor and each peer, present or absent with its reason; in one process no hooks."""
+    wrapped = {row["arm"] for row in result["rows"] if row["case"] == "2M light"}
+    alone = {row["arm"] for row in result["rows"] if row["case"] == "2M accumulation"}
+    assert wrapped == OURS | {"bare again"} | {f"peer {name}" for name in peers.PEERS}
+    assert alone == {"bare again", "default", "every=1, parameters"}
+    assert all(row["absent"] for row in result["rows"] if row["num_rounds"] == 0)
+
+
+def test_rows_hold_what_a_ratio_needs_to_be_judged(result):
+    """Beside each ratio stand what chance leaves of it, the floor of its case and how often was measured."""
+    for row in result["rows"]:
+        if "absent" in row:
+            continue
+        assert row["ratio_quartile_1"] <= row["ratio"] <= row["ratio_quartile_3"]
+        assert row["num_parameters"] == pytest.approx(2e6, rel=0.1)
+        assert min(row["ratio_error"], row["bare_step_s"], row["floor_ratio"], row["cpu_ratio"]) >= 0
+        assert row["every"] == 1 or row["arm"] == "default"
+    (floor,) = [row for row in result["rows"] if row["case"] == "2M light" and row["arm"] == "bare again"]
+    assert floor["ratio"] == floor["floor_ratio"]
+
+
+def turn(seconds):
+    return arms.Turn(wall_s=seconds, cpu_s=seconds)
+
+
+def test_ratios_are_taken_within_a_round():
+    """A machine that slows down to a tenth between rounds changes no ratio, and a resting arm none either."""
+    turns = {
+        "bare": [turn(1.0), turn(10.0), turn(1.0)],
+        "bare again": [turn(1.0), turn(10.0), turn(3.0)],
+        "x": [turn(1.5), turn(15.0), None],
+    }
+    ratio = arms._Ratio.of("x", turns=turns, seconds=lambda turn: turn.wall_s)
+    assert (ratio.median, ratio.error, ratio.num_rounds) == (1.5, 0, 2)
+    assert arms._Ratio.of("bare again", turns=turns, seconds=lambda turn: turn.wall_s).median == 1
+
+
+def row(case, arm, ratio):
+    return {"case": case, "arm": arm, "ratio": ratio}
+
+
+@pytest.mark.parametrize(("default", "verdict"), [(1.005, "held"), (1.02, "BROKEN")])
+def test_figures_are_the_worst_of_ours_and_the_best_of_the_peers(default, verdict):
+    """The default is judged at its worst model, the floor by its distance from 1, peers where `every=1` is."""
+    names = [("every=1, parameters", 1.01), ("every=1, hook", 1.02), ("peer adaptdl", 1.5), ("peer adascale", 1.1)]
+    rows = [row("2M light", "bare again", 0.98), row("12M heavy", "bare again", 1.01)]
+    rows += [row("2M light", "default", default), row("12M heavy", "default", 1.001)]
+    rows += [row("12M heavy", *named) for named in names] + [row("2M light", "peer adascale", 1.0)]
+    found = overhead.findings(rows, quick=False)
+    assert found.figures == {
+        "default_ratio_max": default,
+        "floor_ratio": 0.98,
+        "every_step_ratio": 1.01,
+        "every_step_hook_ratio": 1.02,
+        "best_peer_ratio": 1.1,
+        "peer_adaptdl_ratio": 1.5,
+        "peer_adascale_ratio": 1.1,
+    }
+    assert verdict in found.note
+
+
+def test_models_have_the_sizes_that_they_are_named_after():
+    """The full form asks 2, 12 and 50 million parameters with light and heavy steps, and accumulation alone."""
+    names = {case.name for case in overhead.CASES}
+    assert names == {f"{size} {step}" for size in ("2M", "12M", "50M") for step in ("light", "heavy")} | {
+        "2M accumulation"
+    }
+    for case in overhead.CASES:
+        num_parameters = case.num_blocks * 12 * case.width**2
+        assert math.isclose(num_parameters, float(case.parameters.removesuffix("M")) * 1e6, rel_tol=0.1)
