@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
 
 
-# Each command is imported when it is called: `dptrain report` needs no torch, and `dptrain --help` needs nothing.
+# Each command is imported when it is called, so that none pays for another.
 def _train(arguments: Sequence[str]) -> int:
     from dptrain.cli.train import train
 

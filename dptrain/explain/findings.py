@@ -168,7 +168,7 @@ def _moved(values: NDArray[np.float64], *, unit: str = "") -> str:
 def _metrics(row: Row) -> str:
     """Write the figures beside the loss of an evaluation, such as " (2.57 bits per byte)"."""
     names = [name for name in row if name.startswith("eval/") and name != "eval/loss" and row[name] is not None]
-    texts = [f"{_short(row[name])} {name.removeprefix('eval/').replace('_', ' ')}" for name in names]
+    texts = [f"{row[name]:#.3g}".rstrip(".") + f" {name.removeprefix('eval/').replace('_', ' ')}" for name in names]
     return f" ({', '.join(texts)})" if texts else ""
 
 

@@ -47,6 +47,15 @@ class RunRecord:
         """The decisions that moved the global batch; the others left it where it was."""
         return [row for row in self.decisions if row["batch/before"] != row["batch/after"]]
 
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether the last step was made smaller by the end of the run, and not by a decision."""
+        if len(self.train) < 2:  # noqa: PLR2004 - one step has none before it
+            return False
+        before, last = self.train[-2:]
+        asked_for = {row["batch/after"] for row in self.batch_changes if row["step"] >= before["step"] - 1}
+        return last["batch/global"] < before["batch/global"] and last["batch/global"] not in asked_for
+
 
 def read_run(run_dir: Path) -> RunRecord:
     """Read what there is of a run, be it finished, running or killed half-way.

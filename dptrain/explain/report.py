@@ -138,16 +138,22 @@ def _batch(axes: Axes, record: RunRecord) -> None:
             axes.plot(*where, marker, color=VERMILLION if sign > 0 else BLUE, markersize=7, label=label)
     axes.set_yscale("log", base=2)
     axes.set_ylim(sizes.min() / 1.6, sizes.max() * 1.6)
-    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter(_samples)
     axes.set_ylabel("global batch\n(samples)")
     axes.set_title(findings.about_batch(record))
     if moves:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.3, ncols=2)
 
 
+def _samples(value: float, _position: float) -> str:
+    return f"{value:,.0f}" if value >= 1 else f"{value:.2g}"
+
+
 def _step_line(axes: Axes, record: RunRecord, *, linewidth: float, label: str | None = None) -> None:
-    sizes = _from_the_start(column(record.train, "batch/global"))
-    axes.step(_positions(record), sizes, where="pre", color="black", linewidth=linewidth, label=label)
+    sizes = column(record.train, "batch/global")
+    if len(sizes) > 1 and record.is_cut_short:
+        sizes[-1] = sizes[-2]
+    axes.step(_positions(record), _from_the_start(sizes), where="pre", color="black", linewidth=linewidth, label=label)
 
 
 def _noise_scale(axes: Axes, record: RunRecord) -> None:
@@ -157,7 +163,7 @@ def _noise_scale(axes: Axes, record: RunRecord) -> None:
     _step_line(axes, record, linewidth=1, label="global batch")
     axes.set_yscale("log", base=2)
     axes.set_ylim(bottom, top)
-    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter(_samples)
     axes.set_ylabel("noise scale\n(samples)")
     axes.set_title(findings.about_noise_scale(record))
     handles, labels = axes.get_legend_handles_labels()

@@ -77,7 +77,7 @@ def test_a_loss_without_bits_per_byte_has_no_unit_of_ours():
     """A task's loss may be anything; its other figures are named as the task named them."""
     evals = [{"eval/loss": 4.0, "eval/perplexity": 54.6}, {"eval/loss": 4.5, "eval/perplexity": 90.0}]
     text = findings.about_loss(_record({}, evals=evals), smoothed=np.array([4.0]))
-    assert text == "Held-out loss rose from 4 to 4.5 (90 perplexity)"
+    assert text == "Held-out loss rose from 4 to 4.5 (90.0 perplexity)"
 
 
 def test_a_constant_learning_rate_stayed():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dptrain.explain.record import column, read_jsonl, smooth
+from dptrain.explain.record import column, read_jsonl, read_run, smooth
 
 
 def test_a_missing_or_null_figure_is_nan():
@@ -36,3 +38,16 @@ def test_smoothing_counts_samples_and_does_not_lag():
     assert (line == 1.0).all()
     even = np.arange(200.0)
     np.testing.assert_allclose(smooth(even, 3 * even, window=20.0)[20:-20], 3 * even[20:-20])
+
+
+def test_a_last_step_cut_short_is_no_move(tmp_path):
+    """The end of a run makes its last step smaller; a decision that did so one step before counts as one."""
+    rows = [
+        {"kind": "train", "step": step, "progress/samples": 16 * step, "batch/global": size}
+        for step, size in ((1, 64), (2, 64), (3, 16))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_run(tmp_path).is_cut_short
+    decision = {"step": 1, "batch/before": 64, "batch/after": 16}
+    (tmp_path / "decisions.jsonl").write_text(json.dumps(decision) + "\n")
+    assert not read_run(tmp_path).is_cut_short
