@@ -205,7 +205,7 @@ def stack(quantum, limits):
     try:
         controller = limited(NoiseLaw(), quantum=quantum, limits=limits)
     except ConfigError:
-        assume(False)  # noqa: FBT003 - hypothesis's own form
+        assume(False)
     return controller, controller.smallest
 
 
