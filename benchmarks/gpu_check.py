@@ -186,7 +186,10 @@ def _check_wrapper(setting: Setting, *, data: list[list[tuple[Tensor, Tensor]]],
     row: Row = {"seam": with_meter.meter.seam, "identical": identical}
     if first is None:
         # One replica is one small batch there: nothing to compare, which the meter must notice.
-        return row | {"ok": identical and with_meter.meter.steps_dropped == _STEPS, "result": "dropped, as it must"}
+        return row | {
+            "ok": identical and with_meter.meter.state().steps_dropped == _STEPS,
+            "result": "dropped, as it must",
+        }
     error = max(abs(a / b - 1) for a, b in zip((first.grad_sq_norm, first.noise_trace), truth, strict=True))
     bound = _EXACT if setting.precision == "fp32" else _ROUNDED
     return row | {"error": error, "ok": identical and error <= bound, "result": f"off by {error:.1e}"}

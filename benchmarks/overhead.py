@@ -37,7 +37,7 @@ _JUDGED = "12M heavy"
 """Where `every=1` and the peers are compared."""
 
 
-FULL = Limits(seconds=40)
+FULL = Limits(seconds=30)
 QUICK = Limits(seconds=1, fewest_rounds=2, longest_warm_up=16)
 
 
