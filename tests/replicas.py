@@ -76,8 +76,11 @@ def _replica(function, rank, world_size, folder, sender, args):
         dist.init_process_group(
             "gloo", init_method=f"file://{Path(folder) / 'store'}", rank=rank, world_size=world_size
         )
+        # Who is done before another has made its connections would tear them.
+        dist.barrier()
         sender.send((True, function(rank, world_size, *args)))
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except BaseException:  # noqa: BLE001 - whatever it was, the parent must hear of it
         sender.send((False, traceback.format_exc()))
     finally:

@@ -49,7 +49,7 @@ class PlainGeometry:
 
 
 class AdamGeometry:
-    """‖Pg‖ with Adam's preconditioner P = 1/(√v̂ + ε) (formula F12 in `docs/noise-scale.md`; arXiv 2602.03001).
+    """‖Pg‖ with Adam's preconditioner P = 1/(√v̂ + ε) (Naganuma et al., arXiv 2602.03001).
 
     v̂ is Adam's bias-corrected second moment as it stands *before* the step: it is the same on all replicas, for all
     micro-batches and for the combined gradient, and does not depend on the samples of the step. A step before Adam

@@ -33,8 +33,6 @@ def run_script(rank, world_size, path, folder):
     printed = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
         runpy.run_path(path, run_name="__main__")
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", init_method=f"file://{folder}/end", rank=rank, world_size=world_size)
     return printed.getvalue()
 
 
