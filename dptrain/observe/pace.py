@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections import deque
 
@@ -94,11 +93,16 @@ class Pace:
 
     def _affordable(self) -> int:
         # Every rank's step takes the same time, so the sums over ranks of both differ from the means by one factor.
-        cost_s = statistics.median(cost for cost, _ in self._window)
-        step_s = statistics.median(step for _, step in self._window)
+        cost_s = _median([cost for cost, _ in self._window])
+        step_s = _median([step for _, step in self._window])
         return max(1, math.ceil(cost_s / (self._budget * step_s)))
 
     def next_is_measured(self) -> bool:
         """Say whether the step that begins now is measured; asked once per step."""
         self._wait -= 1
         return self._wait == 0
+
+
+def _median(values: list[float]) -> float:
+    """Of an even number the upper one. The standard library's costs a tenth of the time that dptrain imports in."""
+    return sorted(values)[len(values) // 2]

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from dptrain.cli import main as command
+from dptrain.cli import settings as settings_of
 from dptrain.cli import train as train_command
 from dptrain.cli.main import main
 from dptrain.train import TrainConfig
@@ -184,8 +185,8 @@ def test_print_config_is_a_settings_file(tmp_path, start):
     assert code == 0
     path = tmp_path / "printed.yaml"
     path.write_text(stdout)
-    config, options = train_command.parse(["--config", str(path)])
-    assert config == train_command.parse(["--seed", "5", "--control.law", "constant"])[0]
+    config, options = settings_of.parse(["--config", str(path)])
+    assert config == settings_of.parse(["--seed", "5", "--control.law", "constant"])[0]
     assert config != TrainConfig()
     assert (options.replicas, options.resume) == (None, False)
     assert start == []
@@ -196,7 +197,7 @@ def test_help_explains_every_setting():
     code, stdout, _ = outcome(["train", "--help"])
     assert code == 0
     text = " ".join(stdout.split())
-    for name in train_command.parse([])[0].__dataclass_fields__:
+    for name in settings_of.parse([])[0].__dataclass_fields__:
         assert f"--{name}" in text
     for part in ("Samples in the first optimizer steps", "Clip the gradient to this norm", "A second copy of the log"):
         assert part in text

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from dptrain.cli.train import parse
+from dptrain.cli.settings import parse
 from dptrain.errors import ConfigError
 from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, NoiseConfig, OptimizerConfig, TrainConfig
 from dptrain.train.run_folder import RunFolder, check_same_settings, default_run_dir, write_config
