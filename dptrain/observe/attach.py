@@ -16,6 +16,7 @@ from dptrain.observe.ddp_tap import CommHook, DdpTap
 from dptrain.observe.geometry import AdamGeometry, Geometry, GeometryName, PlainGeometry
 from dptrain.observe.groups import Groups, GroupsLike, resolve_groups
 from dptrain.observe.guard import Guard
+from dptrain.observe.joining import check_model
 from dptrain.observe.meter import LossScale, Meter
 from dptrain.observe.pace import Pace
 from dptrain.observe.parameter_tap import ParameterTap
@@ -109,8 +110,8 @@ def attach(
     def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
-        _check_join(wrapping.model, meter)
-        if meter.counts_forward_passes:
+        check_model(wrapping.model, meter=meter)
+        if meter.measuring and not meter.by_hand:
             num_samples = micro_batch_size or _first_dimension(args, kwargs)
             meter.begin_forward(num_samples=num_samples, weight=num_samples if loss == "sum" else None)
 
@@ -162,16 +163,6 @@ def _tap(
 
         return FsdpTap(model, groups=groups, geometry=geometry)
     return ParameterTap(model.parameters(), groups=groups, geometry=geometry)
-
-
-def _check_join(model: nn.Module, meter: Meter) -> None:
-    """Raise inside a Join that does not know the meter: ranks without samples would not answer its reduction."""
-    config = getattr(model, "_join_config", None)
-    if config is not None and config.enable and not meter.is_joinable_now:
-        raise ObservationError(
-            "the model is inside Join but the meter is not, so ranks that run out of samples would not answer its "
-            "reduction: write Join([model, meter])"
-        )
 
 
 def _first_dimension(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

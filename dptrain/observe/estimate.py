@@ -64,24 +64,27 @@ class Estimate:
             divisor: by what the sum of the replicas' gradients was divided; the world size by default.
 
         Returns:
-            The squared norms of the whole, or None for a step that measured nothing.
+            The squared norms of the whole, or None for a step that was dropped.
         """
         num = max(len(self._names), 1)
         small, large, sizes = sums[:num], sums[num : 2 * num], sums[2 * num :]
         divisor = self._world_size if divisor is None else divisor
         norms = _squared_norms(sum(small), sum(large), sizes, divisor=divisor)
-        moments = None if norms is None else unbiased_moments(norms, population=self._population)
-        if moments is None:
+        updated = self._updated(self._sums, norms)
+        if updated is self._sums:
             self.steps_dropped += 1
-            return norms
+            return None
         self._steps_measured += 1
-        self._sums = self._smoothing.update(self._sums, moments)
+        self._sums = updated
         for name, part, whole in zip(self._names, small, large, strict=False):
             norms_of_group = _squared_norms(part, whole, sizes, divisor=divisor)
-            moments = None if norms_of_group is None else unbiased_moments(norms_of_group, population=self._population)
-            if moments is not None:
-                self._group_sums[name] = self._smoothing.update(self._group_sums[name], moments)
+            self._group_sums[name] = self._updated(self._group_sums[name], norms_of_group)
         return norms
+
+    def _updated(self, sums: MomentSums, norms: SquaredNorms | None) -> MomentSums:
+        """Return the sums with one more step, or the very same ones where it says nothing that they could hold."""
+        moments = None if norms is None else unbiased_moments(norms, population=self._population)
+        return sums if moments is None else self._smoothing.update(sums, moments)
 
     def read(self) -> NoiseScale:
         """Return the noise scale of the whole model from all steps taken in."""

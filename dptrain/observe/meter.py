@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable, JoinHook
 
-from dptrain.errors import ObservationError
 from dptrain.noise import NoiseScale, Smoothing, SquaredNorms
 from dptrain.observe.combined import CombinedGradient
 from dptrain.observe.estimate import NUM_SIZES, Estimate, MeterState, from_record, to_record
 from dptrain.observe.geometry import Geometry, PlainGeometry
 from dptrain.observe.groups import Groups
 from dptrain.observe.guard import Guard
+from dptrain.observe.joining import StandIn, check_divisor, check_step
 from dptrain.observe.pace import LAG, Pace
 from dptrain.observe.reading import Reading
 from dptrain.observe.reduction import PendingSum
@@ -114,8 +114,9 @@ class Meter(Joinable):
         self._begin(num_samples=num_samples, weight=weight)
 
     def begin_forward(self, *, num_samples: float, weight: float | None = None) -> None:
-        """Announce a micro-batch from its forward pass; for those who do it in the loop's place."""
-        self._begin(num_samples=num_samples, weight=weight)
+        """Announce a micro-batch from its forward pass, in the loop's place; nothing once the loop calls `begin`."""
+        if not self._by_hand:
+            self._begin(num_samples=num_samples, weight=weight)
 
     def _begin(self, *, num_samples: float, weight: float | None) -> None:
         if not self._measuring:
@@ -162,7 +163,7 @@ class Meter(Joinable):
         """Take in the sum over all replicas of one step's `local_sums`.
 
         Returns:
-            The step's squared norms, or None for a step that measured nothing.
+            The step's squared norms, or None for a step that was dropped.
         """
         # DDP divides by the ranks that still have samples only where Join was told so.
         divisor = sums[-2] if self._divides_by_active else float(self._world_size)
@@ -174,8 +175,7 @@ class Meter(Joinable):
         Args:
             grad_norm: norm of the combined gradient before clipping where the loop has it already.
         """
-        if self._join_config.enable:
-            self._check_join()
+        check_step(self, num_micro_batches=len(self._sizes.num_samples))
         measured = self._measuring
         if measured:
             began = self._tap.stopwatch.start()
@@ -184,15 +184,6 @@ class Meter(Joinable):
             self._reduce(vector)
         self._turn()
         return Reading(self, measured=measured)
-
-    def _check_join(self) -> None:
-        if self._join_config.is_first_joinable:
-            raise ObservationError("inside Join the model must come before the meter: Join([model, meter])")
-        if len(self._sizes.num_samples) > 1:
-            raise ObservationError(
-                "inside Join each forward pass must be an optimizer step of its own, for a joined rank answers each "
-                f"of them, but this step had {len(self._sizes.num_samples)} micro-batches: accumulate outside of Join"
-            )
 
     def _reduce(self, vector: Tensor) -> None:
         """Start the one reduction of a measured step, and take in those that are long under way."""
@@ -238,14 +229,14 @@ class Meter(Joinable):
     # What it is
 
     @property
-    def counts_forward_passes(self) -> bool:
-        """Whether forward passes are announced for the loop: in measured steps, unless it calls `begin` itself."""
-        return self._measuring and not self._by_hand
+    def measuring(self) -> bool:
+        """Whether the step under way is measured, known from its beginning on: else nothing need be done for it."""
+        return self._measuring
 
     @property
-    def is_joinable_now(self) -> bool:
-        """Whether a Join knows the meter."""
-        return bool(self._join_config.enable)
+    def by_hand(self) -> bool:
+        """Whether the loop announces its micro-batches itself: from its first call of `begin` on."""
+        return self._by_hand
 
     @property
     def seam(self) -> str:
@@ -275,7 +266,8 @@ class Meter(Joinable):
 
     @property
     def steps_dropped(self) -> int:
-        """Steps whose squared norms were not finite, or that held fewer than two small batches."""
+        """Steps that told nothing: squared norms not finite, fewer than two small batches; waits as `read` does."""
+        self._absorb_up_to(0)
         return self._estimate.steps_dropped
 
     # State
@@ -286,7 +278,8 @@ class Meter(Joinable):
         return self._estimate.state
 
     def restore(self, state: MeterState) -> None:
-        """Go on from `state`."""
+        """Go on from `state`; the sums under way belong to what is left behind, and are waited for."""
+        self._absorb_up_to(0)
         self._estimate.restore(state)
 
     def state_dict(self) -> dict[str, Any]:
@@ -302,12 +295,8 @@ class Meter(Joinable):
     def join_hook(self, **kwargs: Any) -> JoinHook:  # noqa: ANN401 - torch hands every joinable the same arguments
         """Return what answers for a rank that ran out of samples."""
         self._divides_by_active = not kwargs.get("divide_by_initial_world_size", True)
-        if self._divides_by_active and self._tap.accumulated:
-            raise ObservationError(
-                "divide_by_initial_world_size=False does not reach a communication hook, which divides by all ranks: "
-                "leave it out, or measure with method='parameters'"
-            )
-        return _Joined(self)
+        check_divisor(by_active=self._divides_by_active, accumulated=self._tap.accumulated)
+        return StandIn(self)
 
     @property
     def join_device(self) -> torch.device:
@@ -343,14 +332,3 @@ class Meter(Joinable):
 
     def __exit__(self, *_: object) -> None:
         self.remove()
-
-
-class _Joined(JoinHook):
-    """Stands in for a rank without samples: it contributes zeros, and is not counted among the replicas."""
-
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
-
-    def main_hook(self) -> None:
-        """Answer one step."""
-        self._meter.step_joined()

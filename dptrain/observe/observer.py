@@ -108,7 +108,8 @@ class Observer:
 
     @property
     def steps_dropped(self) -> int:
-        """Steps whose squared norms were not finite, or that held fewer than two small batches."""
+        """Steps that told nothing: squared norms not finite, fewer than two small batches; waits as `read` does."""
+        self._absorb_up_to(0)
         return self._estimate.steps_dropped
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,5 +118,6 @@ class Observer:
         return to_record(self._estimate.state)
 
     def load_state_dict(self, record: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Go on from a `state_dict`; the sums under way belong to what is left behind, and are waited for."""
+        self._absorb_up_to(0)
         self._estimate.restore(from_record(record))

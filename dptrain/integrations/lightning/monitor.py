@@ -68,7 +68,7 @@ class GradientNoiseScaleMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002 - Lightning's signature
         """Announce a micro-batch."""
         assert self.meter is not None
-        if self.meter.counts_forward_passes:
+        if self.meter.measuring:
             self.meter.begin_forward(num_samples=extract_batch_size(batch))
         self._micro_steps += 1
 
@@ -80,7 +80,7 @@ class GradientNoiseScaleMonitor(Callback):
         # The loss was divided by the planned accumulation steps; the last window of an epoch may have fewer.
         self._scale = amplified * self._micro_steps / trainer.accumulate_grad_batches
         grad_norm = None
-        if self.meter.counts_forward_passes:
+        if self.meter.measuring:
             grad_norm = torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
             if not getattr(optimizer, "_step_supports_amp_scaling", False):
                 grad_norm = grad_norm * amplified  # the gradients were unscaled by now, those that the tap saw were not

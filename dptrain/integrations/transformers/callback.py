@@ -103,7 +103,7 @@ class GradientNoiseScaleCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
         """Close the step. The gradients are clipped by now, so their norm was taken at the end of the backward."""
         assert self.meter is not None
-        if self._grad_norm is None and self.meter.counts_forward_passes:
+        if self._grad_norm is None and self.meter.measuring:
             raise ObservationError(
                 "the end of the step's last backward pass was not seen: the model must return the loss, or the "
                 "logits that it is computed from, as a tensor of its own in its output"
@@ -130,7 +130,7 @@ class GradientNoiseScaleCallback(TrainerCallback, ExportableState):
         if not (model.training and torch.is_grad_enabled()):
             return
         assert self.meter is not None
-        if not self.meter.counts_forward_passes:
+        if not self.meter.measuring:
             return
         share = token_share(model, kwargs)
         weight = None if share is None else share * self._weight_factor
