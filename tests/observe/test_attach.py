@@ -23,28 +23,36 @@ def sum_loss(model, x, y):
 
 def summed(rank, world_size):
     """Return the pairs with losses summed over samples, told by `loss` and told by hand."""
+    bare, _ = train_summed(rank, told=None)
     found = []
-    for by_hand in (False, True):
-        model = DistributedDataParallel(make_model())
-        optimizer = torch.optim.SGD(trained(model), lr=RATE / 5)
-        meter = dptrain.attach(model, every=1, loss="mean" if by_hand else "sum")
-        for step in range(4):
-            for micro_step, size in enumerate(SIZES[rank]):
-                if by_hand:
-                    meter.begin(num_samples=size, weight=size * 0.2)
-                (0.2 * sum_loss(model, *micro_batch(step, micro_step, rank, size))).backward()
-            meter.step()
-            # Undo the factor, so that both loops take the same path as the plain one.
-            for p in trained(model):
-                p.grad.mul_(25)
-            optimizer.step()
-            optimizer.zero_grad()
+    for told in ("loss", "by hand"):
+        parameters, meter = train_summed(rank, told=told)
+        assert all(map(torch.equal, bare, parameters))
         found.append(pair(meter.read()))
     return found
 
 
+def train_summed(rank, *, told):
+    model = DistributedDataParallel(make_model())
+    optimizer = torch.optim.SGD(trained(model), lr=RATE / 5)
+    meter = told and dptrain.attach(model, every=1, loss="sum" if told == "loss" else "mean")
+    for step in range(4):
+        for micro_step, size in enumerate(SIZES[rank]):
+            if told == "by hand":
+                meter.begin(num_samples=size, weight=size * 0.2)
+            (0.2 * sum_loss(model, *micro_batch(step, micro_step, rank, size))).backward()
+        if meter:
+            meter.step()
+        # Undo the factor, so that both loops take the same path as the plain one.
+        for p in trained(model):
+            p.grad.mul_(25)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach().clone() for p in model.parameters()], meter
+
+
 def test_losses_that_are_summed_over_uneven_micro_batches():
-    """Sizes 3, 9 | 5, 2 with summed losses: the pair is that of plain gradients weighted by their samples."""
+    """Sizes 3, 9 | 5, 2, summed: the pair is that of plain gradients weighted by samples, and training is untouched."""
     (told, by_hand), other = run_replicas(summed, world_size=2)
     assert [told, by_hand] == other
     trace, square = reference(2, sizes=SIZES)

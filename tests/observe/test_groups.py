@@ -111,9 +111,11 @@ def preconditioned(rank, world_size, amsgrad):
     found = []
     for wrap in (DistributedDataParallel, replicate):
         model = wrap(make_model())
+        bare = train(model, rank, optimizer=adam(model, amsgrad))
+        model = wrap(make_model())
         optimizer = adam(model, amsgrad)
-        meter = dptrain.attach(model, every=1, geometry="adam", optimizer=optimizer)
-        train(model, rank, meter=meter, optimizer=optimizer)
+        meter = dptrain.attach(model, every=1, geometry="adam", groups="module", optimizer=optimizer)
+        assert all(map(torch.equal, bare, train(model, rank, meter=meter, optimizer=optimizer)))
         reading = meter.step()
         found.append((pair(reading.noise_scale), meter.steps_dropped, reading.geometry, list(reading.as_metrics())))
     return found

@@ -258,6 +258,33 @@ def test_state_goes_on_bit_for_bit():
     assert meters[0].state() == meters[2].state()
 
 
+def test_a_fresh_state_begins_anew():
+    """Steps whose sums were still under way when another state was loaded are not part of it."""
+    model = make_model()
+    with dptrain.attach(model, every=1) as meter:
+        fresh = meter.state_dict()
+        one_process_steps(meter, model, [(4, 4)] * 3)
+        meter.load_state_dict(fresh)
+        one_process_steps(meter, model, [(4, 4)])
+        assert meter.read().num_steps == 1
+        assert meter.read().num_samples == 8
+
+
+def test_a_loop_can_ask_whether_a_step_is_measured():
+    """With every=2 each other step is, known before it begins; who announces by hand is told apart."""
+    model = make_model()
+    with dptrain.attach(model, every=2) as meter:
+        known = []
+        for _ in range(4):
+            known.append(meter.measuring)
+            one_process_steps(meter, model, [(4, 4)])
+        assert known == [True, False, True, False]
+        assert meter.read().num_steps == 2
+        assert not meter.by_hand
+        meter.begin(num_samples=4)
+        assert meter.by_hand
+
+
 def test_evaluation_is_not_measured():
     """Forward passes in evaluation mode or without gradients are no micro-batches."""
     model = make_model()
@@ -301,8 +328,8 @@ def test_one_small_batch_says_nothing_and_is_counted():
     with dptrain.attach(model, every=1) as meter:
         mean_loss(model, *micro_batch(0, 0, 0)).backward()
         meter.step()
-        assert str(meter.read().state) == "not resolved yet"
         assert meter.steps_dropped == 1
+        assert str(meter.read().state) == "not resolved yet"
 
 
 def test_remove_leaves_the_model_as_it_was():

@@ -33,11 +33,17 @@ from tests.observe.plain import (
 from tests.replicas import run_replicas
 
 
-def ddp(rank, *, prepare=lambda model: model, finish=lambda model: model, reentrant=None, hook=None, **settings):
+def one_process(rank, *, finish=lambda model: model):
+    return finish(make_model()), contextlib.nullcontext
+
+
+def ddp(
+    rank, *, prepare=lambda model: model, finish=lambda model: model, reentrant=None, hook=None, sync=False, **settings
+):
     model = DistributedDataParallel(prepare(make_model(reentrant=reentrant)), **settings)
     if hook is not None:
         hook(model)
-    return finish(model), model.no_sync
+    return finish(model), contextlib.nullcontext if sync else model.no_sync
 
 
 def compile_blocks(model):
@@ -88,8 +94,16 @@ def fp16(model):
     model.register_comm_hook(None, default_hooks.fp16_compress_hook)
 
 
+ALONE = {
+    "one process": one_process,
+    "one process, compiled": functools.partial(one_process, finish=whole_compiled),
+}
 DDP = {
     "ddp": ddp,
+    "ddp, synchronised each time": functools.partial(ddp, sync=True),
+    # DDP itself supports neither no_sync nor accumulation beside a static graph that is reentrant.
+    "ddp, static graph": functools.partial(ddp, sync=True, static_graph=True),
+    "ddp, static graph, reentrant checkpointing": functools.partial(ddp, sync=True, static_graph=True, reentrant=True),
     "ddp, gradients as views, unused parameters looked for": functools.partial(
         ddp, gradient_as_bucket_view=True, find_unused_parameters=True
     ),
@@ -115,7 +129,7 @@ HYBRID = {
     "hybrid, shards of one": functools.partial(fully_sharded, mesh_shape=(4, 1)),
     "fully_shard": fully_sharded,
 }
-FAMILIES = {"DDP": DDP, "SHARDED": SHARDED, "HYBRID": HYBRID}
+FAMILIES = {"ALONE": ALONE, "DDP": DDP, "SHARDED": SHARDED, "HYBRID": HYBRID}
 
 
 def measure_all(rank, world_size, family):
@@ -133,7 +147,7 @@ def measure_all(rank, world_size, family):
     return found
 
 
-@pytest.mark.parametrize(("family", "world_size"), [("DDP", 2), ("SHARDED", 2), ("HYBRID", 4)])
+@pytest.mark.parametrize(("family", "world_size"), [("ALONE", 1), ("DDP", 2), ("SHARDED", 2), ("HYBRID", 4)])
 def test_agrees_with_plain_gradients_and_changes_no_bit(family, world_size):
     """In each wrapper the pair is that of plain gradients, all ranks read the same, and training is untouched."""
     results = run_replicas(measure_all, world_size=world_size, args=(family,), timeout_s=110)
@@ -142,7 +156,7 @@ def test_agrees_with_plain_gradients_and_changes_no_bit(family, world_size):
     for name, (found, same, seam, dropped) in results[0].items():
         assert found == expected, name
         assert same, name
-        assert seam == ("parameters" if family == "DDP" else "unsharded parameters"), name
+        assert seam == ("parameters" if family in ("ALONE", "DDP") else "unsharded parameters"), name
         assert dropped == 0, name
 
 
@@ -174,11 +188,8 @@ def test_the_hook_composes_with_hooks_of_the_user():
         assert same, name
 
 
-def two_passes(rank, world_size):
-    """Return what the hook finds where each micro-batch has two backward passes; many syncs are refused."""
-    model, no_sync = ddp(rank)
-    plain = make_model()
-    meter = dptrain.attach(model, every=1, method="hook")
+def pass_backward_twice(model, no_sync, rank):
+    """Two micro-batches, the first with two backward passes after its one forward pass."""
     for micro_step in range(2):
         x, y = micro_batch(0, micro_step, rank)
         with no_sync() if micro_step == 0 else contextlib.nullcontext():
@@ -188,8 +199,20 @@ def two_passes(rank, world_size):
                 (((output - y) ** 2).sum(1).mean() / 4).backward()
             else:
                 (((output - y) ** 2).sum(1).mean() / 2).backward()
-        (mean_loss(plain, x, y) / 2).backward()
+
+
+def two_passes(rank, world_size):
+    """Return what the hook finds where each micro-batch has two backward passes; many syncs are refused."""
+    bare, no_sync = ddp(rank)
+    pass_backward_twice(bare, no_sync, rank)
+    model, no_sync = ddp(rank)
+    meter = dptrain.attach(model, every=1, method="hook")
+    pass_backward_twice(model, no_sync, rank)
     meter.step()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(trained(bare), trained(model), strict=True))
+    plain = make_model()
+    for micro_step in range(2):
+        (mean_loss(plain, *micro_batch(0, micro_step, rank)) / 2).backward()
     own = sq_norm([p.grad for p in trained(plain)])
     combined = sq_norm([p.grad for p in trained(model)])
     for micro_step in range(2):
@@ -208,68 +231,72 @@ def test_several_backward_passes_are_right_under_the_hook():
 
 
 def other_ways(rank, world_size):
-    """Return the pairs of loops that differ in something else than the wrapper."""
-    found = {}
-    model, no_sync = ddp(rank)
-    with dptrain.attach(model, every=1) as meter:
-        train(model, rank, no_sync=no_sync, meter=meter, cast=torch.bfloat16)
-    found["bf16"] = pair(meter.read())
-
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    model, no_sync = ddp(rank)
-    with dptrain.attach(model, every=1, loss_scale=scaler.get_scale) as meter:
-        train_scaled(model, rank, meter=meter, scaler=scaler)
-    found["fp16"] = pair(meter.read())
-
-    # DDP itself supports neither no_sync nor accumulation beside a static graph that is reentrant.
-    for name, settings in {
-        "static": {"static_graph": True},
-        "reentrant": {"reentrant": True, "static_graph": True},
-    }.items():
-        model, _ = ddp(rank, **settings)
-        with dptrain.attach(model, every=1) as meter:
-            train(model, rank, meter=meter)
-        found[name] = pair(meter.read())
-
-    for name, build in {"every other, ddp": ddp, "every other, fsdp": fully_sharded}.items():
-        model, no_sync = build(rank)
-        with dptrain.attach(model, every=2) as meter:
-            train(model, rank, no_sync=no_sync, meter=meter)
-        found[name] = pair(meter.read())
-    return found
+    """Return (pair, whether training was the same bit for bit) of loops that differ in more than the wrapper."""
+    return {
+        "bf16": with_and_without(functools.partial(train, cast=torch.bfloat16), rank),
+        "fp16": with_and_without(train_scaled, rank),
+        "every other, ddp": with_and_without(train, rank, every=2),
+        "every other, fsdp": with_and_without(train, rank, build=fully_sharded, every=2),
+    }
 
 
-def train_scaled(model, rank, *, meter, scaler):
+def with_and_without(loop, rank, *, build=ddp, every=1):
+    model, no_sync = build(rank)
+    bare = loop(model, rank, no_sync=no_sync)
+    model, no_sync = build(rank)
+    scale = {"loss_scale": lambda: LOSS_SCALE} if loop is train_scaled else {}
+    with dptrain.attach(model, every=every, **scale) as meter:
+        measured = loop(model, rank, no_sync=no_sync, meter=meter)
+    return pair(meter.read()), all(torch.equal(a, b) for a, b in zip(bare, measured, strict=True))
+
+
+LOSS_SCALE = 1024.0
+
+
+def train_scaled(model, rank, *, no_sync, meter=None):
+    scaler = torch.amp.GradScaler("cpu", init_scale=LOSS_SCALE)
     optimizer = torch.optim.SGD(trained(model), lr=RATE)
     for step in range(STEPS):
         for micro_step in range(2):
-            with torch.autocast("cpu", dtype=torch.float16):
+            with (
+                no_sync() if micro_step == 0 else contextlib.nullcontext(),
+                torch.autocast("cpu", dtype=torch.float16),
+            ):
                 loss = mean_loss(model, *micro_batch(step, micro_step, rank))
-            scaler.scale(loss / 2).backward()
-        meter.step()
+                scaler.scale(loss / 2).backward()
+        if meter is not None:
+            meter.step()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+    assert scaler.get_scale() == LOSS_SCALE
+    return [p.detach().clone() for p in model.parameters()]
 
 
-def test_precision_static_graphs_checkpointing_and_skipped_steps():
-    """Autocast, loss scaling, static graphs, reentrant checkpoints and unmeasured steps leave the pair right."""
+def test_precision_and_skipped_steps():
+    """Autocast, loss scaling and unmeasured steps leave the pair right and the training untouched."""
     results = run_replicas(other_ways, world_size=2)
-    found = results[0]
     assert results[0] == results[1]
-    assert found.pop("bf16") == pytest.approx(reference(2, cast=torch.bfloat16), rel=0.01)
-    assert found.pop("fp16") == pytest.approx(reference(2, cast=torch.float16), rel=0.01)
-    for name in [name for name in found if name.startswith("every other")]:
-        assert found.pop(name) == pytest.approx(reference(2, every=2), rel=1e-4), name
-    assert set(found) == {"static", "reentrant"}
-    for name, pairs in found.items():
-        assert pairs == pytest.approx(reference(2), rel=1e-4), name
+    expected = {
+        "bf16": pytest.approx(reference(2, cast=torch.bfloat16), rel=0.01),
+        "fp16": pytest.approx(reference(2, cast=torch.float16), rel=0.01),
+        "every other, ddp": pytest.approx(reference(2, every=2), rel=1e-4),
+        "every other, fsdp": pytest.approx(reference(2, every=2), rel=1e-4),
+    }
+    assert results[0] == {name: (found, True) for name, found in expected.items()}
 
 
 def uneven_inputs(rank, world_size):
     """Return what each rank reads for both ways in which DDP divides; the meter must not be left out of Join."""
-    found = [uneven_loop(rank, by_active=by_active) for by_active in (False, True)]
-    assert uneven_loop(rank, by_active=False, method="hook") == pytest.approx(found[0], rel=1e-5)
+    found = []
+    for by_active in (False, True):
+        model, numbers = uneven_loop(rank, by_active=by_active)
+        bare, _ = uneven_loop(rank, by_active=by_active, method=None)
+        assert all(map(torch.equal, model, bare))
+        found.append(numbers)
+    model, numbers = uneven_loop(rank, by_active=False, method="hook")
+    assert numbers == pytest.approx(found[0], rel=1e-5)
+    assert all(map(torch.equal, model, uneven_loop(rank, by_active=False, method=None)[0]))
     model, _ = ddp(rank)
     with pytest.raises(ObservationError, match="divides by all ranks"):
         Join([model, dptrain.attach(model, method="hook")], divide_by_initial_world_size=False)
@@ -281,17 +308,19 @@ def uneven_inputs(rank, world_size):
 
 
 def uneven_loop(rank, *, by_active, method="auto"):
-    """Rank 1 has two batches less."""
+    """Rank 1 has two batches less. Return the parameters and what the meter read; without a meter where no method."""
     model, _ = ddp(rank)
     optimizer = torch.optim.SGD(trained(model), lr=RATE)
-    meter = dptrain.attach(model, every=1, method=method)
-    with Join([model, meter], divide_by_initial_world_size=not by_active):
+    meter = method and dptrain.attach(model, every=1, method=method)
+    with Join([model, meter] if meter else [model], divide_by_initial_world_size=not by_active):
         for step in range(5 - 2 * (rank == 1)):
             mean_loss(model, *micro_batch(step, 0, rank)).backward()
-            meter.step()
+            if meter:
+                meter.step()
             optimizer.step()
             optimizer.zero_grad()
-    return [*pair(meter.read()), meter.read().num_steps]
+    parameters = [p.detach().clone() for p in model.parameters()]
+    return parameters, meter and [*pair(meter.read()), meter.read().num_steps]
 
 
 def uneven_reference(by_active):
