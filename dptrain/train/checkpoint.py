@@ -8,15 +8,14 @@ not malice: nothing here is signed. But nothing here is code either, so a plante
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import secrets
 import shutil
-import stat
+import tempfile
 import threading
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -28,21 +27,21 @@ from safetensors.torch import load, save_file
 from dptrain.errors import CheckpointError, ConfigError
 from dptrain.train.manifest import (
     MANIFEST,
-    MAX_JSON_BYTES,
     PLAIN_NAME,
     STATE,
     Seal,
+    check_safetensors_header,
     decode_manifest,
     decode_state,
     encode_manifest,
     encode_state,
     quoted,
 )
+from dptrain.train.sealed import check_limit, check_seal, digest_of, manifest_bytes, opened_folder, sealed_bytes
 from dptrain.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-    from io import FileIO
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
 
@@ -84,6 +83,11 @@ class Checkpoint:
     passed_over: tuple[tuple[Path, str], ...] = ()
     _seals: Mapping[str, Seal] = field(repr=False)
 
+    @property
+    def steps_lost(self) -> int:
+        """Optimizer steps between this checkpoint and the newest that was passed over, going by its folder's name."""
+        return max([_step_of(path) for path, _ in self.passed_over], default=self.step) - self.step
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the tensors saved under `name`, on the CPU.
 
@@ -97,13 +101,24 @@ class Checkpoint:
         if file_name not in self._seals:
             raise CheckpointError(f"checkpoint {self.path} holds no {file_name}: it holds {', '.join(self._seals)}")
         try:
-            with _opened_folder(self.path) as folder:
-                content = _sealed_bytes(folder, file_name, self._seals[file_name])
-            return dict(load(content))
+            with opened_folder(self.path) as folder:
+                content = sealed_bytes(folder, file_name, self._seals[file_name])
         except (CheckpointError, OSError) as error:
             raise CheckpointError(f"checkpoint {self.path} has changed since it was verified: {error}") from error
-        except (SafetensorError, AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        try:
+            tensors = dict(load(content))
+            check_safetensors_header(content)
+        except (
+            SafetensorError,
+            CheckpointError,
+            AssertionError,
+            KeyError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise CheckpointError(f"checkpoint {self.path}: {file_name} is not safetensors: {error!r}") from error
+        return tensors
 
 
 def save_checkpoint(
@@ -148,15 +163,19 @@ def save_checkpoint(
         try:
             _make_folder(folder)
             _remove_leftovers(folder)
+            with suppress(OSError):
+                # A writer that died before it could prune left one too many; this save is to need room for one only.
+                _prune(folder, step=step, keep=keep)
             if not os.path.lexists(final) or _verdict(final) is not None:
                 _commit(final, step=step, tensors=tensors, encoded_state=encoded)
-            # Also where the checkpoint was there already: its writer may have died between rename and fsync.
-            _fsync_folder(folder)
+            else:
+                _fsync_folder(folder)  # its writer may have died between rename and fsync
         except (OSError, SafetensorError) as error:
             needed = len(encoded) + sum(t.nbytes for group in tensors.values() for t in group.values())
             raise CheckpointError(
-                f"checkpoint {final} could not be written: {error}; it needs {needed} bytes and {_free_bytes(folder)} "
-                f"are free there; earlier checkpoints are untouched: make room, or make the folder writable"
+                f"checkpoint {final} could not be written: {error}; it needs about {needed} bytes and "
+                f"{_free_bytes(folder)} are free there; earlier checkpoints are untouched: make room, or make the "
+                f"folder writable"
             ) from error
         try:
             _verdicts[final] = (_fingerprint(final), None)
@@ -170,8 +189,29 @@ def save_checkpoint(
     return final
 
 
-def load_newest(folder: Path) -> Checkpoint | None:
+def prepare_folder(folder: Path) -> None:
+    """Make the folder of checkpoints where it is missing, and write a byte to it: before training, not hours later.
+
+    Raises:
+        CheckpointError: where nothing can be saved there.
+    """
+    try:
+        _make_folder(folder)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".tmp-", buffering=0) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise CheckpointError(
+            f"no checkpoint can be written to {folder}: {error}; choose a folder that is yours and has room"
+        ) from error
+
+
+def load_newest(folder: Path, *, allow_fresh: bool = False) -> Checkpoint | None:
     """Return the newest checkpoint (by step) that is intact, or None where there is none at all.
+
+    Args:
+        folder: holds the checkpoints.
+        allow_fresh: return None also where there are checkpoints and none is intact, because the user has said that
+            the run may begin anew then. `set_aside` moves them out of its way.
 
     Raises:
         CheckpointError: where there are checkpoints and none is intact (the text gives each one's reason), or the
@@ -187,10 +227,27 @@ def load_newest(folder: Path) -> Checkpoint | None:
             return replace(_open(path), passed_over=tuple(passed_over))
         except CheckpointError as error:
             passed_over.append((path, str(error)))
-    if not passed_over:
+    if not passed_over or allow_fresh:
         return None
     reasons = "; ".join(f"{path.name}: {reason}" for path, reason in passed_over)
     raise CheckpointError(f"no checkpoint in {folder} can be trusted, so there is none to resume from ({reasons})")
+
+
+def set_aside(folder: Path) -> list[Path]:
+    """Rename every checkpoint that cannot be trusted to `.bad-…`, so that no later resume meets it.
+
+    For the one process that saves into the folder. They are kept as evidence until retention has passed their step.
+
+    Returns:
+        The new names.
+
+    Raises:
+        CheckpointError: where one cannot be renamed.
+    """
+    try:
+        return [_rename_bad(path, step=step) for step, path in _committed(folder) if _verdict(path) is not None]
+    except OSError as error:
+        raise CheckpointError(f"a damaged checkpoint in {folder} cannot be set aside: {error}") from error
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -224,15 +281,25 @@ def _commit(final: Path, *, step: int, tensors: Mapping[str, Mapping[str, Tensor
         _write(temporary / MANIFEST, encode_manifest(step=step, written_by=__version__, seals=seals))
         _fsync_folder(temporary)
         if os.path.lexists(final):
-            final.rename(final.with_name(f".bad-{step:012d}-{secrets.token_hex(4)}"))
+            _rename_bad(final, step=step)
         temporary.rename(final)
+        try:
+            _fsync_folder(final.parent)
+        except BaseException:
+            # Not left to a later save of the same step: its fsync would call clean what this one may have lost.
+            final.rename(temporary)
+            raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
+def _rename_bad(path: Path, *, step: int) -> Path:
+    return path.rename(path.with_name(f".bad-{step:012d}-{secrets.token_hex(4)}"))
+
+
 def _write(path: Path, content: bytes) -> Seal:
-    _check_limit(path.name, size_bytes=len(content))
+    check_limit(path.name, size_bytes=len(content))
     path.write_bytes(content)
     return _seal(path)
 
@@ -240,8 +307,8 @@ def _write(path: Path, content: bytes) -> Seal:
 def _seal(path: Path) -> Seal:
     """Make a file durable and private, and say what it holds."""
     path.chmod(0o600)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with path.open("rb", buffering=0) as file:
+        digest = digest_of(file)
         os.fsync(file.fileno())
         return Seal(size_bytes=os.fstat(file.fileno()).st_size, sha256=digest)
 
@@ -284,9 +351,12 @@ def _committed(folder: Path) -> list[tuple[int, Path]]:
     """Every committed checkpoint as (step, path), newest first, intact or not."""
     if not folder.exists():
         return []
-    matches = [(_STEP_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
-    found = [(int(match[1]), path) for match, path in matches if match]
+    found = [(_step_of(path), path) for path in folder.iterdir() if _STEP_NAME.fullmatch(path.name)]
     return sorted(found, key=lambda item: item[0], reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _prune(folder: Path, *, step: int, keep: int) -> None:
@@ -356,13 +426,13 @@ def _fingerprint(path: Path) -> _Fingerprint:
 
 def _open(path: Path) -> Checkpoint:
     try:
-        with _opened_folder(path) as folder:
-            step, seals = decode_manifest(_manifest_bytes(folder))
+        with opened_folder(path) as folder:
+            step, seals = decode_manifest(manifest_bytes(folder))
             _check_names(path, step=step, seals=seals, present=os.listdir(folder))  # noqa: PTH208 -- by descriptor, not by path
             for name, seal in seals.items():
                 if name != STATE:
-                    _check_seal(folder, name, seal)
-            state = decode_state(_sealed_bytes(folder, STATE, seals[STATE]))
+                    check_seal(folder, name, seal)
+            state = decode_state(sealed_bytes(folder, STATE, seals[STATE]))
     except OSError as error:
         raise CheckpointError(f"it cannot be read ({error})") from error
     return Checkpoint(path=path, step=step, state=state, _seals=seals)
@@ -379,63 +449,3 @@ def _check_names(path: Path, *, step: int, seals: Mapping[str, Seal], present: I
         raise CheckpointError(f"{quoted(missing)} is missing")
     if extra:
         raise CheckpointError(f"{quoted(extra)} is not in {MANIFEST}")
-
-
-def _check_seal(folder: int, name: str, seal: Seal) -> None:
-    with _opened_file(folder, name) as file:
-        _check_size(file, name=name, seal=seal)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != seal.sha256:
-        raise CheckpointError(f"the sha256 of {name} is not the one in {MANIFEST}")
-
-
-def _sealed_bytes(folder: int, name: str, seal: Seal) -> bytes:
-    """Read a file whole, and verify the very bytes that are returned."""
-    with _opened_file(folder, name) as file:
-        _check_size(file, name=name, seal=seal)
-        content = file.readall()
-    if len(content) != seal.size_bytes or hashlib.sha256(content).hexdigest() != seal.sha256:
-        raise CheckpointError(f"the sha256 of {name} is not the one in {MANIFEST}")
-    return content
-
-
-def _check_size(file: FileIO, *, name: str, seal: Seal) -> None:
-    size_bytes = os.fstat(file.fileno()).st_size
-    if size_bytes != seal.size_bytes:
-        raise CheckpointError(f"{name} has {size_bytes} bytes and should have {seal.size_bytes}")
-    _check_limit(name, size_bytes=size_bytes)
-
-
-def _check_limit(name: str, *, size_bytes: int) -> None:
-    if size_bytes > MAX_JSON_BYTES.get(name, size_bytes):
-        raise CheckpointError(
-            f"{name} has {size_bytes} bytes, more than the {MAX_JSON_BYTES[name]} that are written or read: "
-            f"store large values as tensors"
-        )
-
-
-def _manifest_bytes(folder: int) -> bytes:
-    with _opened_file(folder, MANIFEST) as file:
-        _check_limit(MANIFEST, size_bytes=os.fstat(file.fileno()).st_size)
-        return file.readall()
-
-
-@contextmanager
-def _opened_folder(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _opened_file(folder: int, name: str) -> Iterator[FileIO]:
-    """Open a regular file of an open folder; a link, a device or a pipe is refused before it is opened."""
-    if not stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-        raise CheckpointError(f"{name} is not a regular file")
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with os.fdopen(os.open(name, flags, dir_fd=folder), "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise CheckpointError(f"{name} is not a regular file")
-        yield file

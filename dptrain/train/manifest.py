@@ -1,4 +1,4 @@
-"""The two JSON files of a checkpoint, byte for byte: `manifest.json`, which seals the files, and `state.json`.
+"""The JSON of a checkpoint, byte for byte: `manifest.json`, which seals the files, `state.json`, and tensor headers.
 
 Strict JSON, extended in two places by objects with one reserved key: a non-finite float is written as its eight bytes
 (`{"$float64": "7ff8000000000000"}`), a tuple as `{"$tuple": [...]}`. No file is opened here. The text of a
@@ -101,6 +101,19 @@ def decode_state(content: bytes) -> dict[str, JSON]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{STATE} is not an object")
     return state
+
+
+def check_safetensors_header(content: bytes) -> None:
+    """Refuse a safetensors file that names a tensor twice, which its own reader takes without a word.
+
+    Args:
+        content: the file, which that reader has accepted, so that its header is within bounds.
+
+    Raises:
+        CheckpointError: where a key stands twice.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    _decode_json(content[8:end], name="its header")
 
 
 def _dumps(value: object) -> bytes:

@@ -64,7 +64,8 @@ class JsonlLog:
     Args:
         path: file to create; its folder exists.
         key: the field that orders rows; every row has it, and `resume` cuts by it.
-        append: go on in a log that exists, as it is. `resume` is what cuts it first.
+        append: go on in a log that exists, behind its last whole row: what a kill left of a torn one is cut off.
+            `resume` cuts it at a step first.
 
     Raises:
         DptrainError: where `path` exists already and `append` is false: two runs in one log could not be told apart.
@@ -75,10 +76,15 @@ class JsonlLog:
         self._key = key
         self._pending = b""
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (0 if append else os.O_EXCL)
+        torn = _unended(self._path) if append else b""
         try:
             self._fd = os.open(self._path, flags, 0o600)
         except FileExistsError:
             raise DptrainError(f"{self._path} exists already: resume that run, or choose another folder") from None
+        if _parse(torn) is not None:
+            self._pending = b"\n"  # a whole row that lacks its end alone
+        elif torn:
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - len(torn))
 
     @classmethod
     def resume(cls, path: Path | str, *, up_to: int, key: str = "step") -> Self:
@@ -162,6 +168,11 @@ def read_rows(path: Path | str) -> list[dict[str, Value]]:
                 "so the file was damaged after it was written: remove that line if the rest is to be used"
             )
     return rows
+
+
+def _unended(path: Path) -> bytes:
+    """What stands behind the last line break."""
+    return path.read_bytes().rpartition(b"\n")[2] if path.exists() else b""
 
 
 def _parse(line: bytes) -> dict[str, Value] | None:

@@ -1,6 +1,11 @@
 """Between a live model or optimizer and the tensors and JSON of a checkpoint; no file is touched here.
 
 What is packed shares memory with the live object where it can: copy it before the next step if it is written later.
+
+Parameters sharded by `fully_shard` are packed whole, so that a checkpoint does not know how many ranks wrote it, and
+fits any number of them, and the same model without sharding. Packing is then a collective: every rank calls it, one
+tensor after the other is gathered, and rank 0 alone keeps it, in host memory. Unpacking is none: each rank takes its
+shard of the whole.
 """
 
 from __future__ import annotations
@@ -8,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dptrain.errors import CheckpointError
@@ -27,13 +33,13 @@ def pack_model(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's state dict, buffers included, in tensors that share no memory with one another.
 
     Tied weights (names of one and the same tensor) stand under their first name only. Views that overlap otherwise
-    are written each in full.
+    are written each in full. On ranks other than 0, sharded entries are left out.
 
     Raises:
-        CheckpointError: where an entry is not a plain dense tensor.
+        CheckpointError: where an entry is not a dense tensor.
     """
-    live = {name: _plain_tensor(name, value) for name, value in model.state_dict().items()}
-    return _unshared({name: live[name] for name in dict.fromkeys(_first_names(live).values())})
+    live, first_names = _entries(model)
+    return _unshared(_gathered({name: live[name] for name in dict.fromkeys(first_names.values())}))
 
 
 def unpack_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -43,14 +49,27 @@ def unpack_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         CheckpointError: where names, shapes or dtypes differ; the text lists the differences, and the model is as it
             was.
     """
-    live = {name: _plain_tensor(name, value) for name, value in model.state_dict().items()}
-    first_names = _first_names(live)
+    live, first_names = _entries(model)
     wanted = {name: _form(live[name].shape, live[name].dtype) for name in first_names.values()}
     saved = {name: _form(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     _refuse("model", list(_differences(live=wanted, saved=saved)))
+    for name in dict.fromkeys(first_names.values()):
+        if _is_sharded(live[name]):
+            _copy_shard(live[name], whole=tensors[name])
     # Under every name, not the first alone: a module may react to its own keys, and copying a tied weight twice
-    # changes nothing.
-    model.load_state_dict({name: tensors[first] for name, first in first_names.items()})
+    # changes nothing, nor does copying a shard onto itself.
+    model.load_state_dict(
+        {name: live[name] if _is_sharded(live[name]) else tensors[first] for name, first in first_names.items()}
+    )
+
+
+def infinite_buffers(model: nn.Module) -> frozenset[str]:
+    """Return the entries (`model/mask`) of buffers that hold infinities now, as a mask of attention does on purpose.
+
+    For `Saver`, before training: later they could not be told from what went wrong. Synchronises the device.
+    """
+    buffers = {f"model/{name}": buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    return frozenset(name for name, buffer in buffers.items() if buffer.isinf().any())
 
 
 def pack_optimizer(optimizer: Optimizer, *, names: Mapping[nn.Parameter, str]) -> tuple[dict[str, Tensor], JSON]:
@@ -62,8 +81,8 @@ def pack_optimizer(optimizer: Optimizer, *, names: Mapping[nn.Parameter, str]) -
 
     Returns:
         Tensors under `<entry>/<parameter>` (`exp_avg/layer.weight`), a group's tensor options under
-        `group-<i>/<option>`; and everything else: class, groups with their options (tuples as
-        tuples), scalars, shapes and dtypes.
+        `group-<i>/<option>`, and on rank 0 only what is sharded; and everything else: class, groups with their options
+        (tuples as tuples), scalars, shapes and dtypes.
 
     Raises:
         CheckpointError: where state belongs to no named parameter, so that it would be lost.
@@ -81,15 +100,15 @@ def pack_optimizer(optimizer: Optimizer, *, names: Mapping[nn.Parameter, str]) -
     for index, (group, members) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
         options = {key: value for key, value in group.items() if key != "params"}
         found, values = _split(options)
-        tensors |= {f"group-{index}/{key}": tensor for key, tensor in found.items()}
+        tensors |= {f"group-{index}/{key}": _dense(key, tensor) for key, tensor in found.items()}
         described.append({"parameters": list(members), "options": values, "tensors": list(found)})
         for name, parameter in members.items():
             found, values = _split(optimizer.state.get(parameter, {}))
-            tensors |= {f"{key}/{name}": tensor for key, tensor in found.items()}
+            tensors |= {f"{key}/{name}": _dense(f"{key}/{name}", tensor, of=parameter) for key, tensor in found.items()}
             form = _form(parameter.shape, parameter.dtype)
             parameters[name] = {"form": form, "values": values, "tensors": list(found)}
     state: JSON = {"class": type(optimizer).__qualname__, "groups": described, "parameters": parameters}
-    return _unshared({key: _plain_tensor(key, tensor) for key, tensor in tensors.items()}), state
+    return _unshared(_gathered(tensors)), state
 
 
 def unpack_optimizer(
@@ -160,28 +179,80 @@ def _option(live: object, *, saved: Tensor) -> Tensor:
 
 
 def _placed(saved: Tensor, *, like: Tensor) -> Tensor:
-    """Copy state to where `like` is, in its own dtype, and with the strides of `like` where it has its shape."""
+    """Copy state to where `like` is, in its own dtype; with strides and shards of `like` where it has its shape."""
     if saved.shape != like.shape:
         return saved.to(device=like.device, copy=True)
-    return torch.empty_like(like, dtype=saved.dtype, requires_grad=False).copy_(saved)
+    placed = torch.empty_like(like, dtype=saved.dtype, requires_grad=False)
+    if _is_sharded(placed):
+        _copy_shard(placed, whole=saved)
+        return placed
+    return placed.copy_(saved)
 
 
-def _plain_tensor(name: str, value: object) -> Tensor:
-    if not isinstance(value, Tensor) or type(value.detach()) is not Tensor or value.layout is not torch.strided:
+def _dense(name: str, value: object, *, of: Tensor | None = None) -> Tensor:
+    """Refuse what a checkpoint cannot hold, or not give back; `of` is the parameter that the value is state of."""
+    plain = isinstance(value, Tensor) and (type(value.detach()) is Tensor or _is_sharded(value))
+    if not isinstance(value, Tensor) or not plain or value.layout is not torch.strided:
         raise CheckpointError(
-            f"{name!r} is a {type(value).__name__}, and a checkpoint holds plain dense tensors only: "
-            f"gather or convert it first"
+            f"{name!r} is a {type(value).__name__}, and a checkpoint holds dense tensors only: convert it first"
+        )
+    if of is not None and _is_sharded(value) and value.shape != of.shape:
+        raise CheckpointError(
+            f"{name!r} is sharded and of shape {tuple(value.shape)}, its parameter of shape {tuple(of.shape)}, so that "
+            f"nothing would say how to shard it again: use an optimizer whose state has the parameter's shape"
         )
     return value.detach()
 
 
-def _first_names(entries: Mapping[str, Tensor]) -> dict[str, str]:
-    """For each name the first name of the same tensor: itself, unless weights are tied."""
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    # By its method: to import DTensor only to ask for its type would double the import time.
+    return hasattr(tensor, "full_tensor")
+
+
+def _gathered(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return whole tensors; sharded ones by one collective each, in the order given, and then on rank 0 only."""
+    whole = {}
+    for name, tensor in entries.items():
+        if _is_sharded(tensor):
+            gathered = cast("Any", tensor).full_tensor()
+            if dist.get_rank() == 0:
+                whole[name] = gathered.cpu()
+            del gathered  # before the next one needs the room
+        else:
+            whole[name] = tensor
+    return whole
+
+
+def _copy_shard(sharded: Tensor, *, whole: Tensor) -> None:
+    """Copy this rank's shard of `whole` in place, without a collective."""
+    from torch.distributed.tensor import distribute_tensor
+
+    live = cast("Any", sharded)
+    shard = distribute_tensor(whole, live.device_mesh, live.placements, src_data_rank=None)
+    live.to_local().copy_(shard.to_local())
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def _entries(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict, and for each of its names the first name of the same tensor: itself, unless weights are tied."""
+    # The state dict first: it makes FSDP put the shards back into the modules, where they are looked for next.
+    live = {name: _dense(name, value) for name, value in model.state_dict().items()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     firsts: dict[object, str] = {}
-    return {name: firsts.setdefault(_identity(name, tensor), name) for name, tensor in entries.items()}
+    return live, {
+        name: firsts.setdefault(_identity(name, tensor, parameter=parameters.get(name)), name)
+        for name, tensor in live.items()
+    }
 
 
-def _identity(name: str, tensor: Tensor) -> object:
+def _identity(name: str, tensor: Tensor, *, parameter: nn.Parameter | None) -> object:
+    if _is_sharded(tensor):
+        return name if parameter is None else id(parameter)  # a shard may be empty here and not on another rank
     if not tensor.numel():
         return name  # no memory, so nothing to share
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())

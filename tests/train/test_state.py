@@ -360,5 +360,5 @@ def test_entries_that_are_no_plain_tensor_are_refused():
         pack_model(WithExtra())
     sparse = nn.Module()
     sparse.register_buffer("mask", torch.eye(2).to_sparse())
-    with pytest.raises(CheckpointError, match="'mask' is a Tensor, and a checkpoint holds plain dense"):
+    with pytest.raises(CheckpointError, match="'mask' is a Tensor, and a checkpoint holds dense"):
         pack_model(sparse)

@@ -1,0 +1,69 @@
+"""`dptrain export RUN_OR_CHECKPOINT --to FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from dptrain.errors import CheckpointError, ConfigError
+from dptrain.train.checkpoint import Checkpoint, load_checkpoint, load_newest
+from dptrain.train.manifest import MANIFEST
+from dptrain.train.run_folder import checkpoints_in
+
+_DESCRIPTION = """Write the bare weights of a checkpoint to one safetensors file, which needs no dptrain to be read.
+Every byte is verified first. Weights that are tied stand under the first of their names."""
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Write the weights of the newest verified checkpoint of a run, or of the one named, and say what was written.
+
+    Raises:
+        ConfigError: where there is no checkpoint, or the file is there already.
+        CheckpointError: where no checkpoint can be trusted, or the file cannot be written.
+    """
+    parser = argparse.ArgumentParser(prog="dptrain export", description=_DESCRIPTION)
+    parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run folder, or one step-… of it")
+    parser.add_argument("--to", type=Path, required=True, metavar="FILE", help="such as weights.safetensors")
+    options = parser.parse_args(arguments)
+    if options.to.exists():
+        raise ConfigError(f"{options.to} exists already: name another file in --to, or remove it")
+    checkpoint = _find(options.source)
+    for path, reason in checkpoint.passed_over:
+        sys.stderr.write(f"dptrain export: passed over {path}: {reason}\n")
+    num_tensors, size_bytes = _write_weights(checkpoint, to=options.to)
+    sys.stdout.write(
+        f"weights of step {checkpoint.step:,} ({num_tensors} tensors, {size_bytes:,} bytes): {options.to}\n"
+    )
+    return 0
+
+
+def _find(source: Path) -> Checkpoint:
+    if (source / MANIFEST).exists():
+        return load_checkpoint(source)
+    folder = checkpoints_in(source)
+    checkpoint = load_newest(folder if folder.is_dir() else source)
+    if checkpoint is None:
+        raise ConfigError(
+            f"there is no checkpoint in {source}: name a run folder, or a folder step-… in its {folder.name}"
+        )
+    return checkpoint
+
+
+def _write_weights(checkpoint: Checkpoint, *, to: Path) -> tuple[int, int]:
+    """Write under another name first, so that what bears the name is whole."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    weights = checkpoint.tensors("model")
+    try:
+        # In a folder of its own: the file gets the mode that the user's umask gives, as it is meant to be passed on.
+        with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as folder:
+            temporary = Path(folder) / to.name
+            save_file(weights, temporary, metadata={"format": "pt", "step": str(checkpoint.step)})
+            temporary.rename(to)
+        return len(weights), to.stat().st_size
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the weights could not be written to {to}: {error}") from error
