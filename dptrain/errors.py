@@ -27,3 +27,15 @@ class DesyncError(DptrainError):
 
 class AbortedError(DptrainError):
     """Another replica failed in what was done on behalf of all; its own error says why."""
+
+
+class MeetingError(DptrainError):
+    """The replicas did not all come together, or cannot reach one another: the text names who is missing."""
+
+
+class DivergedError(DptrainError):
+    """Training went out of the numbers: too many steps in a row had a gradient that is not finite."""
+
+
+class PeerLostError(AbortedError):
+    """Another replica ended, or did not answer in time, in the middle of a step."""

@@ -7,7 +7,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from dptrain.errors import CheckpointError, ConfigError, DesyncError, DptrainError, TaskError
+from dptrain.errors import (
+    CheckpointError,
+    ConfigError,
+    DesyncError,
+    DivergedError,
+    DptrainError,
+    MeetingError,
+    TaskError,
+)
 
 _USAGE = """\
 usage: dptrain [--version] COMMAND [OPTIONS]
@@ -15,13 +23,24 @@ usage: dptrain [--version] COMMAND [OPTIONS]
 commands:
   train    train a task on all GPUs, or on CPU replicas; measure the noise scale and adapt the batch
   report   draw report.png of a run folder
+  export   write the bare weights of a checkpoint to one file
 
 `dptrain COMMAND --help` lists the options of a command.
+
+exit codes:
+  0   done                                  71  hung, and ended by a watchdog
+  1   crashed; the traceback says where     74  a checkpoint cannot be written or trusted
+  2   settings or task are wrong            75  stopped on request, with a checkpoint: --resume goes on
+  65  training diverged                     76  the replicas disagree
+  69  the replicas did not meet             70  another error of dptrain
+128 + n: a replica was killed by signal n
 """
 
 _EXIT_CODES: tuple[tuple[type[DptrainError], int], ...] = (
     (ConfigError, 2),
     (TaskError, 2),
+    (DivergedError, 65),
+    (MeetingError, 69),
     (CheckpointError, 74),
     (DesyncError, 76),
     (DptrainError, 70),
@@ -31,16 +50,16 @@ _PATIENCE_S = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a sub-command and return the exit code.
-
-    0 done; 2 settings or task wrong; 70 other error of dptrain; 74 checkpoint cannot be written or trusted;
-    75 stopped on request, can be resumed; 76 replicas disagree.
-    """
+    """Run a sub-command and return the exit code, one of those that `dptrain --help` lists."""
     if arguments is None:
         # This is the program itself: until training handles Ctrl-C, it ends without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    commands: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "report": _report}
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "train": _train,
+        "report": _report,
+        "export": _export,
+    }
     if arguments[:1] == ["--version"]:
         from dptrain.version import __version__
 
@@ -56,14 +75,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(arguments[1:])
     except DptrainError as error:
-        from dptrain.cli.replicas import is_silent_replica
-
-        if is_silent_replica():
-            # Were this one to end first, the launcher would end the others before rank 0 has told what is wrong. In
-            # general rank 0 then ends, and with it this one; it speaks only where it is alone in its trouble.
-            time.sleep(_PATIENCE_S)
-        sys.stderr.write(f"dptrain {arguments[0]}: {error}\n")
+        _tell(error, command=arguments[0])
         return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
+    except Exception as error:
+        from dptrain.cli.last_words import leave_words
+
+        if not leave_words(error):
+            raise
+        return 1
+
+
+def _tell(error: DptrainError, *, command: str) -> None:
+    """Tell the launcher of the replicas, if there is one that listens, or else the user."""
+    from dptrain.cli.last_words import leave_words
+    from dptrain.cli.replicas import is_silent_replica
+
+    if leave_words(error):
+        return
+    if is_silent_replica():
+        # Were this one to end first, torchrun would end the others before rank 0 has told what is wrong. In general
+        # rank 0 then ends, and with it this one; it speaks only where it is alone in its trouble.
+        time.sleep(_PATIENCE_S)
+    sys.stderr.write(f"dptrain {command}: {error}\n")
 
 
 # Each command is imported when it is called, so that none pays for another.
@@ -77,3 +110,9 @@ def _report(arguments: Sequence[str]) -> int:
     from dptrain.cli.report import report
 
     return report(arguments)
+
+
+def _export(arguments: Sequence[str]) -> int:
+    from dptrain.cli.export import export
+
+    return export(arguments)

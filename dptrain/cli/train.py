@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dptrain.cli.replicas import default_replicas, is_replica, start_replicas
+from dptrain.cli.replicas import GRACE_S, count_gpus, is_replica, start_replicas
 from dptrain.cli.settings import parse
 from dptrain.errors import ConfigError
 from dptrain.train.config import TrainConfig
@@ -26,24 +27,47 @@ def train(arguments: Sequence[str]) -> int:
         if options.replicas is not None:
             raise ConfigError("--replicas has no meaning under a launcher, which has started the replicas already")
         return _train_here(config, resume=options.resume)
-    if options.replicas is None:
-        options.replicas = default_replicas(cpu=config.device == "cpu")
+    _refuse_in_many_tasks()
+    num_gpus = count_gpus(cpu=config.device == "cpu")
+    # Two on the CPU: the least that has gradients to compare.
+    num_replicas = (num_gpus or 2) if options.replicas is None else options.replicas
     config = replace(config, run_dir=config.run_dir or default_run_dir(config.task))
     with tempfile.TemporaryDirectory(prefix="dptrain-") as folder:
         path = Path(folder) / "config.yaml"
         write_config(path, config)
         resume = ["--resume"] if options.resume else []
-        return start_replicas(["train", "--config", str(path), *resume], num_replicas=options.replicas)
+        return start_replicas(
+            ["train", "--config", str(path), *resume],
+            num_replicas=num_replicas,
+            run_dir=Path(str(config.run_dir)),
+            max_restarts=options.max_restarts,
+            grace_s=GRACE_S if options.grace is None else options.grace,
+            fork=num_gpus == 0,
+        )
+
+
+def _refuse_in_many_tasks() -> None:
+    """Refuse to become one of several launchers that fight for a run folder."""
+    num_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if num_tasks != "1":
+        raise ConfigError(
+            f"srun started {num_tasks} of this command, and each would start replicas of its own: use "
+            "launch/slurm.sbatch, or srun --ntasks 1"
+        )
 
 
 def _train_here(config: TrainConfig, *, resume: bool) -> int:
     import torch.distributed as dist
 
     from dptrain.train import Trainer
+    from dptrain.train.consensus import lost_peers_named
+    from dptrain.train.meeting import meet
 
     try:
-        trainer = Trainer(config, resume=resume)
-        summary = trainer.run()
+        meet(device=config.device)
+        with lost_peers_named(lambda: 0):
+            trainer = Trainer(config, resume=resume)
+            summary = trainer.run()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

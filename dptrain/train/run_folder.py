@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import os
+import platform
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from dptrain.errors import ConfigError
 from dptrain.train.config import TrainConfig
+from dptrain.train.settings_file import settings_text
+
+_LONGEST_SHOWN = 200  # characters of a name that cannot be one
 
 # Settings that a resumed run may have otherwise: they change what is told, not what is trained.
 _FREE_ON_RESUME = ("run_dir", "log", "checkpoint", "num_workers", "device")
@@ -39,9 +44,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, resume: bool) -> None:
         self.path = path
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"run folder {path} is a file: choose another --run_dir")
-        held = self.metrics.exists() or self.config.exists()
+        held = _held(path)
         if held and not resume:
             raise ConfigError(
                 f"run folder {path} holds a run already: add --resume to go on, or choose another --run_dir"
@@ -49,7 +52,8 @@ class RunFolder:
         if resume and not held:
             raise ConfigError(f"there is no run to resume in {path}: check --run_dir, or leave --resume out")
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, exist_ok=True)  # what is in it is then its owner's alone, whatever its own mode
             with tempfile.TemporaryFile(dir=path):
                 pass
         except OSError as error:
@@ -58,7 +62,28 @@ class RunFolder:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise ConfigError(f"run folder {path} is in use by another process: two runs cannot share it") from None
+            raise ConfigError(f"run folder {path} is in use by {self._holder()}: two runs cannot share it") from None
+        self._sign()
+
+    def _sign(self) -> None:
+        """Leave for the next one who comes who has the lock; its own file is emptied by whoever asks for it."""
+        signature = {
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "since": f"{dt.datetime.now().astimezone():%Y-%m-%d %H:%M:%S}",
+        }
+        self._signature.write_text(json.dumps(signature), encoding="utf-8")
+
+    def _holder(self) -> str:
+        try:
+            found = json.loads(self._signature.read_text(encoding="utf-8"))
+            return f"process {found['pid']} on {found['host']} since {found['since']}"
+        except (OSError, ValueError, KeyError, TypeError):  # it has the lock and has not signed yet
+            return "another process"
+
+    @property
+    def _signature(self) -> Path:
+        return self.path / ".holder"
 
     @property
     def metrics(self) -> Path:
@@ -82,6 +107,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Give the folder free."""
+        self._signature.unlink(missing_ok=True)
         self._lock.release()
 
 
@@ -90,10 +116,36 @@ def checkpoints_in(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
+def _held(path: Path) -> bool:
+    """Whether a run was begun in a folder of this name, which must be one that a folder can have."""
+    try:
+        is_file, held = path.exists() and not path.is_dir(), holds_run(path)
+    except (OSError, ValueError) as error:  # a name with a NUL in it is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"run folder {str(path)[:_LONGEST_SHOWN]!r} cannot be: {reason}") from None
+    if is_file:
+        raise ConfigError(f"run folder {path} is a file: choose another --run_dir")
+    return held
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether a run was begun in this folder, so that there is one to go on with."""
+    return (run_dir / "metrics.jsonl").exists() or (run_dir / "config.yaml").exists()
+
+
+def newest_step(run_dir: Path) -> int:
+    """Return the step of the newest checkpoint by its name alone, whether or not it can be trusted; 0 without one."""
+    try:
+        names = [path.name for path in checkpoints_in(run_dir).iterdir()]
+    except (OSError, ValueError):  # whoever makes the folder says what is wrong with it
+        return 0
+    return max((int(found[1]) for name in names if (found := re.fullmatch(r"step-([0-9]{12,})", name))), default=0)
+
+
 def write_config(path: Path, config: TrainConfig) -> None:
     """Write settings so that `--config` reads them back; replaces the file in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    temporary.write_text(settings_text(config), encoding="utf-8")
     temporary.replace(path)
 
 
