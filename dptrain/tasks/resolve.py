@@ -76,9 +76,9 @@ def check_task(task: Task) -> None:
             with a graph that reaches a parameter of the model.
     """
     with _random_state_kept(), torch.enable_grad():
+        samples = [_sample(task.train_data, index, name=task.name) for index in range(_NUM_CHECKED_SAMPLES)]
         with _reported(f"the first two training samples of task {task.name!r} do not make a micro-batch"):
-            data: Any = task.train_data
-            batch = (task.collate or default_collate)([data[index] for index in range(_NUM_CHECKED_SAMPLES)])
+            batch = (task.collate or default_collate)(samples)
         with _reported(f"the model of task {task.name!r} cannot be copied"):
             model = copy.deepcopy(task.model).train()
         with _reported(f"the loss of task {task.name!r} does not run on a micro-batch of two samples"):
@@ -91,11 +91,22 @@ def _find(spec: str) -> Callable[..., Task]:
         return BUILT_IN[spec]
     path, colon, function = spec.rpartition(":")
     if colon:
-        return _function_in(_import_file(Path(path).expanduser().resolve()), function)
+        return _function_in(_import_file(_resolved(path)), function)
     hint = f", write {spec}:FUNCTION" if spec.endswith(".py") else _nearest(spec, BUILT_IN)
     raise ConfigError(
         f"unknown task {spec!r}{hint}; built in are {', '.join(BUILT_IN)}, your own is path/to/file.py:function"
     )
+
+
+def _resolved(path: str) -> Path:
+    try:
+        resolved = Path(path).expanduser().resolve()
+        is_task_file = resolved.suffix == ".py" and resolved.is_file()
+    except (OSError, ValueError, RuntimeError):  # no name that a file can have; no home
+        resolved, is_task_file = Path(path), False
+    if not is_task_file:
+        raise ConfigError(f"no task file {resolved}; write path/to/file.py:function, as seen from {Path.cwd()}")
+    return resolved
 
 
 def _function_in(module: ModuleType, name: str) -> Callable[..., Task]:
@@ -107,8 +118,6 @@ def _function_in(module: ModuleType, name: str) -> Callable[..., Task]:
 
 
 def _import_file(path: Path) -> ModuleType:
-    if path.suffix != ".py" or not path.is_file():
-        raise ConfigError(f"no task file {path}; write path/to/file.py:function, as seen from {Path.cwd()}")
     loaded = sys.modules.get(path.stem)
     if loaded is not None and _is_file(getattr(loaded, "__file__", None), path):
         return loaded
@@ -165,13 +174,18 @@ def _is_file(name: str | None, path: Path) -> bool:
 
 def _check_options(build: Callable[..., Task], *, name: str, options: Mapping[str, Any]) -> None:
     signature = inspect.signature(build)
+    odd = next((key for key in options if not isinstance(key, str)), None)
+    if odd is not None:
+        raise ConfigError(f"the options of task {name!r} must have names that are text, got {odd!r}")
     try:
         signature.bind(**options)
     except TypeError as error:
         names = [p.name for p in signature.parameters.values() if p.kind in _BY_KEYWORD]
         unknown = next((key for key in options if key not in names), None)
         if unknown is None:
-            raise ConfigError(f"task {name!r} cannot be built with options {dict(options)}: {error}") from None
+            # Names alone: a value may be long, or nobody's business.
+            given = f"the options {', '.join(options)}" if options else "no options"
+            raise ConfigError(f"task {name!r} cannot be built with {given}: {error}") from None
         its_options = f"its options are {', '.join(names)}" if names else "it has none"
         raise ConfigError(f"task {name!r} has no option {unknown!r}{_nearest(unknown, names)}; {its_options}") from None
 
@@ -201,6 +215,11 @@ def _check_data(data: Any, what: str, *, at_least: int) -> None:  # noqa: ANN401
         raise TaskError(f"{what} must have at least {at_least} samples, got {length}")
 
 
+def _sample(data: Any, index: int, *, name: str) -> Any:  # noqa: ANN401 - whatever a user gave
+    with _reported(f"sample {index} of the training data of task {name!r} cannot be read"):
+        return data[index]
+
+
 def _check_loss(loss: Any, *, model: nn.Module, name: str) -> None:  # noqa: ANN401 - whatever a user's loss returned
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
@@ -211,6 +230,11 @@ def _check_loss(loss: Any, *, model: nn.Module, name: str) -> None:  # noqa: ANN
         raise TaskError(
             f"the loss of task {name!r} must return one floating-point number, the mean over the micro-batch's "
             f"samples, got shape {tuple(loss.shape)} of {loss.dtype}"
+        )
+    if loss.device != parameters[0].device:
+        raise TaskError(
+            f"the loss of task {name!r} is on device {loss.device}, and its model on {parameters[0].device}: "
+            "put what the loss makes itself where the micro-batch is"
         )
     if not loss.requires_grad:
         raise TaskError(f"the loss of task {name!r} returned no graph: is there a .detach(), .item() or no_grad in it?")

@@ -1,0 +1,215 @@
+"""F10 and invariant 13 of the faults: whatever stands in settings, they are settings or a ConfigError."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dptrain.errors import ConfigError
+from dptrain.train import TrainConfig
+from dptrain.train.settings_file import build_config, read_settings, setting_names, settings_text
+
+# The long form of the fuzz: DPTRAIN_FUZZ_CASES=1000.
+FUZZ = settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=int(os.environ.get("DPTRAIN_FUZZ_CASES", "300")),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
+ODD_TEXT = st.sampled_from(
+    [
+        *("no", "1e3", "010", "null", "~", "", "true", "1_0", ".nan", "2026-01-01", "=", "<<", "0o7", "1:30"),
+        *("a: b", "- a", "#", "'", "!x", "&a", "*a", "%", "@", "|", "\n", "a\n b\n", "é", "😀"),
+        *("\t", "\x85", "\u2028", "\ufeff", "\x00", "\x7f", "\ud800"),
+    ]
+)
+SCALAR = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT, ODD_TEXT)
+JUNK = st.recursive(
+    SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT | ODD_TEXT, inner, max_size=3)
+)
+PLAIN_SCALAR = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**62), 2**62),
+    st.floats(allow_nan=False, allow_infinity=False),
+    TEXT,
+    ODD_TEXT.filter("\ud800".__ne__),
+)
+PLAIN = st.recursive(
+    PLAIN_SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6
+)
+COUNT = st.integers(1, 2**40)
+POSITIVE = st.floats(1e-30, 1e30)
+VALID = {
+    "task": st.sampled_from(["digits", "a b/c.py:f", "no"]),
+    "task_options": st.dictionaries(TEXT.filter(bool), PLAIN, max_size=3),
+    "run_dir": st.none() | st.sampled_from(["runs/1", "1e3", "no", "ö: x", "-rf"]),
+    "seed": st.integers(0, 2**63 - 1),
+    "max_samples": st.none() | COUNT,
+    "global_batch_size": st.none() | COUNT,
+    "micro_batch_size": st.none() | COUNT,
+    "device": st.sampled_from(["auto", "cpu"]),
+    "precision": st.sampled_from(["no", "bf16"]),
+    "num_workers": st.integers(0, 64),
+    "control.ratio": POSITIVE,
+    "control.z": st.floats(1e-3, 1e3),
+    "control.powers_of_two": st.booleans(),
+    "control.max_change": st.floats(2, 1e6),
+    "control.dead_band": st.none() | st.floats(1.001, 1e6),
+    "control.dwell_samples": st.integers(0, 2**40),
+    "control.dwell_decisions": st.integers(0, 2**40),
+    "noise.observer": st.sampled_from(["parameters", "hook"]),
+    "noise.memory": st.floats(1e-6, 1e6),
+    "noise.half_life_samples": st.none() | POSITIVE,
+    "noise.level": st.floats(0.01, 0.99),
+    "optimizer.name": st.sampled_from(["adamw", "sgd"]),
+    "optimizer.learning_rate": st.none() | POSITIVE,
+    "optimizer.rule": st.sampled_from(["none", "linear", "square_root", "gain", "noise"]),
+    "optimizer.schedule": st.sampled_from(["constant", "cosine", "linear"]),
+    "optimizer.weight_decay": st.floats(0, 1e6),
+    "optimizer.beta1": st.floats(0, 0.999),
+    "optimizer.beta2": st.floats(0, 0.999),
+    "optimizer.max_grad_norm": st.none() | POSITIVE,
+    "checkpoint.every_samples": st.none() | COUNT,
+    "checkpoint.keep": st.integers(1, 100),
+    "log.every_steps": COUNT,
+    "log.print_every_steps": COUNT,
+    "log.eval_every_samples": st.none() | COUNT,
+    "log.tracker": st.sampled_from(["auto", "wandb", "none"]),
+    "log.project": st.sampled_from(["dptrain", "1e3", "no", "null"]),
+}
+"""Values that are allowed in any combination. Those that depend on others are left at their defaults."""
+
+COUNTS = [
+    *("max_samples", "global_batch_size", "micro_batch_size", "control.smallest", "control.largest"),
+    *("checkpoint.every_samples", "checkpoint.keep"),
+    *("log.every_steps", "log.print_every_steps", "log.eval_every_samples"),
+]
+COUNTS_FROM_0 = ["seed", "num_workers", "control.dwell_samples", "control.dwell_decisions"]
+POSITIVES = [
+    *("control.ratio", "control.z", "control.max_change", "control.dead_band", "noise.memory"),
+    *("noise.half_life_samples", "optimizer.learning_rate", "optimizer.max_grad_norm"),
+]
+CHOICES = [
+    *("device", "precision", "control.law", "noise.observer", "optimizer.name", "optimizer.rule"),
+    *("optimizer.schedule", "log.tracker"),
+]
+OUTSIDE = {
+    **dict.fromkeys(COUNTS, (0, -1, 2**63, 10**5000, 1.5, "3", True, [], math.nan)),
+    **dict.fromkeys(COUNTS_FROM_0, (-1, 2**63, 1.5, "3", True, None, math.nan)),
+    **dict.fromkeys(POSITIVES, (0.0, -1.0, math.nan, math.inf, "1", True)),
+    **dict.fromkeys(CHOICES, ("newest", "", None, 3, False)),
+    "optimizer.beta1": [1.0, -0.1, math.nan, "1", None],
+    "optimizer.beta2": [1.0, -0.1, math.nan, "1", None],
+    "noise.level": [0.0, 1.0, -1.0, math.nan, None],
+    "optimizer.weight_decay": [-1.0, math.nan, math.inf, None],
+    "optimizer.final_fraction": [-0.1, 1.1, math.nan, "1"],
+    "optimizer.warmup_samples": [-1, 2**63, 0.5],
+    "control.powers_of_two": [1, "true", None],
+    "control.schedule": ["0:8", 3],
+    "control.samples_per_step": [3.0, "3"],
+    "run_dir": ["", "a\x00b", "a\nb", "a\x1b[2Jb", "x" * 256, "x/" * 4000, 7, "\udcff"],
+    "task": ["", None, 7, "a\x00b"],
+    "log.project": ["", None, 7, "a\nb"],
+    "task_options": [None, [], {1: 2}, {"a": math.nan}, {"a": object()}, {"a": (1, 2)}, {"a": {"b": {3}}}],
+}
+"""Values of each setting that are never allowed, or never beside the defaults."""
+
+
+def tree(flat):
+    """Return names with dots as groups."""
+    found = {}
+    for name, value in flat.items():
+        group, dot, inner = name.partition(".")
+        if dot:
+            found.setdefault(group, {})[inner] = value
+        else:
+            found[name] = value
+    return found
+
+
+@st.composite
+def valid_settings(draw):
+    """Some of the settings, in any order, each with a value that is allowed."""
+    names = draw(st.lists(st.sampled_from(sorted(VALID)), unique=True))
+    return {name: draw(VALID[name]) for name in names}
+
+
+def yaml_of(values):
+    return yaml.dump(values, allow_unicode=True, sort_keys=False, Dumper=yaml.SafeDumper)
+
+
+@FUZZ
+@given(
+    content=st.one_of(st.binary(max_size=60), st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace")))
+)
+def test_f10_any_bytes_give_settings_or_a_config_error(tmp_path, content):
+    """No content of a settings file gives another error, and none more than a sentence."""
+    path = tmp_path / "any.yaml"
+    path.write_bytes(content)
+    try:
+        settings_read = read_settings(path)
+    except ConfigError as error:
+        settings_read, sentence = {}, str(error)
+    else:
+        sentence = ""
+    assert isinstance(settings_read, dict)
+    assert "\n" not in sentence
+
+
+@FUZZ
+@given(flat=valid_settings(), name=st.sampled_from(sorted(setting_names())), junk=JUNK)
+def test_f10_any_value_gives_settings_or_a_config_error(flat, name, junk):
+    """Anything in the place of one setting is either a value of it or a ConfigError."""
+    try:
+        config = build_config(tree({**flat, name: junk}))
+    except ConfigError:
+        return
+    assert isinstance(config, TrainConfig)
+    assert yaml.safe_load(settings_text(config))
+
+
+@FUZZ
+@given(flat=valid_settings())
+def test_f10_settings_come_back_as_they_were(tmp_path, flat):
+    """Invariant 13: written and read, settings are equal, by our reader and, but for floats, by any other."""
+    config = build_config(tree(flat))
+    path = tmp_path / "settings.yaml"
+    path.write_text(settings_text(config), encoding="utf-8", newline="")
+    assert build_config(read_settings(path)) == config
+    assert yaml.safe_load(settings_text(config)) == asdict(config)
+
+
+@FUZZ
+@given(flat=valid_settings(), order=st.randoms(use_true_random=False))
+def test_f10_the_order_of_names_means_nothing(flat, order):
+    """Invariant 13: the same settings in another order are the same settings."""
+    names = list(flat)
+    order.shuffle(names)
+    assert build_config(tree({name: flat[name] for name in names})) == build_config(tree(flat))
+
+
+@pytest.mark.parametrize("name", sorted(OUTSIDE))
+def test_f10_one_value_outside_its_domain_is_refused_by_name(name):
+    """Invariant 13: each such value gives a ConfigError with the dotted name of the setting."""
+    for value in OUTSIDE[name]:
+        with pytest.raises(ConfigError) as caught:
+            build_config(tree({name: value}))
+        assert name in str(caught.value), (value, str(caught.value))
+
+
+def test_f10_every_setting_is_fuzzed():
+    """A setting that is added has a domain here in the same commit."""
+    alone = {"control.law", "control.samples_per_step", "control.schedule", "control.smallest", "control.largest"}
+    alone |= {"optimizer.warmup_samples", "optimizer.final_fraction"}  # allowed with some values of others only
+    assert set(VALID) | alone == set(setting_names())
+    assert set(OUTSIDE) == set(setting_names())
