@@ -59,10 +59,10 @@ def _write_weights(checkpoint: Checkpoint, *, to: Path) -> tuple[int, int]:
 
     weights = checkpoint.tensors("model")
     try:
-        # In a folder of its own: the file gets the mode that the user's umask gives, as it is meant to be passed on.
         with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as folder:
             temporary = Path(folder) / to.name
             save_file(weights, temporary, metadata={"format": "pt", "step": str(checkpoint.step)})
+            temporary.chmod(0o600)
             temporary.rename(to)
         return len(weights), to.stat().st_size
     except (OSError, SafetensorError) as error:

@@ -30,7 +30,7 @@ from dptrain.train.manifest import (
     PLAIN_NAME,
     STATE,
     Seal,
-    check_safetensors_header,
+    check_header,
     decode_manifest,
     decode_state,
     encode_manifest,
@@ -57,6 +57,9 @@ _DTYPES = frozenset(
     | {torch.uint64, torch.uint32, torch.uint16, torch.uint8}
     | {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
 )
+
+# What its reader, or ours of its header, says of other bytes.
+_NOT_SAFETENSORS = (SafetensorError, CheckpointError, AssertionError, KeyError, RuntimeError, TypeError, ValueError)
 
 # A second save of this process waits for the first, so that no save takes the other's folder for a leftover.
 _one_writer = threading.Lock()
@@ -106,19 +109,10 @@ class Checkpoint:
         except (CheckpointError, OSError) as error:
             raise CheckpointError(f"checkpoint {self.path} has changed since it was verified: {error}") from error
         try:
-            tensors = dict(load(content))
-            check_safetensors_header(content)
-        except (
-            SafetensorError,
-            CheckpointError,
-            AssertionError,
-            KeyError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+            check_header(content, size_bytes=len(content))
+            return dict(load(content))
+        except _NOT_SAFETENSORS as error:
             raise CheckpointError(f"checkpoint {self.path}: {file_name} is not safetensors: {error!r}") from error
-        return tensors
 
 
 def save_checkpoint(
@@ -276,6 +270,8 @@ def _commit(final: Path, *, step: int, tensors: Mapping[str, Mapping[str, Tensor
             # Not `save` to bytes, which would keep hash and file in one hand: it takes twice the memory, and holds
             # the interpreter lock throughout, so that a save in a thread would stop the training loop.
             save_file(dict(group), path)
+            with path.open("rb") as file:
+                check_header(file.read(8), size_bytes=path.stat().st_size)
             seals[path.name] = _seal(path)
         seals[STATE] = _write(temporary / STATE, encoded_state)
         _write(temporary / MANIFEST, encode_manifest(step=step, written_by=__version__, seals=seals))

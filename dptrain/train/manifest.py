@@ -28,6 +28,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 MAX_JSON_BYTES = {MANIFEST: 1 << 20, STATE: 1 << 26}  # neither writer nor reader goes beyond
+MAX_HEADER_BYTES = 1 << 24
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NON_FINITE = "$float64"
 _TUPLE = "$tuple"
@@ -103,17 +104,26 @@ def decode_state(content: bytes) -> dict[str, JSON]:
     return state
 
 
-def check_safetensors_header(content: bytes) -> None:
-    """Refuse a safetensors file that names a tensor twice, which its own reader takes without a word.
+def check_header(start: bytes, *, size_bytes: int) -> None:
+    """Refuse a safetensors header that is longer than is ever written or read, or that names a tensor twice.
+
+    Its own reader allows for 100 MB, of which it makes 2 GB of empty tensors, and takes the second of two in silence.
 
     Args:
-        content: the file, which that reader has accepted, so that its header is within bounds.
+        start: the first bytes of the file; the header is looked into where it is among them.
+        size_bytes: of the file.
 
     Raises:
-        CheckpointError: where a key stands twice.
+        CheckpointError: with the reason.
     """
-    end = 8 + int.from_bytes(content[:8], "little")
-    _decode_json(content[8:end], name="its header")
+    length = int.from_bytes(start[:8], "little")
+    if length > min(MAX_HEADER_BYTES, size_bytes - 8):
+        raise CheckpointError(
+            f"a header of {length} bytes in a file of {size_bytes} is refused: up to {MAX_HEADER_BYTES} are written or "
+            f"read, enough for some 100,000 tensors: join small ones"
+        )
+    if len(start) >= 8 + length:
+        _decode_json(start[8 : 8 + length], name="the header")
 
 
 def _dumps(value: object) -> bytes:
