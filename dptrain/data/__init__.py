@@ -2,6 +2,7 @@
 
 from dptrain.data.loader import MicroBatch, MicroBatchLoader
 from dptrain.data.permutation import KeyedPermutation
+from dptrain.data.source import SlotSource
 from dptrain.data.stream import SampleStream
 from dptrain.data.window import (
     Slot,
@@ -18,6 +19,7 @@ __all__ = [
     "MicroBatchLoader",
     "SampleStream",
     "Slot",
+    "SlotSource",
     "accumulation_steps",
     "choose_micro_batch_size",
     "is_full",

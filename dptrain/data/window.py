@@ -48,9 +48,11 @@ def slots(
 ) -> tuple[Slot, ...]:
     """The slots of one rank for the step that sees `position` … `position` + `global_batch_size` - 1, in order.
 
-    Slot number micro_step × world_size + rank counts through the step; the slots divide the window in that order. Their
-    sizes differ by at most one, the larger first, so that every replica does the same number of forward–backwards, and
-    none of more than `micro_batch_size`. The work is that of this rank's slots alone, whatever the world size.
+    The window is divided into as few micro-batches as hold it, whose sizes differ by at most one, the larger first.
+    That depends on no world size, so that a run resumed on other replicas computes the same micro-batches. They are
+    dealt out in turn: slot number micro_step × world_size + rank is the micro-batch of that number, and an empty one
+    where there is none, so that every replica does the same number of forward–backwards. The work is that of this
+    rank's slots alone, whatever the world size.
 
     Raises:
         ConfigError: where a size is below 1.
@@ -59,13 +61,14 @@ def slots(
         global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, world_size=world_size
     )
     assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
-    size, num_larger = divmod(global_batch_size, num_micro_steps * world_size)
+    num_micro_batches = -(-global_batch_size // micro_batch_size)
+    size, num_larger = divmod(global_batch_size, num_micro_batches)
     return tuple(
         Slot(
             micro_step=micro_step,
             rank=rank,
-            position=position + number * size + min(number, num_larger),
-            num_samples=size + (number < num_larger),
+            position=position + min(number * size + min(number, num_larger), global_batch_size),
+            num_samples=size + (number < num_larger) if number < num_micro_batches else 0,
         )
         for micro_step, number in enumerate(range(rank, num_micro_steps * world_size, world_size))
     )
@@ -90,7 +93,7 @@ def choose_micro_batch_size(*, global_batch_size: int, world_size: int, largest:
     """The largest rung whose full micro-batches make up the global batch.
 
     Where the world size does not divide the batch no rung does; then the largest that is no more than one replica's
-    share, rounded up, and the step's slots are uneven.
+    share, rounded up, and some replicas have a micro-batch fewer.
 
     Raises:
         ConfigError: where a size is below 1.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from dptrain.batch import BatchPlan
 from dptrain.control import (
@@ -21,10 +21,13 @@ from dptrain.data import choose_micro_batch_size
 from dptrain.errors import ConfigError
 from dptrain.noise import Smoothing
 from dptrain.tasks.base import Suggestion
+from dptrain.train.domain import Range, check_ranges, check_types
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Value = TypeVar("Value")
-
-_LARGEST = 2**63  # samples and seeds are 64-bit numbers in torch and numpy
+Group = TypeVar("Group", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,8 @@ class OptimizerConfig:
     """Decay of the second moment, for adamw."""
     max_grad_norm: float | None = 1.0
     """Clip the gradient to this norm. null: do not clip."""
+    max_skipped_steps: int = 10
+    """Steps in a row whose gradient is not finite, and which are therefore skipped, after which the run ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +109,10 @@ class CheckpointConfig:
     """When the state of the run is saved."""
 
     every_samples: int | None = None
-    """Samples between two checkpoints. Default: a tenth of the run. One is always written at the end."""
+    """Samples between two checkpoints. Default: as often as pays, by what a checkpoint costs and how often runs fail.
+    One is always written at the end."""
+    hours_between_failures: float = 24.0
+    """How long the whole run goes on without a failure, on average; decides how often saving pays."""
     keep: int = 3
     """How many are kept."""
 
@@ -144,12 +152,17 @@ class TrainConfig:
     micro_batch_size: int | None = None
     """Largest number of samples in one forward and backward pass on one replica; a step is always made of at least
     two such passes. Default: the task's."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto: GPUs where there are some."""
+    layout_replicas: int | None = None
+    """Replicas among which the micro-batches of a step are shared equally. It stays as it is when a run goes on with
+    other replicas: they take the same micro-batches and make the same decisions. Default: those that start the run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: GPUs where there are some; cuda: GPUs, or not at all."""
     precision: Literal["no", "bf16"] = "no"
     """no: as the parameters are; bf16: autocast."""
     num_workers: int = 0
     """Processes that load samples, for each replica."""
+    drift_check_every_steps: int = 100
+    """Steps between two comparisons of the replicas' parameters, to the last bit; 0: never."""
     control: ControlConfig = field(default_factory=ControlConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -157,41 +170,80 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        _check_ranges(self)
+        check_types(TrainConfig, vars(self))
+        check_ranges(self, _RANGES)
+        _check_law(self.control)
+        _check_bounds(self)
+        smoothing(self)
 
 
-def _check_ranges(config: TrainConfig) -> None:
-    """Refuse what can be seen to be wrong without the task."""
-    counts = {
-        "max_samples": config.max_samples,
-        "global_batch_size": config.global_batch_size,
-        "micro_batch_size": config.micro_batch_size,
-        "checkpoint.every_samples": config.checkpoint.every_samples,
-        "checkpoint.keep": config.checkpoint.keep,
-        "log.every_steps": config.log.every_steps,
-        "log.print_every_steps": config.log.print_every_steps,
-        "log.eval_every_samples": config.log.eval_every_samples,
-        "num_workers": config.num_workers,
-        "seed": config.seed,
-    }
-    for name, value in counts.items():
-        least = 0 if name in ("num_workers", "seed") else 1
-        if value is not None and not least <= value < _LARGEST:
-            raise ConfigError(f"{name} must be at least {least}{' and below 2⁶³' if value > 0 else ''}, got {value}")
-    optimizer = config.optimizer
-    positive = {"learning_rate": optimizer.learning_rate, "max_grad_norm": optimizer.max_grad_norm}
-    for name, number in positive.items():
-        if number is not None and not 0 < number < math.inf:
-            raise ConfigError(f"optimizer.{name} must be positive and finite, got {number}")
-    for name, decay in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
-        if not 0 <= decay < 1:
-            raise ConfigError(f"optimizer.{name} must lie in [0, 1), got {decay}")
-    if not 0 <= optimizer.weight_decay < math.inf:
-        raise ConfigError(f"optimizer.weight_decay must not be negative, got {optimizer.weight_decay}")
-    if not 0 < config.noise.level < 1:
-        raise ConfigError(f"noise.level must lie between 0 and 1, such as 0.95, got {config.noise.level}")
-    _check_law(config.control)
-    smoothing(config)
+_MOST_WORKERS = 1024  # more is a slip of the finger, and as many processes would be started
+
+_AT_LEAST_1 = Range(text="at least 1", holds=lambda value: value >= 1)
+_AT_LEAST_0 = Range(text="at least 0", holds=lambda value: value >= 0)
+_POSITIVE = Range(text="positive", holds=lambda value: value > 0)
+_DECAY = Range(text="in [0, 1)", holds=lambda value: 0 <= value < 1)
+_NAME = Range(text="a text without control characters", holds=lambda value: value != "" and value.isprintable())
+_PATH = Range(
+    text="a path without control characters, of at most 4,000 bytes, each part at most 255",
+    holds=lambda value: (
+        _NAME.holds(value)
+        and len(value.encode()) <= 4000  # noqa: PLR2004 - what file systems take
+        and all(len(part.encode()) <= 255 for part in value.split("/"))  # noqa: PLR2004 - what file systems take
+    ),
+)
+_RANGES: Mapping[str, Range] = {
+    "task": _NAME,
+    "run_dir": _PATH,
+    "seed": _AT_LEAST_0,
+    "max_samples": _AT_LEAST_1,
+    "global_batch_size": _AT_LEAST_1,
+    "micro_batch_size": _AT_LEAST_1,
+    "layout_replicas": _AT_LEAST_1,
+    "num_workers": Range(text=f"at least 0 and at most {_MOST_WORKERS}", holds=lambda n: 0 <= n <= _MOST_WORKERS),
+    "drift_check_every_steps": _AT_LEAST_0,
+    "control.ratio": _POSITIVE,
+    "control.samples_per_step": _POSITIVE,
+    "control.z": _POSITIVE,
+    "control.smallest": _AT_LEAST_1,
+    "control.largest": _AT_LEAST_1,
+    "control.max_change": Range(text="a factor of at least 2", holds=lambda value: value >= 2),  # noqa: PLR2004 - as it says
+    "control.dead_band": Range(text="a ratio of batches above 1, such as 1.5", holds=lambda value: value > 1),
+    "control.dwell_samples": _AT_LEAST_0,
+    "control.dwell_decisions": _AT_LEAST_0,
+    "noise.memory": _POSITIVE,
+    "noise.half_life_samples": _POSITIVE,
+    "noise.level": Range(text="between 0 and 1, such as 0.95", holds=lambda value: 0 < value < 1),
+    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.warmup_samples": _AT_LEAST_0,
+    "optimizer.final_fraction": Range(text="in [0, 1]", holds=lambda value: 0 <= value <= 1),
+    "optimizer.weight_decay": _AT_LEAST_0,
+    "optimizer.beta1": _DECAY,
+    "optimizer.beta2": _DECAY,
+    "optimizer.max_grad_norm": _POSITIVE,
+    "optimizer.max_skipped_steps": _AT_LEAST_1,
+    "checkpoint.every_samples": _AT_LEAST_1,
+    "checkpoint.hours_between_failures": _POSITIVE,
+    "checkpoint.keep": _AT_LEAST_1,
+    "log.every_steps": _AT_LEAST_1,
+    "log.eval_every_samples": _AT_LEAST_1,
+    "log.print_every_steps": _AT_LEAST_1,
+    "log.project": _NAME,
+}
+"""What each setting may be beside its type; None, where it is allowed, is always in range."""
+
+
+def _check_bounds(config: TrainConfig) -> None:
+    """Refuse bounds that leave no batch, and a first batch outside them."""
+    batch, smallest, largest = config.global_batch_size, config.control.smallest, config.control.largest
+    if smallest is not None and largest is not None and smallest > largest:
+        raise ConfigError(f"control.smallest {smallest} is above control.largest {largest}")
+    if config.control.law == "constant" or batch is None:
+        return
+    if smallest is not None and batch < smallest:
+        raise ConfigError(f"global_batch_size {batch} is below control.smallest {smallest}")
+    if largest is not None and batch > largest:
+        raise ConfigError(f"global_batch_size {batch} is above control.largest {largest}")
 
 
 def _check_law(control: ControlConfig) -> None:
@@ -206,20 +258,26 @@ def _check_law(control: ControlConfig) -> None:
 
 
 def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -> TrainConfig:
-    """Return the settings with every None that has a default replaced by it, checked for `world_size` replicas.
+    """Return the settings with every None that has a default replaced by it; what is filled in stays as it is.
+
+    Args:
+        config: the settings.
+        suggestion: the task's.
+        world_size: replicas for which a new run is laid out.
 
     Raises:
         ConfigError: where the first global batch cannot be laid out over the replicas.
     """
+    replicas = config.layout_replicas or world_size
     max_samples = config.max_samples or suggestion.max_samples
     scheduled = _scheduled_batches(config.control)
-    batch = config.global_batch_size or (scheduled or [_suggested_batch(suggestion.global_batch_size, world_size)])[0]
-    micro = config.micro_batch_size or _suggested_micro_batch(suggestion.micro_batch_size, batch, world_size)
+    batch = config.global_batch_size or (scheduled or [_suggested_batch(suggestion.global_batch_size, replicas)])[0]
+    micro = config.micro_batch_size or _suggested_micro_batch(suggestion.micro_batch_size, batch, replicas)
     # It is the largest one: where the first batch needs less, the replicas only have to share that equally.
-    least = micro if batch > micro * world_size else 1
-    BatchPlan.exactly(global_batch_size=batch, micro_batch_size=least, world_size=world_size)
+    least = micro if batch > micro * replicas else 1
+    BatchPlan.exactly(global_batch_size=batch, micro_batch_size=least, world_size=replicas)
     control, optimizer = config.control, config.optimizer
-    smallest = min(scheduled, default=min(batch, micro * world_size))
+    smallest = min(scheduled, default=min(batch, micro * replicas))
     largest = max(scheduled, default=max(batch, min(64 * batch, max_samples // 50)))
     falls = optimizer.schedule != "constant"
     final = optimizer.final_fraction if optimizer.final_fraction is not None else (0.1 if falls else 0.0)
@@ -229,6 +287,7 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
         max_samples=max_samples,
         global_batch_size=batch,
         micro_batch_size=micro,
+        layout_replicas=replicas,
         control=replace(control, smallest=control.smallest or smallest, largest=control.largest or largest),
         optimizer=replace(
             optimizer,
@@ -236,11 +295,24 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
             warmup_samples=warmup,
             final_fraction=final,
         ),
-        checkpoint=replace(
-            config.checkpoint, every_samples=config.checkpoint.every_samples or max(1, max_samples // 10)
-        ),
         log=replace(config.log, eval_every_samples=config.log.eval_every_samples or suggestion.eval_every_samples),
     )
+
+
+def as_saved(config: TrainConfig, *, saved: Mapping[str, Any]) -> TrainConfig:
+    """Return the settings with every None replaced by what a checkpoint says: left open, they are as they were."""
+    return _as_saved(config, saved)
+
+
+def _as_saved(settings: Group, saved: Mapping[str, Any]) -> Group:
+    found: dict[str, Any] = {}
+    for name in (setting.name for setting in fields(settings)):
+        value = getattr(settings, name)
+        if is_dataclass(value) and not isinstance(value, type) and isinstance(saved.get(name), Mapping):
+            found[name] = _as_saved(value, saved[name])
+        elif value is None and name != "run_dir":
+            found[name] = saved.get(name)
+    return replace(settings, **found)
 
 
 def _scheduled_batches(control: ControlConfig) -> list[int]:
@@ -268,15 +340,19 @@ def given(value: Value | None) -> Value:
     return value
 
 
-def plan(config: TrainConfig, *, global_batch_size: int, world_size: int) -> BatchPlan:
-    """Lay a global batch out: the largest micro-batch on the ladder that the settings allow, the rest accumulated."""
+def micro_batch_size(config: TrainConfig, *, global_batch_size: int) -> int:
+    """Return the largest micro-batch on the ladder that the settings allow for a batch; the rest is accumulated.
+
+    It depends on the replicas that the run is laid out for, and not on those that there are.
+    """
     # At least two micro-batches, on whatever replicas: from a single one no noise can be told.
     largest = max(1, min(given(config.micro_batch_size), global_batch_size // 2))
-    micro = choose_micro_batch_size(global_batch_size=global_batch_size, world_size=world_size, largest=largest)
-    return BatchPlan.exactly(global_batch_size=global_batch_size, micro_batch_size=micro, world_size=world_size)
+    return choose_micro_batch_size(
+        global_batch_size=global_batch_size, world_size=given(config.layout_replicas), largest=largest
+    )
 
 
-def controller(config: TrainConfig, *, world_size: int) -> Controller:
+def controller(config: TrainConfig) -> Controller:
     """Build the controller of a run from filled-in settings."""
     control, batch = config.control, given(config.global_batch_size)
     law = _law(control, global_batch_size=batch)
@@ -292,15 +368,17 @@ def controller(config: TrainConfig, *, world_size: int) -> Controller:
         dwell_samples=control.dwell_samples,
         dwell_decisions=0 if given_by_hand else control.dwell_decisions,
     )
-    return limited(law, quantum=_quantum(batch, world_size, powers_of_two=limits.powers_of_two), limits=limits)
+    return limited(
+        law, quantum=_quantum(batch, given(config.layout_replicas), powers_of_two=limits.powers_of_two), limits=limits
+    )
 
 
-def _quantum(batch: int, world_size: int, *, powers_of_two: bool) -> int:
+def _quantum(batch: int, replicas: int, *, powers_of_two: bool) -> int:
     """Return the lowest rung from which doubling reaches the first batch; without doubling, one sample a replica."""
     if not powers_of_two:
-        return world_size
-    share = batch // world_size
-    return world_size * (share // (share & -share))
+        return replicas
+    share = batch // replicas
+    return replicas * (share // (share & -share))
 
 
 def _law(control: ControlConfig, *, global_batch_size: int) -> Controller:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,15 +13,48 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dptrain.errors import AbortedError, DesyncError
+from dptrain.errors import AbortedError, DesyncError, DptrainError, PeerLostError
 from dptrain.observe import NUM_SUMS, PendingSum
 
 Result = TypeVar("Result")
 
+_PEER_LOST = re.compile(r"gloo/transport|Connection (closed|reset)|Timed? ?out|NCCL|ncclRemoteError", re.IGNORECASE)
+"""What gloo and NCCL say when the other side is gone."""
+
 _TAGS = ("step", "position", "global_batch_size")
-# tags, stop flag, then loss sum, then the meter's sums, of which the last is the number of samples
-_NUM_HOST = len(_TAGS) + 1
-_LENGTH = _NUM_HOST + 1 + NUM_SUMS
+_FLAGS = ("stop", "save", "failed_saves", "slow_ranks", "slow_rank", "slowness", "busy_s")
+_BAD = 2  # ranks whose own gradient was not finite, and the sum of their numbers
+# tags, flags, bad ranks, loss sum, then the meter's sums, of which the last is the number of samples
+_NUM_HOST = len(_TAGS) + len(_FLAGS)
+_LENGTH = _NUM_HOST + _BAD + 1 + NUM_SUMS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Word:
+    """What one replica has to say to all others in a step, from its host.
+
+    Attributes:
+        stop: it was asked to stop.
+        save: it was asked to save.
+        failed_saves: checkpoints in a row that could not be written, on the replica that writes them; 0 on others.
+        slowness: busy time to the mean of all, where this replica finds itself a straggler; 0 elsewhere.
+        busy_s: seconds that it was busy by itself, in an earlier step.
+    """
+
+    stop: bool = False
+    save: bool = False
+    failed_saves: int = 0
+    slowness: float = 0.0
+    busy_s: float = 0.0
+
+    def values(self, *, rank: int) -> list[float]:
+        """Return what is summed over the replicas; of one slow replica the sum of numbers is its number."""
+        slow = self.slowness > 0
+        return [
+            *map(float, (self.stop, self.save, self.failed_saves, slow, slow * rank)),
+            self.slowness,
+            self.busy_s,
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,22 +95,40 @@ class StepOutcome:
         loss: mean over all samples.
         grad_norm: of the combined gradient, before clipping.
         finite: whether the gradient was, and so whether the update was made.
+        bad_ranks: how many replicas had a gradient of their own that was not finite.
+        bad_rank: which, where it is one.
         stop: whether any replica was asked to stop.
+        save: whether any was asked to save.
+        failed_saves: checkpoints in a row that could not be written.
+        slow_rank: the one straggler, if there is one.
+        slowness: its busy time to the mean of all.
+        busy_s: mean seconds that a replica was busy by itself.
         meter_sums: for `Meter.absorb`.
     """
 
     loss: float
     grad_norm: float
     finite: bool
+    bad_ranks: int
+    bad_rank: int | None
     stop: bool
+    save: bool
+    failed_saves: int
+    slow_rank: int | None
+    slowness: float
+    busy_s: float
     meter_sums: list[float]
 
 
-def send(record: StepRecord, *, stop: bool, loss_sum: Tensor, meter_sums: Tensor) -> PendingSum:
+def send(record: StepRecord, *, word: Word, loss_sum: Tensor, meter_sums: Tensor) -> PendingSum:
     """Start the reduction of a step. A collective; does not wait."""
-    host = [float(getattr(record, tag)) for tag in _TAGS] + [float(stop)]
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    host = [float(getattr(record, tag)) for tag in _TAGS] + word.values(rank=rank)
     header = torch.tensor(host, dtype=torch.float64, device=meter_sums.device)
-    return PendingSum(torch.cat([header, loss_sum.double().reshape(1), meter_sums]))
+    # The first of the meter's sums is of this replica's own gradients. A zero times infinity would be no number.
+    is_bad = (~torch.isfinite(meter_sums[0] + loss_sum)).double()
+    bad = torch.stack([is_bad, is_bad * rank])
+    return PendingSum(torch.cat([header, bad, loss_sum.double().reshape(1), meter_sums]))
 
 
 def receive(pending: PendingSum, record: StepRecord) -> StepOutcome:
@@ -93,13 +146,21 @@ def receive(pending: PendingSum, record: StepRecord) -> StepOutcome:
                 f"but {total / world_size:g} on average over {world_size} replicas"
             )
     assert len(values) == _LENGTH, f"{len(values)} values in a vector of {_LENGTH}"
-    meter_sums = values[_NUM_HOST + 1 :]
+    flags = dict(zip(_FLAGS, values[len(_TAGS) : _NUM_HOST], strict=True))
+    num_bad, bad_number, loss_sum, *meter_sums = values[_NUM_HOST:]
     sq_norm = meter_sums[1] / world_size
     return StepOutcome(
-        loss=values[_NUM_HOST] / meter_sums[-1],
+        loss=loss_sum / meter_sums[-1],
         grad_norm=math.sqrt(sq_norm) if sq_norm >= 0 else math.nan,
         finite=math.isfinite(sq_norm),
-        stop=values[_NUM_HOST - 1] > 0,
+        bad_ranks=round(num_bad),
+        bad_rank=round(bad_number) if num_bad == 1 else None,
+        stop=flags["stop"] > 0,
+        save=flags["save"] > 0,
+        failed_saves=round(flags["failed_saves"]),
+        slow_rank=round(flags["slow_rank"]) if flags["slow_ranks"] == 1 else None,
+        slowness=flags["slowness"],
+        busy_s=flags["busy_s"] / world_size,
         meter_sums=meter_sums,
     )
 
@@ -125,3 +186,24 @@ def on_rank_0(action: Callable[[], Result], *, rank: int, device: torch.device) 
     if failed:
         raise AbortedError("rank 0 failed and says why")
     return result
+
+
+@contextmanager
+def lost_peers_named(step: Callable[[], int]) -> Iterator[None]:
+    """Turn what torch raises where a peer is gone, or does not answer, into one sentence.
+
+    Args:
+        step: returns the number of the latest step.
+
+    Raises:
+        PeerLostError: in place of torch's own.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, DptrainError) or not _PEER_LOST.search(str(error)):
+            raise
+        raise PeerLostError(
+            f"another replica ended, or did not answer in time, after step {step():,}: its own message says why "
+            f"({str(error).splitlines()[0][-200:]})"
+        ) from error

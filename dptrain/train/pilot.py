@@ -6,14 +6,22 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from dptrain.control import RULES, Measurement, State, state_to_json
+from dptrain.data import SampleStream, slots
+from dptrain.errors import CheckpointError, DivergedError
 from dptrain.noise import NoiseScale
 from dptrain.observe import Meter, PendingSum
-from dptrain.train.config import TrainConfig, controller, given, learning_rate_schedule, plan
+from dptrain.train.config import TrainConfig, controller, given, learning_rate_schedule, micro_batch_size
 from dptrain.train.consensus import StepOutcome, StepRecord, receive
 from dptrain.train.manifest import JSON
 from dptrain.train.metrics import Value
 from dptrain.train.run_log import RunLog, noise_columns
+from dptrain.train.stragglers import StragglerWatch
+
+_MAX_IDS = 16
+_MAX_FAILED_SAVES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +34,7 @@ class Progress:
         global_batch_size: for the next step.
         learning_rate_factor: of the rule, for the next step.
         steps_dropped: updates skipped for a gradient that was not finite.
+        skipped_in_row: how many of the latest steps were.
         num_batch_changes: how often the batch changed.
         loss_first: of the first step.
         loss_last: of the latest step whose outcome is known.
@@ -38,6 +47,7 @@ class Progress:
     global_batch_size: int
     learning_rate_factor: float
     steps_dropped: int = 0
+    skipped_in_row: int = 0
     num_batch_changes: int = 0
     loss_first: float | None = None
     loss_last: float | None = None
@@ -54,17 +64,17 @@ class Pilot:
         config: filled in.
         meter: absorbs what steps measured.
         world_size: number of replicas.
-        num_samples: length of the training data.
+        stream: order of the training data.
     """
 
-    def __init__(self, config: TrainConfig, *, meter: Meter, world_size: int, num_samples: int) -> None:
+    def __init__(self, config: TrainConfig, *, meter: Meter, world_size: int, stream: SampleStream) -> None:
         self._config = config
         self._meter = meter
         self._world_size = world_size
-        self._num_samples = num_samples
+        self._stream = stream
         self._schedule = learning_rate_schedule(config)
         self._rule = RULES[config.optimizer.rule]
-        self._controller = controller(config, world_size=world_size)
+        self._controller = controller(config)
         self._control_state: State = self._controller.init()
         batch = given(config.global_batch_size)
         self._progress = Progress(
@@ -72,7 +82,10 @@ class Pilot:
         )
         self._unread: tuple[StepRecord, PendingSum] | None = None
         self._undecided: StepRecord | None = None
+        self._outcome: StepOutcome | None = None
         self._stop_agreed = False
+        self._save_agreed = False
+        self.stragglers = StragglerWatch(world_size=world_size)
         self._clock = (0, 0.0)  # position and seconds at the latest row, for the throughput
 
     @property
@@ -85,6 +98,11 @@ class Pilot:
         """Whether all replicas know that one was asked to stop."""
         return self._stop_agreed
 
+    def take_save(self) -> bool:
+        """Return whether any replica was asked to save since the last call."""
+        save, self._save_agreed = self._save_agreed, False
+        return save
+
     @property
     def at_end(self) -> bool:
         """Whether the last step was taken."""
@@ -94,13 +112,12 @@ class Pilot:
         """Lay out the next step: the batch in force, or what is left of the run."""
         progress, max_samples = self._progress, given(self._config.max_samples)
         batch = min(progress.global_batch_size, max_samples - progress.position)
-        layout = plan(self._config, global_batch_size=progress.global_batch_size, world_size=self._world_size)
         base = given(self._config.optimizer.learning_rate) * self._schedule.factor(progress.position + batch)
         return StepRecord(
             step=progress.step + 1,
             position=progress.position,
             global_batch_size=batch,
-            micro_batch_size=layout.micro_batch_size,
+            micro_batch_size=micro_batch_size(self._config, global_batch_size=progress.global_batch_size),
             learning_rate=base * progress.learning_rate_factor,
             wall_s=wall_s,
         )
@@ -119,7 +136,13 @@ class Pilot:
         self._progress = replace(self._progress, eval_loss=loss)
 
     def read_outcome(self, log: RunLog) -> None:
-        """Wait for the outcome of the latest step, if it was not read yet, and take it in."""
+        """Wait for the outcome of the latest step, if it was not read yet, and take it in.
+
+        One replica may do so earlier than the others, to save: what all must do together follows in `decide`.
+
+        Raises:
+            DesyncError: where replicas are not at the same step.
+        """
         if self._unread is None:
             return
         (record, pending), self._unread = self._unread, None
@@ -129,18 +152,65 @@ class Pilot:
         self._progress = replace(
             self._progress,
             steps_dropped=self._progress.steps_dropped + (not outcome.finite),
+            skipped_in_row=0 if outcome.finite else self._progress.skipped_in_row + 1,
             loss_first=outcome.loss if self._progress.loss_first is None else self._progress.loss_first,
             loss_last=outcome.loss,
         )
         self._undecided = record
-        self._stop_agreed = self._stop_agreed or outcome.stop
+        self._outcome = outcome
+        self._save_agreed = self._save_agreed or outcome.save
         log.train(self._row(record, outcome, self._meter.read()))
+        if straggler := self.stragglers.learn(outcome, record):
+            log.note(straggler)
+        if not outcome.finite:
+            log.note(self._skipped(record, outcome))
+
+    def _heed(self, record: StepRecord, outcome: StepOutcome) -> None:
+        """Stop where that was asked for, and end the run where it cannot go on like this; on all replicas at once."""
+        self._stop_agreed = self._stop_agreed or outcome.stop
+        if self._progress.skipped_in_row >= self._config.optimizer.max_skipped_steps:
+            raise DivergedError(
+                f"{self._progress.skipped_in_row} steps in a row had to be skipped, and the run ends; "
+                f"{self._skipped(record, outcome)}: go on from the latest checkpoint with a lower "
+                f"optimizer.learning_rate, or repair the data"
+            )
+        if outcome.failed_saves >= _MAX_FAILED_SAVES:
+            raise CheckpointError(
+                f"{outcome.failed_saves} checkpoints in a row could not be written, and the run ends at step "
+                f"{record.step:,}; earlier checkpoints are untouched"
+            )
+
+    def _skipped(self, record: StepRecord, outcome: StepOutcome) -> str:
+        return f"step {record.step:,} was skipped: its gradient was not finite{self._culprit(record, outcome)}"
+
+    def _culprit(self, record: StepRecord, outcome: StepOutcome) -> str:
+        """Name the replica whose own gradient was not finite, and what it was reading."""
+        if outcome.bad_rank is None:
+            return f" on {outcome.bad_ranks} replicas" if outcome.bad_ranks else ""
+        layout = slots(
+            position=record.position,
+            global_batch_size=record.global_batch_size,
+            micro_batch_size=record.micro_batch_size,
+            world_size=self._world_size,
+            rank=outcome.bad_rank,
+        )
+        positions = np.concatenate([np.arange(s.position, s.position + s.num_samples) for s in layout])
+        ids = self._stream.indices(positions[:_MAX_IDS]).tolist()
+        more = ", …" if len(positions) > _MAX_IDS else ""
+        return f" on rank {outcome.bad_rank} (samples {', '.join(map(str, ids))}{more})"
 
     def decide(self, log: RunLog) -> None:
-        """Ask the controller for the batch of the next step, and the rule for the rate that goes with it."""
+        """Ask the controller for the batch of the next step, and the rule for the rate that goes with it.
+
+        Raises:
+            DivergedError: where too many steps in a row had to be skipped.
+            CheckpointError: where too many checkpoints in a row could not be written.
+        """
         if self._undecided is None:
             return
         record, self._undecided = self._undecided, None
+        if self._outcome is not None:  # else it was read by an earlier attempt
+            self._heed(record, self._outcome)
         before, scale = self._progress, self._meter.read()
         # The step after `record` is under way already: a decision takes effect one step later.
         measurement = Measurement(
@@ -180,7 +250,7 @@ class Pilot:
             "kind": "train",
             "step": record.step,
             "progress/samples": record.end,
-            "progress/epoch": record.end / self._num_samples,
+            "progress/epoch": record.end / self._stream.num_samples,
             "progress/wall_s": record.wall_s,
             "train/loss": outcome.loss,
             "train/lr": record.learning_rate,

@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from dptrain.data import MicroBatchLoader
 from dptrain.observe import Meter, PendingSum
+from dptrain.observe.stopwatch import Stopwatch
 from dptrain.tasks.base import LossFunction
-from dptrain.train.consensus import StepRecord, send
+from dptrain.train.consensus import StepRecord, Word, send
 from dptrain.train.optimizer import set_learning_rate, step_if_finite
 
 
@@ -53,20 +54,28 @@ class Stepper:
         self._max_grad_norm = max_grad_norm
         self._seed_of = seed_of
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._stopwatch = Stopwatch(accelerator.device)
 
-    def step(self, record: StepRecord, *, stop: bool) -> PendingSum:
+    def take_busy_s(self) -> float:
+        """Return the seconds spent in forward passes since the last call, in which a replica waits for nobody.
+
+        On a GPU those of passes that have ended by now.
+        """
+        return self._stopwatch.take()
+
+    def step(self, record: StepRecord, *, word: Word) -> PendingSum:
         """Take one optimizer step on the samples at the record's position; no host sync.
 
         Args:
             record: position, batch and learning rate.
-            stop: whether this replica was asked to stop; told to the others.
+            word: what this replica has to tell the others.
 
         Returns:
             What the replicas tell each other of the step, under way.
         """
         loss_sum = self._backward(record)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        pending = send(record, stop=stop, loss_sum=loss_sum, meter_sums=self._meter.local_sums(grad_norm=grad_norm))
+        pending = send(record, word=word, loss_sum=loss_sum, meter_sums=self._meter.local_sums(grad_norm=grad_norm))
         if self._max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, grad_norm)
         set_learning_rate(self._optimizer, record.learning_rate)
@@ -90,7 +99,9 @@ class Stepper:
             _seed_forward(self._seed_of(micro.position), self._accelerator.device)
             last = number == record.micro_steps(world_size)
             with nullcontext() if last else self._accelerator.no_sync(self._model):
+                began = self._stopwatch.start()
                 loss = self._loss(self._model, send_to_device(micro.batch, self._accelerator.device, non_blocking=True))
+                self._stopwatch.stop(began)
                 self._accelerator.backward(loss * weight)
             loss_sum += loss.detach() * micro.num_samples
         return loss_sum

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,13 @@ from dptrain.errors import CheckpointError, ConfigError
 from dptrain.observe import DdpTap, Meter, ParameterTap
 from dptrain.observe.tap import Tap
 from dptrain.tasks import Task, check_task, resolve_task
-from dptrain.train.checkpoint import Checkpoint, load_newest, save_checkpoint
-from dptrain.train.config import TrainConfig, filled_in, given, smoothing
-from dptrain.train.consensus import Result, StepRecord, on_rank_0
+from dptrain.train.agreement import check_agreement, data_fingerprint, settings_text
+from dptrain.train.checkpoint import Checkpoint, load_newest
+from dptrain.train.config import TrainConfig, as_saved, filled_in, given, smoothing
+from dptrain.train.consensus import Result, StepRecord, Word, lost_peers_named, on_rank_0
+from dptrain.train.drift import DriftCheck
 from dptrain.train.evaluation import evaluate
+from dptrain.train.keeper import Keeper, crosses
 from dptrain.train.manifest import JSON
 from dptrain.train.metrics import Value
 from dptrain.train.optimizer import build_optimizer, skips_on_device
@@ -33,6 +38,8 @@ from dptrain.train.run_folder import RunFolder, check_same_settings, checkpoints
 from dptrain.train.run_log import RunLog, SilentLog, WritingLog
 from dptrain.train.state import pack_model, pack_optimizer, unpack_model, unpack_optimizer
 from dptrain.train.step import Stepper
+from dptrain.train.watchdog import Watchdog
+from dptrain.version import __version__
 
 # Longest wait for a peer, in a collective: a replica that hangs must not hold the others for torch's half hour.
 _TIMEOUT = dt.timedelta(seconds=300)
@@ -44,17 +51,19 @@ class Trainer:
     Args:
         config: the settings.
         task: the task itself or the function that builds it, where it is not named in the settings.
-        resume: go on from the newest checkpoint in the run folder.
+        resume: go on from the newest checkpoint in the run folder; settings left open are those of the saved run.
 
     Raises:
         ConfigError: where settings and task do not fit, before anything is trained.
         TaskError: where the task does not do what is needed of it.
+        CheckpointError: where there are checkpoints to resume from and none can be trusted.
     """
 
     def __init__(
         self, config: TrainConfig, *, task: Task | Callable[..., Task] | None = None, resume: bool = False
     ) -> None:
         self._resume = resume
+        _check_device(config)
         self._accelerator = Accelerator(
             # Accelerate initialises gloo only when it is told to use the CPU; it does not see by itself that it must.
             cpu=config.device == "cpu" or not torch.cuda.is_available(),
@@ -66,8 +75,13 @@ class Trainer:
         torch.manual_seed(config.seed)
         self._task = task if isinstance(task, Task) else resolve_task(task or config.task, options=config.task_options)
         check_task(self._task)
-        self._config = filled_in(config, self._task.suggestion, world_size=self._world_size)
         self._run_dir = Path(config.run_dir or default_run_dir(config.task))
+        self._saved = load_newest(checkpoints_in(self._run_dir)) if resume else None
+        if self._saved is not None:
+            config = as_saved(config, saved=self._saved.state["config"])  # type: ignore[arg-type]
+        self._config = filled_in(config, self._task.suggestion, world_size=self._world_size)
+        self._fingerprint = data_fingerprint(self._task.train_data, seed=config.seed)
+        self._check_agreement()
 
         self._bare_model = self._task.model
         self._model = self._accelerator.prepare(self._bare_model)
@@ -79,7 +93,8 @@ class Trainer:
             level=self._config.noise.level,
             population=self._num_samples,
         )
-        self._pilot = Pilot(self._config, meter=self._meter, world_size=self._world_size, num_samples=self._num_samples)
+        self._stream = SampleStream(self._num_samples, seed=self._config.seed)
+        self._pilot = Pilot(self._config, meter=self._meter, world_size=self._world_size, stream=self._stream)
 
     @property
     def is_main(self) -> bool:
@@ -106,6 +121,20 @@ class Trainer:
             raise ConfigError("noise.observer=hook needs at least two replicas: use noise.observer=parameters")
         return DdpTap(self._model)
 
+    def _check_agreement(self) -> None:
+        settings = {key: value for key, value in asdict(self._config).items() if key not in ("run_dir", "log")}
+        check_agreement(
+            {
+                "the settings": settings_text(settings),
+                "the version of dptrain": __version__,
+                "the version of torch": torch.__version__,
+                "the number of samples": self._num_samples,
+                "the data": self._fingerprint,
+                "the checkpoint to resume from": None if self._saved is None else self._saved.step,
+            },
+            device=self._accelerator.device,
+        )
+
     # The run
 
     def run(self) -> Mapping[str, Value] | None:
@@ -113,36 +142,52 @@ class Trainer:
 
         Returns:
             The summary, or None where the run was asked to stop and can be resumed.
+
+        Raises:
+            PeerLostError: where another replica ended or hung.
+            DesyncError: where the replicas are no longer at the same step, or no longer the same.
+            DivergedError: where too many steps in a row had to be skipped.
+            CheckpointError: where the run cannot be saved.
         """
-        saved = load_newest(checkpoints_in(self._run_dir)) if self._resume else None
+        saved = self._saved
         if saved is not None:
             self._check_is_ours(saved)  # before the log is opened, which writes the settings and cuts rows
         log = self._open_log(saved)
-        try:
+        with ExitStack() as stack:
+            stack.callback(log.close)
+            stack.callback(self._meter.remove)
             if saved is not None:
                 self._restore(saved, log)
             if not skips_on_device(self._optimizer):
                 log.note("this optimizer cannot skip a step on the device: each step waits for it once")
-            with self._loader() as loader, StopRequest() as stop:
-                return self._train(self._stepper(loader), stop, log)
-        finally:
-            self._meter.remove()
-            log.close()
+            keeper = self._keeper(log) if self.is_main else None
+            if keeper is not None:
+                stack.callback(keeper.close)
+            loader = stack.enter_context(self._loader())
+            stop = stack.enter_context(StopRequest())
+            stack.enter_context(lost_peers_named(lambda: self._pilot.progress.step))
+            return self._train(self._stepper(loader), stop, keeper, log)
 
-    def _train(self, stepper: Stepper, stop: StopRequest, log: RunLog) -> Mapping[str, Value] | None:
+    def _train(
+        self, stepper: Stepper, stop: StopRequest, keeper: Keeper | None, log: RunLog
+    ) -> Mapping[str, Value] | None:
         pilot, began_s = self._pilot, time.monotonic() - self._pilot.progress.wall_s
-        while not (pilot.at_end or pilot.stop_agreed):
-            record = pilot.next_record(wall_s=time.monotonic() - began_s)
-            pending = stepper.step(record, stop=stop.requested)
-            # What the step before taught is read only now, while the device works on this one.
-            pilot.read_outcome(log)
-            pilot.decide(log)
-            pilot.sent(record, pending, wall_s=time.monotonic() - began_s)
-            if pilot.at_end or pilot.stop_agreed or self._is_due(record):
-                # Reading earlier than usual changes no decision: it is taken after the next step all the same.
+        drift = DriftCheck(self._bare_model.named_parameters(), every_steps=self._config.drift_check_every_steps)
+        with Watchdog(world_size=self._world_size) as watchdog:
+            while not (pilot.at_end or pilot.stop_agreed):
+                record = pilot.next_record(wall_s=time.monotonic() - began_s)
+                pending = stepper.step(record, word=self._word(stepper, stop, keeper))
+                # What the step before taught is read only now, while the device works on this one.
                 pilot.read_outcome(log)
-                self._pause(record, log)
-                pilot.paused(wall_s=time.monotonic() - began_s)
+                pilot.decide(log)
+                drift.finish()
+                pilot.sent(record, pending, wall_s=time.monotonic() - began_s)
+                drift.start(record.step)
+                watchdog.beat()
+                if self._pause(record, keeper, log):
+                    pilot.paused(wall_s=time.monotonic() - began_s)
+                    watchdog.beat()
+            drift.finish()
         if not pilot.at_end:
             log.note(
                 f"stopped on request after step {pilot.progress.step:,}: go on with --run_dir {self._run_dir} --resume"
@@ -152,17 +197,37 @@ class Trainer:
         log.finish(summary)
         return summary
 
-    def _is_due(self, record: StepRecord) -> bool:
-        log, checkpoint = self._config.log, self._config.checkpoint
-        return _crosses(record, given(log.eval_every_samples)) or _crosses(record, given(checkpoint.every_samples))
+    def _word(self, stepper: Stepper, stop: StopRequest, keeper: Keeper | None) -> Word:
+        busy_s = stepper.take_busy_s()
+        self._pilot.stragglers.note(busy_s)
+        return Word(
+            stop=stop.requested,
+            save=stop.take_save(),
+            failed_saves=0 if keeper is None else keeper.failed_saves(),
+            slowness=self._pilot.stragglers.slowness,
+            busy_s=busy_s,
+        )
 
-    def _pause(self, record: StepRecord, log: RunLog) -> None:
-        """Evaluate and save after a step, whichever is due; both at the end of the run."""
-        at_end = self._pilot.at_end
-        if at_end or _crosses(record, given(self._config.log.eval_every_samples)):
+    def _pause(self, record: StepRecord, keeper: Keeper | None, log: RunLog) -> bool:
+        """Evaluate and save after a step, whichever is due; both at the end of the run. Return whether any was.
+
+        Both rest on the outcome of the step. To read it earlier than usual changes no decision: that is taken after
+        the next step all the same.
+        """
+        pilot = self._pilot
+        evaluates = pilot.at_end or crosses(record, given(self._config.log.eval_every_samples))
+        ends = pilot.at_end or pilot.stop_agreed
+        saves = keeper is not None and (pilot.take_save() or keeper.is_due(record))
+        if not (evaluates or ends or saves):
+            return False
+        pilot.read_outcome(log)
+        if evaluates:
             self._evaluate(log)
-        if at_end or self._pilot.stop_agreed or _crosses(record, given(self._config.checkpoint.every_samples)):
-            self._save()
+        if ends:
+            self._on_rank_0(lambda: None if keeper is None else keeper.save_and_wait())
+        elif keeper is not None and saves:
+            keeper.save()
+        return True
 
     def _evaluate(self, log: RunLog) -> None:
         if self._task.eval_data is None:
@@ -215,7 +280,7 @@ class Trainer:
     def _loader(self) -> MicroBatchLoader:
         return MicroBatchLoader(
             self._task.train_data,
-            stream=SampleStream(self._num_samples, seed=self._config.seed),
+            stream=self._stream,
             rank=self._accelerator.process_index,
             world_size=self._world_size,
             num_workers=self._config.num_workers,
@@ -238,25 +303,22 @@ class Trainer:
 
     # Checkpoints
 
-    def _save(self) -> None:
-        """Write a checkpoint of this moment."""
+    def _keeper(self, log: RunLog) -> Keeper:
+        return Keeper(self._config.checkpoint, folder=checkpoints_in(self._run_dir), pack=self._pack, log=log)
+
+    def _pack(self) -> tuple[int, tuple[Mapping[str, Mapping[str, torch.Tensor]], Mapping[str, JSON]]]:
+        """Return the step, and the tensors and the state that a checkpoint of this moment holds."""
         optimizer_tensors, optimizer_state = pack_optimizer(self._optimizer, names=self._names())
         state: dict[str, JSON] = {
             "config": asdict(self._config),
             "world_size": self._world_size,
             "num_samples": self._num_samples,
+            "data": self._fingerprint,
             "optimizer": optimizer_state,
             **self._pilot.state(),
         }
-        self._on_rank_0(
-            lambda: save_checkpoint(
-                checkpoints_in(self._run_dir),
-                step=self._pilot.progress.step,
-                tensors={"model": pack_model(self._bare_model), "optimizer": optimizer_tensors},
-                state=state,
-                keep=self._config.checkpoint.keep,
-            )
-        )
+        tensors = {"model": pack_model(self._bare_model), "optimizer": optimizer_tensors}
+        return self._pilot.progress.step, (tensors, state)
 
     def _check_is_ours(self, saved: Checkpoint) -> None:
         """Refuse a checkpoint from which these settings and this data would go on as another run."""
@@ -266,6 +328,10 @@ class Trainer:
             raise ConfigError(
                 f"the data set had {state['num_samples']} samples when {saved.path} was saved and has "
                 f"{self._num_samples} now: the order of samples would be another one"
+            )
+        if state["data"] != self._fingerprint:
+            raise ConfigError(
+                f"the data set is another one than when {saved.path} was saved: some of its samples have changed"
             )
 
     def _restore(self, saved: Checkpoint, log: RunLog) -> None:
@@ -291,6 +357,20 @@ class Trainer:
         return {parameter: name for name, parameter in self._bare_model.named_parameters()}
 
 
+def _check_device(config: TrainConfig) -> None:
+    """Refuse GPUs that are not there, in place of what accelerate and CUDA would say."""
+    if config.device == "cpu":
+        return
+    num_gpus, num_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if config.device == "cuda" and num_gpus == 0:
+        raise ConfigError("device is cuda, but torch finds no GPU: use device=auto or device=cpu")
+    if 0 < num_gpus < num_here:
+        raise ConfigError(
+            f"there are {num_here} replicas on this node, but {num_gpus} GPUs: start {num_gpus} replicas, or use "
+            f"device=cpu"
+        )
+
+
 def forward_seed(seed: int, position: int) -> int:
     """Return the seed of the forward pass on the micro-batch that begins at `position`.
 
@@ -299,8 +379,3 @@ def forward_seed(seed: int, position: int) -> int:
     """
     digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def _crosses(record: StepRecord, every_samples: int) -> bool:
-    """Whether the step ended at or beyond the next multiple of `every_samples`."""
-    return record.end // every_samples > record.position // every_samples

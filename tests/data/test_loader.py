@@ -157,7 +157,7 @@ def test_without_workers_nothing_is_read_ahead():
 
 def test_a_rank_without_a_sample_still_gets_a_batch():
     """Where the step has fewer samples than slots, the filler holds one sample and counts none."""
-    window = {"position": 5, "global_batch_size": 2, "micro_batch_size": 4}
+    window = {"position": 5, "global_batch_size": 2, "micro_batch_size": 1}
     counts = []
     for rank in range(4):
         with make_loader(rank=rank, world_size=4) as loader:

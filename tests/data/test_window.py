@@ -47,12 +47,24 @@ def test_the_slots_divide_the_window(shape):
 def test_the_work_is_even(shape):
     """Sizes differ by at most one, the larger come first, none exceeds the micro-batch, all ranks have as many."""
     sizes = [slot.num_samples for slot in all_slots(shape)]
+    filled = [size for size in sizes if size]
     assert sizes == sorted(sizes, reverse=True)
-    assert max(sizes) - min(sizes) <= 1
-    assert max(sizes) <= shape["micro_batch_size"]
+    assert max(filled) - min(filled) <= 1
+    assert max(filled) <= shape["micro_batch_size"]
+    assert len(sizes) - len(filled) < shape["world_size"]
     layout = {name: size for name, size in shape.items() if name != "position"}
     assert len(sizes) == accumulation_steps(**layout) * shape["world_size"]
     assert is_full(**layout) == (set(sizes) == {shape["micro_batch_size"]})
+
+
+@given(shape=shapes, other=st.integers(1, 17))
+def test_any_number_of_replicas_computes_the_same_micro_batches(shape, other):
+    """The micro-batches of a step, as (position, samples), depend on no world size."""
+    of_all = [
+        {(slot.position, slot.num_samples) for slot in all_slots(shape | {"world_size": size}) if slot.num_samples}
+        for size in (shape["world_size"], other)
+    ]
+    assert of_all[0] == of_all[1]
 
 
 @given(shape=shapes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, asdict, replace
 
 import pytest
 
@@ -12,7 +12,7 @@ from dptrain.errors import ConfigError
 from dptrain.noise import MomentSums, noise_scale, smoothed
 from dptrain.tasks import Suggestion
 from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, NoiseConfig, OptimizerConfig, TrainConfig
-from dptrain.train.config import controller, filled_in, learning_rate_schedule, plan
+from dptrain.train.config import as_saved, controller, filled_in, learning_rate_schedule, micro_batch_size
 
 SUGGESTION = Suggestion(
     learning_rate=0.01, global_batch_size=16, micro_batch_size=4, max_samples=10_000, eval_every_samples=1_000
@@ -73,7 +73,7 @@ def test_a_value_out_of_range_is_refused_by_name(build, name):
 def test_limits_that_cannot_hold_are_refused(control):
     """When the controller is built, which is before anything is trained."""
     with pytest.raises(ConfigError):
-        controller(filled(control=control), world_size=2)
+        controller(filled(control=control))
 
 
 def test_settings_are_data():
@@ -89,7 +89,9 @@ def test_nothing_that_has_a_default_is_left_open():
     assert (config.max_samples, config.global_batch_size, config.micro_batch_size) == (10_000, 16, 4)
     assert (config.optimizer.learning_rate, config.optimizer.warmup_samples) == (0.01, 200)
     assert (config.control.smallest, config.control.largest) == (8, 200)
-    assert config.checkpoint.every_samples == config.log.eval_every_samples == 1_000
+    assert config.log.eval_every_samples == 1_000
+    assert config.layout_replicas == 2
+    assert config.checkpoint.every_samples is None, "by the clock"
     assert filled_in(config, SUGGESTION, world_size=2) == config
 
 
@@ -102,7 +104,7 @@ def test_the_settings_of_a_run_are_settings(world_size, micro):
         config = TrainConfig(global_batch_size=None if share is None else share * world_size)
         config = filled_in(config, suggestion, world_size=world_size)
         assert filled_in(config, suggestion, world_size=world_size) == config
-        assert controller(config, world_size=world_size)
+        assert controller(config)
         assert config.micro_batch_size <= micro
 
 
@@ -129,8 +131,8 @@ def test_a_suggestion_yields_to_the_world_size(world_size):
     config = filled(world_size=world_size)
     assert 16 <= config.global_batch_size < 16 + world_size
     assert config.global_batch_size % world_size == 0
-    assert plan(config, global_batch_size=config.global_batch_size, world_size=world_size)
-    assert controller(config, world_size=world_size)
+    assert micro_batch_size(config, global_batch_size=config.global_batch_size)
+    assert controller(config)
 
 
 @pytest.mark.parametrize(
@@ -151,18 +153,33 @@ def test_a_batch_that_cannot_be_reached_is_refused_with_the_nearest_that_can(set
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("batch", [4, 8, 16, 24, 64])
 def test_the_layout_gives_the_batch_in_two_micro_batches_at_least(batch, world_size):
-    """Micro × accumulation × world size is the batch, and there always are two gradients to compare."""
-    layout = plan(filled(world_size=world_size), global_batch_size=batch, world_size=world_size)
-    assert layout.global_batch_size == batch
-    assert layout.micro_batch_size <= 4
-    assert layout.accumulation_steps * world_size >= 2
+    """The replicas that a run is laid out for share full micro-batches equally; there always are two to compare."""
+    micro = micro_batch_size(filled(world_size=world_size), global_batch_size=batch)
+    assert batch % (micro * world_size) == 0
+    assert micro <= 4
+    assert batch // micro >= 2
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_other_replicas_change_nothing_in_filled_in_settings(world_size):
+    """What a run was laid out for stays, whatever number of replicas goes on with it."""
+    config = filled(world_size=2)
+    assert filled_in(config, SUGGESTION, world_size=world_size) == config
+
+
+def test_what_is_left_open_is_as_it_was_saved():
+    """Resumed with few settings, a run has those of its checkpoint; those that are given stay as given."""
+    saved = filled(max_samples=500, control=ControlConfig(smallest=4, largest=64))
+    assert as_saved(TrainConfig(), saved=asdict(saved)) == saved
+    given = as_saved(TrainConfig(max_samples=600, control=ControlConfig(largest=32)), saved=asdict(saved))
+    assert (given.max_samples, given.control.largest, given.control.smallest) == (600, 32, 4)
 
 
 def test_a_schedule_written_by_hand_is_not_cut():
     """Its batches, the first included, are those of the run, though they lie outside the default bounds."""
     config = filled(control=ControlConfig(law="schedule", schedule="0:4 100:1000 200:6"), max_samples=300)
     assert config.global_batch_size == 4
-    control = controller(config, world_size=2)
+    control = controller(config)
     state, asked, batch = control.init(), [], 4
     for position in (50, 150, 250):
         measurement = Measurement(samples_seen=position, global_batch_size=batch, noise_scale=unknown())
@@ -179,7 +196,7 @@ def unknown():
 def test_a_constant_law_has_no_limits():
     """Its batch may lie outside any bound."""
     config = filled(control=ControlConfig(law="constant"), global_batch_size=6, micro_batch_size=3)
-    assert controller(config, world_size=2) == Constant(6)
+    assert controller(config) == Constant(6)
 
 
 @pytest.mark.parametrize("kind", ["constant", "cosine", "linear"])

@@ -10,23 +10,27 @@ import torch
 
 from dptrain.errors import AbortedError, ConfigError, DesyncError
 from dptrain.observe import NUM_SUMS
-from dptrain.train.consensus import StepRecord, on_rank_0, receive, send
+from dptrain.train.consensus import StepRecord, Word, on_rank_0, receive, send
 from tests.replicas import run_replicas
 
 RECORD = StepRecord(step=7, position=96, global_batch_size=16, micro_batch_size=4, learning_rate=0.1, wall_s=1.0)
 
 
-def agree(record, *, stop=False, loss_sum=8.0, large=9.0):
-    # A meter's sums end with the number of samples; the second is the squared norm of the combined gradient.
+def agree(record, *, word=Word(), loss_sum=8.0, small=1.0, large=9.0):  # noqa: B008 - frozen
+    # A meter's sums begin with the squares of this replica's own gradients and end with the number of samples; the
+    # second is the squared norm of the combined gradient.
     sums = torch.zeros(NUM_SUMS, dtype=torch.float64)
-    sums[1], sums[-1] = large, record.global_batch_size / 2
-    return receive(send(record, stop=stop, loss_sum=torch.tensor(loss_sum), meter_sums=sums), record)
+    sums[0], sums[1], sums[-1] = small, large, record.global_batch_size / 2
+    return receive(send(record, word=word, loss_sum=torch.tensor(loss_sum), meter_sums=sums), record)
 
 
 def agree_in_many_ways(rank, world_size):
     outcomes = {
         "plain": agree(RECORD, loss_sum=8.0 + 16.0 * rank),
-        "stop": agree(RECORD, stop=rank == 1),
+        "stop": agree(RECORD, word=Word(stop=rank == 1)),
+        "save": agree(RECORD, word=Word(save=rank == 0, failed_saves=2 * (rank == 0), busy_s=1.0 + rank)),
+        "slow": agree(RECORD, word=Word(slowness=1.5 * (rank == 1))),
+        "local": agree(RECORD, small=math.nan if rank == 1 else 1.0),
         "nan": agree(RECORD, large=math.nan if rank == 1 else 9.0),
         "inf": agree(RECORD, large=math.inf if rank == 0 else 9.0),
     }
@@ -57,6 +61,21 @@ def test_every_replica_learns_the_same(results):
 def test_one_replica_stops_all(results):
     """A flag that is raised on one is seen on both."""
     assert [outcomes["stop"].stop for outcomes, _ in results] == [True, True]
+
+
+def test_what_one_replica_says_all_hear(results):
+    """Saves that were asked for or failed, the mean busy time, and who is slow, with its number."""
+    for outcomes, _ in results:
+        told, slow = outcomes["save"], outcomes["slow"]
+        assert (told.save, told.failed_saves, told.busy_s, told.slow_rank) == (True, 2, 1.5, None)
+        assert (slow.slow_rank, slow.slowness) == (1, 1.5)
+
+
+def test_the_replica_whose_gradient_is_not_finite_has_a_name(results):
+    """Its own gradient is seen before the reduction; the combined one decides what is done."""
+    for outcomes, _ in results:
+        assert (outcomes["local"].bad_ranks, outcomes["local"].bad_rank, outcomes["local"].finite) == (1, 1, True)
+        assert (outcomes["plain"].bad_ranks, outcomes["plain"].bad_rank) == (0, None)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

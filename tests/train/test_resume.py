@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,102 +12,15 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import TensorDataset
 
-from dptrain.tasks import Suggestion, Task
-from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, OptimizerConfig, TrainConfig, Trainer
 from dptrain.train.checkpoint import load_newest
 from dptrain.train.metrics import read_rows
 from dptrain.train.preemption import EXIT_RESUMABLE
 from dptrain.train.run_folder import write_config
-from dptrain.train.step import Stepper
 from tests.replicas import run_replicas
+from tests.runs import EVERY, Killed, assert_same, attempt, make_config, noisy, result_of
 
-EVERY = 25
-BY_CLOCK = {"progress/wall_s", "throughput/samples_per_sec", "wall_s", "samples_per_s"}
-
-
-def noisy():
-    """Build a model with dropout on targets that are mostly noise, so that the batch grows soon."""
-    generator = torch.Generator().manual_seed(1)
-    data = TensorDataset(torch.randn(90, 4, generator=generator), torch.randn(90, 1, generator=generator))
-    return Task(
-        name="noisy",
-        model=nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 1)),
-        train_data=data,
-        eval_data=data,
-        loss=slow_loss,
-        suggestion=Suggestion(
-            learning_rate=0.01, global_batch_size=4, micro_batch_size=2, max_samples=230, eval_every_samples=60
-        ),
-    )
-
-
-def slow_loss(model, batch):
-    time.sleep(float(os.environ.get("TEST_MICRO_STEP_S", "0")))
-    features, target = batch
-    return ((model(features) - target) ** 2).mean()
-
-
-def make_config(folder, *, keep=3):
-    return TrainConfig(
-        task=f"{__file__}:noisy",
-        run_dir=str(folder),
-        device="cpu",
-        control=ControlConfig(dwell_decisions=2, z=0.3, largest=16),
-        checkpoint=CheckpointConfig(every_samples=EVERY, keep=keep),  # no multiple of any batch
-        optimizer=OptimizerConfig(weight_decay=0.01),
-        log=LogConfig(tracker="none"),
-    )
-
-
-class Killed(BaseException):
-    """Takes the place of a death: nothing between two steps catches it."""
-
-
-def attempt(folder, *, kill_at=None, kill=None, keep=3):
-    """Train from the newest checkpoint, if there is one, and die in the step `kill_at`."""
-    take_step = Stepper.step
-
-    def step_or_die(stepper, record, *, stop):
-        pending = take_step(stepper, record, stop=stop)
-        if record.step == kill_at:
-            kill()
-        return pending
-
-    Stepper.step = step_or_die
-    try:
-        resume = (Path(folder) / "config.yaml").exists()
-        Trainer(make_config(folder, keep=keep), task=noisy, resume=resume).run()
-    finally:
-        Stepper.step = take_step
-
-
-def without_clock(record):
-    return {key: value for key, value in record.items() if key not in BY_CLOCK}
-
-
-def result_of(folder):
-    """Everything that a run leaves, less what a clock told."""
-    folder = Path(folder)
-    saved = load_newest(folder / "checkpoints")
-    state = {**saved.state, "progress": without_clock(saved.state["progress"])}
-    state["undecided"] = without_clock(state["undecided"])
-    state["config"] = {key: value for key, value in state["config"].items() if key not in ("run_dir", "checkpoint")}
-    return {
-        "parameters": (saved.path / "model.safetensors").read_bytes(),
-        "optimizer": (saved.path / "optimizer.safetensors").read_bytes(),
-        "state": state,
-        "rows": [without_clock(row) for row in read_rows(folder / "metrics.jsonl")],
-        "decisions": read_rows(folder / "decisions.jsonl"),
-        "summary": without_clock(json.loads((folder / "summary.json").read_text())),
-    }
-
-
-def assert_same(found, expected):
-    for part, value in expected.items():
-        assert found[part] == value, part
+__all__ = ["noisy"]
 
 
 @pytest.fixture(scope="module")
@@ -150,13 +62,10 @@ def keep_of(step):
 
 
 def kill_each_step_once(rank, world_size, folder, num_steps):
-    def kill():
-        raise Killed
-
     for step in range(1, num_steps + 1):
         run, keep = Path(folder) / str(step), keep_of(step)
         with pytest.raises(Killed):
-            attempt(run, kill_at=step, kill=kill, keep=keep)
+            attempt(run, kill_at=step, keep=keep)
         torch.distributed.barrier()  # the folder's lock is rank 0's to give free
         attempt(run, keep=keep)
         torch.distributed.barrier()

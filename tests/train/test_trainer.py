@@ -158,9 +158,9 @@ def train_noting_samples(rank, world_size, folder):
     steps = []
     take_step = Stepper.step
 
-    def note_step(stepper, record, *, stop):
+    def note_step(stepper, record, *, word):
         steps.append([])
-        return take_step(stepper, record, stop=stop)
+        return take_step(stepper, record, word=word)
 
     def noting_loss(model, batch):
         if model.training:
@@ -288,9 +288,9 @@ def train_with_a_broken_sample(rank, world_size, folder, name, broken_step):
             tensors += [state[key] for key in sorted(state)]
         return torch.cat([tensor.flatten().double() for tensor in tensors])
 
-    def note_change(stepper, record, *, stop):
+    def note_change(stepper, record, *, word):
         before = everything(stepper)
-        pending = take_step(stepper, record, stop=stop)
+        pending = take_step(stepper, record, word=word)
         after = everything(stepper)
         # AdamW makes its state in the first step: zeros, of which a skipped step must leave nothing else.
         before = functional.pad(before, (0, len(after) - len(before)))
