@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -119,7 +120,10 @@ def checkpoints_in(run_dir: Path) -> Path:
 def _held(path: Path) -> bool:
     """Whether a run was begun in a folder of this name, which must be one that a folder can have."""
     try:
-        is_file, held = path.exists() and not path.is_dir(), holds_run(path)
+        is_file = not stat.S_ISDIR(path.stat().st_mode)
+        held = not is_file and holds_run(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     except (OSError, ValueError) as error:  # a name with a NUL in it is a ValueError
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"run folder {str(path)[:_LONGEST_SHOWN]!r} cannot be: {reason}") from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 
@@ -16,10 +18,14 @@ from dptrain.errors import (
     CheckpointError,
     ConfigError,
     DesyncError,
+    DivergedError,
     DptrainError,
+    MeetingError,
     ObservationError,
+    PeerLostError,
     TaskError,
 )
+from dptrain.train.preemption import EXIT_HUNG, EXIT_RESUMABLE
 
 
 def test_help_names_every_command(capsys):
@@ -29,6 +35,16 @@ def test_help_names_every_command(capsys):
     text = capsys.readouterr().out
     assert "train " in text
     assert "report " in text
+    assert "export " in text
+
+
+def test_help_tells_every_exit_code(capsys):
+    """Those of errors, and those that have none: done, crashed, hung, stopped."""
+    main(["--help"])
+    told = {
+        int(code) for code in re.findall(r"(?:^|\s)(\d+)  +\w", capsys.readouterr().out.partition("exit codes:")[2])
+    }
+    assert told == {code for _, code in command._EXIT_CODES} | {0, 1, EXIT_HUNG, EXIT_RESUMABLE}
 
 
 def test_version(capsys):
@@ -43,7 +59,7 @@ def test_an_unknown_command_is_refused(name, capsys):
     assert main([name]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == f"dptrain: there is no command {name!r}; commands are train, report\n"
+    assert err == f"dptrain: there is no command {name!r}; commands are train, report, export\n"
 
 
 @pytest.mark.parametrize(
@@ -53,6 +69,9 @@ def test_an_unknown_command_is_refused(name, capsys):
         (TaskError, 2),
         (ObservationError, 70),
         (AbortedError, 70),
+        (PeerLostError, 70),
+        (DivergedError, 65),
+        (MeetingError, 69),
         (DptrainError, 70),
         (CheckpointError, 74),
         (DesyncError, 76),
@@ -78,6 +97,21 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(command, "_train", fail)
     with pytest.raises(ZeroDivisionError):
         main(["train"])
+
+
+@pytest.mark.parametrize(("kind", "code"), [(CheckpointError, 74), (ZeroDivisionError, 1)])
+def test_a_replica_leaves_its_error_to_the_launcher(kind, code, monkeypatch, capsys, tmp_path):
+    """Foreseen or not, with the same exit code; it prints nothing, so that nothing is told twice."""
+
+    def fail(_arguments):
+        raise kind("something is wrong")
+
+    monkeypatch.setattr(command, "_train", fail)
+    monkeypatch.setenv("DPTRAIN_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train"]) == code
+    assert capsys.readouterr() == ("", "")
+    assert "something is wrong" in json.loads((tmp_path / "replica-1.json").read_text())["sentence"]
 
 
 def test_the_package_runs_as_a_module(tmp_path):

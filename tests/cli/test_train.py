@@ -38,7 +38,7 @@ def start(monkeypatch):
     """Take the place of the launcher: note what would be started, and start nothing."""
     started = []
 
-    def note(arguments, *, num_replicas):
+    def note(arguments, *, num_replicas, **_):
         settings = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text())
         started.append((settings, "--resume" in arguments, num_replicas))
         return 0
@@ -118,7 +118,7 @@ def test_settings_that_are_wrong_are_told_in_one_sentence(tmp_path, monkeypatch,
     for name, text in FILES.items():
         Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
     started = mock.Mock()
-    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", started)
+    monkeypatch.setattr("multiprocessing.context.ForkContext.Process", started)
     code, stdout, stderr = outcome(["train", *arguments.split()])
     assert (code, stdout) == (2, "")
     assert_one_sentence(stderr, *parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,7 +12,14 @@ from filelock import FileLock
 from dptrain.cli.settings import parse
 from dptrain.errors import ConfigError
 from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, NoiseConfig, OptimizerConfig, TrainConfig
-from dptrain.train.run_folder import RunFolder, check_same_settings, default_run_dir, write_config
+from dptrain.train.run_folder import (
+    RunFolder,
+    check_same_settings,
+    default_run_dir,
+    holds_run,
+    newest_step,
+    write_config,
+)
 
 
 def begin_run(path):
@@ -21,10 +29,12 @@ def begin_run(path):
 
 
 def test_a_new_folder_is_made_with_its_parents(tmp_path):
-    """Nothing but the lock is in it."""
+    """Nothing but the lock is in it, and who has it; nobody else may look into it."""
     folder = RunFolder(tmp_path / "a" / "b", resume=False)
-    assert [path.name for path in folder.path.iterdir()] == [".lock"]
+    assert {path.name for path in folder.path.iterdir()} == {".lock", ".holder"}
+    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
     folder.close()
+    assert {path.name for path in folder.path.iterdir()} <= {".lock"}
 
 
 def test_an_empty_folder_may_be_used(tmp_path):
@@ -56,11 +66,31 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, place):
         RunFolder(tmp_path / place, resume=False)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "n" * 300])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_name_that_no_folder_can_have_is_refused(tmp_path, name, resume):
+    """In a sentence too; whether there is a checkpoint in it can be asked all the same."""
+    with pytest.raises(ConfigError, match="cannot be") as caught:
+        RunFolder(tmp_path / name, resume=resume)
+    assert "\0" not in str(caught.value)
+    assert newest_step(tmp_path / name) == 0
+
+
+def test_a_run_and_its_newest_checkpoint_are_found_by_name(tmp_path):
+    """What is being written, or was set aside, is no checkpoint; a run without a checkpoint is a run."""
+    assert (holds_run(tmp_path), newest_step(tmp_path)) == (False, 0)
+    begin_run(tmp_path)
+    assert (holds_run(tmp_path), newest_step(tmp_path)) == (True, 0)
+    for name in ("step-000000000007", "step-000000000012", ".tmp-step-000000000020", ".bad-000000000030-aa", "step-9"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest_step(tmp_path) == 12
+
+
 def test_two_processes_do_not_share_a_folder(tmp_path):
     """While one has it, another is refused; afterwards it is free."""
     begin_run(tmp_path)
     other = FileLock(tmp_path / ".lock")
-    with other, pytest.raises(ConfigError, match="in use"):
+    with other, pytest.raises(ConfigError, match="in use by another process"):  # which has not signed
         RunFolder(tmp_path, resume=True)
     folder = RunFolder(tmp_path, resume=True)
     folder.close()
@@ -76,6 +106,8 @@ EVERYTHING_ELSE = TrainConfig(
     max_samples=10,
     global_batch_size=4,
     micro_batch_size=2,
+    layout_replicas=2,
+    drift_check_every_steps=7,
     device="cpu",
     precision="bf16",
     num_workers=1,
