@@ -151,3 +151,13 @@ def reads(folder, *, rank, world_size, first, last):
                 count = max(1, slot.num_samples)  # without a micro-batch it reads one sample, to keep in step
                 found.append(stream.indices(np.arange(slot.position, slot.position + count)).tolist())
     return found
+
+
+def wait_for_step(folder, step, process):
+    """Wait until a run that another process trains has told of a step."""
+    path = Path(folder) / "metrics.jsonl"
+    deadline_s = time.monotonic() + 60
+    while not (path.exists() and any(row["step"] >= step for row in read_rows(path))):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
