@@ -7,10 +7,12 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dptrain.errors import ConfigError
-from dptrain.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from dptrain.train.config import TrainConfig
 
 _SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 # Not every …token: a tokenizer's pad_token is a setting like others.
@@ -94,5 +96,5 @@ def spelled_out(text: str) -> str:
 
 
 def tellable(text: str) -> str:
-    """Make one line of a text from outside, without secrets, that can be shown on a terminal and kept in a file."""
+    """Make of a text from outside one line without secrets, to be shown on a terminal or kept in a file."""
     return spelled_out(without_secrets(text))

@@ -24,7 +24,7 @@ class Range:
     """Which values of its type a setting may have.
 
     Attributes:
-        text: completes "it must …", such as "be at least 1".
+        text: completes "it must be …".
         holds: whether a value is one of them; not asked about None.
     """
 
@@ -75,7 +75,7 @@ def check_ranges(settings: DataclassInstance, ranges: Mapping[str, Range]) -> No
     for path, allowed in ranges.items():
         value = values[path]
         if value is not None and not allowed.holds(value):
-            raise ConfigError(f"{path} must {allowed.text}, got {shown(value)}")
+            raise ConfigError(f"{path} must be {allowed.text}, got {shown(value)}")
 
 
 @functools.cache

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
+from dptrain.errors import ConfigError
 from dptrain.noise import NoiseScale
 from dptrain.train.config import TrainConfig, given
+from dptrain.train.disclosure import refuse_secrets
 from dptrain.train.metrics import JsonlLog, Value
 from dptrain.train.run_folder import RunFolder, write_config
 from dptrain.train.tracker import start_tracker
@@ -64,49 +67,67 @@ class SilentLog:
 class WritingLog:
     """The log of rank 0.
 
+    Training does not depend on what is told of it. A row that a file does not take is kept, and goes out before the
+    next one; the first such failure is told, and the summary counts them.
+
     Args:
-        folder: the run's.
+        folder: the run's; closed with the log, also where the log cannot be opened.
         config: filled in.
         up_to_step: the step after which rows of an earlier attempt are dropped; 0 for a new run.
         title: for the view.
+
+    Raises:
+        ConfigError: where the settings hold a secret, or the folder does not take them.
     """
 
     def __init__(self, folder: RunFolder, *, config: TrainConfig, up_to_step: int, title: str) -> None:
         self._folder = folder
         self._every_steps = config.log.every_steps
-        write_config(folder.config, config)
-        self._metrics = JsonlLog.resume(folder.metrics, up_to=up_to_step)
-        # A checkpoint is written before its own step is decided on: that decision is taken again, and told again.
-        self._decisions = JsonlLog.resume(folder.decisions, up_to=up_to_step - 1)
-        self._view = make_view(
-            max_samples=given(config.max_samples), title=title, print_every_steps=config.log.print_every_steps
-        )
-        self._tracker = start_tracker(
-            choice=config.log.tracker,
-            project=config.log.project,
-            run_name=folder.path.name,
-            run_dir=folder.path,
-            config=asdict(config),
-            warn=self._view.note,
-        )
+        self._num_failures = 0
+        with ExitStack() as stack:
+            stack.callback(folder.close)
+            refuse_secrets(config)
+            try:
+                write_config(folder.config, config)
+                self._metrics = JsonlLog.resume(folder.metrics, up_to=up_to_step)
+                # A checkpoint is written before its own step is decided on: that decision is taken, and told, again.
+                self._decisions = JsonlLog.resume(folder.decisions, up_to=up_to_step - 1)
+            except OSError as error:
+                raise ConfigError(f"cannot write to run folder {folder.path}: {error.strerror or error}") from error
+            self._view = make_view(
+                max_samples=given(config.max_samples), title=title, print_every_steps=config.log.print_every_steps
+            )
+            stack.callback(self._view.close)
+            stack.callback(self._end, self._metrics, file=folder.metrics)
+            stack.callback(self._end, self._decisions, file=folder.decisions)
+            self._tracker = start_tracker(
+                choice=config.log.tracker,
+                project=config.log.project,
+                run_name=folder.path.name,
+                run_dir=folder.path,
+                config=asdict(config),
+                warn=self._view.note,
+            )
+            stack.callback(self._tracker.finish, {})  # where the run ended before its end; else it is done already
+            self._closing = stack.pop_all()
 
     def train(self, row: Mapping[str, Value]) -> None:
         """Show the row, and write it where its step is to be logged."""
         self._view.update(row)
         step = int(row["step"] or 0)
         if step % self._every_steps == 0:
-            self._metrics.write(row)
+            self._go_on(lambda: self._metrics.write(row), file=self._folder.metrics)
             self._tracker.log(row, step=step)
 
     def evaluation(self, row: Mapping[str, Value]) -> None:
         """Write and show the row."""
-        self._metrics.write(row)
+        self._go_on(lambda: self._metrics.write(row), file=self._folder.metrics)
         self._tracker.log(row, step=int(row["step"] or 0))
         self._view.evaluation(row)
 
     def decision(self, row: Mapping[str, Value]) -> None:
         """Write and show the row."""
-        self._decisions.write(row)
+        self._go_on(lambda: self._decisions.write(row), file=self._folder.decisions)
         self._view.decision(row)
 
     def note(self, text: str) -> None:
@@ -115,15 +136,30 @@ class WritingLog:
 
     def finish(self, summary: Mapping[str, Value]) -> None:
         """Write the summary and close the tracker."""
-        write_json(self._folder.summary, summary)
+        summary = {**summary, "log_failures": self._num_failures}
+        self._go_on(lambda: write_json(self._folder.summary, summary), file=self._folder.summary)
         self._tracker.finish(summary)
 
     def close(self) -> None:
-        """Give terminal and files back."""
-        self._view.close()
-        self._metrics.close()
-        self._decisions.close()
-        self._folder.close()
+        """Give terminal, files and folder back."""
+        self._closing.close()
+
+    def _go_on(self, write: Callable[[], object], *, file: Path) -> None:
+        try:
+            write()
+        except OSError as error:
+            self._num_failures += 1
+            if self._num_failures == 1:
+                self._view.note(
+                    f"cannot write {file}: {error.strerror or error}; training goes on, and what was not written "
+                    "follows as soon as there is room"
+                )
+
+    def _end(self, log: JsonlLog, *, file: Path) -> None:
+        try:
+            log.close()
+        except OSError as error:
+            self._view.note(f"the last rows of {file} are lost: {error.strerror or error}")
 
 
 def write_json(path: Path, record: Mapping[str, Value]) -> None:
@@ -132,7 +168,7 @@ def write_json(path: Path, record: Mapping[str, Value]) -> None:
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(json.dumps(finite, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")  # ASCII: nothing steers a terminal
     temporary.replace(path)
 
 

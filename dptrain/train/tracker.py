@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 from dptrain.errors import ConfigError
+from dptrain.train.disclosure import without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -40,10 +41,7 @@ FINISH_LIMIT_S = 10.0
 _PROBE_LIMIT_S = 2.5
 _OFFLINE_START_S = 2.0  # what starting offline takes; kept back from the time that starting online may use
 _MAX_PENDING_ROWS = 10_000  # some 10 MB; far more than a service that still lives falls behind
-_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
-# Not every …token: a tokenizer's pad_token is a setting like others.
-_SECRET_FIELD = re.compile(r"(api_?key|access_?key|secret|password|passwd|(access|auth|api|hf)_token)$", re.IGNORECASE)
-_SECRET_MIN_LENGTH = 8  # shorter values are words that a config holds for reasons of its own
+_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class Tracker(Protocol):
@@ -78,7 +76,8 @@ def start_tracker(
     """Start the tracker that `choice` and the environment ask for; returns within `START_LIMIT_S`.
 
     A user's WANDB_MODE is respected. Where it does not say offline, the server is asked first; if it does not answer,
-    if nobody is logged in, or if wandb does not start, the run is recorded offline below `run_dir`.
+    if nobody is logged in, or if wandb does not start, the run is recorded offline below `run_dir`. A run that is
+    resumed goes on in wandb under the name it had there; what was recorded offline is a run of its own.
     Call it on rank 0 only and after `accelerate.Accelerator` exists, which accelerate's tracker relies on.
 
     Args:
@@ -210,6 +209,7 @@ class _WandbSink:
     def __init__(self, *, project: str, run_name: str, run_dir: Path, config: Mapping[str, Any]) -> None:
         self._project = project
         self._options = {"name": run_name, "dir": str(run_dir), "config": dict(config)}
+        self._id_file = run_dir / "wandb" / "run-id"
         # wandb leaves this variable where its service process runs already, for the user or a parent process.
         self._owns_service = "WANDB_SERVICE" not in os.environ
         self._wandb: Any = None
@@ -227,7 +227,9 @@ class _WandbSink:
         why_offline = _why_offline()
         if why_offline is None:
             try:
-                self._open(settings={"init_timeout": max(1.0, deadline - time.monotonic())})
+                same_run = {"id": run_id, "resume": "allow"} if (run_id := self._saved_id()) else {}
+                self._open(settings={"init_timeout": max(1.0, deadline - time.monotonic())}, **same_run)
+                self._save_id(self._tracker.tracker.id)
             except Exception as error:  # noqa: BLE001 - wandb raises what it likes; offline is the answer to all of it
                 why_offline = f"wandb did not start ({_one_line(error)})"
         if why_offline is not None:
@@ -238,11 +240,26 @@ class _WandbSink:
             notify(f"wandb shows this run at {url}")
         self._tracker.tracker.define_metric("*", step_metric="progress/samples")
 
-    def _open(self, *, settings: dict[str, Any]) -> None:
+    def _saved_id(self) -> str | None:
+        """The id of this run on the server, where an earlier attempt had one."""
+        try:
+            found = self._id_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeError):
+            return None
+        return found if _RUN_ID.fullmatch(found) else None
+
+    def _save_id(self, run_id: str) -> None:
+        with contextlib.suppress(OSError):  # a resumed run is then a new one in wandb
+            self._id_file.parent.mkdir(exist_ok=True)
+            self._id_file.write_text(run_id, encoding="utf-8")
+
+    def _open(self, *, settings: dict[str, Any], **same_run: str) -> None:
         from accelerate.tracking import WandBTracker
 
         # console: what the terminal shows is not worth a copy, and a wrapped stdout would tear the live view
-        self._tracker = WandBTracker(self._project, settings={"console": "off", **settings}, **self._options)
+        self._tracker = WandBTracker(
+            self._project, settings={"console": "off", **settings}, **self._options, **same_run
+        )
         self._tracker.start()
 
     def log(self, values: Mapping[str, Value]) -> None:
@@ -263,30 +280,6 @@ class _WandbSink:
             with contextlib.suppress(psutil.Error):
                 if child.name().startswith("wandb"):
                     child.kill()
-
-
-def without_secrets(value: Any) -> Any:  # noqa: ANN401 - any tree of dicts, lists and plain values, returned alike
-    """Copy a tree of settings with its secrets blanked: nothing else changes, and no field is dropped.
-
-    A secret is a string in a field called api_key, password or alike, and each occurrence of the value of an
-    environment variable whose name ends in KEY, TOKEN, SECRET, PASSWORD or CREDENTIALS.
-    """
-    known = [v for k, v in os.environ.items() if _SECRET_VARIABLE.search(k) and len(v) >= _SECRET_MIN_LENGTH]
-
-    def blank(node: Any, *, name: str = "") -> Any:  # noqa: ANN401 - as above
-        if isinstance(node, dict):
-            return {key: blank(child, name=str(key)) for key, child in node.items()}
-        if isinstance(node, list | tuple):
-            return [blank(child, name=name) for child in node]
-        if not isinstance(node, str):
-            return node
-        if node and _SECRET_FIELD.search(name):
-            return "[secret]"
-        for secret in known:
-            node = node.replace(secret, "[secret]")
-        return node
-
-    return blank(value)
 
 
 def _base_url() -> str:

@@ -1,8 +1,8 @@
 """What a person sees of a run: a live view on a terminal, one plain line per log step elsewhere; no file is written.
 
 Both views take the rows of `metrics.jsonl` and `decisions.jsonl` (see metrics.py). Text from outside (names, reasons,
-warnings) is shown with its control characters spelled out, and never read as markup. A stream that breaks ends the
-view, not the run.
+warnings) is shown without secrets, with its control characters spelled out, and never read as markup. A stream that
+breaks ends the view, not the run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 import os
 import sys
 import time
-import unicodedata
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -22,6 +21,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from dptrain.train.disclosure import tellable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -159,7 +160,7 @@ class PlainView(View):
 
     def note(self, text: str) -> None:
         """Show a warning or a notice, one line."""
-        self._line(_clean(text))
+        self._line(tellable(text))
 
     def close(self) -> None:
         """Do nothing: each line was flushed."""
@@ -179,7 +180,7 @@ class LiveView(View):
 
     def __init__(self, *, stream: TextIO, max_samples: int, title: str, level: float = 0.95) -> None:
         super().__init__(stream=stream, max_samples=max_samples)
-        self._title = _clean(title)
+        self._title = tellable(title)
         self._level = level
         self._row: Row = {}
         self._losses: Row = {}
@@ -220,7 +221,7 @@ class LiveView(View):
 
     def note(self, text: str) -> None:
         """Print a warning or a notice above the table."""
-        self._above(Text(_clean(text), style="yellow"))
+        self._above(Text(tellable(text), style="yellow"))
 
     def close(self) -> None:
         """Draw once more and show the cursor again."""
@@ -336,7 +337,7 @@ def decision_text(row: Row) -> str:
     before, after = _number(row, "lr_factor/before"), _number(row, "lr_factor/after")
     if before and after and before != after:
         change += f", learning rate × {after / before:.3g}"
-    return f"{change}: {_clean(str(row.get('reason', '')))}"
+    return f"{change}: {tellable(str(row.get('reason', '')))}"
 
 
 def _compact(value: float, *, like: float) -> str:
@@ -360,7 +361,7 @@ def _evaluation_figures(row: Row) -> list[tuple[str, str]]:
     names.sort(key=lambda name: name != "eval/loss")
     return [
         (
-            "held-out loss" if name == "eval/loss" else _clean(name.removeprefix("eval/").replace("_", " ")),
+            "held-out loss" if name == "eval/loss" else tellable(name.removeprefix("eval/").replace("_", " ")),
             _figure(row, name),
         )
         for name in names
@@ -407,11 +408,6 @@ def _duration(seconds: float | None) -> str:
 def _number(row: Row, name: str) -> float | None:
     value = row.get(name)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _clean(text: str) -> str:
-    """Spell out what a terminal would act on: escapes, line ends, characters that turn the direction of writing."""
-    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else repr(c)[1:-1] for c in text)
 
 
 def _is_capable_terminal(stream: TextIO) -> bool:

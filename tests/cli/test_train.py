@@ -87,7 +87,7 @@ FILES = {
         ("--seed 99999999999999999999", ["seed must be", "2⁶³"]),
         ("--max_samples 0", ["max_samples must be at least 1, got 0"]),
         ("--optimizer.beta1 x", ["optimizer.beta1 must be float", "'x'"]),
-        ("--optimizer.beta1 1", ["optimizer.beta1 must lie in [0, 1)", "1.0"]),
+        ("--optimizer.beta1 1", ["optimizer.beta1 must be in [0, 1)", "1.0"]),
         ("--control.law newest", ["control.law must be one of 'noise', 'exchange_rate'", "'newest'"]),
         ("--control.powers_of_two 3", ["control.powers_of_two must be bool"]),
         ("--optimizer 3", ["optimizer is a group of settings", "--optimizer.name"]),

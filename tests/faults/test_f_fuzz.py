@@ -57,9 +57,11 @@ VALID = {
     "max_samples": st.none() | COUNT,
     "global_batch_size": st.none() | COUNT,
     "micro_batch_size": st.none() | COUNT,
-    "device": st.sampled_from(["auto", "cpu"]),
+    "layout_replicas": st.none() | COUNT,
+    "device": st.sampled_from(["auto", "cpu", "cuda"]),
     "precision": st.sampled_from(["no", "bf16"]),
     "num_workers": st.integers(0, 64),
+    "drift_check_every_steps": st.integers(0, 2**40),
     "control.ratio": POSITIVE,
     "control.z": st.floats(1e-3, 1e3),
     "control.powers_of_two": st.booleans(),
@@ -79,7 +81,9 @@ VALID = {
     "optimizer.beta1": st.floats(0, 0.999),
     "optimizer.beta2": st.floats(0, 0.999),
     "optimizer.max_grad_norm": st.none() | POSITIVE,
+    "optimizer.max_skipped_steps": COUNT,
     "checkpoint.every_samples": st.none() | COUNT,
+    "checkpoint.hours_between_failures": POSITIVE,
     "checkpoint.keep": st.integers(1, 100),
     "log.every_steps": COUNT,
     "log.print_every_steps": COUNT,
@@ -91,13 +95,14 @@ VALID = {
 
 COUNTS = [
     *("max_samples", "global_batch_size", "micro_batch_size", "control.smallest", "control.largest"),
-    *("checkpoint.every_samples", "checkpoint.keep"),
+    *("layout_replicas", "optimizer.max_skipped_steps", "checkpoint.every_samples", "checkpoint.keep"),
     *("log.every_steps", "log.print_every_steps", "log.eval_every_samples"),
 ]
-COUNTS_FROM_0 = ["seed", "num_workers", "control.dwell_samples", "control.dwell_decisions"]
+COUNTS_FROM_0 = ["seed", "num_workers", "drift_check_every_steps", "control.dwell_samples", "control.dwell_decisions"]
 POSITIVES = [
     *("control.ratio", "control.z", "control.max_change", "control.dead_band", "noise.memory"),
     *("noise.half_life_samples", "optimizer.learning_rate", "optimizer.max_grad_norm"),
+    "checkpoint.hours_between_failures",
 ]
 CHOICES = [
     *("device", "precision", "control.law", "noise.observer", "optimizer.name", "optimizer.rule"),
