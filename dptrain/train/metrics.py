@@ -81,6 +81,7 @@ class JsonlLog:
             self._fd = os.open(self._path, flags, 0o600)
         except FileExistsError:
             raise DptrainError(f"{self._path} exists already: resume that run, or choose another folder") from None
+        os.fchmod(self._fd, 0o600)  # the umask may have taken our own rights away, or an older file been open to others
         if _parse(torn) is not None:
             self._pending = b"\n"  # a whole row that lacks its end alone
         elif torn:

@@ -1,15 +1,9 @@
-"""No acknowledged checkpoint is lost, and none that was damaged is ever loaded."""
+"""What is saved comes back to the bit, and retention keeps what it must; failing disks are in tests/faults/."""
 
 from __future__ import annotations
 
 import errno
 import os
-import random
-import resource
-import select
-import shutil
-import signal
-import stat
 import tempfile
 import threading
 import time
@@ -23,7 +17,7 @@ from hypothesis import strategies as st
 from dptrain.errors import CheckpointError, ConfigError
 from dptrain.train import checkpoint as module
 from dptrain.train.checkpoint import load_checkpoint, load_newest, save_checkpoint
-from dptrain.train.manifest import MANIFEST, MAX_JSON_BYTES, Seal, decode_manifest, encode_manifest
+from dptrain.train.manifest import MAX_JSON_BYTES
 
 STATE = {"cursor": 3, "loss": 0.1, "betas": (0.9, float("inf"))}
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
@@ -61,13 +55,6 @@ def names(folder):
 
 def steps(folder):
     return [int(name.removeprefix("step-")) for name in names(folder) if name.startswith("step-")]
-
-
-def reseal(path, **changes):
-    """Change a manifest and give it a right checksum again, as somebody with bad intent would."""
-    step, seals = decode_manifest((path / MANIFEST).read_bytes())
-    values = {"step": step, "written_by": "1", "seals": seals} | changes
-    (path / MANIFEST).write_bytes(encode_manifest(**values))
 
 
 # --- round trip ---
@@ -145,113 +132,6 @@ def test_state_beyond_the_limit_is_refused_and_cleaned_up(tmp_path, monkeypatch)
     assert names(tmp_path) == []
 
 
-# --- damage ---
-
-
-def test_any_flipped_bit_in_any_file_is_detected(tmp_path):
-    """400 random flips, each in a random file, are 400 refusals; the repaired checkpoint loads again."""
-    path = save(tmp_path, 1)
-    seeded = random.Random(0)  # noqa: S311 -- repeatable, not secret
-    for _ in range(400):
-        file = seeded.choice(sorted(path.iterdir()))
-        original = file.read_bytes()
-        flipped = bytearray(original)
-        flipped[seeded.randrange(len(flipped))] ^= 1 << seeded.randrange(8)
-        file.write_bytes(flipped)
-        with pytest.raises(CheckpointError):
-            load_checkpoint(path)
-        file.write_bytes(original)
-    assert_holds(load_checkpoint(path), 1)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", MANIFEST])
-@pytest.mark.parametrize("cut", [lambda _: 0, lambda _: 1, lambda n: n // 2, lambda n: n - 1])
-def test_a_truncated_file_sends_the_reader_to_the_checkpoint_before(tmp_path, name, cut):
-    """Walk-back loads the newest intact one and says what it passed over, and why."""
-    save(tmp_path, 1)
-    newest = save(tmp_path, 2)
-    os.truncate(newest / name, cut((newest / name).stat().st_size))
-    found = load_newest(tmp_path)
-    assert_holds(found, 1)
-    ((path, reason),) = found.passed_over
-    assert path == newest
-    assert name in reason
-
-
-def swap_files(path):
-    (path / "model.safetensors").rename(path / "x")
-    (path / "optimizer.safetensors").rename(path / "model.safetensors")
-    (path / "x").rename(path / "optimizer.safetensors")
-
-
-def to_symlink(path):
-    (path / "model.safetensors").rename(path.parent / "elsewhere")
-    (path / "model.safetensors").symlink_to(path.parent / "elsewhere")
-
-
-def to_pipe(path):
-    (path / "model.safetensors").unlink()
-    os.mkfifo(path / "model.safetensors")
-
-
-def folder_to_symlink(path):
-    path.rename(path.parent / "elsewhere")
-    path.symlink_to(path.parent / "elsewhere")
-
-
-def from_another_step(path):
-    shutil.rmtree(path)
-    shutil.copytree(path.with_name("step-000000000001"), path)
-
-
-DAMAGE = {
-    "is missing": lambda path: (path / "state.json").unlink(),
-    "is not in manifest.json": lambda path: (path / "extra").write_text("x"),
-    "bytes and should have": swap_files,
-    "the sha256 of model": lambda path: shutil.copy(path.with_name("step-000000000001") / "model.safetensors", path),
-    "model.safetensors is not a regular file": to_symlink,
-    "safetensors is not a regular file": to_pipe,
-    "Not a directory": folder_to_symlink,
-    "which is not the step": from_another_step,
-    "No such file or directory: 'manifest.json'": lambda path: (path / MANIFEST).unlink(),
-    "is not the JSON": lambda path: (path / MANIFEST).write_text("x"),
-    "more than the 1048576": lambda path: (path / MANIFEST).write_bytes(b" " * (1048576 + 1)),
-    "not a plain file name": lambda path: reseal(path, seals={"../x": Seal(size_bytes=1, sha256="0")}),
-    "in format 2": lambda path: (path / MANIFEST).write_text('{"format": 2}'),
-    "'state.json' is missing": lambda path: [(path / "state.json").unlink(), reseal(path, seals={})],
-}
-
-
-@pytest.mark.parametrize("reason", DAMAGE)
-def test_each_kind_of_damage_is_refused_with_its_reason(tmp_path, reason):
-    """The reader passes over the damaged one and loads the one before; alone, the damaged one is an error."""
-    save(tmp_path, 1)
-    newest = save(tmp_path, 2)
-    DAMAGE[reason](newest)
-    found = load_newest(tmp_path)
-    assert_holds(found, 1)
-    assert reason in found.passed_over[0][1]
-    with pytest.raises(CheckpointError, match="step-000000000002 cannot be trusted"):
-        load_checkpoint(newest)
-
-
-def test_a_planted_file_with_right_checksums_is_still_only_safetensors(tmp_path):
-    """Checksums do not make a file safe: what is no safetensors is refused, not unpickled, with our own error."""
-    path = save(tmp_path, 1)
-    header = b'{"w":{"dtype":"F32","shape":[1152921504606846976],"data_offsets":[0,4]}}'
-    for planted in (
-        b"",
-        b"cos\nsystem\n(S'true'\ntR.",
-        b"\xff" * 64,
-        len(header).to_bytes(8, "little") + header + b"1234",
-    ):
-        (path / "model.safetensors").write_bytes(planted)
-        seals = decode_manifest((path / MANIFEST).read_bytes())[1]
-        reseal(path, seals={**seals, "model.safetensors": module._seal(path / "model.safetensors")})
-        with pytest.raises(CheckpointError, match="is not safetensors"):
-            load_checkpoint(path).tensors("model")
-
-
 def test_a_file_that_changes_after_it_was_verified_is_not_parsed(tmp_path):
     """The bytes that become tensors are the bytes that were hashed, not what stood there a moment before."""
     path = save(tmp_path, 1)
@@ -260,24 +140,6 @@ def test_a_file_that_changes_after_it_was_verified_is_not_parsed(tmp_path):
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     with pytest.raises(CheckpointError, match="has changed since it was verified"):
         opened.tensors("model")
-
-
-def test_when_none_is_intact_the_error_lists_them_all(tmp_path):
-    """A run with checkpoints never starts afresh silently."""
-    for step in (1, 2):
-        (save(tmp_path, step) / "state.json").unlink()
-    with pytest.raises(CheckpointError, match=r"step-000000000002: .* is missing; step-000000000001: .* is missing"):
-        load_newest(tmp_path)
-
-
-@pytest.mark.parametrize("damaged", [set(), {3}, {2, 3}, {1, 3}, {1, 2}])
-def test_the_newest_intact_one_wins(tmp_path, damaged):
-    """For any set of damaged checkpoints the reader returns the greatest intact step."""
-    for step in (1, 2, 3):
-        path = save(tmp_path, step)
-        if step in damaged:
-            (path / MANIFEST).unlink()
-    assert_holds(load_newest(tmp_path), max({1, 2, 3} - damaged))
 
 
 # --- saving again ---
@@ -301,17 +163,6 @@ def test_a_damaged_checkpoint_of_the_same_step_is_set_aside_and_replaced(tmp_pat
     for step in (2, 3):
         save(tmp_path, step, keep=2)
     assert names(tmp_path) == ["step-000000000002", "step-000000000003"]
-
-
-def test_leftovers_of_dead_attempts_are_removed(tmp_path):
-    """A temporary folder, file or link of a killed writer goes; what a link points to stays."""
-    (tmp_path / "precious").mkdir()
-    (tmp_path / ".tmp-1-abc").mkdir()
-    (tmp_path / ".tmp-1-abc" / "model.safetensors").write_text("half")
-    (tmp_path / ".tmp-file").write_text("x")
-    (tmp_path / ".tmp-link").symlink_to(tmp_path / "precious")
-    save(tmp_path, 1)
-    assert names(tmp_path) == ["precious", "step-000000000001"]
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -362,72 +213,7 @@ def test_keep_below_one_is_a_config_error(tmp_path):
         save(tmp_path, 1, keep=0)
 
 
-def test_files_are_private_under_any_umask(tmp_path):
-    """Neither a lax nor an absurd umask changes the modes: 0600 for files, 0700 for folders."""
-    for mask in (0, 0o022, 0o777):
-        before = os.umask(mask)
-        try:
-            path = save(tmp_path / f"made-{mask}", 1)
-        finally:
-            os.umask(before)
-        assert {stat.S_IMODE(folder.stat().st_mode) for folder in (path, path.parent)} == {0o700}
-        assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o600}
-
-
-# --- faults of the system ---
-
-
-def test_the_order_of_system_calls_is_the_one_that_survives_power_loss(tmp_path, monkeypatch):
-    """Every file is synced, then the manifest, then the folder; only then rename, sync of the parent, and pruning."""
-    save(tmp_path, 1)
-    calls = []
-    real_fsync, real_rename = os.fsync, os.rename
-
-    def name_of(path):
-        name = Path(path).name
-        return name[:4] if name[:4] in {".tmp", "step"} else name
-
-    def fsync(descriptor):
-        path = Path(f"/proc/self/fd/{descriptor}").readlink()
-        calls.append(f"fsync {'parent' if path == tmp_path else name_of(path)}")
-        real_fsync(descriptor)
-
-    def rename(source, target):
-        calls.append(f"rename {name_of(source)} {name_of(target)}")
-        real_rename(source, target)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "rename", rename)
-    save(tmp_path, 2, keep=1)
-    assert calls == [
-        "fsync model.safetensors",
-        "fsync optimizer.safetensors",
-        "fsync state.json",
-        "fsync manifest.json",
-        "fsync .tmp",
-        "rename .tmp step",
-        "fsync parent",
-        "rename step .tmp",
-    ]
-
-
-@pytest.mark.parametrize("call", ["fsync", "rename", "save_file"])
-def test_an_error_of_the_disk_leaves_the_previous_checkpoint_and_no_rubbish(tmp_path, monkeypatch, call):
-    """EIO anywhere before the commit is a CheckpointError; the next save works."""
-    save(tmp_path, 1)
-
-    def fails(*_):
-        raise OSError(errno.EIO, "Input/output error")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module if call == "save_file" else os, call, fails)
-        with pytest.raises(
-            CheckpointError, match=r"step-000000000002 could not be written: .*it needs about \d+ bytes and \d+"
-        ):
-            save(tmp_path, 2)
-    assert names(tmp_path) == ["step-000000000001"]
-    save(tmp_path, 2)
-    assert_holds(load_newest(tmp_path), 2)
+# --- side by side ---
 
 
 def test_a_failure_to_prune_is_a_warning_not_a_lost_checkpoint(tmp_path, monkeypatch):
@@ -459,67 +245,3 @@ def test_two_saves_at_once_wait_for_each_other(tmp_path, monkeypatch):
     save(tmp_path, 2)
     first.join()
     assert steps(tmp_path) == [1, 2]
-
-
-def forked(body):
-    """Run `body` in a child of its own and return its pid; the child never comes back into pytest."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        body()
-        code = 0
-    finally:
-        os._exit(code)
-
-
-@pytest.mark.parametrize("budget", [0, 1, 100, 1000, 4000, 8000, 16_383])
-def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path, budget):
-    """Wherever the bytes run out, the save fails with one sentence, cleans up, and the one before still loads."""
-    save(tmp_path, 1)
-    large = {"model": {"w": torch.zeros(4096)}}
-
-    def body():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (budget, budget))
-        with pytest.raises(
-            CheckpointError, match=r"step-000000000002 could not be written: .*File too large.* \d+ are free"
-        ):
-            save_checkpoint(tmp_path, step=2, tensors=large, state=STATE)
-
-    assert os.waitstatus_to_exitcode(os.waitpid(forked(body), 0)[1]) == 0
-    assert names(tmp_path) == ["step-000000000001"]
-    assert_holds(load_newest(tmp_path), 1)
-
-
-def test_no_acknowledged_checkpoint_is_lost_to_sigkill(tmp_path):
-    """30 writers killed at random times: each restart finds at least the last step that any of them acknowledged."""
-    seeded = random.Random(0)  # noqa: S311 -- repeatable, not secret
-    acknowledged, reached = 0, []
-    for _ in range(30):
-        reader, writer = os.pipe()
-
-        def body(start=acknowledged + 1, writer=writer):
-            for step in range(start, start + 1000):
-                save(tmp_path, step, keep=2)
-                os.write(writer, f"{step}\n".encode())
-
-        pid = forked(body)
-        os.close(writer)
-        assert select.select([reader], [], [], 30)[0], "the writer never saved anything"
-        time.sleep(seeded.random() * 0.03)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        with os.fdopen(reader) as acknowledgements:
-            last = int(acknowledgements.read().split()[-1])
-        found = load_newest(tmp_path)
-        assert found.step in {last, last + 1}
-        assert_holds(found, found.step)
-        assert found.passed_over == ()
-        acknowledged = found.step
-        reached.append(last)
-    assert reached == sorted(set(reached))
-    assert len(steps(tmp_path)) <= 3
-    save(tmp_path, acknowledged + 1, keep=2)
-    assert len(names(tmp_path)) == 2, "a leftover of a killed writer survived the next save"

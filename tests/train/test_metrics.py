@@ -73,6 +73,19 @@ def test_any_cut_leaves_a_prefix_of_the_rows(tmp_path):
     assert lengths == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("torn", ["", '{"st', '{"step": 9}'])
+def test_a_log_that_is_gone_on_with_begins_a_new_line(tmp_path, torn):
+    """Behind a torn line, which goes, and behind a whole one that lacks its end alone, which stays."""
+    path = tmp_path / "m.jsonl"
+    write(path, [1, 2])
+    with path.open("a") as file:
+        file.write(torn)
+    expected = read_rows(path)
+    with JsonlLog(path, append=True) as log:
+        log.write({"step": 10})
+    assert read_rows(path) == [*expected, {"step": 10}]
+
+
 @pytest.mark.parametrize("broken", [b"{nonsense", b"[1]", b'{"step": NaN}', b"\xff", b""])
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path, broken):
     """Damage that no kill can cause is reported with its line, never skipped."""
