@@ -116,8 +116,7 @@ def _connect(store: Store, *, device: str, rank: int, world_size: int, timeout_s
         interface = os.environ.get("GLOO_SOCKET_IFNAME")
         hint = f"; GLOO_SOCKET_IFNAME is {interface!r}: is that a network interface of this machine?"
         raise MeetingError(
-            f"replica {rank} of {world_size} has met the others and cannot connect to them: {_reason(error)}"
-            f"{hint if interface else ''}"
+            f"met the other replicas, but cannot connect to them: {_reason(error)}{hint if interface else ''}"
         ) from error
 
 

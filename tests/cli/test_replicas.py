@@ -337,7 +337,7 @@ def test_the_grace_ends(launch, send, tmp_path):
     assert 1 <= launch.took_s < 4
 
 
-def test_a11_a_second_request_after_a_while_means_it(launch, send, tmp_path, monkeypatch):
+def test_a_second_request_after_a_while_means_it(launch, send, tmp_path, monkeypatch):
     """It shortens a long grace to a second; one that comes at once is the same request."""
     monkeypatch.setattr(replicas, "_REPEAT_S", 0.5)
     send((0, signal.SIGINT), (0.1, signal.SIGINT), (0.8, signal.SIGINT))

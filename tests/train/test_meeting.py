@@ -88,7 +88,7 @@ def meet_again(rank, world_size, folder, port):
         (set(range(1, 13)), "waited 0.3 s for ranks 1, 2, 3, 4, 5, 6, 7, 8 and 4 more of 13"),
     ],
 )
-def test_e10_who_is_missing_is_named(place, tmp_path, missing, words):
+def test_who_is_missing_is_named(place, tmp_path, missing, words):
     """After the time for joining, not after half an hour."""
     world_size = max(3, len(missing) + 1)
     store = dist.FileStore(str(tmp_path / "store"), world_size)
@@ -102,7 +102,7 @@ def test_e10_who_is_missing_is_named(place, tmp_path, missing, words):
     assert 0.3 <= took_s < 2
 
 
-def test_h12_variables_left_over_are_explained(place):
+def test_variables_left_over_are_explained(place):
     """A process that nobody started as a replica waits for others in vain, and learns why."""
     place(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     sentence, took_s = refused()
@@ -121,7 +121,7 @@ def test_h12_variables_left_over_are_explained(place):
         ({"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "a", "MASTER_PORT": "-1"}, "MASTER_PORT=-1 in the environment"),
     ],
 )
-def test_h12_half_a_place_is_no_place(place, variables, words):
+def test_half_a_place_is_no_place(place, variables, words):
     """Refused at once, with the remedy."""
     place(**variables)
     sentence, took_s = refused()
@@ -130,7 +130,7 @@ def test_h12_half_a_place_is_no_place(place, variables, words):
     assert took_s < 0.3
 
 
-def test_h5_a_port_in_use_is_named(place):
+def test_a_port_in_use_is_named(place):
     """At once, with the remedy."""
     with socket.create_server(("0.0.0.0", 0)) as taken:  # noqa: S104 - held on all addresses, as a server does
         port = taken.getsockname()[1]
@@ -141,7 +141,7 @@ def test_h5_a_port_in_use_is_named(place):
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "n" * 70])
-def test_h6_an_address_where_nobody_is(place, address):
+def test_an_address_where_nobody_is(place, address):
     """A host without rank 0, or a name that no resolver can have: within the time for joining, more or less."""
     port = free_port()
     place(RANK=1, WORLD_SIZE=2, MASTER_ADDR=address, MASTER_PORT=port)
@@ -150,7 +150,7 @@ def test_h6_an_address_where_nobody_is(place, address):
     assert took_s < 5
 
 
-def test_h6_an_interface_that_does_not_exist_is_named(place, tmp_path):
+def test_an_interface_that_does_not_exist_is_named(place, tmp_path):
     """With the variable that names it."""
     place(RANK=0, WORLD_SIZE=1, DPTRAIN_STORE=tmp_path / "store", GLOO_SOCKET_IFNAME="nope0")
     sentence, _ = refused()
@@ -178,7 +178,7 @@ def test_times_come_from_the_environment(place, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("local", "warnings"), [(1, 0), (None, 0), (0, 1)])
-def test_g8_several_nodes_are_warned_of_their_network(place, tmp_path, monkeypatch, caplog, local, warnings):
+def test_several_nodes_are_warned_of_their_network(place, tmp_path, monkeypatch, caplog, local, warnings):
     """Once, by rank 0, and only where there are replicas on another node."""
     place(
         RANK=0, WORLD_SIZE=1, DPTRAIN_STORE=tmp_path / "store", **({} if local is None else {"LOCAL_WORLD_SIZE": local})

@@ -1,0 +1,74 @@
+"""Rows E8 and E10 of the faults: replicas that lose their meeting point, or never come to it.
+
+E9 (a replica that ends early with exit code 0) is among the crashes of test_a_processes.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dptrain.cli.main import main
+from dptrain.train.metrics import read_rows
+from dptrain.train.run_folder import write_config
+from tests.runs import make_config
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.mark.timeout(300)
+def test_e8_without_the_store_all_replicas_end(tmp_path):
+    """Under torchrun rank 0 serves the store: when it is killed, all are gone within seconds, and torchrun says why."""
+    settings, metrics = tmp_path / "settings.yaml", tmp_path / "run" / "metrics.jsonl"
+    write_config(settings, replace(make_config(tmp_path / "run"), max_samples=100_000))
+    launcher = subprocess.Popen(
+        [sys.executable, *TORCHRUN, "-m", "dptrain", "train", "--config", str(settings)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while not (metrics.exists() and read_rows(metrics)):
+            assert time.monotonic() < deadline
+            assert launcher.poll() is None
+            time.sleep(0.02)
+        replicas = psutil.Process(launcher.pid).children()
+        (rank_0,) = [replica for replica in replicas if replica.environ()["RANK"] == "0"]
+        began_s = time.monotonic()
+        rank_0.kill()
+        _, still = psutil.wait_procs(replicas, timeout=20)
+        took_s = time.monotonic() - began_s
+        _, told = launcher.communicate(timeout=30)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert not still
+    assert took_s < 5
+    assert launcher.returncode != 0
+    assert "SIGKILL" in told
+
+
+def test_e10_a_replica_that_never_starts_is_named(tmp_path, monkeypatch, capsys):
+    """After the time for joining, by exit code 69 and in one sentence."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "DPTRAIN_JOIN_TIMEOUT_S": 0.5}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("DPTRAIN_STORE", str(tmp_path / "store"))
+    began_s = time.monotonic()
+    assert main(["train", "--task", "quadratic", "--run_dir", str(tmp_path / "run")]) == 69
+    assert time.monotonic() - began_s < 10
+    left = json.loads((tmp_path / "replica-0.json").read_text())  # for the launcher, which tells it once
+    assert left["sentence"] == "waited 0.5 s for rank 1 of 2, in vain: see whether it was started and what it says"
+    assert capsys.readouterr() == ("", "")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,97 @@
+"""Rows H5, H6 and H12 of the faults: ports, interfaces and variables that are not as a launcher would have them.
+
+What `meet` makes of each is in tests/train/test_meeting.py; here is what a user gets.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dptrain.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def refuse(monkeypatch, capsys, tmp_path):
+    """Run the command under these variables; return exit code, its one sentence, and the seconds that it took."""
+    for name in ("DPTRAIN_STORE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        began_s = time.monotonic()
+        code = main(["train", "--task", "quadratic", "--device", "cpu", "--run_dir", str(tmp_path / "run")])
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("dptrain train: ")
+        assert err.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+        return code, err, time.monotonic() - began_s
+
+    return run
+
+
+def test_h5_a_port_in_use_is_a_clear_error(refuse):
+    """Within five seconds. A run on one node needs no port at all (G8)."""
+    with socket.create_server(("0.0.0.0", 0)) as taken:  # noqa: S104 - held on all addresses, as a server does
+        port = taken.getsockname()[1]
+        code, told, took_s = refuse(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert code == 69
+    assert f"port {port}, where the replicas are to meet, is in use" in told
+    assert took_s < 5
+
+
+@pytest.mark.timeout(300)
+def test_h6_a_wrong_interface_is_a_clear_error(tmp_path):
+    """Also where two replicas have it: told once, with the variable, and not tried again."""
+    found = subprocess.run(
+        [
+            sys.executable,
+            *("-m", "dptrain", "train", "--task", "quadratic", "--replicas", "2", "--device", "cpu"),
+            *("--run_dir", str(tmp_path / "a")),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "nope0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert found.returncode == 69, found.stderr
+    told = [line for line in found.stderr.splitlines() if line.startswith("dptrain train: ")]
+    assert len(told) == 1
+    assert told[0].startswith("dptrain train: met the other replicas, but cannot connect to them: ")
+    assert "GLOO_SOCKET_IFNAME is 'nope0'" in told[0]
+    assert "Traceback" not in found.stderr
+
+
+def test_h12_variables_left_over_are_explained(refuse):
+    """With the command that removes them; a process that nobody started as a replica would else wait for ever."""
+    code, told, _ = refuse(RANK=0, WORLD_SIZE=2)
+    assert code == 69
+    assert "`unset RANK WORLD_SIZE`" in told
+
+
+def test_h12_several_launchers_at_once_are_refused(refuse):
+    """`srun dptrain train` on four tasks would start four runs in one folder."""
+    code, told, _ = refuse(SLURM_STEP_NUM_TASKS=4)
+    assert code == 2
+    assert "srun started 4 of this command" in told
+    assert "launch/slurm.sbatch" in told
+
+
+def test_h12_a_launcher_in_a_launcher_is_refused(monkeypatch, capsys):
+    """Under torchrun the replicas are started already."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "--replicas", "2"]) == 2
+    assert "--replicas has no meaning under a launcher" in capsys.readouterr().err
