@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dptrain
 from dptrain.errors import ObservationError
-from dptrain.noise import SquaredNorms, unbiased_moments
+from dptrain.noise import MomentSums, Smoothing, SquaredNorms, smoothed, unbiased_moments
 from tests.observe.plain import RATE, gradient, make_model, micro_batch, pair, reference, sq_norm, trained
 from tests.replicas import run_replicas
 
@@ -59,6 +59,51 @@ def test_losses_that_are_summed_over_uneven_micro_batches():
     assert by_hand == pytest.approx((trace, square), rel=1e-4)
     # The further factor 0.2 on the loss that only the second loop told of: the ratio does not see it.
     assert told == pytest.approx((0.2**2 * trace, 0.2**2 * square), rel=1e-4)
+
+
+LENGTHS = (((4, 1, 3), (2, 5)), ((1, 1), (6, 2, 2, 4)))
+"""Tokens of each sequence, by rank and micro-batch."""
+
+
+def token_losses(model, step, micro_step, rank):
+    """Return the summed loss of the tokens of each sequence; what is beyond its length does not count."""
+    lengths = torch.tensor(LENGTHS[rank][micro_step])
+    generator = torch.Generator().manual_seed(100 * step + 10 * micro_step + rank)
+    x, y = (torch.randn(len(lengths), 6, size, generator=generator) for size in (8, 2))
+    counts = torch.arange(6) < lengths[:, None]
+    return (((model(x) - y) ** 2).sum(-1) * counts).sum(1)
+
+
+def weighted_by_tokens(rank, world_size):
+    """Return the noise scale of a loop that divides each micro-batch's sum by the tokens of the global batch."""
+    model = DistributedDataParallel(make_model())
+    num_tokens = sum(sum(sum(lengths) for lengths in own) for own in LENGTHS)
+    with dptrain.attach(model, every=1, loss="sum") as meter:
+        for step in range(3):
+            for micro_step in range(2):
+                (token_losses(model, step, micro_step, rank).sum() * world_size / num_tokens).backward()
+            meter.step()
+            model.zero_grad()
+    return meter.read().noise_trace / meter.read().grad_sq_norm
+
+
+def test_losses_that_are_weighted_by_tokens():
+    """Sequences of unequal lengths in unequal micro-batches: a sample is a sequence with the sum over its tokens."""
+    found = run_replicas(weighted_by_tokens, world_size=2)
+    sums = MomentSums()
+    for step in range(3):
+        keys = [(rank, micro_step) for rank in range(2) for micro_step in range(2)]
+        sizes = [len(LENGTHS[rank][micro_step]) for rank, micro_step in keys]
+        model, gradients = make_model(), []
+        for rank, micro_step in keys:
+            loss = token_losses(model, step, micro_step, rank).mean()
+            gradients.append([g.double() for g in torch.autograd.grad(loss, trained(model))])
+        shares = [size / sum(sizes) for size in sizes]
+        mean = [sum(w * g for w, g in zip(shares, parts, strict=True)) for parts in zip(*gradients, strict=True)]
+        norms = SquaredNorms.of([sq_norm(g) for g in gradients], sizes=sizes, large_sq_norm=sq_norm(mean))
+        sums = Smoothing().update(sums, unbiased_moments(norms))
+    expected = smoothed(sums)
+    assert found == pytest.approx([expected.noise_trace / expected.grad_sq_norm] * 2, rel=1e-4)
 
 
 def test_begin_by_hand_ends_the_counting_of_forward_passes():

@@ -112,6 +112,7 @@ DDP = {
     "ddp, compiled inside": functools.partial(ddp, prepare=whole_compiled),
     "ddp, compiled per block": functools.partial(ddp, prepare=compile_blocks),
     "ddp, PowerSGD in the hook": functools.partial(ddp, hook=power_sgd),
+    "ddp, fp16 in the hook": functools.partial(ddp, hook=fp16),
 }
 SHARDED = {
     "fully_shard": fully_sharded,
@@ -152,9 +153,10 @@ def test_agrees_with_plain_gradients_and_changes_no_bit(family, world_size):
     """In each wrapper the pair is that of plain gradients, all ranks read the same, and training is untouched."""
     results = run_replicas(measure_all, world_size=world_size, args=(family,), timeout_s=110)
     assert results.count(results[0]) == world_size
-    expected = pytest.approx(reference(world_size), rel=1e-4)
+    expected = reference(world_size)
     for name, (found, same, seam, dropped) in results[0].items():
-        assert found == expected, name
+        # The combined gradient is the compressed one, which fp16 rounds.
+        assert found == pytest.approx(expected, rel=1e-2 if "fp16" in name else 1e-4), name
         assert same, name
         assert seam == ("parameters" if family in ("ALONE", "DDP") else "unsharded parameters"), name
         assert dropped == 0, name
