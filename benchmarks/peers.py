@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch.distributed as dist
@@ -16,7 +17,24 @@ Finish = Callable[[], object]
 """Ends an optimizer step after its backward pass: measures, updates the parameters and clears their gradients."""
 
 
-def k_diffusion(model: DistributedDataParallel, optimizer: Optimizer) -> Finish:
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A package at work in a loop; called where a step ends.
+
+    Attributes:
+        finish: ends a step.
+        estimate: returns |G|² and tr(Σ)/b as it knows them, b being the samples of a small batch: none is told them.
+    """
+
+    finish: Finish
+    estimate: Callable[[], tuple[float, float]]
+
+    def __call__(self) -> None:
+        """End a step."""
+        self.finish()
+
+
+def k_diffusion(model: DistributedDataParallel, optimizer: Optimizer) -> Peer:
     """`DDPGradientStatsHook` with its `GradientNoiseScale`: a communication hook, and a sum read in each step."""
     gns = _module("k-diffusion", "k_diffusion/gns.py")
     hook, scale = gns.DDPGradientStatsHook(model), gns.GradientNoiseScale()
@@ -26,10 +44,10 @@ def k_diffusion(model: DistributedDataParallel, optimizer: Optimizer) -> Finish:
         optimizer.step()
         optimizer.zero_grad()
 
-    return finish
+    return Peer(finish=finish, estimate=scale.get_stats)
 
 
-def adaptdl(model: DistributedDataParallel, optimizer: Optimizer) -> Finish:
+def adaptdl(model: DistributedDataParallel, optimizer: Optimizer) -> Peer:
     """`GradientNoiseScale`: hooks on the parameters, its work done when the backward pass ends."""
     scale = _module("adaptdl", "adaptdl/torch/gradient_noise_scale.py").GradientNoiseScale(model, optimizer)
 
@@ -38,10 +56,10 @@ def adaptdl(model: DistributedDataParallel, optimizer: Optimizer) -> Finish:
         optimizer.step()
         scale.reset_accumulation()
 
-    return finish
+    return Peer(finish=finish, estimate=lambda: (scale.sqr_avg(), scale.var_avg()))
 
 
-def adascale(model: DistributedDataParallel, optimizer: Optimizer) -> Finish:  # noqa: ARG001 - it sees no more than the optimizer
+def adascale(model: DistributedDataParallel, optimizer: Optimizer) -> Peer:  # noqa: ARG001 - it sees no more than the optimizer
     """Fairscale's `AdaScale`: hooks on the parameters, and an optimizer round the optimizer."""
     from fairscale.optim.adascale import AdaScale  # type: ignore[import-not-found, unused-ignore]
 
@@ -52,10 +70,11 @@ def adascale(model: DistributedDataParallel, optimizer: Optimizer) -> Finish:  #
         outer.step()
         outer.zero_grad()
 
-    return finish
+    # It shows its gain alone, of which these two are the parts.
+    return Peer(finish=finish, estimate=lambda: (outer._grad_sqr_avg(), outer._grad_var_avg()))  # noqa: SLF001 - as said
 
 
-PEERS: dict[str, Callable[[DistributedDataParallel, Optimizer], Finish]] = {
+PEERS: dict[str, Callable[[DistributedDataParallel, Optimizer], Peer]] = {
     "k_diffusion": k_diffusion,
     "adaptdl": adaptdl,
     "adascale": adascale,

@@ -6,11 +6,14 @@ as small as these.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
@@ -18,6 +21,21 @@ from dptrain.tasks import KnownAnswer, digits, exact_noise
 
 COPIES = 16
 """Small problems are stacked in independent copies: φ stays, both moments grow, and a step tells that much more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elements:
+    """Mean and variance of every element of a sample's gradient, in float64, flat in the order of the parameters."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def answer(self, *, scale: Tensor) -> KnownAnswer:
+        """Return what there is to be found where element i of each gradient is multiplied by `scale[i]`."""
+        square = scale.double() ** 2
+        return KnownAnswer(
+            grad_sq_norm=float((square * self.mean**2).sum()), noise_trace=float((square * self.variance).sum())
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +51,7 @@ class Problem:
         micro_batch_size: in samples.
         num_steps: steps of one repetition.
         population: samples in the data set where a global batch is drawn from it without replacement.
+        elements: the truth in every element, where somebody asked for it.
     """
 
     name: str
@@ -42,6 +61,7 @@ class Problem:
     micro_batch_size: int
     num_steps: int
     population: int | None = None
+    elements: Callable[[], Elements] | None = None
 
 
 class VectorLoss(nn.Module):
@@ -83,6 +103,51 @@ class IndexedLoss(nn.Module):
         return functional.cross_entropy(logits, self._classes[indices], reduction="none")
 
 
+class Copies(nn.Module):
+    """Independent copies of one model, each with parameters of its own and samples of its own, run side by side.
+
+    Args:
+        model: samples → loss of each sample.
+        num: how many.
+    """
+
+    def __init__(self, model: nn.Module, *, num: int) -> None:
+        super().__init__()
+        self.copies = nn.ModuleList(copy.deepcopy(model) for _ in range(num))
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """Sum of all copies' losses, shape (samples,), of samples of shape (samples, copies, …)."""
+        owned = [dict(own.named_parameters()) for own in self.copies]
+        stacked = {name: torch.stack([parameters[name] for parameters in owned]) for name in owned[0]}
+
+        def losses(parameters: dict[str, Tensor], seen: Tensor) -> Tensor:
+            found: Tensor = functional_call(self.copies[0], parameters, (seen,))
+            return found.float()
+
+        return torch.vmap(losses, in_dims=(0, 1))(stacked, samples).sum(0)
+
+
+class Mixture(nn.Module):
+    """Copies of several models as the parts of one, so that one step is a repetition of each problem in every copy.
+
+    Args:
+        problems: unlike ones.
+        num_copies: of each.
+    """
+
+    def __init__(self, problems: Sequence[Problem], *, num_copies: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(Copies(problem.model, num=num_copies) for problem in problems)
+
+    def copies(self) -> list[list[nn.Module]]:
+        """Return the copies of each problem's model."""
+        return [list(part.copies) for part in self.parts if isinstance(part, Copies)]
+
+    def forward(self, *samples: Tensor) -> Tensor:
+        """Sum of all losses, shape (samples,), of one tensor for each problem, shape (samples, copies, …)."""
+        return torch.stack([part(seen) for part, seen in zip(self.parts, samples, strict=True)]).sum(0)
+
+
 def coin() -> Problem:
     """Problem 1: a sample's gradient is 1 or 3."""
 
@@ -102,16 +167,16 @@ def coin() -> Problem:
 def quadratic() -> Problem:
     """Problem 2: ½(θ−c)ᵀH(θ−c) with H = diag(4, 1, ½, 0.1), Cov(c) = diag(1 … 4), θ − c̄ = (1, −1, 2, 3)."""
     curvature = torch.tensor([4.0, 1.0, 0.5, 0.1]).repeat(COPIES)
+    theta = torch.tensor([1.0, -1.0, 2.0, 3.0]).repeat(COPIES)
+    variance = torch.tensor([1.0, 2.0, 3.0, 4.0]).repeat(COPIES)
     return Problem(
         name="quadratic",
-        model=VectorLoss(
-            torch.tensor([1.0, -1.0, 2.0, 3.0]).repeat(COPIES),
-            loss=lambda theta, centres: 0.5 * (curvature * (theta - centres) ** 2).sum(-1),
-        ),
-        draw=_normal(std=torch.tensor([1.0, 2.0, 3.0, 4.0]).sqrt().repeat(COPIES)),
+        model=VectorLoss(theta, loss=lambda theta, centres: 0.5 * (curvature * (theta - centres) ** 2).sum(-1)),
+        draw=_normal(std=variance.sqrt()),
         truth=KnownAnswer(noise_trace=18.79 * COPIES, grad_sq_norm=18.09 * COPIES),
         micro_batch_size=1,
         num_steps=40,
+        elements=lambda: Elements(mean=(curvature * theta).double(), variance=(curvature**2 * variance).double()),
     )
 
 
@@ -134,7 +199,7 @@ def variances() -> Problem:
 
 def clamping() -> Problem:
     """Problem 9: φ = 25 seen in micro-batches of one sample, so that single steps often have a negative |G|²."""
-    return _isotropic(name="clamping", dimension=128, std=1.0, grad_sq_norm=128 / 25, micro_batch_size=1, num_steps=200)
+    return _isotropic(name="clamping", dimension=128, std=1.0, grad_sq_norm=128 / 25, micro_batch_size=1, num_steps=150)
 
 
 def digits_with_replacement() -> Problem:
@@ -150,7 +215,8 @@ def digits_with_replacement() -> Problem:
             noise_trace=exact.noise_trace * (num_samples - 1) / num_samples, grad_sq_norm=exact.grad_sq_norm
         ),
         micro_batch_size=32,
-        num_steps=160,
+        num_steps=100,
+        elements=functools.partial(_elements_of_all, model, num_samples),
     )
 
 
@@ -197,13 +263,15 @@ def _isotropic(
 ) -> Problem:
     """A linear loss, whose gradient is the sample: mean |G| spread evenly, noise the same in all directions."""
     mean = torch.full((dimension,), (grad_sq_norm / dimension) ** 0.5)
+    deviation = torch.full((dimension,), std)
     return Problem(
         name=name,
         model=VectorLoss(torch.zeros(dimension), loss=_linear),
-        draw=_normal(std=torch.full((dimension,), std), mean=mean),
+        draw=_normal(std=deviation, mean=mean),
         truth=KnownAnswer(noise_trace=dimension * std**2, grad_sq_norm=grad_sq_norm),
         micro_batch_size=micro_batch_size,
         num_steps=num_steps,
+        elements=lambda: Elements(mean=mean.double(), variance=deviation.double() ** 2),
     )
 
 
@@ -217,3 +285,14 @@ def _digits(num_samples: int | None) -> tuple[IndexedLoss, int]:
 
 def _exact(model: nn.Module, num_samples: int) -> KnownAnswer:
     return exact_noise(model, lambda module, indices: module(indices).mean(), range(num_samples))
+
+
+def _elements_of_all(model: nn.Module, num_samples: int) -> Elements:
+    """Return the moments over independent draws from a finite set, from the gradient of each sample in it."""
+    parameters = list(model.parameters())
+    gradients = []
+    for index in range(num_samples):
+        parts = torch.autograd.grad(model(torch.tensor([index])).mean(), parameters)
+        gradients.append(torch.cat([part.flatten() for part in parts]).double())
+    variance, mean = torch.var_mean(torch.stack(gradients), 0, correction=0)
+    return Elements(mean=mean, variance=variance)
