@@ -49,20 +49,28 @@ def run(measure: Callable[[bool], Findings], *, question: str | None, name: str,
         name: NAME.
         device: what it runs on, in words.
     """
-    assert question is not None
-    command = f"python -m benchmarks.{name}"
-    parser = argparse.ArgumentParser(prog=command, description=question)
+    options = command_line(question=question, name=name).parse_args()
+    tell(measure(options.quick), options, question=question, name=name, device=device)
+
+
+def command_line(*, question: str | None, name: str) -> argparse.ArgumentParser:
+    """Return the options that all benchmarks have, for those that have more."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=question)
     parser.add_argument("--json", metavar="PATH|-", type=_destination, help="write the result as JSON; - is stdout")
     parser.add_argument("--quick", action="store_true", help="under a minute, with wider errors")
-    options = parser.parse_args()
-    findings = measure(options.quick)
+    return parser
+
+
+def tell(findings: Findings, options: argparse.Namespace, *, question: str | None, name: str, device: str) -> None:
+    """Print the findings, and write them where `--json` says."""
+    assert question is not None
     show(findings, question=question, console=_console(stderr=options.json == "-"))
     if options.json is None:
         return
     text = json.dumps(
         {
             "question": question,
-            "command": command + (" --quick" if options.quick else ""),
+            "command": f"python -m benchmarks.{name}" + (" --quick" if options.quick else ""),
             "environment": environment(device=device),
             "figures": findings.figures,
             "rows": findings.rows,
