@@ -242,7 +242,7 @@ REFUSED = [
     (f"--task digit {RUN} a", 2, ["unknown task 'digit', did you mean 'digits'?"]),
     (f"--task quadratic --task_options.size 3 {RUN} a", 2, ["has no option 'size'", "num_samples"]),
     (f"--task quadratic --global_batch_size 12 --micro_batch_size 5 {RUN} a", 2, ["multiple of 5, such as 10 or 15"]),
-    (f"--task quadratic --control.largest 1 {RUN} a", 2, ["no batch between"]),
+    (f"--task quadratic --control.largest 1 {RUN} a", 2, ["control.smallest 4 is above control.largest 1"]),
     (f"--task quadratic --optimizer.warmup_samples 99999 {RUN} a", 2, ["warmup_samples 99999"]),
     (f"--task quadratic --noise.observer hook {RUN} a", 2, ["at least two replicas"]),
     (f"--task quadratic {RUN} tasks.py", 2, ["tasks.py is a file"]),

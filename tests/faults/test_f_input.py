@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from dptrain.errors import ConfigError, TaskError
 from dptrain.tasks import Suggestion, Task, check_task
 from dptrain.train import TrainConfig
 from dptrain.train.settings_file import LARGEST_BYTES, build_config, read_settings
+from dptrain.train.trainer import _check_device
 
 
 def refusal(settings_file, *arguments):
@@ -186,6 +188,31 @@ def test_f5_the_command_line_wins_over_files_and_the_environment_over_none(tmp_p
     shown = tmp_path / "shown.yaml"
     shown.write_text(capsys.readouterr().out)
     assert build_config(read_settings(shown)) == config
+
+
+# F9, devices
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "num_here", "part"),
+    [
+        ("cuda", 0, 1, "device is cuda, but torch finds no GPU: use device=auto or device=cpu"),
+        ("auto", 2, 4, "there are 4 replicas on this node, but 2 GPUs"),
+        ("cuda", 2, 4, "there are 4 replicas on this node, but 2 GPUs"),
+        ("auto", 0, 4, None),
+        ("cpu", 2, 4, None),
+        ("auto", 4, 4, None),
+    ],
+)
+def test_f9_gpus_that_are_not_there_are_refused(monkeypatch, device, num_gpus, num_here, part):
+    """Only `auto` goes to the CPU by itself, and only where there is no GPU at all."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_here))
+    if part is None:
+        assert _check_device(TrainConfig(device=device)) is None
+    else:
+        with pytest.raises(ConfigError, match=re.escape(part)):
+            _check_device(TrainConfig(device=device))
 
 
 # F7, what a loss returns
