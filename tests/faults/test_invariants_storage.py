@@ -162,8 +162,9 @@ class Run(RuleBasedStateMachine):
             self.state = toy_step(self.state, position=self.step)
             self.step += 1
 
-    @rule()
-    def save(self):
+    @rule(num_steps=st.integers(0, 3))
+    def train_and_save(self, num_steps):
+        self.train(num_steps)
         self.acknowledge(save_toy(self.folder, self.step, self.state, keep=self.KEEP))
         assert not [path for path in self.folder.iterdir() if path.name.startswith(".tmp")]
 
@@ -215,8 +216,10 @@ class Run(RuleBasedStateMachine):
 
     def acknowledge(self, path):
         self.good[self.step] = contents(path)
+        to_keep = sorted(step for step in self.good if step <= self.step)[-self.KEEP :]
         for step in sorted(self.good):
             if not (self.folder / f"step-{step:012d}").exists():
+                assert step not in to_keep, "retention counts intact checkpoints alone"
                 assert step <= self.step, "retention removes nothing ahead"
                 del self.good[step]
 
