@@ -33,16 +33,23 @@ class Keeper:
         config: how often, and how many are kept.
         folder: of the checkpoints.
         pack: returns step, tensors and state of this moment, which may share memory with the live objects.
+        infinite: entries that hold infinities on purpose, see `Saver`.
         log: is told what failed, and how often is saved.
     """
 
     def __init__(
-        self, config: CheckpointConfig, *, folder: Path, pack: Callable[[], tuple[int, Packed]], log: RunLog
+        self,
+        config: CheckpointConfig,
+        *,
+        folder: Path,
+        pack: Callable[[], tuple[int, Packed]],
+        infinite: frozenset[str],
+        log: RunLog,
     ) -> None:
         self._config = config
         self._pack = pack
         self._log = log
-        self._saver = Saver(folder, keep=config.keep)
+        self._saver = Saver(folder, keep=config.keep, infinite=infinite)
         self._interval_s = _FIRST_S
         self._told_s: float | None = None
         self._failed = 0

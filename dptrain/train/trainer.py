@@ -23,7 +23,7 @@ from dptrain.observe import DdpTap, Meter, ParameterTap
 from dptrain.observe.tap import Tap
 from dptrain.tasks import Task, check_task, resolve_task
 from dptrain.train.agreement import check_agreement, data_fingerprint, settings_text
-from dptrain.train.checkpoint import Checkpoint, load_newest
+from dptrain.train.checkpoint import Checkpoint, load_newest, set_aside
 from dptrain.train.config import TrainConfig, as_saved, filled_in, given, smoothing
 from dptrain.train.consensus import Result, StepRecord, Word, lost_peers_named, on_rank_0
 from dptrain.train.drift import DriftCheck
@@ -36,7 +36,7 @@ from dptrain.train.pilot import Pilot
 from dptrain.train.preemption import StopRequest
 from dptrain.train.run_folder import RunFolder, check_same_settings, checkpoints_in, default_run_dir
 from dptrain.train.run_log import RunLog, SilentLog, WritingLog
-from dptrain.train.state import pack_model, pack_optimizer, unpack_model, unpack_optimizer
+from dptrain.train.state import infinite_buffers, pack_model, pack_optimizer, unpack_model, unpack_optimizer
 from dptrain.train.step import Stepper
 from dptrain.train.watchdog import Watchdog
 from dptrain.version import __version__
@@ -52,6 +52,7 @@ class Trainer:
         config: the settings.
         task: the task itself or the function that builds it, where it is not named in the settings.
         resume: go on from the newest checkpoint in the run folder; settings left open are those of the saved run.
+        allow_fresh: begin anew where there are checkpoints to resume from and none can be trusted.
 
     Raises:
         ConfigError: where settings and task do not fit, before anything is trained.
@@ -60,9 +61,15 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, *, task: Task | Callable[..., Task] | None = None, resume: bool = False
+        self,
+        config: TrainConfig,
+        *,
+        task: Task | Callable[..., Task] | None = None,
+        resume: bool = False,
+        allow_fresh: bool = False,
     ) -> None:
         self._resume = resume
+        self._allow_fresh = allow_fresh
         _check_device(config)
         self._accelerator = Accelerator(
             # Accelerate initialises gloo only when it is told to use the CPU; it does not see by itself that it must.
@@ -76,7 +83,8 @@ class Trainer:
         self._task = task if isinstance(task, Task) else resolve_task(task or config.task, options=config.task_options)
         check_task(self._task)
         self._run_dir = Path(config.run_dir or default_run_dir(config.task))
-        self._saved = load_newest(checkpoints_in(self._run_dir)) if resume else None
+        folder = checkpoints_in(self._run_dir)
+        self._saved = load_newest(folder, allow_fresh=allow_fresh) if resume else None
         if self._saved is not None:
             config = as_saved(config, saved=self._saved.state["config"])  # type: ignore[arg-type]
         self._config = filled_in(config, self._task.suggestion, world_size=self._world_size)
@@ -160,7 +168,7 @@ class Trainer:
                 self._restore(saved, log)
             if not skips_on_device(self._optimizer):
                 log.note("this optimizer cannot skip a step on the device: each step waits for it once")
-            keeper = self._keeper(log) if self.is_main else None
+            keeper = self._on_rank_0(lambda: self._keeper(log))
             if keeper is not None:
                 stack.callback(keeper.close)
             loader = stack.enter_context(self._loader())
@@ -273,6 +281,8 @@ class Trainer:
 
     def _writing_log(self, saved: Checkpoint | None) -> RunLog:
         folder = RunFolder(self._run_dir, resume=self._resume)
+        if saved is None and self._allow_fresh:
+            set_aside(checkpoints_in(self._run_dir))
         replicas = "replica" if self._world_size == 1 else "replicas"
         title = f"{self._task.name} on {self._world_size} {self._accelerator.device.type} {replicas} → {self._run_dir}"
         return WritingLog(folder, config=self._config, up_to_step=0 if saved is None else saved.step, title=title)
@@ -304,7 +314,13 @@ class Trainer:
     # Checkpoints
 
     def _keeper(self, log: RunLog) -> Keeper:
-        return Keeper(self._config.checkpoint, folder=checkpoints_in(self._run_dir), pack=self._pack, log=log)
+        return Keeper(
+            self._config.checkpoint,
+            folder=checkpoints_in(self._run_dir),
+            pack=self._pack,
+            infinite=infinite_buffers(self._bare_model),
+            log=log,
+        )
 
     def _pack(self) -> tuple[int, tuple[Mapping[str, Mapping[str, torch.Tensor]], Mapping[str, JSON]]]:
         """Return the step, and the tensors and the state that a checkpoint of this moment holds."""
