@@ -15,7 +15,7 @@ from dptrain.cli.settings import parse
 from dptrain.errors import ConfigError
 from dptrain.train.config import TrainConfig
 from dptrain.train.preemption import EXIT_RESUMABLE
-from dptrain.train.run_folder import default_run_dir, write_config
+from dptrain.train.run_folder import default_run_dir, holds_run, write_config
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -26,7 +26,7 @@ def train(arguments: Sequence[str]) -> int:
     if is_replica():
         if options.replicas is not None:
             raise ConfigError("--replicas has no meaning under a launcher, which has started the replicas already")
-        return _train_here(config, resume=options.resume)
+        return _train_here(config, resume=options.resume or _is_restarted(config))
     _refuse_in_many_tasks()
     num_gpus = count_gpus(cpu=config.device == "cpu")
     # Two on the CPU: the least that has gradients to compare.
@@ -44,6 +44,12 @@ def train(arguments: Sequence[str]) -> int:
             grace_s=GRACE_S if options.grace is None else options.grace,
             fork=num_gpus == 0,
         )
+
+
+def _is_restarted(config: TrainConfig) -> bool:
+    """Whether torchrun has started this replica again, with the arguments of the first time, and there is a run."""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return again and config.run_dir is not None and holds_run(Path(config.run_dir))
 
 
 def _refuse_in_many_tasks() -> None:

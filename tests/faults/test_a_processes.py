@@ -36,12 +36,12 @@ pytestmark = pytest.mark.timeout(300)
 class Run:
     """`dptrain train` on two replicas, in a process of its own."""
 
-    def __init__(self, log, *arguments, micro_step_s=0.05, **environment):
+    def __init__(self, log, *arguments, command=("-m", "dptrain"), micro_step_s=0.05, **environment):
         self.log = Path(log)
         # A session of its own, as that of a terminal.
         with self.log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "dptrain", "train", "--replicas", "2", *map(str, arguments)],
+                [sys.executable, *command, "train", "--replicas", "2", *map(str, arguments)],
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TEST_MICRO_STEP_S": str(micro_step_s), **environment},
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -168,6 +168,25 @@ def battered(tmp_path_factory, whole):
         kill_and_wait(run, workers[:1])
         code, output = run.end()
     return SimpleNamespace(run=folder / "run", code=code, output=output, workers=workers)
+
+
+AS_WITH_GPUS = """
+from dptrain.cli import main, train
+train.count_gpus = lambda *, cpu: 2
+raise SystemExit(main.main())
+"""
+
+
+def test_a1_holds_for_replicas_that_are_no_copies(tmp_path, whole):
+    """Where there are GPUs each replica is an interpreter of its own, and loads for itself."""
+    with running(tmp_path / "log", "--config", settings_file(tmp_path), command=("-c", AS_WITH_GPUS)) as run:
+        run.until_step(tmp_path / "run", 8)
+        assert all("-m" in replica.cmdline() for replica in run.replicas())
+        kill_and_wait(run, run.replicas()[1:])
+        code, output = run.end()
+    assert code == 0, output
+    assert output.count("replica 1 of 2 was killed by SIGKILL; starting again from") == 1
+    assert_undisturbed(tmp_path / "run", whole)
 
 
 def kill_and_wait(run, processes):
