@@ -83,6 +83,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--resume", action="store_true", help="Go on from the newest checkpoint in run_dir, with the run's settings."
     )
+    fresh = "With --resume: begin anew where there are checkpoints and none of them can be trusted."
+    parser.add_argument("--allow_fresh", "--allow-fresh", action="store_true", help=fresh)
     parser.add_class_arguments(TrainConfig)
     return parser
 

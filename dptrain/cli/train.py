@@ -26,7 +26,8 @@ def train(arguments: Sequence[str]) -> int:
     if is_replica():
         if options.replicas is not None:
             raise ConfigError("--replicas has no meaning under a launcher, which has started the replicas already")
-        return _train_here(config, resume=options.resume or _is_restarted(config))
+        resume = options.resume or _is_restarted(config)
+        return _train_here(config, resume=resume, allow_fresh=options.allow_fresh)
     _refuse_in_many_tasks()
     num_gpus = count_gpus(cpu=config.device == "cpu")
     # Two on the CPU: the least that has gradients to compare.
@@ -35,9 +36,9 @@ def train(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="dptrain-") as folder:
         path = Path(folder) / "config.yaml"
         write_config(path, config)
-        resume = ["--resume"] if options.resume else []
+        more = [name for name in ("resume", "allow_fresh") if options[name]]
         return start_replicas(
-            ["train", "--config", str(path), *resume],
+            ["train", "--config", str(path), *(f"--{name}" for name in more)],
             num_replicas=num_replicas,
             run_dir=Path(str(config.run_dir)),
             max_restarts=options.max_restarts,
@@ -62,7 +63,7 @@ def _refuse_in_many_tasks() -> None:
         )
 
 
-def _train_here(config: TrainConfig, *, resume: bool) -> int:
+def _train_here(config: TrainConfig, *, resume: bool, allow_fresh: bool) -> int:
     import torch.distributed as dist
 
     from dptrain.train import Trainer
@@ -72,7 +73,7 @@ def _train_here(config: TrainConfig, *, resume: bool) -> int:
     try:
         meet(device=config.device)
         with lost_peers_named(lambda: 0):
-            trainer = Trainer(config, resume=resume)
+            trainer = Trainer(config, resume=resume, allow_fresh=allow_fresh)
             summary = trainer.run()
     finally:
         if dist.is_initialized():

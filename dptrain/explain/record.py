@@ -88,13 +88,14 @@ def read_jsonl(path: Path) -> list[Row]:
     Raises:
         ConfigError: where another line than the last does not parse: the log was damaged, not cut short.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    # Not splitlines, which also splits at rarer ends of line that stand in a text.
+    lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n") if path.is_file() else []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            if number < len(lines):
+            if line and number < len(lines):
                 raise ConfigError(f"{path} line {number} is damaged ({error}): remove that line") from error
     return rows
 
@@ -103,13 +104,16 @@ def _read_summary(path: Path) -> Mapping[str, Any]:
     """Read the figures of the run's end; a file that is missing or torn means that the end was not reached."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, ValueError, TypeError):
         return {}
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
-    """Read the settings; the curves do not depend on them, so a run folder without the file is drawn too."""
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """Read the settings; the curves do not depend on them, so a run is drawn without them, too."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
     return content if isinstance(content, dict) else {}
 
 

@@ -224,7 +224,10 @@ def load_newest(folder: Path, *, allow_fresh: bool = False) -> Checkpoint | None
     if not passed_over or allow_fresh:
         return None
     reasons = "; ".join(f"{path.name}: {reason}" for path, reason in passed_over)
-    raise CheckpointError(f"no checkpoint in {folder} can be trusted, so there is none to resume from ({reasons})")
+    raise CheckpointError(
+        f"no checkpoint in {folder} can be trusted, so there is none to resume from, unless "
+        f"--allow_fresh lets the run begin anew ({reasons})"
+    )
 
 
 def set_aside(folder: Path) -> list[Path]:

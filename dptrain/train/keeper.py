@@ -34,6 +34,7 @@ class Keeper:
         folder: of the checkpoints.
         pack: returns step, tensors and state of this moment, which may share memory with the live objects.
         infinite: entries that hold infinities on purpose, see `Saver`.
+        committed_step: of the checkpoint that the run goes on from, 0 for none.
         log: is told what failed, and how often is saved.
     """
 
@@ -44,12 +45,13 @@ class Keeper:
         folder: Path,
         pack: Callable[[], tuple[int, Packed]],
         infinite: frozenset[str],
+        committed_step: int,
         log: RunLog,
     ) -> None:
         self._config = config
         self._pack = pack
         self._log = log
-        self._saver = Saver(folder, keep=config.keep, infinite=infinite)
+        self._saver = Saver(folder, keep=config.keep, committed_step=committed_step, infinite=infinite)
         self._interval_s = _FIRST_S
         self._told_s: float | None = None
         self._failed = 0

@@ -319,6 +319,7 @@ class Trainer:
             folder=checkpoints_in(self._run_dir),
             pack=self._pack,
             infinite=infinite_buffers(self._bare_model),
+            committed_step=0 if self._saved is None else self._saved.step,
             log=log,
         )
 
@@ -355,6 +356,8 @@ class Trainer:
         state: dict[str, Any] = saved.state
         for path, reason in saved.passed_over:
             log.note(f"passed over checkpoint {path}: {reason}")
+        if saved.passed_over:
+            log.note(f"{saved.steps_lost:,} steps are taken again for it")
         try:
             unpack_model(self._bare_model, saved.tensors("model"))
             unpack_optimizer(
