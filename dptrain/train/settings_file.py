@@ -177,6 +177,13 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Puts quotes round every text that YAML 1.1, or what is read here, would take for something else."""
 
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        """Write text that has line ends or control characters with escapes: unescaped, some come back as spaces."""
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
 
 for _name, _pattern in _RESOLVED.items():
     for _kind in (_Loader, _Dumper):

@@ -16,6 +16,7 @@ from dptrain.train.settings_file import build_config, nearest, read_settings, se
 def test_text_that_looks_like_something_else_is_quoted():
     """`1e3`, `no`, `010` and dates are text again in YAML 1.1 and in what is read here."""
     options = {text: text for text in ("1e3", "no", "010", "2026-01-01", "null", "1:30", ".5", "0o7", "")}
+    options["ends"] = ["\x85", "a\u2028b", "a\n b\n", "\t", "\ufeff", "\x1b[2J"]
     config = TrainConfig(task_options=options, optimizer=OptimizerConfig(learning_rate=1e-7))
     assert yaml.safe_load(settings_text(config))["task_options"] == options
     assert value_in(settings_text(config))["task_options"] == options
