@@ -28,7 +28,6 @@ _TURNS_OF_A_PEER = 3
 _WARM_STEPS = 2
 _PACED_STEPS = 12
 """Measured steps, after which the default's median of nine rests on timings without the first passes."""
-_SHORTEST_TURN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +150,17 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """The mean step of one turn of one arm, on the mean replica."""
+    """One step of one arm, in the mean over the replicas.
+
+    Attributes:
+        wall_s: by the clock.
+        cpu_s: of the process.
+        measured: whether dptrain measured it.
+    """
 
     wall_s: float
     cpu_s: float
+    measured: bool = False
 
 
 Turns = dict[str, list[Turn | None]]
@@ -201,17 +207,17 @@ def _arms(network: nn.Module, *, case: Case, samples: Tensor, limits: Limits) ->
 
 
 def _turns(arms: Sequence[Arm], *, samples: Tensor, limits: Limits) -> Turns:
-    """Give each arm its turn in every round, in an order that changes, until the time is over."""
-    every = next(arm.every for arm in arms if arm.name == DEFAULT)
-    # Whole intervals, so that a turn of the default has its share of measured steps.
-    num_steps = every * math.ceil(_SHORTEST_TURN / every)
+    """Let each arm take one step in every round, in an order that changes, until the time is over.
+
+    A round is over so soon that the machine is the same throughout. Every arm finds the caches as another left them.
+    """
     order = random.Random(0)  # noqa: S311 - the same on all ranks
     turns: Turns = {arm.name: [] for arm in arms}
     began_s = time.perf_counter()
     for number in _rounds_until(lambda: time.perf_counter() - began_s >= limits.seconds, fewest=limits.fewest_rounds):
         for arm in order.sample(arms, len(arms)):
             rests = arm.name.startswith(PEER) and number % _TURNS_OF_A_PEER
-            turns[arm.name].append(None if rests else _turn(arm, samples=samples, num_steps=num_steps))
+            turns[arm.name].append(None if rests else _turn(arm, samples=samples))
     return turns
 
 
@@ -227,17 +233,15 @@ def _rounds_until(over: Callable[[], bool], *, fewest: int) -> Iterator[int]:
             return
 
 
-def _turn(arm: Arm, *, samples: Tensor, num_steps: int) -> Turn:
-    """Time `num_steps` steps of one arm; the one before them finds the caches cold and does not count."""
+def _turn(arm: Arm, *, samples: Tensor) -> Turn:
+    """Time one step of one arm."""
     dist.barrier()
-    arm.step(samples)
     clock = _Clock(samples.device)
-    for _ in range(num_steps):
-        arm.step(samples)
-    means = torch.tensor(clock.read(), dtype=torch.float64) / (num_steps * dist.get_world_size())
+    measured = arm.step(samples)
+    means = torch.tensor(clock.read(), dtype=torch.float64) / dist.get_world_size()
     dist.all_reduce(means)
     wall_s, cpu_s = means.tolist()
-    return Turn(wall_s=wall_s, cpu_s=cpu_s)
+    return Turn(wall_s=wall_s, cpu_s=cpu_s, measured=measured)
 
 
 class _Clock:
@@ -306,7 +310,11 @@ def _absent_row(name: str, *, case: Case, reason: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Ratio:
-    """Time to that of the bare arms in the same round: the median over rounds and what chance leaves of it."""
+    """Time to that of the bare arms in the same round: the median over rounds and what chance leaves of it.
+
+    Of an arm that measures some of its steps it is the mean of two medians, of the steps that are measured and of the
+    others, each with the share of its steps: the median of all would never see the few.
+    """
 
     median: float
     error: float
@@ -317,11 +325,28 @@ class _Ratio:
     def of(cls, name: str, *, turns: Turns, seconds: Callable[[Turn], float]) -> _Ratio:
         """Divide by the mean of both bare arms, whose chance is smaller; one of them by the other."""
         references = (BARE,) if name == AGAIN else (BARE, AGAIN)
-        ratios = []
+        ratios: dict[bool, list[float]] = {True: [], False: []}
         for turn, *bare in zip(turns[name], *(turns[reference] for reference in references), strict=True):
             if turn is not None:
-                ratios.append(seconds(turn) / statistics.fmean(seconds(other) for other in bare if other is not None))
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
-        # The standard error of a median of normal values, from quartiles that one disturbed round does not move.
-        error = 1.2533 * (high - low) / 1.349 / math.sqrt(len(ratios))
-        return cls(median=statistics.median(ratios), error=error, quartiles=(low, high), num_rounds=len(ratios))
+                reference_s = statistics.fmean(seconds(other) for other in bare if other is not None)
+                ratios[turn.measured].append(seconds(turn) / reference_s)
+        kinds = [found for found in ratios.values() if found]
+        num_rounds = sum(map(len, kinds))
+        shares = [len(found) / num_rounds for found in kinds]
+        low, _, high = _quartiles([ratio for found in kinds for ratio in found])
+        return cls(
+            median=sum(share * statistics.median(found) for share, found in zip(shares, kinds, strict=True)),
+            error=math.hypot(*(share * _error(found) for share, found in zip(shares, kinds, strict=True))),
+            quartiles=(low, high),
+            num_rounds=num_rounds,
+        )
+
+
+def _error(ratios: Sequence[float]) -> float:
+    """Return the standard error of a median of normal values, from quartiles that one disturbed round does not move."""
+    low, _, high = _quartiles(ratios)
+    return 1.2533 * (high - low) / 1.349 / math.sqrt(len(ratios))
+
+
+def _quartiles(ratios: Sequence[float]) -> list[float]:
+    return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * list(ratios)

@@ -73,7 +73,7 @@ def make_config(folder, *, keep=3, **settings):
         "log": LogConfig(tracker="none"),
         **settings,
     }
-    return TrainConfig(task=f"{__file__}:noisy", run_dir=str(folder), **settings)
+    return TrainConfig(**{"task": f"{__file__}:noisy", "run_dir": str(folder), **settings})
 
 
 class Killed(BaseException):

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dptrain.errors import AbortedError, DptrainError
+from dptrain.train.disclosure import tellable
 from dptrain.train.preemption import EXIT_HUNG, EXIT_RESUMABLE
 
 _EXIT_OTHER = 70
@@ -86,10 +87,10 @@ def leave_words(error: Exception, *, environment: Mapping[str, str] = os.environ
     if "DPTRAIN_STORE" not in environment:
         return False
     foreseen = isinstance(error, DptrainError)
-    text = " ".join(str(error).split())
+    text = tellable(_brief(error))
     words = Words(
         sentence=text if foreseen else f"{type(error).__name__}: {text}".removesuffix(": "),
-        trace="" if foreseen else "".join(traceback.format_exception(error)),
+        trace="" if foreseen else _tellable_trace(error),
         is_consequence=isinstance(error, AbortedError),
     )
     path = _path(Path(environment["DPTRAIN_STORE"]).parent, rank=int(environment["RANK"]))
@@ -100,6 +101,21 @@ def leave_words(error: Exception, *, environment: Mapping[str, str] = os.environ
     except OSError:
         return False
     return True
+
+
+def _brief(error: Exception) -> str:
+    """Return what an error says, in a line; of a traceback inside it, as a worker's has one, the end."""
+    lines = str(error).splitlines()
+    return " ".join(
+        " ".join(line.split())
+        for line in lines
+        if line and not line.startswith((" ", "Traceback (", "Original Traceback"))
+    )
+
+
+def _tellable_trace(error: Exception) -> str:
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    return "".join(f"{tellable(line)}\n" for line in lines)
 
 
 def read_words(folder: Path, *, rank: int) -> Words | None:

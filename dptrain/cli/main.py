@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         # This is the program itself: until training handles Ctrl-C, it ends without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        _fill_closed_streams()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "train": _train,
@@ -96,7 +98,23 @@ def _tell(error: DptrainError, *, command: str) -> None:
         # Were this one to end first, torchrun would end the others before rank 0 has told what is wrong. In general
         # rank 0 then ends, and with it this one; it speaks only where it is alone in its trouble.
         time.sleep(_PATIENCE_S)
-    sys.stderr.write(f"dptrain {command}: {error}\n")
+    from dptrain.train.disclosure import tellable
+
+    sys.stderr.write(f"dptrain {command}: {tellable(str(error))}\n")
+
+
+def _fill_closed_streams() -> None:
+    """Open the null device where a standard stream is closed.
+
+    Else the next file that is opened has its number, and gets what libraries print to it.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode))
 
 
 # Each command is imported when it is called, so that none pays for another.

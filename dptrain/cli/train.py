@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -89,7 +90,10 @@ def _close(run_dir: Path, summary: Mapping[str, Any]) -> None:
     """Draw the report and say in three lines what came out."""
     from dptrain.explain import draw_report
 
-    sys.stdout.write("\n".join([*_findings(summary), f"report: {draw_report(run_dir)}"]) + "\n")
+    text = "\n".join([*_findings(summary), f"report: {draw_report(run_dir)}"])
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
 
 
 def _findings(summary: Mapping[str, Any]) -> Iterable[str]:

@@ -167,7 +167,13 @@ class MicroBatchLoader:
             )
             # At exit Python sends its children a SIGTERM, which ours ignore, and waits for them for ever.
             atexit.register(_close_if_alive, weakref.ref(self))
-        self._feed = iter(self._dataloader)
+        try:
+            self._feed = iter(self._dataloader)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot start {self._num_workers} processes that load samples: {error.strerror or error}; lower "
+                "num_workers, or raise the limits of this user (ulimit -u, ulimit -n)"
+            ) from error
 
 
 @dataclass(kw_only=True)

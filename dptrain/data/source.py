@@ -41,11 +41,16 @@ class SlotSource(Dataset[tuple[int, Batch]]):
 
     def __getitem__(self, slot: Slot) -> tuple[int, Batch]:
         positions = np.arange(slot.position, slot.position + max(1, slot.num_samples))  # 1: the filler
-        samples = self._read(self._stream.indices(positions).tolist(), first_position=slot.position)
+        indices = self._stream.indices(positions).tolist()
+        samples = self._read(indices, first_position=slot.position)
         if self._collate is not default_collate:  # which draws nothing
             # What another collate draws is a matter of the whole micro-batch, so of its first position.
             _seed_generators(_derived_seed(self._stream.seed, slot.position, purpose="collate"))
-        return slot.position, self._collate(samples)
+        try:
+            return slot.position, self._collate(samples)
+        except Exception as error:
+            _note(error, "making a micro-batch of", indices)
+            raise
 
     def _read(self, indices: list[int], *, first_position: int) -> list[Sample]:
         if not self._draws_random_numbers:
@@ -59,14 +64,33 @@ class SlotSource(Dataset[tuple[int, Batch]]):
 
     def _read_together(self, indices: list[int]) -> list[Sample]:
         if hasattr(self._dataset, "__getitems__"):
-            return list(self._dataset.__getitems__(indices))
-        return [self._dataset[index] for index in indices]
+            try:
+                return list(self._dataset.__getitems__(indices))
+            except Exception as error:
+                _note(error, "reading", indices)
+                raise
+        return [self._read_one(index) for index in indices]
+
+    def _read_one(self, index: int) -> Sample:
+        try:
+            return self._dataset[index]
+        except Exception as error:
+            _note(error, "reading", [index])
+            raise
 
     def _read_seeded(self, index: int, position: int) -> Sample:
         _seed_generators(_derived_seed(self._stream.seed, position, purpose="sample"))
-        return self._dataset[index]
+        return self._read_one(index)
 
 
+def _note(error: Exception, doing: str, indices: list[int]) -> None:
+    """Add to an error which samples it is about. A note is part of its traceback, and so it gets out of a worker."""
+    more = f" and {len(indices) - _MAX_NAMED} more" if len(indices) > _MAX_NAMED else ""
+    samples = "sample" if len(indices) == 1 else "samples"
+    error.add_note(f"while {doing} {samples} {', '.join(map(str, indices[:_MAX_NAMED]))}{more} of the data set")
+
+
+_MAX_NAMED = 8
 _PROBE_SEED = 0
 
 

@@ -18,8 +18,8 @@ from dptrain.observe import NUM_SUMS, PendingSum
 
 Result = TypeVar("Result")
 
-_PEER_LOST = re.compile(r"gloo/transport|Connection (closed|reset)|Timed? ?out|NCCL|ncclRemoteError", re.IGNORECASE)
-"""What gloo and NCCL say when the other side is gone."""
+_PEER_LOST = re.compile(r"gloo/transport|Connection (closed|reset)|(?<!DataLoader )timed? ?out|NCCL", re.IGNORECASE)
+"""What gloo and NCCL say when the other side is gone; a loader that timed out is something else."""
 
 _TAGS = ("step", "position", "global_batch_size")
 _FLAGS = ("stop", "save", "failed_saves", "slow_ranks", "slow_rank", "slowness", "busy_s")

@@ -187,17 +187,20 @@ class Pilot:
         """Name the replica whose own gradient was not finite, and what it was reading."""
         if outcome.bad_rank is None:
             return f" on {outcome.bad_ranks} replicas" if outcome.bad_ranks else ""
+        return f" on rank {outcome.bad_rank} ({self.samples_of(record, rank=outcome.bad_rank)})"
+
+    def samples_of(self, record: StepRecord, *, rank: int) -> str:
+        """Name the samples that a replica reads in a step, the first of them at least."""
         layout = slots(
             position=record.position,
             global_batch_size=record.global_batch_size,
             micro_batch_size=record.micro_batch_size,
             world_size=self._world_size,
-            rank=outcome.bad_rank,
+            rank=rank,
         )
         positions = np.concatenate([np.arange(s.position, s.position + s.num_samples) for s in layout])
-        ids = self._stream.indices(positions[:_MAX_IDS]).tolist()
-        more = ", …" if len(positions) > _MAX_IDS else ""
-        return f" on rank {outcome.bad_rank} (samples {', '.join(map(str, ids))}{more})"
+        indices = self._stream.indices(positions[:_MAX_IDS]).tolist()
+        return f"samples {', '.join(map(str, indices))}{', …' if len(positions) > _MAX_IDS else ''}"
 
     def decide(self, log: RunLog) -> None:
         """Ask the controller for the batch of the next step, and the rule for the rate that goes with it.

@@ -18,8 +18,10 @@ from filelock import FileLock, Timeout
 
 from dptrain.errors import ConfigError
 from dptrain.train.config import TrainConfig
+from dptrain.train.exposure import warn_if_exposed
 from dptrain.train.settings_file import settings_text
 
+_LONGEST_NAME = 64  # of a task in the name of a folder
 _LONGEST_SHOWN = 200  # characters of a name that cannot be one
 
 # Settings that a resumed run may have otherwise: they change what is told, not what is trained.
@@ -28,7 +30,8 @@ _FREE_ON_RESUME = ("run_dir", "log", "checkpoint", "num_workers", "device")
 
 def default_run_dir(task: str) -> str:
     """Return runs/TASK-DATE-TIME; of a task file, its stem."""
-    name = Path(task.rpartition(":")[0] or task).stem
+    stem = Path(task.rpartition(":")[0] or task).stem
+    name = re.sub(r"[^\w.-]+", "_", stem).lstrip("._-")[:_LONGEST_NAME] or "task"
     return str(Path("runs") / f"{name}-{dt.datetime.now().astimezone():%Y%m%d-%H%M%S}")
 
 
@@ -65,6 +68,7 @@ class RunFolder:
         except Timeout:
             raise ConfigError(f"run folder {path} is in use by {self._holder()}: two runs cannot share it") from None
         self._sign()
+        warn_if_exposed(path)
 
     def _sign(self) -> None:
         """Leave for the next one who comes who has the lock; its own file is emptied by whoever asks for it."""

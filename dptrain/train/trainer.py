@@ -6,8 +6,8 @@ import datetime as dt
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,9 @@ class Trainer:
         with Watchdog(world_size=self._world_size) as watchdog:
             while not (pilot.at_end or pilot.stop_agreed):
                 record = pilot.next_record(wall_s=time.monotonic() - began_s)
-                pending = stepper.step(record, word=self._word(stepper, stop, keeper))
+                word = self._word(stepper, stop, keeper)
+                with self._told_where(record):
+                    pending = stepper.step(record, word=word)
                 # What the step before taught is read only now, while the device works on this one.
                 pilot.read_outcome(log)
                 pilot.decide(log)
@@ -204,6 +206,16 @@ class Trainer:
         summary = self._summary()
         log.finish(summary)
         return summary
+
+    @contextmanager
+    def _told_where(self, record: StepRecord) -> Iterator[None]:
+        """Add the step and its samples to whatever the task raises."""
+        try:
+            yield
+        except Exception as error:
+            samples = self._pilot.samples_of(record, rank=self._accelerator.process_index)
+            error.add_note(f"in step {record.step:,}, {samples}")
+            raise
 
     def _word(self, stepper: Stepper, stop: StopRequest, keeper: Keeper | None) -> Word:
         busy_s = stepper.take_busy_s()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from dptrain.cli.settings import parse
+from dptrain.data import MicroBatchLoader, SampleStream
 from dptrain.errors import ConfigError, TaskError
 from dptrain.tasks import Suggestion, Task, check_task
 from dptrain.train import TrainConfig
@@ -277,6 +279,24 @@ class Samples:
 
 def unreadable():
     raise OSError("disk\x1b[31m gone")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({5: unreadable}, ["OSError", "while reading sample 5 "]),
+        ({5: lambda: torch.ones(3)}, ["samples", " 5", "micro-batch"]),
+    ],
+)
+def test_f8_a_later_sample_that_is_no_sample_is_named(bad, words, num_workers):
+    """The error of the data set comes out, of a worker too, with the numbers of the samples that it is about."""
+    stream = SampleStream(8, seed=0)
+    with MicroBatchLoader(Samples(bad), stream=stream, rank=0, world_size=1, num_workers=num_workers) as loader:
+        with pytest.raises((OSError, RuntimeError)) as caught:
+            list(loader.window(position=0, global_batch_size=8, micro_batch_size=4))
+        told = "".join(traceback.format_exception(caught.value))
+    assert all(word in told for word in words)
 
 
 @pytest.mark.parametrize(

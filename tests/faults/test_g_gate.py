@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import os
 import re
 import tomllib
@@ -10,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from dptrain.cli.main import main
 from dptrain.cli.settings import parse
 from dptrain.errors import ConfigError
-from dptrain.train.run_folder import RunFolder
+from dptrain.train.run_folder import RunFolder, default_run_dir
 from tests.replicas import run_replicas
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +134,30 @@ def test_g5_a_run_folder_may_lie_anywhere_and_be_called_anything_else(tmp_path, 
     assert not Path("c").exists()
 
 
+@pytest.mark.parametrize(
+    "task",
+    [
+        "../../etc/passwd.py:f",
+        "..",
+        "/:f",
+        ":",
+        "a/../..:f",
+        "-rf.py:f",
+        "a b\n.py:f",
+        "x" * 5_000 + ".py:f",
+        "\x1b.py:f",
+    ],
+)
+def test_g5_the_name_of_a_task_stays_in_the_folder_of_runs(task):
+    """The default run folder is one plain folder below runs/, whatever the task's file is called."""
+    path = Path(default_run_dir(task))
+    assert path.parts[0] == "runs"
+    assert len(path.parts) == 2
+    assert re.fullmatch(r"\w[\w.-]{0,90}", path.parts[1])
+
+
+# G7 and G11, what is told
+
 TASK = """
 import os, torch
 from torch import nn
@@ -150,6 +177,78 @@ def fails(text="401"):
 def hostile():
     return points(name="a\\nb\\x1b[2J\\u202e")
 """
+
+
+def tell_all(rank, world_size, folder):
+    """Run the command with a secret in the environment: once well, and in ways that fail; return what was printed."""
+    os.chdir(folder)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        del os.environ[name]
+    os.environ.update(
+        MY_TOKEN=CANARY, WANDB_API_KEY=OTHER_CANARY, WANDB_MODE="offline", HOME=str(folder), SHORT="hunter2"
+    )
+    Path("its_task.py").write_text(TASK)
+    common = ["--device", "cpu", "--log.print_every_steps", "1"]
+    calls = {
+        "well": ["--task", "its_task.py:points", "--run_dir", "well", "--log.tracker", "wandb"],
+        "hostile": ["--task", "its_task.py:hostile", "--run_dir", "hostile", "--log.tracker", "none"],
+        "fails": ["--task", "its_task.py:fails", "--run_dir", "fails", "--task_options.text", "\x1b[2J\n\u202e"],
+        "option": ["--task", "its_task.py:points", "--run_dir", "option", "--task_options.name", CANARY],
+        "value": ["--seed", CANARY],
+        "name": [f"--{CANARY}", "1"],
+    }
+    told = {}
+    for name, arguments in calls.items():
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(["train", *arguments, *common])
+        told[name] = (code, out.getvalue(), err.getvalue())
+    return told
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("told")
+    return folder, run_replicas(tell_all, world_size=1, args=(folder,))[0]
+
+
+def test_g7_no_secret_is_in_anything_that_a_run_leaves_or_says(told):
+    """Logs, checkpoints, settings, wandb's record, errors: the canary is in none of them."""
+    folder, outputs = told
+    assert outputs["well"][0] == 0, outputs["well"]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    names = {path.suffix for path in files}
+    assert {".jsonl", ".yaml", ".json", ".safetensors", ".wandb", ".png"} <= names
+    texts = [
+        *(path.read_bytes() for path in files),
+        *(text.encode() for _, *texts in outputs.values() for text in texts),
+    ]
+    for canary in (CANARY, OTHER_CANARY, "hunter2"):
+        assert not any(canary.encode() in text for text in texts)
+
+
+def test_g7_a_secret_in_a_setting_is_refused_and_the_error_shows_it_blanked(told):
+    """No folder is made for such a run; the sentence says where the secret should come from."""
+    folder, outputs = told
+    code, _, err = outputs["option"]
+    assert code == 2
+    assert "task_options.name holds the value of the environment variable MY_TOKEN" in err
+    assert not (folder / "option").exists()
+    assert "[secret]" in outputs["fails"][2]
+    assert all(outputs[name][0] == 2 for name in ("fails", "value", "name"))
+
+
+def test_g11_nothing_that_is_told_steers_a_terminal(told):
+    """Escapes, line ends and turned writing in names and errors come out spelled out, in one line each."""
+    folder, outputs = told
+    assert outputs["hostile"][0] == 0, outputs["hostile"]
+    for code, out, err in outputs.values():
+        assert not any(bad in out.replace("\n", "") + err.replace("\n", "") for bad in HOSTILE)
+        assert code == 0 or err.count("\n") == 1
+    assert "\\x1b[2J" in outputs["fails"][2]
+    for name in ("metrics.jsonl", "summary.json", "decisions.jsonl", "config.yaml"):
+        text = (folder / "hostile" / name).read_text(encoding="utf-8")
+        assert not any(bad in text.replace("\n", "") for bad in HOSTILE)
 
 
 # G10, who names code

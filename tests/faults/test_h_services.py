@@ -232,8 +232,8 @@ def test_h4_the_gate_sees_a_clock_that_jumps(tmp_path):
 
 @pytest.mark.parametrize(
     "shell",
-    ["set -o pipefail; {} | head -n 1 >&2", "{} >/dev/full"],
-    ids=["reader leaves", "full"],
+    ["set -o pipefail; {} | head -n 1 >&2", "{} >&-", "{} >/dev/full", "{} >&- 2>&-"],
+    ids=["reader leaves", "closed", "full", "all closed"],
 )
 def test_h7_a_run_goes_on_when_nobody_takes_what_it_prints(tmp_path, shell):
     """Its exit code is 0, and the run folder is whole."""
@@ -259,7 +259,7 @@ def assert_one_sentence(done, part):
     assert part in done.stderr
 
 
-@pytest.mark.parametrize(("num_descriptors", "num_workers"), [(64, 2)])
+@pytest.mark.parametrize(("num_descriptors", "num_workers"), [(64, 2), (30, 2)])
 def test_h8_few_file_descriptors_are_enough_or_a_clear_error(tmp_path, num_descriptors, num_workers):
     """A run with two workers needs fewer than 64 of them; with too few it says so, and does not hang."""
     limits = limit(resource.RLIMIT_NOFILE, num_descriptors)
@@ -288,3 +288,9 @@ def test_h8_shared_memory_that_is_full_is_a_clear_error(tmp_path):
     done = train(tmp_path, "--num_workers", "1", "--device", "cpu", prefix=prefix, TEST_SIZE="1000000")
     assert done.returncode > 0
     assert "shared memory" in done.stderr or "shm" in done.stderr, done.stderr
+
+
+def test_h8_a_limit_on_processes_is_a_clear_error(tmp_path):
+    """A run that may start no worker says so. The limit binds no root, so its error is raised in its place."""
+    done = train(tmp_path, "--num_workers", "2", TEST_MAY_FORK="no")
+    assert_one_sentence(done, "cannot start 2 processes that load samples: Resource temporarily unavailable")
