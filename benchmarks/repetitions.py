@@ -37,7 +37,7 @@ class Form:
         return self.rounds * self.num_copies
 
 
-FULL = Form(num_copies=40, rounds=15)
+FULL = Form(num_copies=40, rounds=12)
 QUICK = Form(num_copies=20, rounds=1, shortening=2, compiler="aot_eager")
 
 
