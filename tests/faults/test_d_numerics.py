@@ -226,3 +226,16 @@ def test_d9_replicas_that_measured_otherwise_decide_alike(tmp_path):
     first, second = run_replicas(decide_on_uneven_ground, world_size=2, args=(tmp_path,))
     assert first == second
     assert len(set(first)) > 1, "the batch moves"
+
+
+def meet_a_spike(rank, world_size, folder):
+    return train(folder, make_task(dict.fromkeys(samples_of_step(3), 30.0)))
+
+
+def test_d12_a_spike_is_not_skipped(tmp_path):
+    """Ten times larger data make a loss that stands out, and a step like any other: no rule skips what is finite."""
+    notes, _ = run_replicas(meet_a_spike, world_size=2, args=(tmp_path,))
+    rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
+    assert rows[2]["train/grad_norm"] is not None
+    assert rows[-1]["train/steps_dropped"] == 0
+    assert not [note for note in notes if "skipped" in note]
