@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     Packed = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, JSON]]
 
-_FIRST_S = 30.0
-"""The first checkpoint by the clock comes after this; it tells what one costs."""
+_FIRST_S = 5.0
+"""The first checkpoint by the clock comes after this: it tells what one costs."""
 _WORTH_TELLING = 2.0
 
 

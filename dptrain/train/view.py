@@ -142,7 +142,7 @@ class PlainView(View):
             f"batch {_integer(row, 'batch/global')}{_layout(row, ' ({}×{}×{})')}",
             f"noise scale {noise_scale_text(row)}",
             f"lr {_learning_rate(row)}",
-            f"{self._pace.samples_per_s:,.0f} samples/s",
+            f"{self._pace.text} samples/s",
             f"left {_duration(self._pace.time_left_s(self._max_samples))}",
         ]
         if dropped := _number(row, "train/steps_dropped"):
@@ -265,7 +265,7 @@ class LiveView(View):
             ("global batch", f"{_integer(row, 'batch/global')}{layout}"),
             ("noise scale", noise_scale_text(row, level=self._level)),
             ("learning rate", _learning_rate(row)),
-            ("speed", f"{self._pace.samples_per_s:,.0f} samples/s"),
+            ("speed", f"{self._pace.text} samples/s"),
             ("steps", f"{_integer(row, 'step')}, {dropped:,.0f} dropped"),
         ]
         width = max(len(name) for name, _ in lines) + 2
@@ -303,6 +303,11 @@ class _Pace:
             self._wall_samples = keep * self._wall_samples + samples
             self._wall_s = keep * self._wall_s + wall_s - last_wall_s
         self._last = done, wall_s
+
+    @property
+    def text(self) -> str:
+        """The speed in samples per second, as it is shown; a dash before it is known."""
+        return f"{self.samples_per_s:,.0f}" if self.samples_per_s else _NOTHING
 
     @property
     def samples_per_s(self) -> float:
