@@ -1,6 +1,10 @@
 """`python -m dptrain`, which is what launchers start."""
 
 from dptrain.cli.main import main
+from dptrain.cli.replicas import end_replica, is_replica
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    code = main()
+    if is_replica():
+        end_replica(code)
+    raise SystemExit(code)

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import NoReturn, Self
 
 from dptrain.cli.last_words import Cause, Ending, read_words, root_cause
 from dptrain.cli.restarts import Attempts, RestartPolicy
@@ -52,6 +52,19 @@ def is_replica(environment: Mapping[str, str] = os.environ) -> bool:
 def is_silent_replica(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this is a replica whose errors another one most likely tells already."""
     return is_replica(environment) and environment["RANK"] != "0"
+
+
+def end_replica(code: int) -> NoReturn:
+    """End this process where it stands; what it had to write is written and closed.
+
+    The interpreter's own end would drop the last reference to the process group, whose destructor joins torch's threads
+    with the interpreter lock held, for which one of them may just be waiting: about one run in forty hung at its very
+    end on busy cores.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def count_gpus(*, cpu: bool) -> int:

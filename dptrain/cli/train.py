@@ -18,6 +18,9 @@ from dptrain.train.config import TrainConfig
 from dptrain.train.preemption import EXIT_RESUMABLE
 from dptrain.train.run_folder import default_run_dir, holds_run, write_config
 
+_kept: list[object] = []
+"""What must not go before the process does, see `end_replica`."""
+
 
 def train(arguments: Sequence[str]) -> int:
     """Parse, then train: as a replica where a launcher started this process, else by starting the replicas."""
@@ -75,6 +78,7 @@ def _train_here(config: TrainConfig, *, resume: bool, allow_fresh: bool) -> int:
         meet(device=config.device)
         with lost_peers_named(lambda: 0):
             trainer = Trainer(config, resume=resume, allow_fresh=allow_fresh)
+            _kept.append(trainer)
             summary = trainer.run()
     finally:
         if dist.is_initialized():

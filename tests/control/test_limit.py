@@ -271,6 +271,7 @@ def test_replay_from_any_saved_state(quantum, limits, path, data):
     assert [decision for *_, decision in again] == [decision for *_, decision in log[cut:]]
 
 
+@settings(deadline=None)
 @given(quantum=quanta, limits=limit_settings, phi=st.floats(1, 1e5))
 def test_shrinks_as_well_as_grows(quantum, limits, phi):
     """From the smallest batch up and from the largest down the stack comes near the same noise scale."""
