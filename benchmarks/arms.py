@@ -28,6 +28,9 @@ _TURNS_OF_A_PEER = 3
 _WARM_STEPS = 2
 _PACED_STEPS = 12
 """Measured steps, after which the default's median of nine rests on timings without the first passes."""
+_EVERY_WHEN_TIMED = 2
+"""The default is timed with every second step measured, so that its rare kind of step is seen often enough; each kind
+counts with the share that it has at the interval which the meter chose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,11 @@ class Limits:
 
 
 class Arm:
-    """One way to take a step; all arms of a case share the memory of their parameters."""
+    """One way to take a step; all arms of a case share the memory of their parameters.
+
+    Attributes:
+        every: every how many steps dptrain measures one, left to itself.
+    """
 
     def __init__(self, name: str, *, network: nn.Module, case: Case) -> None:
         self.name = name
@@ -89,6 +96,7 @@ class Arm:
         self._model = DistributedDataParallel(model) if case.in_ddp else model
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-4)
         self._meter: dptrain.Meter | None = None
+        self.every = 1
         self._finish = self._make_finish()
 
     def _make_finish(self) -> Finish:
@@ -133,14 +141,10 @@ class Arm:
             while num_measured < _PACED_STEPS and num_steps < longest:
                 num_measured += self.step(samples)
                 num_steps += 1
+            self.every = self._meter.every
             self._meter.remove()
-            self._meter = dptrain.attach(self._model, every=self._meter.every)
+            self._meter = dptrain.attach(self._model, every=min(self.every, _EVERY_WHEN_TIMED))
             self.step(samples)
-
-    @property
-    def every(self) -> int:
-        """Every how many steps dptrain measures one."""
-        return 1 if self._meter is None else self._meter.every
 
     @property
     def share(self) -> float | None:
@@ -269,8 +273,8 @@ def _event() -> torch.cuda.Event:
 
 
 def _row(arm: Arm, *, turns: Turns, case: Case, num_parameters: int) -> dict[str, Any]:
-    wall = _Ratio.of(arm.name, turns=turns, seconds=lambda turn: turn.wall_s)
-    cpu = _Ratio.of(arm.name, turns=turns, seconds=lambda turn: turn.cpu_s)
+    wall = _Ratio.of(arm.name, turns=turns, every=arm.every, seconds=lambda turn: turn.wall_s)
+    cpu = _Ratio.of(arm.name, turns=turns, every=arm.every, seconds=lambda turn: turn.cpu_s)
     floor = _Ratio.of(AGAIN, turns=turns, seconds=lambda turn: turn.wall_s)
     step_s = statistics.median(turn.wall_s for turn in turns[BARE] if turn is not None)
     row = {
@@ -312,8 +316,8 @@ def _absent_row(name: str, *, case: Case, reason: str) -> dict[str, Any]:
 class _Ratio:
     """Time to that of the bare arms in the same round: the median over rounds and what chance leaves of it.
 
-    Of an arm that measures some of its steps it is the mean of two medians, of the steps that are measured and of the
-    others, each with the share of its steps: the median of all would never see the few.
+    Of an arm that measures every k-th of its steps it is the mean of two medians, of the steps that are measured, which
+    counts 1/k, and of the others: the median of all would never see the few.
     """
 
     median: float
@@ -322,7 +326,7 @@ class _Ratio:
     num_rounds: int
 
     @classmethod
-    def of(cls, name: str, *, turns: Turns, seconds: Callable[[Turn], float]) -> _Ratio:
+    def of(cls, name: str, *, turns: Turns, seconds: Callable[[Turn], float], every: int = 1) -> _Ratio:
         """Divide by the mean of both bare arms, whose chance is smaller; one of them by the other."""
         references = (BARE,) if name == AGAIN else (BARE, AGAIN)
         ratios: dict[bool, list[float]] = {True: [], False: []}
@@ -332,7 +336,7 @@ class _Ratio:
                 ratios[turn.measured].append(seconds(turn) / reference_s)
         kinds = [found for found in ratios.values() if found]
         num_rounds = sum(map(len, kinds))
-        shares = [len(found) / num_rounds for found in kinds]
+        shares = [1 / every, 1 - 1 / every] if len(kinds) > 1 else [1.0]
         low, _, high = _quartiles([ratio for found in kinds for ratio in found])
         return cls(
             median=sum(share * statistics.median(found) for share, found in zip(shares, kinds, strict=True)),
