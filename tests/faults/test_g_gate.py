@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dptrain.cli import train as train_command
 from dptrain.cli.main import main
 from dptrain.cli.settings import parse
 from dptrain.errors import ConfigError
@@ -202,6 +203,7 @@ def tell_all(rank, world_size, folder):
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(["train", *arguments, *common])
+        train_command._kept.clear()  # a replica ends here, and with it the port that its store holds
         told[name] = (code, out.getvalue(), err.getvalue())
     return told
 
