@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,8 +84,3 @@ def _feed(digest: hashlib._Hash, value: object) -> None:
 def _number(text: str) -> int:
     """Return 63 bits of a digest: a whole number that has a negative."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def settings_text(settings: Mapping[str, Any]) -> str:
-    """Return settings in a form that is equal where they are."""
-    return json.dumps(settings, sort_keys=True, default=str)

@@ -57,11 +57,6 @@ class Keeper:
         self._failed = 0
         self._saved_s = time.monotonic()
 
-    @property
-    def stall_s(self) -> float:
-        """Seconds for which the latest save held the training up."""
-        return self._saver.status().stall_s
-
     def is_due(self, record: StepRecord) -> bool:
         """Whether to save after a step: by samples where that is set, else by the clock."""
         if self._config.every_samples is not None:

@@ -14,24 +14,30 @@ from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: i
 from dptrain.errors import ConfigError, MeetingError
 
 _JOIN_TIMEOUT_S = 120.0
-_COLLECTIVE_TIMEOUT_S = 300.0
+_COLLECTIVE_TIMEOUT_S = 300.0  # a replica that hangs must not hold the others for torch's half hour
 _MAX_NAMED = 8
 
 _log = logging.getLogger(__name__)
 
 
-def meet(
-    *, device: str = "auto", join_timeout_s: float | None = None, collective_timeout_s: float | None = None
-) -> None:
+def collective_timeout_s() -> float:
+    """Return the longest wait for another replica in a collective: DPTRAIN_COLLECTIVE_TIMEOUT_S, or 300 seconds.
+
+    Raises:
+        ConfigError: where the variable is no number of seconds.
+    """
+    return _seconds("DPTRAIN_COLLECTIVE_TIMEOUT_S", default=_COLLECTIVE_TIMEOUT_S)
+
+
+def meet(*, device: str = "auto") -> None:
     """Make the process group of this replica and all others; nothing where there is one already.
 
     Replicas that `dptrain train` started meet by a file (DPTRAIN_STORE), and nobody can listen in. Others, such as
-    those of torchrun, meet at MASTER_ADDR and MASTER_PORT.
+    those of torchrun, meet at MASTER_ADDR and MASTER_PORT. The longest wait for a replica to come is
+    DPTRAIN_JOIN_TIMEOUT_S, or 120 seconds; later on it is `collective_timeout_s`.
 
     Args:
         device: "cpu", or "auto" for GPUs where there are some.
-        join_timeout_s: longest wait for a replica to come. Default: DPTRAIN_JOIN_TIMEOUT_S, or 120.
-        collective_timeout_s: longest wait for a replica later on. Default: DPTRAIN_COLLECTIVE_TIMEOUT_S, or 300.
 
     Raises:
         MeetingError: naming the replicas that did not come, or what keeps this one from reaching them.
@@ -39,8 +45,8 @@ def meet(
     """
     if dist.is_initialized():
         return
-    join_s = _seconds("DPTRAIN_JOIN_TIMEOUT_S", given=join_timeout_s, default=_JOIN_TIMEOUT_S)
-    collective_s = _seconds("DPTRAIN_COLLECTIVE_TIMEOUT_S", given=collective_timeout_s, default=_COLLECTIVE_TIMEOUT_S)
+    join_s = _seconds("DPTRAIN_JOIN_TIMEOUT_S", default=_JOIN_TIMEOUT_S)
+    collective_s = collective_timeout_s()
     rank, world_size = _place()
     path = os.environ.get("DPTRAIN_STORE")
     store = FileStore(path, world_size) if path else _tcp_store(rank=rank, world_size=world_size, timeout_s=join_s)
@@ -137,9 +143,7 @@ def _number(name: str, *, default: int) -> int:
     return default if text is None else int(text)
 
 
-def _seconds(name: str, *, given: float | None, default: float) -> float:
-    if given is not None:
-        return given
+def _seconds(name: str, *, default: float) -> float:
     text = os.environ.get(name)
     try:
         seconds = default if text is None else float(text)

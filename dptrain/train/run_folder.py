@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from dptrain.errors import ConfigError
 from dptrain.train.config import TrainConfig
+from dptrain.train.domain import leaves
 from dptrain.train.exposure import warn_if_exposed
 from dptrain.train.settings_file import settings_text
 
@@ -25,7 +26,7 @@ _LONGEST_NAME = 64  # of a task in the name of a folder
 _LONGEST_SHOWN = 200  # characters of a name that cannot be one
 
 # Settings that a resumed run may have otherwise: they change what is told, not what is trained.
-_FREE_ON_RESUME = ("run_dir", "log", "checkpoint", "num_workers", "device")
+_FREE_ON_RESUME = ("run_dir", "log", "checkpoint", "num_workers", "device", "drift_check_every_steps")
 
 
 def default_run_dir(task: str) -> str:
@@ -163,8 +164,7 @@ def check_same_settings(config: TrainConfig, *, saved: Mapping[str, Any]) -> Non
     Raises:
         ConfigError: listing each such setting with both values.
     """
-    current = _flat(asdict(config))
-    before = _flat(saved)
+    current, before = leaves(asdict(config)), leaves(saved)
     differing = [
         f"{name} was {before.get(name)!r} and is {current.get(name)!r}"
         for name in sorted(before.keys() | current.keys())
@@ -172,13 +172,3 @@ def check_same_settings(config: TrainConfig, *, saved: Mapping[str, Any]) -> Non
     ]
     if differing:
         raise ConfigError(f"cannot resume with other settings: {'; '.join(differing)}")
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found

@@ -33,7 +33,8 @@ class StragglerWatch:
 
     def note(self, busy_s: float) -> None:
         """Take this replica's busy seconds of a step, which it is about to tell the others."""
-        self._sent.append(busy_s)
+        if self._world_size > 1:  # who is alone learns of nobody, and would only gather
+            self._sent.append(busy_s)
 
     def learn(self, outcome: StepOutcome, record: StepRecord) -> str | None:
         """Take what all replicas found in the step, and return a sentence where a new straggler is known.

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +22,26 @@ from dptrain.errors import CheckpointError, ConfigError
 from dptrain.observe import DdpTap, Meter, ParameterTap
 from dptrain.observe.tap import Tap
 from dptrain.tasks import Task, check_task, resolve_task
-from dptrain.train.agreement import check_agreement, data_fingerprint, settings_text
+from dptrain.train.agreement import check_agreement, data_fingerprint
 from dptrain.train.checkpoint import Checkpoint, load_newest, set_aside
-from dptrain.train.config import TrainConfig, as_saved, filled_in, given, smoothing
+from dptrain.train.config import LogConfig, TrainConfig, as_saved, filled_in, given, smoothing
 from dptrain.train.consensus import Result, StepRecord, Word, lost_peers_named, on_rank_0
 from dptrain.train.drift import DriftCheck
 from dptrain.train.evaluation import evaluate
 from dptrain.train.keeper import Keeper, crosses
 from dptrain.train.manifest import JSON
+from dptrain.train.meeting import collective_timeout_s
 from dptrain.train.metrics import Value
 from dptrain.train.optimizer import build_optimizer, skips_on_device
 from dptrain.train.pilot import Pilot
 from dptrain.train.preemption import StopRequest
 from dptrain.train.run_folder import RunFolder, check_same_settings, checkpoints_in, default_run_dir
 from dptrain.train.run_log import RunLog, SilentLog, WritingLog
+from dptrain.train.settings_file import settings_text
 from dptrain.train.state import infinite_buffers, pack_model, pack_optimizer, unpack_model, unpack_optimizer
 from dptrain.train.step import Stepper
 from dptrain.train.watchdog import Watchdog
 from dptrain.version import __version__
-
-# Longest wait for a peer, in a collective: a replica that hangs must not hold the others for torch's half hour.
-_TIMEOUT = dt.timedelta(seconds=300)
 
 
 class Trainer:
@@ -75,7 +74,7 @@ class Trainer:
             # Accelerate initialises gloo only when it is told to use the CPU; it does not see by itself that it must.
             cpu=config.device == "cpu" or not torch.cuda.is_available(),
             mixed_precision=config.precision,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=dt.timedelta(seconds=collective_timeout_s()))],
         )
         # A replica that fails in what follows must not tear the connections that another still makes.
         self._accelerator.wait_for_everyone()
@@ -130,10 +129,9 @@ class Trainer:
         return DdpTap(self._model)
 
     def _check_agreement(self) -> None:
-        settings = {key: value for key, value in asdict(self._config).items() if key not in ("run_dir", "log")}
         check_agreement(
             {
-                "the settings": settings_text(settings),
+                "the settings": settings_text(replace(self._config, run_dir=None, log=LogConfig())),
                 "the version of dptrain": __version__,
                 "the version of torch": torch.__version__,
                 "the number of samples": self._num_samples,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import faulthandler
-import os
 import sys
 import time
 from typing import Self
 
-_PATIENCE_S = 300.0
-"""As long as a collective waits for a peer: by then a replica that hangs has brought down the others anyway."""
+from dptrain.train.meeting import collective_timeout_s
+
 _PATIENCE_ALONE_S = 1800.0
 """Nobody waits for a replica that is alone, and some first steps compile for long."""
 _EASE_S = 0.5
@@ -23,14 +22,13 @@ class Watchdog:
 
     Args:
         world_size: number of replicas.
-        patience_s: longest time between two beats. Default: DPTRAIN_COLLECTIVE_TIMEOUT_S from the environment, or 300;
-            1800 for a replica that is alone.
+        patience_s: longest time between two beats. Default: as long as a collective waits for a peer, for by then a
+            replica that hangs has brought down the others anyway; half an hour for a replica that is alone.
     """
 
     def __init__(self, *, world_size: int, patience_s: float | None = None) -> None:
-        default = _PATIENCE_S if world_size > 1 else _PATIENCE_ALONE_S
-        set_by_hand = os.environ.get("DPTRAIN_COLLECTIVE_TIMEOUT_S", default)
-        self._patience_s = float(set_by_hand) if patience_s is None else patience_s
+        default_s = collective_timeout_s() if world_size > 1 else _PATIENCE_ALONE_S
+        self._patience_s = default_s if patience_s is None else patience_s
         self._armed_s = 0.0
 
     def beat(self) -> None:

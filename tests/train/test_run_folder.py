@@ -41,6 +41,7 @@ def test_an_empty_folder_may_be_used(tmp_path):
     """A folder that a scheduler made, or that a run left before it began, is no obstacle."""
     RunFolder(tmp_path, resume=False).close()
     RunFolder(tmp_path, resume=False).close()
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")], "nothing but who had the lock"
 
 
 def test_a_run_is_not_begun_on_top_of_another(tmp_path):
