@@ -125,6 +125,13 @@ def result_of(folder):
     }
 
 
+def trained(folder):
+    """What was trained, decided and told; not how it was asked for."""
+    found = result_of(folder)
+    del found["state"]["config"]
+    return {part: found[part] for part in ("parameters", "optimizer", "state", "rows", "decisions")}
+
+
 def assert_same(found, expected):
     """Name the part in which two results differ."""
     for part, value in expected.items():

@@ -16,7 +16,7 @@ from dptrain.train.metrics import read_rows
 from dptrain.train.run_folder import newest_step, write_config
 from tests import strikes
 from tests.replicas import run_replicas
-from tests.runs import attempt, make_config, result_of
+from tests.runs import attempt, make_config, trained
 
 POINTS = (*strikes.INSIDE_A_STEP, *strikes.BETWEEN_STEPS)
 CALLS = {"data": 40, "forward": 8, "backward": 8, "reduction": 5, "update": 3, "evaluation": 1, "save": 1, "rename": 1}
@@ -38,12 +38,6 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     run_replicas(train_whole, world_size=2, args=(folder,))
     return trained(folder)
-
-
-def trained(folder):
-    found = result_of(folder)
-    del found["state"]["config"]
-    return {part: found[part] for part in ("parameters", "optimizer", "state", "rows", "decisions")}
 
 
 def start(folder, *more, armed, log):

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from dptrain.train.checkpoint import load_newest
 from dptrain.train.metrics import read_rows
 from dptrain.train.run_folder import RunFolder, newest_step, write_config
 from tests.replicas import run_replicas
-from tests.runs import Noisy, attempt, make_config, noisy, result_of, slow_loss
+from tests.runs import Noisy, attempt, make_config, noisy, slow_loss, trained
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(300)
@@ -114,13 +115,6 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     run_replicas(train_whole, world_size=2, args=(folder,))
     return SimpleNamespace(folder=folder, **trained(folder))
-
-
-def trained(folder):
-    """What was trained, decided and told; not how."""
-    found = result_of(folder)
-    del found["state"]["config"]
-    return {part: found[part] for part in ("parameters", "optimizer", "state", "rows", "decisions")}
 
 
 def assert_undisturbed(folder, whole):
@@ -219,8 +213,8 @@ def test_a5_a_replica_killed_while_it_starts_holds_nobody_up(battered):
 def test_a15_a_killed_loading_process_is_named(battered):
     """The error says so, and the run goes on after a restart; afterwards none of them is left."""
     (line,) = [line for line in battered.output.splitlines() if "failed with" in line]
-    assert "DataLoader worker" in line
-    assert "Killed" in line
+    # Torch tells the signal ("is killed by signal: Killed") or only that it is gone, whichever it sees first.
+    assert re.search(r"DataLoader worker \(pid.* (Killed|exited unexpectedly)", line), line
     assert all(gone(worker) for worker in battered.workers)
 
 

@@ -32,30 +32,9 @@ from dptrain.train import checkpoint as module
 from dptrain.train.checkpoint import load_checkpoint, load_newest, save_checkpoint, set_aside
 from dptrain.train.manifest import MANIFEST, decode_manifest, encode_manifest
 from dptrain.train.saver import Saver
+from tests.checkpoints import STATE, assert_holds, content, save
 
-STATE = {"cursor": 3, "loss": 0.1, "betas": (0.9, float("inf"))}
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", MANIFEST]
-
-
-def content(step):
-    generator = torch.Generator().manual_seed(step)
-    return {
-        "model": {"w": torch.randn(7, 3, generator=generator), "n": torch.tensor(step)},
-        "optimizer": {"exp_avg/w": torch.randn(7, 3, generator=generator)},
-    }
-
-
-def save(folder, step, *, keep=3):
-    return save_checkpoint(folder, step=step, tensors=content(step), state={**STATE, "step": step}, keep=keep)
-
-
-def assert_holds(checkpoint, step):
-    assert checkpoint.step == step
-    assert checkpoint.state == {**STATE, "step": step}
-    for name, group in content(step).items():
-        found = checkpoint.tensors(name)
-        assert found.keys() == group.keys()
-        assert all(found[key].equal(tensor) for key, tensor in group.items())
 
 
 def names(folder):

@@ -18,35 +18,9 @@ from dptrain.errors import CheckpointError, ConfigError
 from dptrain.train import checkpoint as module
 from dptrain.train.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from dptrain.train.manifest import MAX_JSON_BYTES
+from tests.checkpoints import assert_equal_bits, assert_holds, save
 
-STATE = {"cursor": 3, "loss": 0.1, "betas": (0.9, float("inf"))}
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
-
-
-def content(step):
-    generator = torch.Generator().manual_seed(step)
-    return {
-        "model": {"w": torch.randn(7, 3, generator=generator), "n": torch.tensor(step)},
-        "optimizer": {"exp_avg/w": torch.randn(7, 3, generator=generator)},
-    }
-
-
-def save(folder, step, *, keep=3):
-    return save_checkpoint(folder, step=step, tensors=content(step), state={**STATE, "step": step}, keep=keep)
-
-
-def assert_holds(checkpoint, step):
-    assert checkpoint.step == step
-    assert checkpoint.state == {**STATE, "step": step}
-    for name, group in content(step).items():
-        assert_equal_bits(checkpoint.tensors(name), group)
-
-
-def assert_equal_bits(found, expected):
-    assert found.keys() == expected.keys()
-    for key, tensor in expected.items():
-        assert (found[key].dtype, found[key].shape) == (tensor.dtype, tensor.shape)
-        assert found[key].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8)), key
 
 
 def names(folder):
