@@ -2,6 +2,7 @@
 
 from dptrain.control.base import Controller, Decision, Measurement, State, state_to_json
 from dptrain.control.constant import Constant
+from dptrain.control.goodput import FastestLaw, GoodputLaw
 from dptrain.control.learning_rate import RULES, LearningRateRule, LearningRateSchedule, RuleName
 from dptrain.control.limit import (
     Bounds,
@@ -16,6 +17,7 @@ from dptrain.control.limit import (
 )
 from dptrain.control.noise import ExchangeRateLaw, NoiseLaw
 from dptrain.control.schedule import Schedule
+from dptrain.control.step_time import StepShape, StepTimeModel, StepTimes
 
 __all__ = [
     "RULES",
@@ -27,6 +29,8 @@ __all__ = [
     "DwellState",
     "DwellTime",
     "ExchangeRateLaw",
+    "FastestLaw",
+    "GoodputLaw",
     "Ladder",
     "LearningRateRule",
     "LearningRateSchedule",
@@ -38,6 +42,9 @@ __all__ = [
     "RuleName",
     "Schedule",
     "State",
+    "StepShape",
+    "StepTimeModel",
+    "StepTimes",
     "limited",
     "state_to_json",
 ]

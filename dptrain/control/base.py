@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from dptrain.control.step_time import StepTimeModel
 from dptrain.errors import CheckpointError
 from dptrain.noise import NoiseScale
 
@@ -20,11 +21,15 @@ class Measurement:
         samples_seen: position in the stream of samples.
         global_batch_size: batch in force, in samples.
         noise_scale: estimate up to now, in samples, with what is known of it.
+        step_time: what a step costs; None where it is not measured, or not known yet.
+        loss: smoothed training loss, in nats per token for language models; None where it is not given.
     """
 
     samples_seen: int
     global_batch_size: int
     noise_scale: NoiseScale
+    step_time: StepTimeModel | None = None
+    loss: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The laws that follow the measured noise scale: one mechanism, with two maps from noise scale to batch."""
+"""The laws that follow the measured noise scale: the mechanism, and its maps from noise scale to batch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from dptrain.control.base import Decision, Law, Measurement
 from dptrain.errors import ConfigError
 
+_LARGEST = 1e60
+"""Stands for an infinite noise scale, of which only |G|² speaks, and whose square is finite."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class _IntervalLaw(Law):
+class IntervalLaw(Law):
     """Acts on the interval of the noise scale φ, never on its point estimate.
 
     The contrast tr(Σ) − φ·|G|² at the φ that the present batch is right for is known long before the ratio is.
@@ -43,7 +46,7 @@ class _IntervalLaw(Law):
         """Project the batch in force onto what the measurement allows."""
         batch, phi = measurement.global_batch_size, measurement.noise_scale
         right = self.noise_scale_for(batch)
-        sureness = phi.contrast(right)
+        sureness = phi.contrast(min(right, _LARGEST))
         lower, upper = phi.bounds(self.z)
         smallest, largest = self.batch_for(lower), self.batch_for(upper)
         # Written so that NaN, from a measurement that is out of order, moves nothing.
@@ -63,7 +66,7 @@ class _IntervalLaw(Law):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseLaw(_IntervalLaw):
+class NoiseLaw(IntervalLaw):
     """B = κ·φ: the batch in a fixed proportion to the noise scale.
 
     At κ = 1 a step makes half the progress of a noiseless one, and so does a sample (McCandlish et al. 2018,
@@ -90,7 +93,7 @@ class NoiseLaw(_IntervalLaw):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExchangeRateLaw(_IntervalLaw):
+class ExchangeRateLaw(IntervalLaw):
     """B = √(r·φ): the schedule that is best where one step may cost r samples.
 
     It minimises steps·r + samples (McCandlish et al. 2018, appendix D). On fixed hardware with step time α + βB

@@ -1,0 +1,112 @@
+"""The law that makes the progress per second greatest, from the noise scale and the measured time of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from dptrain.control.base import Decision, Law, Measurement
+from dptrain.control.noise import IntervalLaw
+from dptrain.control.step_time import StepTimeModel
+from dptrain.errors import ConfigError
+
+_ROUNDING = 1e-14
+_EXPONENTS = (-60.0, 40.0)
+_HALVINGS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastestLaw(IntervalLaw):
+    """B with the most progress per second, B/((B + φ)·T(B)), for a known time T of a step.
+
+    Progress per sample is 1/(B + φ) up to a factor (McCandlish et al. 2018, arXiv 1812.06162, equation 2.7; Pollux,
+    Qiao et al. 2021, OSDI, equation 5). With T = α + βB the best batch is √(φ·α/β): `ExchangeRateLaw` with
+    r = α/β. For any other T that rises ever faster, or as fast, a batch B is right for the noise scale at which B/√2
+    and √2·B are equally fast: on a ladder of powers of two, whose rungs they are, that is the best rung itself.
+
+    Attributes:
+        seconds: T, in any unit, for a global batch that may lie between those that run.
+    """
+
+    seconds: Callable[[float], float]
+
+    def noise_scale_for(self, batch: float) -> float:
+        """Return the noise scale at which B/√2 and √2·B make the same progress per second; ∞ where none does."""
+        smaller, larger = self.seconds(batch / math.sqrt(2)), self.seconds(batch * math.sqrt(2))
+        saved = 2 * smaller - larger  # by one step of the larger instead of two of the smaller
+        return math.sqrt(2) * batch * (larger - smaller) / saved if saved > _ROUNDING * larger else math.inf
+
+    def batch_for(self, noise_scale: float) -> float:
+        """Return the smallest batch that is right for `noise_scale` or for a larger one."""
+        if not noise_scale > 0:
+            return noise_scale  # 0, or NaN
+        smallest, largest = _EXPONENTS
+        if self.noise_scale_for(2**largest) < noise_scale:
+            return math.inf
+        for _ in range(_HALVINGS):
+            middle = (smallest + largest) / 2
+            if self.noise_scale_for(2**middle) < noise_scale:
+                smallest = middle
+            else:
+                largest = middle
+        return 2**largest
+
+    def samples_per_step(self, batch: float) -> float:
+        """Return r, the samples that one step fewer is worth near `batch`: α/β where T = α + βB."""
+        right = self.noise_scale_for(batch)
+        return batch * batch / right if right > 0 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoodputLaw(Law):
+    """B with the most progress per second on the hardware at hand, by the times that its steps took.
+
+    As the batch grows the micro-batch rises first, up to the largest, and then the accumulation steps do: a
+    GPU that is not full takes more samples for little. Where nothing was timed yet, or only steps of one batch, half
+    of the present step's time is taken to be per step: then r is the present batch, and B goes half of the way (in log
+    space) to the noise scale, which times a second batch.
+
+    Attributes:
+        largest_micro_batch_size: in samples.
+        least_accumulation_steps: passes of a replica in a step, however small the batch.
+        z: standard errors of a normal at which a noise scale counts as rejected.
+    """
+
+    largest_micro_batch_size: int
+    least_accumulation_steps: int = 1
+    z: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("largest_micro_batch_size", "least_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        FastestLaw(seconds=float, z=self.z)
+
+    def decide(self, measurement: Measurement) -> Decision:
+        """Ask `FastestLaw` with the time that a step takes by now."""
+        batch, model = measurement.global_batch_size, measurement.step_time
+        if model is None or not model.is_split_known:
+            law, source = FastestLaw(seconds=lambda other: batch + other, z=self.z), "assumed, one batch was timed"
+        else:
+            law, source = FastestLaw(seconds=lambda other: self.seconds(model, other), z=self.z), _split(model)
+        decision = law.decide(measurement)
+        worth = f"a step is worth {law.samples_per_step(batch):.3g} samples ({source})"
+        return replace(decision, reason=f"{worth}; {decision.reason}")
+
+    def seconds(self, model: StepTimeModel, batch: float) -> float:
+        """Return the time of a step with `batch` samples as they are laid out."""
+        share = batch / model.world_size
+        accumulation_steps = max(share / self.largest_micro_batch_size, self.least_accumulation_steps)
+        return model.step_s(micro_batch_size=share / accumulation_steps, accumulation_steps=accumulation_steps)
+
+
+def _split(model: StepTimeModel) -> str:
+    parts = f"{_time(model.per_step_s)} a step, {_time(model.per_pass_s)} a pass, {_time(model.per_sample_s)} a sample"
+    return parts if model.error is None else f"{parts}, off by {model.error:.0%}"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
+    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"  # noqa: PLR2004 - a millisecond
