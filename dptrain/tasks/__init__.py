@@ -3,6 +3,7 @@
 from dptrain.tasks.base import Batch, LossFunction, Suggestion, Task
 from dptrain.tasks.digits import digits
 from dptrain.tasks.known import KnownAnswer, exact_noise, known_answer, linear, quadratic
+from dptrain.tasks.patches import patches
 from dptrain.tasks.pysource import pysource
 from dptrain.tasks.resolve import BUILT_IN, check_task, resolve_task
 
@@ -18,6 +19,7 @@ __all__ = [
     "exact_noise",
     "known_answer",
     "linear",
+    "patches",
     "pysource",
     "quadratic",
     "resolve_task",

@@ -1,4 +1,4 @@
-"""The task `digits`: handwritten 8×8 digits of scikit-learn, for an MLP or a small CNN; seconds on one core."""
+"""The task `digits`: handwritten 8×8 digits of scikit-learn, classified or encoded; seconds on one core."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ def digits(*, model: str = "mlp") -> Task:
     sides: the held-out loss tells how well the task is fitted, not how well it reads a stranger's hand.
 
     Args:
-        model: `"mlp"`, layers 64-32-10, or `"cnn"`, two convolutions of stride 2 below a linear layer.
+        model: `"softmax"`, one linear layer; `"mlp"`, layers 64-32-10; `"cnn"`, two convolutions of stride 2 below a
+            linear layer; or `"autoencoder"`, layers 64-32-8-32-64, which is shown no class.
 
     Returns:
-        The task; a sample is (64 float pixels, class), the loss cross-entropy in nats.
+        The task; a sample is (64 float pixels, class). The loss is cross-entropy in nats; that of the autoencoder is
+        the mean squared error of a pixel.
 
     Raises:
-        ConfigError: where `model` is neither.
+        ConfigError: where `model` is none of these.
     """
     if model not in _MODELS:
-        raise ConfigError(f"digits has the models {' and '.join(map(repr, _MODELS))}, got {model!r}")
+        raise ConfigError(f"digits has the models {', '.join(map(repr, _MODELS))}, got {model!r}")
     pixels, classes = _load()
     held_out = torch.arange(len(classes)) % _HELD_OUT_EVERY == 0
     return Task(
@@ -38,7 +40,7 @@ def digits(*, model: str = "mlp") -> Task:
         model=_MODELS[model](),
         train_data=TensorDataset(pixels[~held_out], classes[~held_out]),
         eval_data=TensorDataset(pixels[held_out], classes[held_out]),
-        loss=_cross_entropy,
+        loss=_reconstruction_error if model == "autoencoder" else _cross_entropy,
         suggestion=Suggestion(
             learning_rate=5e-3,
             global_batch_size=16,
@@ -59,6 +61,10 @@ def _load() -> tuple[Tensor, Tensor]:
     )
 
 
+def _softmax() -> nn.Module:
+    return nn.Linear(64, 10)
+
+
 def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
@@ -75,9 +81,25 @@ def _cnn() -> nn.Module:
     )
 
 
-_MODELS = {"mlp": _mlp, "cnn": _cnn}
+def _autoencoder() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(64, 32),
+        nn.ReLU(),
+        nn.Linear(32, 8),
+        nn.Linear(8, 32),
+        nn.ReLU(),
+        nn.Linear(32, 64),
+    )
+
+
+_MODELS = {"softmax": _softmax, "mlp": _mlp, "cnn": _cnn, "autoencoder": _autoencoder}
 
 
 def _cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     pixels, classes = batch
     return functional.cross_entropy(model(pixels), classes)
+
+
+def _reconstruction_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    pixels, _ = batch
+    return functional.mse_loss(model(pixels), pixels)

@@ -1,4 +1,4 @@
-"""The task `pysource`: a byte-level transformer on the source text of Python's own standard library."""
+"""The task `pysource`: a byte-level language model on the source text of Python's own standard library."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from torch.utils.data import Dataset
 from dptrain.errors import ConfigError, TaskError
 from dptrain.tasks.base import Suggestion, Task
 
+_MODELS = ("transformer", "lstm")
+_DEFAULT_HEADS = 4
 _NUM_BYTES = 256
 _LARGEST_TEXT_BYTES = 16 << 20
 _HELD_OUT_EVERY = 20
@@ -31,7 +33,14 @@ _LEFT_OUT = frozenset(
 )  # fmt: skip
 
 
-def pysource(*, context: int = 64, width: int = 128, depth: int = 2, heads: int = 4) -> Task:
+def pysource(
+    *,
+    model: str = "transformer",
+    context: int = 64,
+    width: int = 128,
+    depth: int = 2,
+    heads: int | None = None,
+) -> Task:
     """Predict the next byte of the standard library's source text, which every Python has with it.
 
     One sample is a window of `context` + 1 bytes; the windows do not overlap. About one file in twenty is held out,
@@ -39,10 +48,11 @@ def pysource(*, context: int = 64, width: int = 128, depth: int = 2, heads: int 
     of the running Python, so figures of different releases differ a little.
 
     Args:
+        model: `"transformer"` or `"lstm"`.
         context: number of bytes that are predicted in a sample, each from all before it; at least 1.
-        width: of the residual stream; a multiple of 2 × `heads`.
-        depth: number of transformer blocks, at least 1.
-        heads: number of attention heads, at least 1.
+        width: of the residual stream or of the state; for the transformer a multiple of 2 × `heads`.
+        depth: number of transformer blocks or of LSTM layers, at least 1.
+        heads: number of attention heads, at least 1; 4 where not given. The LSTM has none.
 
     Returns:
         The task. Its loss is in nats per byte; `bits_per_byte` is among its figures.
@@ -51,12 +61,12 @@ def pysource(*, context: int = 64, width: int = 128, depth: int = 2, heads: int 
         ConfigError: where an argument is out of bounds.
         TaskError: where this Python has no source files beside it.
     """
-    _check_sizes(context=context, width=width, depth=depth, heads=heads)
+    network = _network(model, context=context, width=width, depth=depth, heads=heads)
     train, held_out = read_source(Path(sysconfig.get_paths()["stdlib"]))
     held_out_data = Windows(held_out, size=context + 1)
     return Task(
-        name="pysource",
-        model=ByteTransformer(width=width, depth=depth, heads=heads),
+        name="pysource" if model == "transformer" else f"pysource-{model}",
+        model=network,
         train_data=Windows(train, size=context + 1),
         eval_data=held_out_data.spread(_HELD_OUT_BYTES // context),
         loss=next_byte_loss,
@@ -71,15 +81,28 @@ def pysource(*, context: int = 64, width: int = 128, depth: int = 2, heads: int 
     )
 
 
-def _check_sizes(*, context: int, width: int, depth: int, heads: int) -> None:
-    for name, value in (("context", context), ("width", width), ("depth", depth), ("heads", heads)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} of pysource must be a whole number of at least 1, got {value!r}")
+def _network(model: str, *, context: int, width: int, depth: int, heads: int | None) -> nn.Module:
+    if model not in _MODELS:
+        raise ConfigError(f"pysource has the models {', '.join(map(repr, _MODELS))}, got {model!r}")
+    if model == "lstm":
+        if heads is not None:
+            raise ConfigError(f"heads of pysource is for the transformer, the LSTM has none: leave out heads={heads!r}")
+        _check_sizes(context=context, width=width, depth=depth)
+        return ByteLstm(width=width, depth=depth)
+    heads = _DEFAULT_HEADS if heads is None else heads
+    _check_sizes(context=context, width=width, depth=depth, heads=heads)
     if width % (2 * heads):
         raise ConfigError(
             f"width of pysource must be a multiple of 2 × heads = {2 * heads} (rotary positions turn pairs of "
             f"components within a head), got {width}"
         )
+    return ByteTransformer(width=width, depth=depth, heads=heads)
+
+
+def _check_sizes(*, context: int, **sizes: int) -> None:
+    for name, value in {"context": context, **sizes}.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} of pysource must be a whole number of at least 1, got {value!r}")
     if context > _HELD_OUT_BYTES:
         raise ConfigError(f"context of pysource must be at most {_HELD_OUT_BYTES}, got {context}")
 
@@ -217,6 +240,29 @@ def _turned(heads: Tensor) -> Tensor:
     cos, sin = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)
     first, second = heads.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+
+
+class ByteLstm(nn.Module):
+    """Long short-term memory over bytes: what a text model was before attention.
+
+    Args:
+        width: of the embedding and of each layer's state.
+        depth: number of layers.
+    """
+
+    def __init__(self, *, width: int, depth: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(_NUM_BYTES, width)
+        self.layers = nn.LSTM(width, width, num_layers=depth, batch_first=True)
+        self.output = nn.Linear(width, _NUM_BYTES, bias=False)
+        # Small, so that training starts from a uniform guess, 8 bits per byte, as the transformer's does.
+        nn.init.normal_(self.output.weight, std=0.02)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Logits of the byte after each, shape (samples, bytes, 256), of int64 text of shape (samples, bytes)."""
+        states, _ = self.layers(self.embedding(text))
+        logits: Tensor = self.output(states)
+        return logits
 
 
 def next_byte_loss(model: nn.Module, windows: Tensor) -> Tensor:

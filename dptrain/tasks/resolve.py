@@ -24,11 +24,13 @@ from dptrain.errors import ConfigError, DptrainError, TaskError
 from dptrain.tasks.base import Task
 from dptrain.tasks.digits import digits
 from dptrain.tasks.known import linear, quadratic
+from dptrain.tasks.patches import patches
 from dptrain.tasks.pysource import pysource
 
 BUILT_IN: Mapping[str, Callable[..., Task]] = {
     "pysource": pysource,
     "digits": digits,
+    "patches": patches,
     "quadratic": quadratic,
     "linear": linear,
 }

@@ -1,4 +1,4 @@
-"""The source-text task: what is held out, how windows lie, what the loss is, and that the model sees no future."""
+"""The source-text task: what is held out, how windows lie, what the loss is, and that the models see no future."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from dptrain.errors import ConfigError, TaskError
-from dptrain.tasks import pysource
-from dptrain.tasks.pysource import ByteTransformer, Windows, is_held_out, next_byte_loss, read_source
+from dptrain.tasks import check_task, pysource
+from dptrain.tasks.pysource import ByteLstm, ByteTransformer, Windows, is_held_out, next_byte_loss, read_source
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
@@ -39,10 +39,10 @@ def _names(*, held_out, count):
     return [name for name in names if is_held_out(Path(name)) is held_out][:count]
 
 
-def _mixing_model():
-    """A model whose blocks already write: an untrained one starts as the identity and looks at no other byte."""
+def _mixing_model(kind=ByteTransformer, **sizes):
+    """A model whose layers already mix: an untrained transformer is the identity and looks at no other byte."""
     torch.manual_seed(1)
-    model = ByteTransformer(width=32, depth=2, heads=4)
+    model = kind(width=32, depth=2, **sizes)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model
@@ -125,9 +125,13 @@ def test_loss_is_the_cross_entropy_of_the_next_byte(task):
     assert task.eval_metrics["bits_per_byte"](math.log(2)) == pytest.approx(1.0)
 
 
-def test_model_sees_no_future():
+MIXING = [(ByteTransformer, {"heads": 4}), (ByteLstm, {})]
+
+
+@pytest.mark.parametrize(("kind", "sizes"), MIXING)
+def test_model_sees_no_future(kind, sizes):
     """Changing a byte leaves all logits before it unchanged, and changes those from it on."""
-    model = _mixing_model()
+    model = _mixing_model(kind, **sizes)
     text = torch.randint(256, (2, 16))
     changed = text.clone()
     changed[:, 9] = (changed[:, 9] + 1) % 256
@@ -136,26 +140,32 @@ def test_model_sees_no_future():
     assert (before[:, 9:] != after[:, 9:]).any(-1).all()
 
 
-def test_model_sees_order():
+@pytest.mark.parametrize(("kind", "sizes"), MIXING)
+def test_model_sees_order(kind, sizes):
     """Exchanging two earlier bytes changes the prediction: positions are not ignored."""
-    model = _mixing_model()
+    model = _mixing_model(kind, **sizes)
     text = torch.arange(16)[None]
     exchanged = text.clone()
     exchanged[0, [2, 5]] = text[0, [5, 2]]
     assert not torch.allclose(model(text)[0, -1], model(exchanged)[0, -1], rtol=1e-3)
 
 
-def test_untrained_model_knows_nothing(task):
+@pytest.mark.parametrize("model", ["transformer", "lstm"])
+def test_untrained_model_knows_nothing(model):
     """At initialisation the held-out loss is that of a uniform guess, 8 bits per byte, within 2 %."""
+    torch.manual_seed(0)
+    task = pysource(model=model)
+    check_task(task)
     windows = torch.stack([task.eval_data[index] for index in range(32)])
     bits = task.eval_metrics["bits_per_byte"](task.loss(task.model, windows).item())
     assert bits == pytest.approx(8.0, rel=0.02)
 
 
-def test_model_learns(task):
+@pytest.mark.parametrize(("kind", "sizes"), [(ByteTransformer, {"depth": 2, "heads": 4}), (ByteLstm, {"depth": 1})])
+def test_model_learns(task, kind, sizes):
     """A few steps of AdamW on one micro-batch at least halve its loss."""
     torch.manual_seed(0)
-    model = ByteTransformer(width=64, depth=2, heads=4)
+    model = kind(width=64, **sizes)
     windows = torch.stack([task.train_data[index] for index in range(4)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
@@ -175,6 +185,9 @@ def test_model_learns(task):
         ({"depth": "3"}, "depth of pysource must be a whole number"),
         ({"width": 130, "heads": 4}, "multiple of 2 × heads = 8"),
         ({"context": 1 << 20}, "at most"),
+        ({"model": "gru"}, "pysource has the models 'transformer', 'lstm', got 'gru'"),
+        ({"model": "lstm", "heads": 4}, "leave out heads=4"),
+        ({"model": "lstm", "width": 0}, "width of pysource must be a whole number of at least 1, got 0"),
     ],
 )
 def test_sizes_out_of_bounds_are_refused(options, sentence):

@@ -149,7 +149,7 @@ def test_spawned_workers_find_the_classes(write):
     ("spec", "sentence"),
     [
         ("pysorce", "unknown task 'pysorce', did you mean 'pysource'"),
-        ("zebra", "unknown task 'zebra'; built in are pysource, digits, quadratic, linear"),
+        ("zebra", "unknown task 'zebra'; built in are pysource, digits, patches, quadratic, linear"),
         ("my_task.py", "write my_task.py:FUNCTION"),
         ("nowhere/my_task.py:build", "no task file .*nowhere/my_task.py"),
         (":build", "no task file"),
@@ -241,7 +241,7 @@ def test_unusable_task_is_refused(build, options, sentence):
     ("options", "sentence"),
     [
         ({"widht": 8}, "no option 'widht', did you mean 'width'"),
-        ({"zebra": 8}, "no option 'zebra'; its options are context, width, depth, heads"),
+        ({"zebra": 8}, "no option 'zebra'; its options are model, context, width, depth, heads"),
     ],
 )
 def test_unknown_option_is_refused(options, sentence):
