@@ -103,6 +103,8 @@ class GoodputLaw(Law):
 
 def _split(model: StepTimeModel) -> str:
     parts = f"{_time(model.per_step_s)} a step, {_time(model.per_pass_s)} a pass, {_time(model.per_sample_s)} a sample"
+    if model.full_at_samples:
+        parts = f"{parts} from {model.full_at_samples:.3g} a pass on"
     return parts if model.error is None else f"{parts}, off by {model.error:.0%}"
 
 

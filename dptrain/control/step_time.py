@@ -1,10 +1,10 @@
 """How long a step takes, by its shape: fitted to the steps already done; pure, so the clock is the caller's.
 
-The model is T = per_step_s + accumulation_steps × (per_pass_s + per_sample_s × micro_batch_size). The literature has
-others for the pass: flat up to saturation and linear from there on, or a table of what was measured. Ours is the
-straight line with a constant: it holds on CPUs, its constant stands for the flat part of a GPU, and three numbers are
-known after as many shapes, where a knee would need shapes on both of its sides. Nearest the knee it is too slow by
-what the constant and the line have in common; `StepTimeModel.error` says how far it was off on the shapes of this run.
+The model is T = per_step_s + accumulation_steps × pass time, the pass time a straight line in the micro-batch m, and
+flat below a micro-batch k at which the device is full: per_pass_s + per_sample_s × max(m, k). Others in use are the
+line alone (Pollux, Qiao et al. 2021), which on a GPU is some 20 % off near the knee, and a table of what was measured,
+which says nothing of the shape that is to be tried next. The knee is believed only where the shapes need it, so that
+on a CPU the line alone is left.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dptrain.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _MOST_SHAPES = 32
 _MOST_SECONDS = 15
@@ -28,6 +32,9 @@ _SKIPPED_OF_A_NEW_SHAPE = 3
 _SKIPPED_OF_A_CHANGE = 1
 _ASSUMED_WEIGHT = 0.2
 """Weight of the assumed split, in square roots of a duration: any two shapes that differ drown it."""
+_LEAST_NOISE = 0.01
+_PRICE_OF_A_KNEE = 9 * math.pi / 2
+"""What a knee must save of the squared errors, in variances of a duration: three standard errors of a median."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +59,14 @@ class StepShape:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimeModel:
-    """T = per_step_s + accumulation_steps × (per_pass_s + per_sample_s × micro_batch_size), on one number of replicas.
+    """T = per_step_s + accumulation_steps × (per_pass_s + per_sample_s × max(micro_batch_size, k)), on some replicas.
 
     Attributes:
         per_step_s: all-reduce, optimizer, and what else a step costs however many samples it has.
-        per_pass_s: what a forward and backward pass costs however many samples it has: launches, small kernels.
+        per_pass_s: what a forward and backward pass costs however many samples it has.
         per_sample_s: what each further sample of a micro-batch adds.
+        full_at_samples: k, the micro-batch up to which a pass takes no longer, for the device is not full; 0 where
+            none is known.
         world_size: the number of replicas that it holds for.
         is_split_known: whether steps of at least two batches were timed. If not, the time of the only one is right
             and its split is assumed: half per step, half per sample.
@@ -68,6 +77,7 @@ class StepTimeModel:
     per_step_s: float
     per_pass_s: float
     per_sample_s: float
+    full_at_samples: float
     world_size: int
     is_split_known: bool
     error: float | None
@@ -78,7 +88,8 @@ class StepTimeModel:
 
     def step_s(self, *, micro_batch_size: float, accumulation_steps: float) -> float:
         """Return the time of a step, of sizes that may lie between those that run."""
-        return self.per_step_s + accumulation_steps * (self.per_pass_s + self.per_sample_s * micro_batch_size)
+        pass_s = self.per_pass_s + self.per_sample_s * max(micro_batch_size, self.full_at_samples)
+        return self.per_step_s + accumulation_steps * pass_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,47 +187,74 @@ class StepTimes:
         if not settled:
             return None
         errors = [abs(entry.predicted_s / entry.median_s - 1) for entry in settled if entry.predicted_s is not None]
-        per_step_s, per_pass_s, per_sample_s = _fit(settled)
+        per_step_s, per_pass_s, per_sample_s, full_at_samples = _fit(settled)
         return StepTimeModel(
             per_step_s=per_step_s,
             per_pass_s=per_pass_s,
             per_sample_s=per_sample_s,
+            full_at_samples=full_at_samples,
             world_size=world_size,
             is_split_known=len({entry.shape.global_batch_size for entry in settled}) > 1,
             error=median(errors) if errors else None,
         )
 
 
-def _fit(settled: Sequence[TimedShape]) -> tuple[float, float, float]:
-    """Return the three times, none negative, with the least squares of relative errors.
+def _fit(settled: Sequence[TimedShape]) -> tuple[float, float, float, float]:
+    """Return the three times, none negative, and the knee, with the least squares of relative errors.
 
     What the shapes leave open is taken from an assumed split of the latest one's time: half per step, half per
-    sample. So a pass costs what the samples cost until a second number of accumulation steps says otherwise: a law
+    sample. So a pass costs what its samples cost until a second number of accumulation steps says otherwise: a law
     that thinks accumulation too cheap tries it, and is put right; one that thinks it too dear never does.
     """
     import numpy as np
 
-    present = settled[-1]
-    unit = present.median_s / _costs(present.shape)  # of the shares of the present step's time
-    rows = [np.sqrt(len(entry.seconds)) * _costs(entry.shape) * unit / entry.median_s for entry in settled]
-    ones = [np.sqrt(len(entry.seconds)) for entry in settled]
-    matrix = np.vstack([*rows, _ASSUMED_WEIGHT * np.eye(3)])
-    right = np.array([*ones, _ASSUMED_WEIGHT / 2, 0.0, _ASSUMED_WEIGHT / 2])
-    normal, projected = matrix.T @ matrix, matrix.T @ right
-    best, least = np.zeros(3), math.inf
-    # The best of all subsets of three numbers with nothing negative: that is the bounded optimum, and is 7 lines.
-    for free in (list(subset) for size in (1, 2, 3) for subset in combinations(range(3), size)):
-        shares = np.zeros(3)
-        shares[free] = np.linalg.solve(normal[np.ix_(free, free)], projected[free])
-        misfit = float(np.sum((matrix @ shares - right) ** 2))
-        if (shares >= 0).all() and misfit < least:
-            best, least = shares, misfit
-    per_step_s, per_pass_s, per_sample_s = (best * unit).tolist()
-    return per_step_s, per_pass_s, per_sample_s
+    knees = _knees(settled)
+    medians = np.array([entry.median_s for entry in settled])
+    weights = np.sqrt([len(entry.seconds) for entry in settled])
+    costs = np.array([[_costs(entry.shape, knee) for entry in settled] for knee in knees])
+    units = medians[-1] / costs[:, -1, :]  # so that what is solved for are shares of the present step's time
+    rows = costs * units[:, None, :] * (weights / medians)[:, None]
+    assumed = np.broadcast_to(_ASSUMED_WEIGHT * np.eye(3), (len(knees), 3, 3))
+    right = np.array([*weights, _ASSUMED_WEIGHT / 2, 0.0, _ASSUMED_WEIGHT / 2])
+    shares, misfits = _non_negative(np.concatenate([rows, assumed], axis=1), right)
+    price = _PRICE_OF_A_KNEE * _noise(settled) ** 2
+    best = int(np.argmin(misfits + price * (np.array(knees) > 0)))
+    per_step_s, per_pass_s, per_sample_s = (shares[best] * units[best]).tolist()
+    return per_step_s, per_pass_s, per_sample_s, knees[best]
 
 
-def _costs(shape: StepShape) -> Any:  # noqa: ANN401 - a numpy array, and numpy is imported late
+def _knees(settled: Sequence[TimedShape]) -> list[float]:
+    """Return where the pass time may begin to rise: 0, or from the second micro-batch on, with those in between."""
+    timed = sorted({float(entry.shape.micro_batch_size) for entry in settled})
+    return [0.0, *timed[1:-1], *(math.sqrt(smaller * larger) for smaller, larger in pairwise(timed) if len(timed) > 2)]  # noqa: PLR2004 - a line goes through two
+
+
+def _costs(shape: StepShape, knee: float) -> tuple[float, float, float]:
     """Return how often a step of `shape` pays each of the three times."""
+    accumulation_steps = shape.accumulation_steps
+    return 1.0, accumulation_steps, accumulation_steps * max(shape.micro_batch_size, knee)
+
+
+def _noise(settled: Sequence[TimedShape]) -> float:
+    """Return the relative standard deviation of a duration, stragglers apart: 1.48 times the median deviation."""
+    deviations = [abs(second / entry.median_s - 1) for entry in settled for second in entry.seconds]
+    return max(1.48 * median(deviations), _LEAST_NOISE)
+
+
+def _non_negative(matrices: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+    """Return the least-squares solution without negative numbers for each of some matrices, and its misfit.
+
+    It is the best among the solutions in which some unknowns are 0 and the others free: seven for three unknowns.
+    """
     import numpy as np
 
-    return np.array([1.0, shape.accumulation_steps, shape.accumulation_steps * shape.micro_batch_size])
+    transposed = np.swapaxes(matrices, 1, 2)
+    normal, projected = transposed @ matrices, transposed @ right
+    subsets = [list(subset) for size in (1, 2, 3) for subset in combinations(range(3), size)]
+    solutions = np.zeros((len(subsets), *projected.shape))
+    for solution, free in zip(solutions, subsets, strict=True):
+        solution[:, free] = np.linalg.solve(normal[:, free][:, :, free], projected[:, free, None])[..., 0]
+    misfits = np.sum((np.einsum("kij,skj->ski", matrices, solutions) - right) ** 2, axis=-1)
+    misfits[(solutions < 0).any(axis=-1)] = math.inf
+    best = (np.argmin(misfits, axis=0), np.arange(len(matrices)))
+    return solutions[best], misfits[best]
