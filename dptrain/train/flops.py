@@ -1,0 +1,118 @@
+"""The FLOPs of a run's forward and backward passes, counted while they run; what they cost stands in the ledger."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from dptrain.tasks.base import Batch
+
+Shape = Sequence[int]
+
+_aten = torch.ops.aten
+
+
+class FlopCounter:
+    """Counts the FLOPs of forward and backward passes: once for each shape of micro-batch, remembered from then on.
+
+    The first real pass of a shape runs under torch's counter, which looks on and changes no number. A dry pass on the
+    side would cost memory, draw random numbers, move the statistics of batch norms, and call whatever a task does in
+    its loss a second time; the price of doing without one is a pass of each shape that takes about twice its time.
+
+    What is counted are matrix products, convolutions, attention and recurrent layers: a multiplication and an addition
+    are two, attention is the full square, also where it is causal, and its backward pass is twice the forward one,
+    whichever kernel does it. Kernels that torch does not know of are not seen, nor is a pass whose cost depends on
+    more than the shape of its batch seen anew.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, int] = {}
+        self._flops = 0
+        self._num_samples = 0
+
+    @contextmanager
+    def counting(self, batch: Batch, *, num_samples: int) -> Iterator[None]:
+        """Count what runs inside: the forward and the backward pass of one micro-batch. No host sync.
+
+        Args:
+            batch: as it goes into the loss.
+            num_samples: in it that count; a pass of none is left out.
+        """
+        shape = _shape(batch)
+        if shape in self._known:
+            yield
+        else:
+            with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+                yield
+            self._known[shape] = counter.get_total_flops()
+        if num_samples:
+            self._flops += self._known[shape]
+            self._num_samples += num_samples
+
+    def take_per_sample(self) -> float | None:
+        """Return the mean FLOPs per sample since the last call, None where nothing was counted.
+
+        Per sample, since replicas may have different shares of a step: times the global batch it is the step's.
+        """
+        per_sample = self._flops / self._num_samples if self._flops else None
+        self._flops = self._num_samples = 0
+        return per_sample
+
+
+def _shape(batch: Batch) -> Hashable:
+    if isinstance(batch, Tensor):
+        return tuple(batch.shape)
+    if isinstance(batch, Mapping):
+        return tuple((key, _shape(value)) for key, value in batch.items())
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return tuple(map(_shape, batch))
+    return type(batch).__name__
+
+
+# Torch's own formulas leave out attention on the CPU and fused recurrent layers. They count the backward pass of fused
+# attention as five products to the forward pass's two, for such kernels compute one of them again; the plain form of
+# the same attention has four. Here it is four for all: the FLOPs of a model are not those of a kernel.
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:  # noqa: ANN401 - as torch calls it
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _attention_backward(_grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:  # noqa: ANN401 - the same
+    return 2 * _attention(query, key, value)
+
+
+def _recurrent_layer(inputs: Shape, to_input: Shape, to_hidden: Shape, *_: Any, **__: Any) -> int:  # noqa: ANN401 - the same
+    return _recurrent(inputs, [to_input, to_hidden])
+
+
+def _recurrent(inputs: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:  # noqa: ANN401 - the same
+    """Each matrix is multiplied with one vector at each place of each sequence."""
+    return 2 * math.prod(inputs[:-1]) * sum(math.prod(weight) for weight in weights if len(weight) > 1)
+
+
+def _recurrent_layer_backward(*args: Any, **kwargs: Any) -> int:  # noqa: ANN401 - the same
+    return 2 * _recurrent_layer(*args, **kwargs)
+
+
+def _recurrent_backward(*args: Any, **kwargs: Any) -> int:  # noqa: ANN401 - the same
+    return 2 * _recurrent(*args, **kwargs)
+
+
+_FORMULAS = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,  # noqa: SLF001 - torch's operators have no others
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,  # noqa: SLF001
+    _aten._scaled_dot_product_flash_attention_backward: _attention_backward,  # noqa: SLF001
+    _aten._scaled_dot_product_efficient_attention_backward: _attention_backward,  # noqa: SLF001
+    _aten._scaled_dot_product_cudnn_attention_backward: _attention_backward,  # noqa: SLF001
+    _aten.mkldnn_rnn_layer: _recurrent_layer,
+    _aten.mkldnn_rnn_layer_backward: _recurrent_layer_backward,
+    _aten._cudnn_rnn: _recurrent,  # noqa: SLF001
+    _aten._cudnn_rnn_backward: _recurrent_backward,  # noqa: SLF001
+}
