@@ -1,7 +1,6 @@
 """The noise laws: the projection onto the interval, and what it does in a closed loop with the real estimator."""
 
 import math
-import random
 from statistics import median
 from types import SimpleNamespace
 
@@ -9,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dptrain.control import ExchangeRateLaw, Limits, Measurement, NoiseLaw, limited
+from dptrain.control import ExchangeRateLaw, Measurement, NoiseLaw
 from dptrain.errors import ConfigError
-from dptrain.noise import Moments, MomentSums, Smoothing, noise_scale, smoothed
+from tests.control.closed_loop import arrival, closed_loop
 
 LAWS = [NoiseLaw(), NoiseLaw(ratio=0.2), ExchangeRateLaw(samples_per_step=64)]
 positive = st.floats(1e-6, 1e12)
@@ -107,37 +106,6 @@ def test_settings_out_of_range(build):
         build()
 
 
-def closed_loop(*, phi_at, batch, seed, samples_per_step, steps=600, every=10, num_small=2, dimensions=50):
-    """Return the batch at each step where gradients with the moments of F4 are drawn, measured and acted upon."""
-    rng = random.Random(seed)  # noqa: S311 - a simulation
-    smoothing, sums = Smoothing(), MomentSums()
-    limits = Limits(smallest=8, largest=65536)
-    control = limited(ExchangeRateLaw(samples_per_step=samples_per_step), quantum=8, limits=limits)
-    state, batches, seen = control.init(), [], 0
-    for step in range(steps):
-        grad_sq_norm, k = 1 / phi_at(step), num_small
-        var_trace = 2 / dimensions / (k - 1)
-        cov = -var_trace / batch
-        var_grad = var_trace * k / batch**2 + 4 * grad_sq_norm / dimensions / batch
-        first, second = rng.gauss(0, 1), rng.gauss(0, 1)
-        trace = 1 + math.sqrt(var_trace) * first
-        tail = math.sqrt(var_grad - cov**2 / var_trace)
-        grad = grad_sq_norm + cov / math.sqrt(var_trace) * first + tail * second
-        sums = smoothing.update(sums, Moments(noise_trace=trace, grad_sq_norm=grad, num_samples=batch))
-        seen += batch
-        if (step + 1) % every == 0:
-            phi = noise_scale(smoothed(sums))
-            measurement = Measurement(samples_seen=seen, global_batch_size=batch, noise_scale=phi)
-            state, decision = control.update(state, measurement)
-            batch = decision.global_batch_size
-        batches.append(batch)
-    return batches
-
-
-def arrival(batches, right):
-    return next((i for i, batch in enumerate(batches) if right / 1.5 < batch < right * 1.5), len(batches))
-
-
 @pytest.mark.parametrize(
     ("phi", "start", "samples_per_step", "right", "within"),
     [
@@ -149,7 +117,7 @@ def arrival(batches, right):
 def test_finds_the_right_batch(phi, start, samples_per_step, right, within):
     """From far too small and far too large a batch, the median run reaches the right one in some tens of steps."""
     runs = [
-        closed_loop(phi_at=lambda _: phi, batch=start, seed=seed, samples_per_step=samples_per_step)
+        closed_loop(ExchangeRateLaw(samples_per_step=samples_per_step), phi_at=lambda _: phi, batch=start, seed=seed)
         for seed in range(9)
     ]
     assert median(arrival(run, right) for run in runs) <= within
@@ -160,7 +128,8 @@ def test_finds_the_right_batch(phi, start, samples_per_step, right, within):
 
 def test_stays_where_it_is_right():
     """At the right batch the noise of the measurement moves a run away for few of its steps, and none for good."""
-    runs = [closed_loop(phi_at=lambda _: 1024, batch=256, seed=seed, samples_per_step=64) for seed in range(9)]
+    law = ExchangeRateLaw(samples_per_step=64)
+    runs = [closed_loop(law, phi_at=lambda _: 1024, batch=256, seed=seed) for seed in range(9)]
     assert all(run[-1] == 256 for run in runs)
     assert sum(run.count(256) for run in runs) >= 0.97 * sum(map(len, runs))
 
@@ -168,10 +137,10 @@ def test_stays_where_it_is_right():
 def test_follows_up_and_down():
     """The batch follows a noise scale that rises a hundredfold, and one that falls again."""
     run = closed_loop(
+        ExchangeRateLaw(samples_per_step=64),
         phi_at=lambda step: 40 * 100 ** (step / 300 if step < 300 else 2 - step / 300),
         batch=64,
         seed=0,
-        samples_per_step=64,
     )
     assert max(run) >= 256
     assert run[-1] <= max(run) / 2
