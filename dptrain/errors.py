@@ -33,6 +33,10 @@ class MeetingError(DptrainError):
     """The replicas did not all come together, or cannot reach one another: the text names who is missing."""
 
 
+class OutOfMemoryError(DptrainError):
+    """The device has too little memory, and smaller micro-batches do not help, or come too late."""
+
+
 class DivergedError(DptrainError):
     """Training went out of the numbers: too many steps in a row had a gradient that is not finite."""
 

@@ -20,7 +20,14 @@ from dptrain.train.metrics import read_rows
 from dptrain.train.step import Stepper
 
 EVERY = 25
-BY_CLOCK = {"progress/wall_s", "throughput/samples_per_sec", "wall_s", "samples_per_s"}
+BY_CLOCK = {
+    "progress/wall_s",
+    "throughput/samples_per_sec",
+    "time/step_s",
+    "wall_s",
+    "samples_per_s",
+    "step_time_error",
+}
 NUM_SAMPLES = 90
 
 
@@ -67,7 +74,7 @@ def make_config(folder, *, keep=3, **settings):
     """Settings of a run that saves at no multiple of any batch."""
     settings = {
         "device": "cpu",
-        "control": ControlConfig(dwell_decisions=2, z=0.3, largest=16),
+        "control": ControlConfig(law="noise", dwell_decisions=2, z=0.3, largest=16),
         "checkpoint": CheckpointConfig(every_samples=EVERY, keep=keep),
         "optimizer": OptimizerConfig(weight_decay=0.01),
         "log": LogConfig(tracker="none"),
@@ -113,6 +120,7 @@ def result_of(folder):
     folder = Path(folder)
     saved = load_newest(folder / "checkpoints")
     state = {**saved.state, "progress": without_clock(saved.state["progress"])}
+    del state["tempo"]
     state["undecided"] = without_clock(state["undecided"])
     state["config"] = {key: value for key, value in state["config"].items() if key not in ("run_dir", "checkpoint")}
     return {

@@ -2,7 +2,7 @@
 
 from dptrain.observe.attach import attach
 from dptrain.observe.ddp_tap import DdpTap
-from dptrain.observe.estimate import NUM_SUMS, MeterState
+from dptrain.observe.estimate import NUM_SIZES, NUM_SUMS, MeterState
 from dptrain.observe.guard import Guard
 from dptrain.observe.meter import Meter
 from dptrain.observe.observer import Observer
@@ -12,6 +12,7 @@ from dptrain.observe.reading import Reading
 from dptrain.observe.reduction import PendingSum
 
 __all__ = [
+    "NUM_SIZES",
     "NUM_SUMS",
     "DdpTap",
     "Guard",

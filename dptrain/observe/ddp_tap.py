@@ -109,6 +109,10 @@ class DdpTap:
             return self._zero.expand(self._groups.num_entries)
         return self._groups.squares(seen, zero=self._zero) / total
 
+    def discard(self) -> None:
+        """Forget the buckets of the step under way."""
+        self._norms, self._repeated = {}, False
+
     def remove(self) -> None:
         """Stop measuring; DDP goes on calling the hook, which only reduces."""
         self._listening = False

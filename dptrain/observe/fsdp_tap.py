@@ -88,6 +88,10 @@ class FsdpTap:
         """Return Σ ‖seen‖²/v over the micro-batches of the step."""
         return self._norms.collect(weights)
 
+    def discard(self) -> None:
+        """Forget the micro-batches of the step under way."""
+        self._norms.forget()
+
     def remove(self) -> None:
         """Take all hooks off."""
         self.listen(on=False)

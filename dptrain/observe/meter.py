@@ -130,6 +130,11 @@ class Meter(Joinable):
             self._sizes.drop_last()
         self._sizes.add(num_samples=num_samples, weight=weight)
 
+    def discard_step(self) -> None:
+        """Forget the micro-batches of the step under way: it begins anew, because its gradients were lost."""
+        self._sizes = MicroBatchSizes()
+        self._tap.discard()
+
     # One step
 
     def local_sums(self, *, grad_norm: Tensor | None = None) -> Tensor:

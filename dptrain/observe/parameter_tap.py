@@ -69,6 +69,10 @@ class ParameterTap:
         """Return Σ ‖seen‖²/v over the micro-batches of the step."""
         return self._norms.collect(weights)
 
+    def discard(self) -> None:
+        """Forget the micro-batches of the step under way."""
+        self._norms.forget()
+
     def remove(self) -> None:
         """Take the hooks off the parameters."""
         self.listen(on=False)

@@ -46,5 +46,8 @@ class Tap(Protocol):
             ObservationError: where what was seen cannot be told apart into micro-batches.
         """
 
+    def discard(self) -> None:
+        """Forget what was seen since the last `collect`."""
+
     def remove(self) -> None:
         """Let go of the model."""

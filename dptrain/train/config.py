@@ -11,6 +11,7 @@ from dptrain.control import (
     Constant,
     Controller,
     ExchangeRateLaw,
+    GoodputLaw,
     LearningRateSchedule,
     Limits,
     NoiseLaw,
@@ -34,8 +35,12 @@ Group = TypeVar("Group", bound="DataclassInstance")
 class ControlConfig:
     """How the global batch is decided."""
 
-    law: Literal["noise", "exchange_rate", "schedule", "constant"] = "noise"
-    """noise: ratio × noise scale; exchange_rate: √(samples_per_step × noise scale); schedule: given; constant."""
+    mode: Literal["off", "measure", "advise", "adapt"] = "adapt"
+    """off: nothing is measured; measure: the noise scale is; advise: decisions are made and told, and nothing is
+    changed; adapt: they are acted upon."""
+    law: Literal["goodput", "noise", "exchange_rate", "schedule", "constant"] = "goodput"
+    """goodput: most progress per second, by the measured time of a step; noise: ratio × noise scale; exchange_rate:
+    √(samples_per_step × noise scale); schedule: given; constant."""
     ratio: float = 1.0
     """Batch over noise scale, for law=noise."""
     samples_per_step: float | None = None
@@ -74,6 +79,8 @@ class NoiseConfig:
     """A fixed half-life instead, in samples."""
     level: float = 0.95
     """Confidence of the interval."""
+    groups: bool = False
+    """Measure the parts of the model, its first-level modules, one by one as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +138,8 @@ class LogConfig:
     """A second copy of the log. auto: wandb if a key is there."""
     project: str = "dptrain"
     """Project name for the tracker."""
+    price_per_device_hour: float | None = None
+    """What one GPU (or one replica on CPUs) costs for an hour, in any currency; the run then tells what it cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +156,13 @@ class TrainConfig:
     """Decides initialisation, order of samples and dropout."""
     max_samples: int | None = None
     """Length of the run, in samples. Default: the task's."""
+    max_steps: int | None = None
+    """Length of the run in optimizer steps instead, for a batch that stays as it is."""
     global_batch_size: int | None = None
     """Samples in the first optimizer steps, all replicas together. Default: the schedule's, or the task's."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | Literal["auto"] | None = None
     """Largest number of samples in one forward and backward pass on one replica; a step is always made of at least
-    two such passes. Default: the task's."""
+    two such passes. auto: the largest that fits into the memory of the GPUs, found by trying. Default: the task's."""
     layout_replicas: int | None = None
     """Replicas among which the micro-batches of a step are shared equally. It stays as it is when a run goes on with
     other replicas: they take the same micro-batches and make the same decisions. Default: those that start the run."""
@@ -174,6 +185,7 @@ class TrainConfig:
         check_ranges(self, _RANGES)
         _check_law(self.control)
         _check_bounds(self)
+        _check_length(self)
         smoothing(self)
 
 
@@ -198,7 +210,8 @@ _RANGES: Mapping[str, Range] = {
     "seed": _AT_LEAST_0,
     "max_samples": _AT_LEAST_1,
     "global_batch_size": _AT_LEAST_1,
-    "micro_batch_size": _AT_LEAST_1,
+    "max_steps": _AT_LEAST_1,
+    "micro_batch_size": Range(text="at least 1, or auto", holds=lambda value: value == "auto" or value >= 1),
     "layout_replicas": _AT_LEAST_1,
     "num_workers": Range(text=f"at least 0 and at most {_MOST_WORKERS}", holds=lambda n: 0 <= n <= _MOST_WORKERS),
     "drift_check_every_steps": _AT_LEAST_0,
@@ -229,6 +242,7 @@ _RANGES: Mapping[str, Range] = {
     "log.eval_every_samples": _AT_LEAST_1,
     "log.print_every_steps": _AT_LEAST_1,
     "log.project": _NAME,
+    "log.price_per_device_hour": _POSITIVE,
 }
 """What each setting may be beside its type; None, where it is allowed, is always in range."""
 
@@ -246,6 +260,21 @@ def _check_bounds(config: TrainConfig) -> None:
         raise ConfigError(f"global_batch_size {batch} is above control.largest {largest}")
 
 
+def _check_length(config: TrainConfig) -> None:
+    """Refuse a length in steps where the samples of a step are not known beforehand."""
+    steps, batch = config.max_steps, config.global_batch_size
+    if steps is None:
+        return
+    if config.control.mode == "adapt" and config.control.law != "constant":
+        samples = f"max_samples={steps * batch}" if batch else f"max_samples = {steps} × your batch"
+        raise ConfigError(
+            f"max_steps={steps} has no fixed length while the batch adapts: write {samples}, or keep the batch with "
+            f"control.law=constant"
+        )
+    if config.max_samples is not None and config.max_samples != steps * (batch or 0):
+        raise ConfigError(f"max_steps={steps} and max_samples={config.max_samples} both give a length: leave one out")
+
+
 def _check_law(control: ControlConfig) -> None:
     needs = {"exchange_rate": "samples_per_step", "schedule": "schedule"}
     for law, name in needs.items():
@@ -254,7 +283,7 @@ def _check_law(control: ControlConfig) -> None:
             raise ConfigError(f"control.law={law} needs control.{name}")
         if control.law != law and given:
             raise ConfigError(f"control.{name} is given, but control.law is {control.law}: it would be ignored")
-    _law(control, global_batch_size=1)
+    _law(control, global_batch_size=1, micro_batch_size=1, least_accumulation_steps=1)
 
 
 def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -> TrainConfig:
@@ -269,9 +298,10 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
         ConfigError: where the first global batch cannot be laid out over the replicas.
     """
     replicas = config.layout_replicas or world_size
-    max_samples = config.max_samples or suggestion.max_samples
     scheduled = _scheduled_batches(config.control)
     batch = config.global_batch_size or (scheduled or [_suggested_batch(suggestion.global_batch_size, replicas)])[0]
+    max_samples = config.max_samples or (config.max_steps or 0) * batch or suggestion.max_samples
+    assert config.micro_batch_size != "auto", "found by trying before settings are filled in"
     micro = config.micro_batch_size or _suggested_micro_batch(suggestion.micro_batch_size, batch, replicas)
     # It is the largest one: where the first batch needs less, the replicas only have to share that equally.
     least = micro if batch > micro * replicas else 1
@@ -346,16 +376,33 @@ def micro_batch_size(config: TrainConfig, *, global_batch_size: int) -> int:
     It depends on the replicas that the run is laid out for, and not on those that there are.
     """
     # At least two micro-batches, on whatever replicas: from a single one no noise can be told.
-    largest = max(1, min(given(config.micro_batch_size), global_batch_size // 2))
+    largest = max(1, min(largest_micro_batch_size(config), global_batch_size // 2))
     return choose_micro_batch_size(
         global_batch_size=global_batch_size, world_size=given(config.layout_replicas), largest=largest
     )
 
 
-def controller(config: TrainConfig) -> Controller:
-    """Build the controller of a run from filled-in settings."""
-    control, batch = config.control, given(config.global_batch_size)
-    law = _law(control, global_batch_size=batch)
+def largest_micro_batch_size(config: TrainConfig) -> int:
+    """Return the micro-batch size of filled-in settings."""
+    assert isinstance(config.micro_batch_size, int), "read before filled_in"
+    return config.micro_batch_size
+
+
+def controller(config: TrainConfig, *, world_size: int | None = None) -> Controller:
+    """Build the controller of a run from filled-in settings.
+
+    Args:
+        config: filled in.
+        world_size: replicas that there are; by default those that the run is laid out for.
+    """
+    control, batch, replicas = config.control, given(config.global_batch_size), given(config.layout_replicas)
+    law = _law(
+        control,
+        global_batch_size=batch,
+        micro_batch_size=largest_micro_batch_size(config),
+        # As `micro_batch_size` lays them out: two micro-batches at least, and those of replicas that are not there.
+        least_accumulation_steps=-(-max(replicas, 2) // (world_size or replicas)),
+    )
     if control.law == "constant":
         return law
     given_by_hand = control.law == "schedule"
@@ -368,9 +415,7 @@ def controller(config: TrainConfig) -> Controller:
         dwell_samples=control.dwell_samples,
         dwell_decisions=0 if given_by_hand else control.dwell_decisions,
     )
-    return limited(
-        law, quantum=_quantum(batch, given(config.layout_replicas), powers_of_two=limits.powers_of_two), limits=limits
-    )
+    return limited(law, quantum=_quantum(batch, replicas, powers_of_two=limits.powers_of_two), limits=limits)
 
 
 def _quantum(batch: int, replicas: int, *, powers_of_two: bool) -> int:
@@ -381,7 +426,15 @@ def _quantum(batch: int, replicas: int, *, powers_of_two: bool) -> int:
     return replicas * (share // (share & -share))
 
 
-def _law(control: ControlConfig, *, global_batch_size: int) -> Controller:
+def _law(
+    control: ControlConfig, *, global_batch_size: int, micro_batch_size: int, least_accumulation_steps: int
+) -> Controller:
+    if control.law == "goodput":
+        return GoodputLaw(
+            largest_micro_batch_size=micro_batch_size,
+            least_accumulation_steps=least_accumulation_steps,
+            z=control.z,
+        )
     if control.law == "noise":
         return NoiseLaw(ratio=control.ratio, z=control.z)
     if control.law == "exchange_rate":

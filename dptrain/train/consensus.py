@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dptrain.errors import AbortedError, DesyncError, DptrainError, PeerLostError
-from dptrain.observe import NUM_SUMS, PendingSum
+from dptrain.observe import NUM_SIZES, PendingSum
 
 Result = TypeVar("Result")
 
@@ -22,11 +22,10 @@ _PEER_LOST = re.compile(r"gloo/transport|Connection (closed|reset)|(?<!DataLoade
 """What gloo and NCCL say when the other side is gone; a loader that timed out is something else."""
 
 _TAGS = ("step", "position", "global_batch_size")
-_FLAGS = ("stop", "save", "failed_saves", "slow_ranks", "slow_rank", "slowness", "busy_s")
+_FLAGS = ("stop", "save", "failed_saves", "slow_ranks", "slow_rank", "slowness", "busy_s", "timed", "step_s")
 _BAD = 2  # ranks whose own gradient was not finite, and the sum of their numbers
-# tags, flags, bad ranks, loss sum, then the meter's sums, of which the last is the number of samples
-_NUM_HOST = len(_TAGS) + len(_FLAGS)
-_LENGTH = _NUM_HOST + _BAD + 1 + NUM_SUMS
+# tags, flags, halved, bad ranks, loss sum, then the meter's sums, of which the last is the number of samples
+_NUM_HOST = len(_TAGS) + len(_FLAGS) + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +38,8 @@ class Word:
         failed_saves: checkpoints in a row that could not be written, on the replica that writes them; 0 on others.
         slowness: busy time to the mean of all, where this replica finds itself a straggler; 0 elsewhere.
         busy_s: seconds that it was busy by itself, in an earlier step.
+        step_s: seconds from the beginning of the step before to that of this one; None where something else than
+            training fell into them.
     """
 
     stop: bool = False
@@ -46,6 +47,7 @@ class Word:
     failed_saves: int = 0
     slowness: float = 0.0
     busy_s: float = 0.0
+    step_s: float | None = None
 
     def values(self, *, rank: int) -> list[float]:
         """Return what is summed over the replicas; of one slow replica the sum of numbers is its number."""
@@ -54,6 +56,8 @@ class Word:
             *map(float, (self.stop, self.save, self.failed_saves, slow, slow * rank)),
             self.slowness,
             self.busy_s,
+            float(self.step_s is not None),
+            self.step_s or 0.0,
         ]
 
 
@@ -103,6 +107,8 @@ class StepOutcome:
         slow_rank: the one straggler, if there is one.
         slowness: its busy time to the mean of all.
         busy_s: mean seconds that a replica was busy by itself.
+        step_s: mean seconds that the step before this one took; None where any replica did not just train.
+        halved: how many replicas had too little memory for their micro-batches, and took them in halves.
         meter_sums: for `Meter.absorb`.
     """
 
@@ -117,16 +123,27 @@ class StepOutcome:
     slow_rank: int | None
     slowness: float
     busy_s: float
+    step_s: float | None
+    halved: int
     meter_sums: list[float]
 
 
-def send(record: StepRecord, *, word: Word, loss_sum: Tensor, meter_sums: Tensor) -> PendingSum:
-    """Start the reduction of a step. A collective; does not wait."""
+def send(record: StepRecord, *, word: Word, loss_sum: Tensor, meter_sums: Tensor, halved: bool = False) -> PendingSum:
+    """Start the reduction of a step. A collective; does not wait.
+
+    Args:
+        record: the step.
+        word: what this replica's host has to say.
+        loss_sum: of this replica's samples.
+        meter_sums: of this replica, from `Meter.local_sums`.
+        halved: whether this replica had too little memory for its micro-batches.
+    """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    host = [float(getattr(record, tag)) for tag in _TAGS] + word.values(rank=rank)
+    host = [float(getattr(record, tag)) for tag in _TAGS] + word.values(rank=rank) + [float(halved)]
     header = torch.tensor(host, dtype=torch.float64, device=meter_sums.device)
-    # The first of the meter's sums is of this replica's own gradients. A zero times infinity would be no number.
-    is_bad = (~torch.isfinite(meter_sums[0] + loss_sum)).double()
+    # The first half of the meter's sums is of this replica's own gradients. A zero times infinity would be no number.
+    own = meter_sums[: (len(meter_sums) - NUM_SIZES) // 2].sum()
+    is_bad = (~torch.isfinite(own + loss_sum)).double()
     bad = torch.stack([is_bad, is_bad * rank])
     return PendingSum(torch.cat([header, bad, loss_sum.double().reshape(1), meter_sums]))
 
@@ -145,10 +162,10 @@ def receive(pending: PendingSum, record: StepRecord) -> StepOutcome:
                 f"replicas disagree at step {record.step}: {tag} is {getattr(record, tag)} here, "
                 f"but {total / world_size:g} on average over {world_size} replicas"
             )
-    assert len(values) == _LENGTH, f"{len(values)} values in a vector of {_LENGTH}"
-    flags = dict(zip(_FLAGS, values[len(_TAGS) : _NUM_HOST], strict=True))
+    flags = dict(zip(_FLAGS, values[len(_TAGS) : _NUM_HOST - 1], strict=True))
     num_bad, bad_number, loss_sum, *meter_sums = values[_NUM_HOST:]
-    sq_norm = meter_sums[1] / world_size
+    num_entries = (len(meter_sums) - NUM_SIZES) // 2  # one for each group
+    sq_norm = sum(meter_sums[num_entries : 2 * num_entries]) / world_size
     return StepOutcome(
         loss=loss_sum / meter_sums[-1],
         grad_norm=math.sqrt(sq_norm) if sq_norm >= 0 else math.nan,
@@ -161,6 +178,8 @@ def receive(pending: PendingSum, record: StepRecord) -> StepOutcome:
         slow_rank=round(flags["slow_rank"]) if flags["slow_ranks"] == 1 else None,
         slowness=flags["slowness"],
         busy_s=flags["busy_s"] / world_size,
+        step_s=flags["step_s"] / world_size if flags["timed"] == world_size else None,
+        halved=round(values[_NUM_HOST - 1]),
         meter_sums=meter_sums,
     )
 
@@ -186,6 +205,13 @@ def on_rank_0(action: Callable[[], Result], *, rank: int, device: torch.device) 
     if failed:
         raise AbortedError("rank 0 failed and says why")
     return result
+
+
+def told_by_rank_0(values: Sequence[int], *, device: torch.device) -> list[int]:
+    """Return rank 0's whole numbers on every replica; the others give none. A collective; waits."""
+    (length,) = PendingSum(torch.tensor([float(len(values))], dtype=torch.float64, device=device)).read()
+    vector = torch.tensor(list(values) or [0.0] * round(length), dtype=torch.float64, device=device)
+    return [round(value) for value in PendingSum(vector).read()] if length else []
 
 
 @contextmanager

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from dptrain.train.config import OptimizerConfig, given
+
+NUM_STATES: Mapping[str, int] = MappingProxyType({"adamw": 2, "sgd": 1})
+"""Tensors of the size of the parameters that an optimizer keeps, by its name."""
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,15 +14,25 @@ from dptrain.data import SampleStream, slots
 from dptrain.errors import CheckpointError, DivergedError
 from dptrain.noise import NoiseScale
 from dptrain.observe import Meter, PendingSum
-from dptrain.train.config import TrainConfig, controller, given, learning_rate_schedule, micro_batch_size
+from dptrain.train.config import (
+    TrainConfig,
+    controller,
+    given,
+    largest_micro_batch_size,
+    learning_rate_schedule,
+    micro_batch_size,
+)
 from dptrain.train.consensus import StepOutcome, StepRecord, receive
 from dptrain.train.manifest import JSON
 from dptrain.train.metrics import Value
-from dptrain.train.run_log import RunLog, noise_columns
+from dptrain.train.run_log import RunLog, group_columns, noise_columns
 from dptrain.train.stragglers import StragglerWatch
+from dptrain.train.tempo import Tempo
 
 _MAX_IDS = 16
 _MAX_FAILED_SAVES = 3
+_LOSS_HALF_LIFE = 0.02
+"""Of the running mean of the loss, as a part of the run; a matter of taste."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +51,9 @@ class Progress:
         loss_last: of the latest step whose outcome is known.
         eval_loss: latest held-out loss.
         wall_s: seconds of training, earlier attempts included.
+        loss_mean: running mean of the training loss, decaying in samples.
+        advised: batch of the latest advice, where decisions are not acted upon.
+        micro_batch_limit: largest micro-batch that is known to fit, where one did not.
     """
 
     step: int = 0
@@ -53,6 +67,9 @@ class Progress:
     loss_last: float | None = None
     eval_loss: float | None = None
     wall_s: float = 0.0
+    loss_mean: float | None = None
+    advised: int | None = None
+    micro_batch_limit: int | None = None
 
 
 class Pilot:
@@ -74,7 +91,7 @@ class Pilot:
         self._stream = stream
         self._schedule = learning_rate_schedule(config)
         self._rule = RULES[config.optimizer.rule]
-        self._controller = controller(config)
+        self._controller = controller(config, world_size=world_size)
         self._control_state: State = self._controller.init()
         batch = given(config.global_batch_size)
         self._progress = Progress(
@@ -85,6 +102,9 @@ class Pilot:
         self._outcome: StepOutcome | None = None
         self._stop_agreed = False
         self._save_agreed = False
+        self._on_record: Mapping[int, int] = {}
+        self._record_end = 0
+        self.tempo = Tempo(world_size=world_size)
         self.stragglers = StragglerWatch(world_size=world_size)
         self._clock = (0, 0.0)  # position and seconds at the latest row, for the throughput
 
@@ -113,7 +133,7 @@ class Pilot:
         progress, max_samples = self._progress, given(self._config.max_samples)
         batch = min(progress.global_batch_size, max_samples - progress.position)
         base = given(self._config.optimizer.learning_rate) * self._schedule.factor(progress.position + batch)
-        return StepRecord(
+        record = StepRecord(
             step=progress.step + 1,
             position=progress.position,
             global_batch_size=batch,
@@ -121,6 +141,8 @@ class Pilot:
             learning_rate=base * progress.learning_rate_factor,
             wall_s=wall_s,
         )
+        self.tempo.began(record)
+        return record
 
     def sent(self, record: StepRecord, pending: PendingSum, *, wall_s: float) -> None:
         """Note that a step was handed to the device, and that its outcome is under way."""
@@ -129,6 +151,7 @@ class Pilot:
 
     def paused(self, *, wall_s: float) -> None:
         """Note that something else than training took time up to now."""
+        self.tempo.disturbed()
         self._clock = (self._progress.position, wall_s)
 
     def evaluated(self, loss: float) -> None:
@@ -147,14 +170,16 @@ class Pilot:
             return
         (record, pending), self._unread = self._unread, None
         outcome = receive(pending, record)
-        if outcome.finite:
+        if outcome.finite and self._config.control.mode != "off":
             self._meter.absorb(outcome.meter_sums)
+        self.tempo.learn(record, outcome)
         self._progress = replace(
             self._progress,
             steps_dropped=self._progress.steps_dropped + (not outcome.finite),
             skipped_in_row=0 if outcome.finite else self._progress.skipped_in_row + 1,
             loss_first=outcome.loss if self._progress.loss_first is None else self._progress.loss_first,
             loss_last=outcome.loss,
+            loss_mean=self._loss_mean(record, outcome),
         )
         self._undecided = record
         self._outcome = outcome
@@ -214,22 +239,52 @@ class Pilot:
         record, self._undecided = self._undecided, None
         if self._outcome is not None:  # else it was read by an earlier attempt
             self._heed(record, self._outcome)
+            if self._outcome.halved:
+                self._limit_micro_batch(record, log)
+        if self._config.control.mode in ("advise", "adapt"):
+            self._ask(record, log)
+
+    def follow(self, decisions: Mapping[int, int], *, up_to: int) -> None:
+        """Take the decisions that an earlier attempt put on record, in place of those that would be made now.
+
+        A law that reads step times decides otherwise each time; samples would come in other batches than those that
+        were told already.
+
+        Args:
+            decisions: step → global batch size from there on, of those steps at which it changed.
+            up_to: the last step whose decision is on record.
+        """
+        self._on_record, self._record_end = decisions, up_to
+
+    def _ask(self, record: StepRecord, log: RunLog) -> None:
+        """Have the controller decide after a step, and act on it, or tell it only."""
         before, scale = self._progress, self._meter.read()
         # The step after `record` is under way already: a decision takes effect one step later.
         measurement = Measurement(
-            samples_seen=record.end, global_batch_size=before.global_batch_size, noise_scale=scale
+            samples_seen=record.end,
+            global_batch_size=before.global_batch_size,
+            noise_scale=scale,
+            step_time=self.tempo.model,
+            loss=before.loss_mean,
         )
         self._control_state, decision = self._controller.update(self._control_state, measurement)
+        applied, is_on_record = self._config.control.mode == "adapt", record.step <= self._record_end
         batch = round(decision.global_batch_size)
+        if applied and is_on_record:
+            batch = self._on_record.get(record.step, before.global_batch_size)
         factor = self._learning_rate_factor(scale, batch)
-        changed = batch != before.global_batch_size
-        self._progress = replace(
-            before,
-            global_batch_size=batch,
-            learning_rate_factor=factor,
-            num_batch_changes=before.num_batch_changes + changed,
-        )
-        if changed:
+        if applied:
+            changed = batch != before.global_batch_size
+            self._progress = replace(
+                before,
+                global_batch_size=batch,
+                learning_rate_factor=factor,
+                num_batch_changes=before.num_batch_changes + changed,
+            )
+        else:
+            changed = batch != (before.advised or before.global_batch_size)
+            self._progress = replace(before, advised=batch)
+        if changed and not is_on_record:
             log.decision(
                 {
                     "step": record.step,
@@ -238,10 +293,38 @@ class Pilot:
                     "batch/after": batch,
                     "lr_factor/before": before.learning_rate_factor,
                     "lr_factor/after": factor,
+                    "applied": applied,
                     "reason": decision.reason,
                     **noise_columns(scale),
                 }
             )
+
+    def _loss_mean(self, record: StepRecord, outcome: StepOutcome) -> float | None:
+        """Return the running mean of the loss, with a half-life of a part of the run."""
+        before = self._progress.loss_mean
+        if not math.isfinite(outcome.loss):
+            return before
+        if before is None:
+            return outcome.loss
+        kept: float = 0.5 ** (record.global_batch_size / (_LOSS_HALF_LIFE * given(self._config.max_samples)))
+        return kept * before + (1 - kept) * outcome.loss
+
+    def _limit_micro_batch(self, record: StepRecord, log: RunLog) -> None:
+        """Take smaller micro-batches from now on, because on some replica those of a step did not fit into memory."""
+        limit = max(1, record.micro_batch_size // 2)
+        if limit < (self._progress.micro_batch_limit or record.micro_batch_size):
+            self._progress = replace(self._progress, micro_batch_limit=limit)
+            self._apply_limit()
+            log.note(
+                f"step {record.step:,} was taken with micro-batches cut in halves, because {record.micro_batch_size} "
+                f"samples did not fit into memory: from here on they have at most {limit}, and the batch stays as it is"
+            )
+
+    def _apply_limit(self) -> None:
+        limit = self._progress.micro_batch_limit
+        if limit is not None:
+            self._config = replace(self._config, micro_batch_size=min(limit, largest_micro_batch_size(self._config)))
+            self._controller = controller(self._config, world_size=self._world_size)
 
     def _learning_rate_factor(self, scale: NoiseScale, batch: int) -> float:
         return self._rule(scale, batch=batch, reference_batch=given(self._config.global_batch_size))
@@ -263,7 +346,10 @@ class Pilot:
             "batch/micro": record.micro_batch_size,
             "batch/accumulation": record.micro_steps(self._world_size),
             **noise_columns(scale),
+            **group_columns(self._meter.read_groups()),
             "throughput/samples_per_sec": samples / elapsed if samples and elapsed > 0 else None,
+            "time/step_s": self.tempo.lap_of(record),
+            "time/world_size": self._world_size,
         }
 
     def figures(self) -> dict[str, Value]:
@@ -286,6 +372,7 @@ class Pilot:
             "noise_scale_text": str(scale),
             "resolved": str(scale.state),
             "steps_dropped": progress.steps_dropped,
+            "step_time_error": None if (model := self.tempo.model) is None else model.error,
         }
 
     def state(self) -> dict[str, JSON]:
@@ -294,6 +381,7 @@ class Pilot:
         return {
             "progress": asdict(self._progress),
             "control": state_to_json(self._control_state),
+            "tempo": self.tempo.state(),
             "meter": self._meter.state_dict(),
             "undecided": None if self._undecided is None else asdict(self._undecided),
         }
@@ -303,5 +391,7 @@ class Pilot:
         self._meter.load_state_dict(state["meter"])
         self._control_state = self._controller.restore(state["control"])
         self._progress = Progress(**state["progress"])
+        self._apply_limit()
+        self.tempo.restore(state["tempo"])
         self._undecided = None if state["undecided"] is None else StepRecord(**state["undecided"])
         self._clock = (self._progress.position, self._progress.wall_s)

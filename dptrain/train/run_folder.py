@@ -25,8 +25,17 @@ from dptrain.train.settings_file import settings_text
 _LONGEST_NAME = 64  # of a task in the name of a folder
 _LONGEST_SHOWN = 200  # characters of a name that cannot be one
 
-# Settings that a resumed run may have otherwise: they change what is told, not what is trained.
-_FREE_ON_RESUME = ("run_dir", "log", "checkpoint", "num_workers", "device", "drift_check_every_steps")
+# Settings that a resumed run may have otherwise: they change what is told, not what is trained; but for the size of
+# micro-batches, which changes the last bits, and is free because memory may leave no choice.
+_FREE_ON_RESUME = (
+    "run_dir",
+    "log",
+    "checkpoint",
+    "num_workers",
+    "device",
+    "drift_check_every_steps",
+    "micro_batch_size",
+)
 
 
 def default_run_dir(task: str) -> str:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-from dptrain.errors import ConfigError
+from dptrain.errors import ConfigError, DptrainError
 from dptrain.noise import NoiseScale
 from dptrain.train.config import TrainConfig, given
 from dptrain.train.disclosure import refuse_secrets
-from dptrain.train.metrics import JsonlLog, Value
+from dptrain.train.metrics import JsonlLog, Value, read_rows
 from dptrain.train.run_folder import RunFolder, write_config
 from dptrain.train.tracker import start_tracker
 from dptrain.train.view import make_view
@@ -22,6 +22,14 @@ from dptrain.train.view import make_view
 
 class RunLog(Protocol):
     """Takes rows; the keys are described in `metrics`."""
+
+    @property
+    def on_record(self) -> Sequence[tuple[int, int]]:
+        """What an earlier attempt decided after the checkpoint that this one goes on from, as its log has it.
+
+        Pairs (step, global batch size from there on), and at the end (last step that was decided on, 0); empty where
+        there was no earlier attempt.
+        """
 
     def train(self, row: Mapping[str, Value]) -> None:
         """Take the row of an optimizer step."""
@@ -44,6 +52,8 @@ class RunLog(Protocol):
 
 class SilentLog:
     """The log of every rank but 0."""
+
+    on_record: Sequence[tuple[int, int]] = ()
 
     def train(self, row: Mapping[str, Value]) -> None:
         """Do nothing."""
@@ -87,11 +97,12 @@ class WritingLog:
         with ExitStack() as stack:
             stack.callback(folder.close)
             refuse_secrets(config)
+            self.on_record = _on_record(folder, from_step=up_to_step)
             try:
                 write_config(folder.config, config)
                 self._metrics = JsonlLog.resume(folder.metrics, up_to=up_to_step)
-                # A checkpoint is written before its own step is decided on: that decision is taken, and told, again.
-                self._decisions = JsonlLog.resume(folder.decisions, up_to=up_to_step - 1)
+                # Decisions stay on record as far as they are followed: they are not told again.
+                self._decisions = JsonlLog.resume(folder.decisions, up_to=self.on_record[-1][0] if up_to_step else -1)
             except OSError as error:
                 raise ConfigError(f"cannot write to run folder {folder.path}: {error.strerror or error}") from error
             self._view = make_view(
@@ -162,6 +173,32 @@ class WritingLog:
             self._view.note(f"the last rows of {file} are lost: {error.strerror or error}")
 
 
+def _on_record(folder: RunFolder, *, from_step: int) -> list[tuple[int, int]]:
+    """Return the batches that were decided on from a step on, and the last step that was decided on.
+
+    A checkpoint is written before its own step is decided on, so that decision belongs to them.
+    """
+    if not from_step:
+        return []
+    decisions = read_rows(folder.decisions) if folder.decisions.exists() else []
+    metrics = read_rows(folder.metrics) if folder.metrics.exists() else []
+    found = [
+        (_whole(row, "step"), _whole(row, "batch/after"))
+        for row in decisions
+        if row.get("applied", True) and _whole(row, "step") >= from_step
+    ]
+    # The latest step that is told of may not have been decided on when the attempt ended.
+    steps = [_whole(row, "step") - 1 for row in metrics] + [step for step, _ in found]
+    return [*found, (max(steps, default=0), 0)]
+
+
+def _whole(row: Mapping[str, Value], key: str) -> int:
+    value = row.get(key)
+    if type(value) is not int or value < 1:
+        raise DptrainError(f"a row of the log has {key} = {value!r}, which is no count: the file was damaged")
+    return value
+
+
 def write_json(path: Path, record: Mapping[str, Value]) -> None:
     """Write a flat record as strict JSON, in one step; figures that are not finite become null."""
     finite = {
@@ -183,3 +220,13 @@ def noise_columns(scale: NoiseScale) -> dict[str, Value]:
         "gns/trace": scale.noise_trace,
         "gns/effective_steps": scale.effective_steps,
     }
+
+
+def group_columns(scales: Mapping[str, NoiseScale]) -> dict[str, Value]:
+    """Return the noise scales of groups of parameters as columns of a row."""
+    columns: dict[str, Value] = {}
+    for name, scale in scales.items():
+        columns[f"gns/{name}/b_simple"] = scale.value
+        columns[f"gns/{name}/lower"] = scale.lower
+        columns[f"gns/{name}/upper"] = scale.upper if math.isfinite(scale.upper) else None
+    return columns

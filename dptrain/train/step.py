@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dptrain.data import MicroBatchLoader
+from dptrain.errors import OutOfMemoryError
 from dptrain.observe import Meter, PendingSum
 from dptrain.observe.stopwatch import Stopwatch
-from dptrain.tasks.base import LossFunction
+from dptrain.tasks.base import Batch, LossFunction
 from dptrain.train.consensus import StepRecord, Word, send
+from dptrain.train.memory import release_memory, split
 from dptrain.train.optimizer import set_learning_rate, step_if_finite
 
 
@@ -55,6 +58,7 @@ class Stepper:
         self._seed_of = seed_of
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._stopwatch = Stopwatch(accelerator.device)
+        self._is_combining = False
 
     def take_busy_s(self) -> float:
         """Return the seconds spent in forward passes since the last call, in which a replica waits for nobody.
@@ -73,9 +77,10 @@ class Stepper:
         Returns:
             What the replicas tell each other of the step, under way.
         """
-        loss_sum = self._backward(record)
+        loss_sum, halved = self._backward(record)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        pending = send(record, word=word, loss_sum=loss_sum, meter_sums=self._meter.local_sums(grad_norm=grad_norm))
+        sums = self._meter.local_sums(grad_norm=grad_norm)
+        pending = send(record, word=word, loss_sum=loss_sum, meter_sums=sums, halved=halved)
         if self._max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, grad_norm)
         set_learning_rate(self._optimizer, record.learning_rate)
@@ -83,28 +88,94 @@ class Stepper:
         self._optimizer.zero_grad(set_to_none=True)
         return pending
 
-    def _backward(self, record: StepRecord) -> Tensor:
-        """Accumulate the gradient of the mean loss over the global batch; return this replica's sum of losses."""
+    def _backward(self, record: StepRecord) -> tuple[Tensor, bool]:
+        """Accumulate the gradient of the mean loss over the global batch.
+
+        Where the memory does not suffice, this replica begins the step anew with each micro-batch in halves: the same
+        samples, the same batch, nothing for the others to wait for but the time it takes.
+
+        Returns:
+            This replica's sum of losses, and whether micro-batches had to be halved.
+
+        Raises:
+            OutOfMemoryError: where that does not help.
+        """
+        parts = 1
+        while True:
+            passes = self._passes(record, parts=parts)
+            try:
+                return self._accumulate(passes, record), parts > 1
+            except torch.OutOfMemoryError as error:
+                told = str(error).splitlines()[0]
+            # Only here, past the error, is the memory that its traceback held free.
+            self._check_can_begin_anew(record, parts=parts, told=told)
+            passes.close()
+            self._optimizer.zero_grad(set_to_none=True)
+            self._meter.discard_step()
+            release_memory(self._accelerator.device)
+            parts *= 2
+
+    def _accumulate(self, passes: Iterator[_Pass], record: StepRecord) -> Tensor:
         world_size = self._accelerator.num_processes
         loss_sum = torch.zeros((), device=self._accelerator.device)
+        for one in passes:
+            # Replicas are averaged with equal weight; this factor makes it the mean over samples, whatever their sizes.
+            weight = one.num_samples * world_size / record.global_batch_size
+            self._meter.begin(num_samples=one.num_samples, weight=weight)
+            _seed_forward(self._seed_of(one.position), self._accelerator.device)
+            with nullcontext() if one.is_last else self._accelerator.no_sync(self._model):
+                began = self._stopwatch.start()
+                loss = self._loss(self._model, one.batch)
+                self._stopwatch.stop(began)
+                self._is_combining = one.is_last and world_size > 1
+                self._accelerator.backward(loss * weight)
+                self._is_combining = False
+            loss_sum += loss.detach() * one.num_samples
+        return loss_sum
+
+    def _passes(self, record: StepRecord, *, parts: int) -> Generator[_Pass]:
+        """Yield the forward and backward passes of a step: the micro-batches, each in so many parts."""
         window = self._loader.window(
             position=record.position,
             global_batch_size=record.global_batch_size,
             micro_batch_size=record.micro_batch_size,
         )
         for number, micro in enumerate(window, start=1):
-            # Replicas are averaged with equal weight; this factor makes it the mean over samples, whatever their sizes.
-            weight = micro.num_samples * world_size / record.global_batch_size
-            self._meter.begin(num_samples=micro.num_samples, weight=weight)
-            _seed_forward(self._seed_of(micro.position), self._accelerator.device)
-            last = number == record.micro_steps(world_size)
-            with nullcontext() if last else self._accelerator.no_sync(self._model):
-                began = self._stopwatch.start()
-                loss = self._loss(self._model, send_to_device(micro.batch, self._accelerator.device, non_blocking=True))
-                self._stopwatch.stop(began)
-                self._accelerator.backward(loss * weight)
-            loss_sum += loss.detach() * micro.num_samples
-        return loss_sum
+            batch = send_to_device(micro.batch, self._accelerator.device, non_blocking=True)
+            pieces = [batch] if parts == 1 or micro.num_samples == 0 else split(batch, parts)
+            is_last = number == record.micro_steps(self._accelerator.num_processes)
+            position, left = micro.position, micro.num_samples
+            for index, piece in enumerate(pieces, start=1):
+                share = -(-left // (len(pieces) - index + 1))
+                yield _Pass(batch=piece, num_samples=share, position=position, is_last=is_last and index == len(pieces))
+                position, left = position + share, left - share
+
+    def _check_can_begin_anew(self, record: StepRecord, *, parts: int, told: str) -> None:
+        if self._is_combining:
+            raise OutOfMemoryError(
+                f"micro-batches of {record.micro_batch_size} did not fit into memory while the replicas combined their "
+                f"gradients: go on from the latest checkpoint with --resume --micro_batch_size "
+                f"{max(1, record.micro_batch_size // 2)} ({told})"
+            )
+        if parts >= record.micro_batch_size:
+            raise OutOfMemoryError(f"the memory does not suffice for a single sample at a time ({told})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """One forward and backward pass.
+
+    Attributes:
+        batch: on the device.
+        num_samples: of the step in it; 0 for a filler.
+        position: of its first sample in the stream.
+        is_last: of the step, after which the replicas combine their gradients.
+    """
+
+    batch: Batch
+    num_samples: int
+    position: int
+    is_last: bool
 
 
 def _seed_forward(seed: int, device: torch.device) -> None:

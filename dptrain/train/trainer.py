@@ -20,19 +20,30 @@ from accelerate.utils import InitProcessGroupKwargs
 from dptrain.data import MicroBatchLoader, SampleStream
 from dptrain.errors import CheckpointError, ConfigError
 from dptrain.observe import DdpTap, Meter, ParameterTap
+from dptrain.observe.groups import Groups, resolve_groups
+from dptrain.observe.silent_tap import SilentTap
 from dptrain.observe.tap import Tap
 from dptrain.tasks import Task, check_task, resolve_task
 from dptrain.train.agreement import check_agreement, data_fingerprint
 from dptrain.train.checkpoint import Checkpoint, load_newest, set_aside
-from dptrain.train.config import LogConfig, TrainConfig, as_saved, filled_in, given, smoothing
-from dptrain.train.consensus import Result, StepRecord, Word, lost_peers_named, on_rank_0
+from dptrain.train.config import (
+    LogConfig,
+    TrainConfig,
+    as_saved,
+    filled_in,
+    given,
+    largest_micro_batch_size,
+    smoothing,
+)
+from dptrain.train.consensus import Result, StepRecord, Word, lost_peers_named, on_rank_0, told_by_rank_0
 from dptrain.train.drift import DriftCheck
 from dptrain.train.evaluation import evaluate
 from dptrain.train.keeper import Keeper, crosses
 from dptrain.train.manifest import JSON
 from dptrain.train.meeting import collective_timeout_s
+from dptrain.train.memory import find_micro_batch_size
 from dptrain.train.metrics import Value
-from dptrain.train.optimizer import build_optimizer, skips_on_device
+from dptrain.train.optimizer import NUM_STATES, build_optimizer, skips_on_device
 from dptrain.train.pilot import Pilot
 from dptrain.train.preemption import StopRequest
 from dptrain.train.run_folder import RunFolder, check_same_settings, checkpoints_in, default_run_dir
@@ -86,6 +97,8 @@ class Trainer:
         self._saved = load_newest(folder, allow_fresh=allow_fresh) if resume else None
         if self._saved is not None:
             config = as_saved(config, saved=self._saved.state["config"])  # type: ignore[arg-type]
+        if config.micro_batch_size == "auto":
+            config = replace(config, micro_batch_size=self._fitting_micro_batch_size(config))
         self._config = filled_in(config, self._task.suggestion, world_size=self._world_size)
         self._fingerprint = data_fingerprint(self._task.train_data, seed=config.seed)
         self._check_agreement()
@@ -93,9 +106,11 @@ class Trainer:
         self._bare_model = self._task.model
         self._model = self._accelerator.prepare(self._bare_model)
         self._optimizer = build_optimizer(self._config.optimizer, self._bare_model)
+        groups = resolve_groups("module" if self._config.noise.groups else None, model=self._bare_model)
         self._meter = Meter(
             self._bare_model.parameters(),
-            tap=self._tap(),
+            tap=self._tap(groups),
+            groups=groups,
             smoothing=smoothing(self._config),
             level=self._config.noise.level,
             population=self._num_samples,
@@ -121,12 +136,26 @@ class Trainer:
     def _num_samples(self) -> int:
         return len(self._task.train_data)  # type: ignore[arg-type]
 
-    def _tap(self) -> Tap:
+    def _tap(self, groups: Groups) -> Tap:
+        if self._config.control.mode == "off":
+            return SilentTap(self._accelerator.device, num_entries=groups.num_entries)
         if self._config.noise.observer == "parameters":
-            return ParameterTap(self._bare_model.parameters())
+            return ParameterTap(self._bare_model.parameters(), groups=groups)
         if self._world_size == 1:  # which may be wrapped all the same
             raise ConfigError("noise.observer=hook needs at least two replicas: use noise.observer=parameters")
-        return DdpTap(self._model)
+        return DdpTap(self._model, groups=groups)
+
+    def _fitting_micro_batch_size(self, config: TrainConfig) -> int:
+        """Find by trying what fits into the memory of all GPUs. Without one the task's size will do: hosts swap."""
+        suggestion, device = self._task.suggestion, self._accelerator.device
+        on_host = device.type == "cpu"
+        return find_micro_batch_size(
+            self._task,
+            largest=suggestion.micro_batch_size if on_host else self._num_samples,
+            device=device,
+            num_states=NUM_STATES[config.optimizer.name],
+            precision=self._accelerator.autocast,
+        )
 
     def _check_agreement(self) -> None:
         check_agreement(
@@ -164,6 +193,7 @@ class Trainer:
             stack.callback(self._meter.remove)
             if saved is not None:
                 self._restore(saved, log)
+            self._follow_record(log)
             if not skips_on_device(self._optimizer):
                 log.note("this optimizer cannot skip a step on the device: each step waits for it once")
             keeper = self._on_rank_0(lambda: self._keeper(log))
@@ -173,6 +203,13 @@ class Trainer:
             stop = stack.enter_context(StopRequest())
             stack.enter_context(lost_peers_named(lambda: self._pilot.progress.step))
             return self._train(self._stepper(loader), stop, keeper, log)
+
+    def _follow_record(self, log: RunLog) -> None:
+        """Have all replicas take the decisions that an earlier attempt had acted upon, up to the end of its log."""
+        told = told_by_rank_0([value for pair in log.on_record for value in pair], device=self._accelerator.device)
+        if told:
+            *decisions, (up_to, _) = zip(told[::2], told[1::2], strict=True)
+            self._pilot.follow(dict(decisions), up_to=up_to)
 
     def _train(
         self, stepper: Stepper, stop: StopRequest, keeper: Keeper | None, log: RunLog
@@ -224,6 +261,7 @@ class Trainer:
             failed_saves=0 if keeper is None else keeper.failed_saves(),
             slowness=self._pilot.stragglers.slowness,
             busy_s=busy_s,
+            step_s=self._pilot.tempo.lap_s,
         )
 
     def _pause(self, record: StepRecord, keeper: Keeper | None, log: RunLog) -> bool:
@@ -254,7 +292,7 @@ class Trainer:
             self._bare_model,
             self._task.eval_data,
             self._task.loss,
-            micro_batch_size=given(self._config.micro_batch_size),
+            micro_batch_size=largest_micro_batch_size(self._config),
             collate=self._task.collate,
             rank=self._accelerator.process_index,
             world_size=self._world_size,

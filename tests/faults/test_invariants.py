@@ -238,7 +238,7 @@ def test_invariant_12_rate_and_batch_are_the_same_replayed_from_any_checkpoint(k
     )
     config = filled_in(
         TrainConfig(
-            control=ControlConfig(largest=64, dwell_decisions=2),
+            control=ControlConfig(law="noise", largest=64, dwell_decisions=2),
             optimizer=OptimizerConfig(schedule=kind, warmup_samples=warmup),
         ),
         suggestion,
