@@ -3,7 +3,15 @@
 from dptrain.control.base import Controller, Decision, Measurement, State, state_to_json
 from dptrain.control.constant import Constant
 from dptrain.control.goodput import FastestLaw, GoodputLaw
-from dptrain.control.learning_rate import RULES, LearningRateRule, LearningRateSchedule, RuleName
+from dptrain.control.kaplan import KaplanLaw, critical_batch_tokens
+from dptrain.control.learning_rate import (
+    RULES,
+    BetaRuleName,
+    LearningRateRule,
+    LearningRateSchedule,
+    RuleName,
+    adam_betas,
+)
 from dptrain.control.limit import (
     Bounds,
     DeadBand,
@@ -16,11 +24,16 @@ from dptrain.control.limit import (
     limited,
 )
 from dptrain.control.noise import ExchangeRateLaw, NoiseLaw
+from dptrain.control.norm_test import NormTestLaw
+from dptrain.control.pollux import PolluxLaw
+from dptrain.control.ramp import Ramp
 from dptrain.control.schedule import Schedule
+from dptrain.control.seesaw import SeesawLaw, StaircaseSchedule
 from dptrain.control.step_time import StepShape, StepTimeModel, StepTimes
 
 __all__ = [
     "RULES",
+    "BetaRuleName",
     "Bounds",
     "Constant",
     "Controller",
@@ -31,6 +44,7 @@ __all__ = [
     "ExchangeRateLaw",
     "FastestLaw",
     "GoodputLaw",
+    "KaplanLaw",
     "Ladder",
     "LearningRateRule",
     "LearningRateSchedule",
@@ -38,13 +52,20 @@ __all__ = [
     "MaxChange",
     "Measurement",
     "NoiseLaw",
+    "NormTestLaw",
+    "PolluxLaw",
+    "Ramp",
     "Rounding",
     "RuleName",
     "Schedule",
+    "SeesawLaw",
+    "StaircaseSchedule",
     "State",
     "StepShape",
     "StepTimeModel",
     "StepTimes",
+    "adam_betas",
+    "critical_batch_tokens",
     "limited",
     "state_to_json",
 ]

@@ -89,16 +89,25 @@ class GoodputLaw(Law):
         if model is None or not model.is_split_known:
             law, source = FastestLaw(seconds=lambda other: batch + other, z=self.z), "assumed, one batch was timed"
         else:
-            law, source = FastestLaw(seconds=lambda other: self.seconds(model, other), z=self.z), _split(model)
+            law, source = FastestLaw(seconds=self.step_time(model, present=batch), z=self.z), _split(model)
         decision = law.decide(measurement)
         worth = f"a step is worth {law.samples_per_step(batch):.3g} samples ({source})"
         return replace(decision, reason=f"{worth}; {decision.reason}")
 
-    def seconds(self, model: StepTimeModel, batch: float) -> float:
-        """Return the time of a step with `batch` samples as they are laid out."""
+    def step_time(self, model: StepTimeModel, *, present: float) -> Callable[[float], float]:  # noqa: ARG002 - Pollux' asks
+        """Return the time of a step against its global batch, laid out as it will be.
+
+        Args:
+            model: fitted to the steps so far.
+            present: the global batch in force.
+        """
+        return lambda batch: model.step_s(**self.layout(model, batch))
+
+    def layout(self, model: StepTimeModel, batch: float) -> dict[str, float]:
+        """Return the micro-batch and the accumulation steps of a global batch, which may lie between those that run."""
         share = batch / model.world_size
         accumulation_steps = max(share / self.largest_micro_batch_size, self.least_accumulation_steps)
-        return model.step_s(micro_batch_size=share / accumulation_steps, accumulation_steps=accumulation_steps)
+        return {"micro_batch_size": share / accumulation_steps, "accumulation_steps": accumulation_steps}
 
 
 def _split(model: StepTimeModel) -> str:

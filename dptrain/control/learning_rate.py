@@ -1,4 +1,4 @@
-"""The learning rate that goes with a batch (rules) and with a position (schedule): factors on the base rate.
+"""The learning rate and Adam's β that go with a batch (rules), and the rate's course (schedule): factors on the base.
 
 Both are functions of the present state alone: a factor never multiplies the one before it, so a run that
 resumes, or that changes its batch there and back, has the same rate as one that did not.
@@ -7,7 +7,8 @@ The literature does not agree on how the rate should follow the batch, so the ru
 default here. For SGD the linear rule holds while the batch is far below the noise scale, and AdaScale's gain and
 the noise rule continue it above. For Adam the square root is the usual choice, with 1 − β scaled along (Malladi et
 al. 2022, arXiv 2205.10287); Li et al. 2024 (arXiv 2405.14578) find a rate that rises and falls again with its
-peak at the noise scale; Marek et al. 2025 (arXiv 2507.07101) change β₂ rather than the rate.
+peak at the noise scale; Marek et al. 2025 (arXiv 2507.07101) change β₂ rather than the rate. The betas are a second
+choice, apart from the first.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Literal, Protocol
 from dptrain.errors import ConfigError
 from dptrain.noise import NoiseScale
 from dptrain.noise import derived as closed_form
+
+_DECAY_FRACTION = 0.2
 
 
 class LearningRateRule(Protocol):
@@ -82,34 +85,81 @@ def noise(noise_scale: NoiseScale, /, *, batch: float, reference_batch: float) -
     return closed_form.learning_rate_share(phi, batch=batch)
 
 
-RuleName = Literal["none", "linear", "square_root", "gain", "noise"]
+def surge(noise_scale: NoiseScale, /, *, batch: float, reference_batch: float) -> float:
+    """Return √(B/B0)·(φ + B0)/(φ + B): as the square root below φ, and falling again above (Li et al. 2024).
+
+    It is the ratio of ε_opt ∝ 2/(√(φ/B) + √(B/φ)) at the two batches (arXiv 2405.14578), so that the base rate
+    is the one tuned at B0, as for `gain`; the maximum, at B = φ, need not be known. Assumes updates by
+    the sign of a Gaussian gradient, which stands for Adam. Where φ is not resolved, it is the smallest factor that φ's
+    interval allows, as for `gain`: for a batch above the reference of which nothing is known, √(B0/B).
+    """
+    known = [noise_scale.lower, noise_scale.upper] if noise_scale.value is None else [noise_scale.value]
+    least = min(closed_form.efficiency(phi, batch=batch, reference_batch=reference_batch) for phi in known)
+    return math.sqrt(batch / reference_batch) * least
+
+
+RuleName = Literal["none", "linear", "square_root", "gain", "noise", "surge"]
 """What a user writes to choose a rule."""
 
 RULES: Mapping[RuleName, LearningRateRule] = MappingProxyType(
-    {"none": none, "linear": linear, "square_root": square_root, "gain": gain, "noise": noise}
+    {"none": none, "linear": linear, "square_root": square_root, "gain": gain, "noise": noise, "surge": surge}
 )
 """The rules by their names."""
+
+BetaRuleName = Literal["none", "square_root", "half_life"]
+"""What a user writes to choose how Adam's β follow the batch."""
+
+
+def adam_betas(
+    rule: BetaRuleName, betas: tuple[float, float], *, batch: float, reference_batch: float
+) -> tuple[float, float]:
+    """Return Adam's β₁ and β₂ for a batch.
+
+    none: as they are. square_root: 1 − β in proportion to the batch, for both, which belongs to the rate rule of that
+    name (Malladi et al. 2022, arXiv 2205.10287; they scale ε by √(B0/B) too, which we leave alone); a batch so large
+    that nothing would be remembered gets 0. half_life: β₂^(B/B0), which forgets over equal numbers of samples (Marek
+    et al. 2025, arXiv 2507.07101); β₁ stays. For small 1 − β₂ the two agree on β₂.
+
+    torch corrects Adam's bias by 1 − β^step, as though β had been the same all along. Once β^step is all but 0 there
+    is nothing to correct: let β change after the first few 1/(1 − β₂) steps, or warm the rate up over them.
+
+    Args:
+        rule: which one.
+        betas: β₁ and β₂ tuned at the reference batch.
+        batch: in force, in samples.
+        reference_batch: in samples.
+    """
+    first, second = betas
+    ratio = batch / reference_batch
+    if rule == "square_root":
+        return max(1 - ratio * (1 - first), 0.0), max(1 - ratio * (1 - second), 0.0)
+    if rule == "half_life":
+        return first, second**ratio
+    assert rule == "none", f"unknown rule of Adam's β: {rule!r}"
+    return first, second
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRateSchedule:
-    """The base rate against position: a linear warm-up, then constant, a half cosine or a straight line.
+    """The base rate against position: a linear warm-up, then constant, a half cosine, a straight line, or late decay.
 
     A closed form of the position in samples, so that it does not depend on how the samples were cut into steps.
     """
 
-    kind: Literal["constant", "cosine", "linear"] = "constant"
-    """Course after the warm-up."""
+    kind: Literal["constant", "cosine", "linear", "wsd"] = "constant"
+    """Course after the warm-up. wsd: constant, and a straight line at the end (Hu et al. 2024, arXiv 2404.06395)."""
     warmup_samples: int = 0
     """Samples over which the rate rises from 0 to its full height."""
     max_samples: int | None = None
-    """Position at which the fall ends, in samples; needed for cosine and linear."""
+    """Position at which the fall ends, in samples; needed for all but constant."""
     final_fraction: float = 0.0
     """Share of the full height that is left at `max_samples` and after."""
+    decay_fraction: float | None = None
+    """Share of `max_samples` over which a wsd schedule falls. Default: 0.2 (Hägele et al. 2024, arXiv 2405.18392)."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("constant", "cosine", "linear"):
-            raise ConfigError(f"learning rate schedule must be constant, cosine or linear, got {self.kind!r}")
+        if self.kind not in ("constant", "cosine", "linear", "wsd"):
+            raise ConfigError(f"learning rate schedule must be constant, cosine, linear or wsd, got {self.kind!r}")
         if self.warmup_samples < 0:
             raise ConfigError(f"warmup_samples must not be negative, got {self.warmup_samples}")
         if not 0 <= self.final_fraction <= 1:
@@ -122,6 +172,29 @@ class LearningRateSchedule:
                 f"a {self.kind} learning rate needs max_samples above warmup_samples {self.warmup_samples}, "
                 f"got {self.max_samples}"
             )
+        self._check_decay()
+
+    def _check_decay(self) -> None:
+        if self.kind != "wsd":
+            if self.decay_fraction is not None:
+                raise ConfigError(f"decay_fraction has no meaning for a {self.kind} learning rate: remove it")
+        elif not 0 < self._decay_fraction <= 1 or self._decay_start < self.warmup_samples:
+            raise ConfigError(
+                f"a wsd learning rate decays over the last decay_fraction {self._decay_fraction} of max_samples "
+                f"{self.max_samples}, which must be in (0, 1] and begin after warmup_samples {self.warmup_samples}"
+            )
+
+    @property
+    def _decay_fraction(self) -> float:
+        return _DECAY_FRACTION if self.decay_fraction is None else self.decay_fraction
+
+    @property
+    def _decay_start(self) -> float:
+        """Where the fall begins, in samples."""
+        assert self.max_samples is not None, "a constant rate does not fall"
+        if self.kind == "wsd":
+            return (1 - self._decay_fraction) * self.max_samples
+        return self.warmup_samples
 
     def factor(self, samples_seen: float) -> float:
         """Return the factor on the base rate, between 0 and 1.
@@ -134,6 +207,7 @@ class LearningRateSchedule:
             return samples_seen / self.warmup_samples
         if self.kind == "constant" or self.max_samples is None:
             return 1.0
-        done = min((samples_seen - self.warmup_samples) / (self.max_samples - self.warmup_samples), 1.0)
-        left = 1 - done if self.kind == "linear" else (1 + math.cos(math.pi * done)) / 2
+        start = self._decay_start
+        done = min(max(samples_seen - start, 0.0) / (self.max_samples - start), 1.0)
+        left = (1 + math.cos(math.pi * done)) / 2 if self.kind == "cosine" else 1 - done
         return self.final_fraction + (1 - self.final_fraction) * left

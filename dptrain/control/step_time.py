@@ -88,8 +88,11 @@ class StepTimeModel:
 
     def step_s(self, *, micro_batch_size: float, accumulation_steps: float) -> float:
         """Return the time of a step, of sizes that may lie between those that run."""
-        pass_s = self.per_pass_s + self.per_sample_s * max(micro_batch_size, self.full_at_samples)
-        return self.per_step_s + accumulation_steps * pass_s
+        return self.per_step_s + accumulation_steps * self.pass_s(micro_batch_size)
+
+    def pass_s(self, micro_batch_size: float) -> float:
+        """Return the time of one forward and backward pass."""
+        return self.per_pass_s + self.per_sample_s * max(micro_batch_size, self.full_at_samples)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,7 @@ def test_on_a_line_it_is_the_exchange_rate_law(alpha, beta, lower, width, batch)
 def test_maps_rise_and_invert(per_step, per_pass, per_sample, knee, phi, larger):
     """For any times the batch rises with the noise scale, and the noise scale that it is right for inverts that."""
     law, step_time = GoodputLaw(largest_micro_batch_size=32), model(per_step, per_pass, per_sample, full_at=knee)
-    fastest = FastestLaw(seconds=lambda batch: law.seconds(step_time, batch))
+    fastest = FastestLaw(seconds=law.step_time(step_time, present=64))
     smaller, greater = sorted((phi, larger))
     assert fastest.batch_for(smaller) <= fastest.batch_for(greater)
     batch = fastest.batch_for(phi)
@@ -70,7 +70,7 @@ def test_it_is_the_best_of_all_rungs(per_step, per_pass, per_sample, knee, phi):
     """Rounded to a ladder of powers of two, no rung makes more progress per second, layout and knee included."""
     law, step_time = GoodputLaw(largest_micro_batch_size=32), model(per_step, per_pass, per_sample, full_at=knee)
     rungs = [2**k for k in range(40)]
-    asked = FastestLaw(seconds=lambda batch: law.seconds(step_time, batch)).batch_for(phi)
+    asked = FastestLaw(seconds=law.step_time(step_time, present=64)).batch_for(phi)
     rung = min(Ladder(quantum=1).nearest(max(asked, 1.0)), rungs[-1])
     goodput = {b: b / (b + phi) / step_time.seconds(layout(b)) for b in rungs}
     assert goodput[rung] == pytest.approx(max(goodput.values()), rel=1e-6)
@@ -79,9 +79,10 @@ def test_it_is_the_best_of_all_rungs(per_step, per_pass, per_sample, knee, phi):
 def test_micro_batches_rise_before_accumulation():
     """Up to the largest micro-batch a pass more costs nothing; beyond, each costs its constant too."""
     law, step_time = GoodputLaw(largest_micro_batch_size=32, least_accumulation_steps=2), model(1.0, 10.0, 0.1, world=2)
-    assert law.seconds(step_time, 64) == pytest.approx(1 + 2 * (10 + 16 * 0.1))
-    assert law.seconds(step_time, 128) == pytest.approx(1 + 2 * (10 + 32 * 0.1))
-    assert law.seconds(step_time, 256) == pytest.approx(1 + 4 * (10 + 32 * 0.1))
+    seconds = law.step_time(step_time, present=64)
+    assert seconds(64) == pytest.approx(1 + 2 * (10 + 16 * 0.1))
+    assert seconds(128) == pytest.approx(1 + 2 * (10 + 32 * 0.1))
+    assert seconds(256) == pytest.approx(1 + 4 * (10 + 32 * 0.1))
 
 
 @pytest.mark.parametrize("phi", [1e-2, 10.0, 1e6])

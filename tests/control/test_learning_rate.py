@@ -1,4 +1,4 @@
-"""Learning-rate rules against their identities, and the schedule against its closed forms."""
+"""Learning-rate rules and Adam's β against their identities, and the schedule against its closed forms."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dptrain.control import RULES, LearningRateSchedule
+from dptrain.control import RULES, LearningRateSchedule, adam_betas
 from dptrain.errors import ConfigError
 from dptrain.noise import SmoothedMoments, noise_scale
 
@@ -58,7 +58,7 @@ def test_plain_rules(batch, reference):
     assert got[:3] == pytest.approx([1, s, math.sqrt(s)])
 
 
-@pytest.mark.parametrize("rule", ["none", "linear", "square_root", "gain"])
+@pytest.mark.parametrize("rule", ["none", "linear", "square_root", "gain", "surge"])
 @pytest.mark.parametrize("phi", [measured(300), AT_LEAST, UNKNOWN], ids=["resolved", "at least", "unknown"])
 def test_reference_batch_keeps_the_rate(rule, phi):
     """At the reference batch every rule that knows one leaves the base rate alone."""
@@ -79,15 +79,79 @@ def test_gain_is_a_ratio_of_optimal_rates(phi, batch, reference):
     assert min(1, s) * (1 - 1e-12) <= gain <= max(1, s) * (1 + 1e-12)
 
 
-@given(batches)
-def test_gain_is_cautious_where_not_resolved(batch):
-    """Where φ is not resolved, no φ within its interval has a smaller gain."""
+@pytest.mark.parametrize("rule", ["gain", "surge"])
+@given(batch=batches)
+def test_caution_where_not_resolved(rule, batch):
+    """Where φ is not resolved, no φ within its interval has a smaller factor."""
     for phi in (AT_LEAST, UNKNOWN):
         assert phi.value is None
-        cautious = factor("gain", phi, batch=batch)
+        cautious = factor(rule, phi, batch=batch)
         for possible in (phi.lower + 1e-9, phi.lower + 100, phi.lower + 1e6):
-            assert cautious <= factor("gain", measured(possible), batch=batch) * (1 + 1e-6)
+            assert cautious <= factor(rule, measured(possible), batch=batch) * (1 + 1e-6)
     assert factor("gain", UNKNOWN, batch=batch) == pytest.approx(min(1, batch / 32))
+
+
+@given(st.floats(1e-3, 1e6), batches, batches)
+def test_surge_is_a_ratio_of_optimal_rates(phi, batch, reference):
+    """The surge factor is the ratio of 2/(√(φ/B) + √(B/φ)) at the two batches."""
+    optimal = [2 / (math.sqrt(phi / b) + math.sqrt(b / phi)) for b in (batch, reference)]
+    known = measured(phi)
+    assert factor("surge", known, batch=batch, reference_batch=reference) == pytest.approx(optimal[0] / optimal[1])
+
+
+def test_surge_rises_to_the_noise_scale_and_falls_beyond():
+    """Far below φ it is the square root, it is greatest at φ, and far above it falls as one over the square root."""
+    known = measured(1024)
+    assert factor("surge", measured(1e9), batch=128) == pytest.approx(2, rel=1e-6)
+    factors = {batch: factor("surge", known, batch=batch) for batch in (256, 512, 1024, 2048, 4096)}
+    assert max(factors, key=factors.get) == 1024
+    assert factor("surge", measured(1e-3), batch=128) == pytest.approx(1 / 2, rel=1e-3)
+
+
+@given(st.lists(st.tuples(batches, st.floats(1e-3, 1e6)), min_size=1, max_size=5), st.sampled_from(list(RULES)))
+def test_nothing_compounds(path, rule):
+    """However the batch came to be what it is, and through however many resumes, rate and β follow from the present."""
+    schedule = LearningRateSchedule(kind="cosine", max_samples=10**6)
+
+    def present(batch, phi, position):
+        rate = schedule.factor(position) * factor(rule, measured(phi), batch=batch)
+        return rate, adam_betas("half_life", (0.9, 0.95), batch=batch, reference_batch=32)
+
+    walked = [present(batch, phi, 1000 * i) for i, (batch, phi) in enumerate(path)]
+    batch, phi = path[-1]
+    assert present(batch, phi, 1000 * (len(path) - 1)) == walked[-1]
+    # There and back: at the reference batch the schedule alone is left.
+    if rule != "noise":
+        rate, betas = present(32, phi, 1000)
+        assert rate == pytest.approx(schedule.factor(1000))
+        assert betas == (0.9, 0.95)
+
+
+@given(batches, st.floats(0, 0.999), st.floats(0, 0.9999))
+def test_betas(batch, first, second):
+    """At the reference batch every rule keeps β; elsewhere they are decays, and forget faster at larger batches."""
+    betas = (first, second)
+    for rule in ("none", "square_root", "half_life"):
+        assert adam_betas(rule, betas, batch=batch, reference_batch=batch) == pytest.approx(betas)
+        got = adam_betas(rule, betas, batch=batch, reference_batch=64)
+        assert all(0 <= beta < 1 for beta in got)
+        assert rule == "none" or (got[1] - second) * (batch - 64) <= 1e-12
+    assert adam_betas("none", betas, batch=batch, reference_batch=64) == betas
+
+
+def test_betas_known_answers():
+    """At twice the batch 1 − β doubles by the one rule, β₂ is squared by the other; both keep β₂'s half-life."""
+    assert adam_betas("square_root", (0.9, 0.95), batch=64, reference_batch=32) == pytest.approx((0.8, 0.9))
+    assert adam_betas("half_life", (0.9, 0.95), batch=64, reference_batch=32) == pytest.approx((0.9, 0.9025))
+    half_lives = []
+    for batch in (1, 32, 1024):
+        _, second = adam_betas("half_life", (0.9, 0.95), batch=batch, reference_batch=32)
+        half_lives.append(batch * math.log(2) / -math.log(second))
+    assert half_lives == pytest.approx([half_lives[0]] * 3)
+    small = [
+        adam_betas(rule, (0.9, 1 - 1e-6), batch=64, reference_batch=32)[1] for rule in ("square_root", "half_life")
+    ]
+    assert small[0] == pytest.approx(small[1], abs=1e-11)
 
 
 def test_noise_rule():
@@ -109,6 +173,16 @@ def test_schedule_is_a_closed_form(position):
     assert LearningRateSchedule(kind="cosine", **settings).factor(position) == pytest.approx(warm * cosine)
     linear = LearningRateSchedule(kind="linear", **settings).factor(position)
     assert linear == pytest.approx(warm * (1 - 0.9 * done))
+    fallen = min(max(position - 75_750, 0) / 25_250, 1)
+    wsd = LearningRateSchedule(kind="wsd", decay_fraction=0.25, **settings).factor(position)
+    assert wsd == pytest.approx(warm * (1 - 0.9 * fallen))
+
+
+def test_wsd():
+    """Warm-up, stable, decay: constant up to the last fifth of the run, then straight down."""
+    schedule = LearningRateSchedule(kind="wsd", warmup_samples=100, max_samples=1000)
+    assert [schedule.factor(p) for p in (50, 100, 500, 800)] == pytest.approx([0.5, 1, 1, 1])
+    assert [schedule.factor(p) for p in (900, 1000, 2000)] == pytest.approx([0.5, 0, 0])
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
@@ -130,6 +204,11 @@ def test_schedule_ends(kind):
         {"kind": "cosine"},
         {"kind": "linear", "max_samples": 100, "warmup_samples": 100},
         {"kind": "linear", "max_samples": 100, "final_fraction": 1.5},
+        {"kind": "cosine", "max_samples": 100, "decay_fraction": 0.5},
+        {"kind": "wsd"},
+        {"kind": "wsd", "max_samples": 100, "decay_fraction": 0.0},
+        {"kind": "wsd", "max_samples": 100, "decay_fraction": 1.1},
+        {"kind": "wsd", "max_samples": 100, "warmup_samples": 60, "decay_fraction": 0.5},
     ],
 )
 def test_schedule_settings_out_of_range(settings):
