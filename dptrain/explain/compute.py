@@ -1,4 +1,4 @@
-"""The arithmetic of compute: FLOPs by two methods, sizes that are optimal for a budget, a batch from a loss."""
+"""The arithmetic of compute: FLOPs of a training by two methods, and sizes that are optimal for a budget of them."""
 
 from __future__ import annotations
 
@@ -125,20 +125,3 @@ SCALING_LAWS: Mapping[str, ScalingLaw] = MappingProxyType(
     }
 )
 """Two fits to the same runs. The later one found the earlier at odds with its own data; both are shown."""
-
-
-def kaplan_critical_batch(loss: float) -> float:
-    """Return the critical batch size of a language model at a loss, in tokens: 2e8/L^4.76.
-
-    Kaplan et al. 2020 (arXiv 2001.08361), equation 5.3, a fit to transformers on one text of web pages; elsewhere it
-    is an order of magnitude.
-
-    Args:
-        loss: in nats per token.
-
-    Raises:
-        ConfigError: where the loss is not positive.
-    """
-    if not loss > 0:
-        raise ConfigError(f"a loss in nats per token is positive, got {loss!r}")
-    return float(2e8 / loss**4.76)

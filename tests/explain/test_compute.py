@@ -15,7 +15,6 @@ from dptrain.explain.compute import (
     Compute,
     flops_by_count,
     flops_by_time,
-    kaplan_critical_batch,
 )
 
 DAY_S = 86_400
@@ -96,17 +95,8 @@ def test_the_optimum_spends_the_budget_and_is_one(budget, law, shift):
     assert law.floor < best <= law.loss(num_parameters=n * shift, num_tokens=d / shift) * (1 + 1e-12)
 
 
-def test_kaplans_batch():
-    """Its paper expects 1 to 2 million tokens at the end of its largest models, with losses of 2.6 to 3 nats."""
-    assert 1e6 < kaplan_critical_batch(3.0) < kaplan_critical_batch(2.6) < 2.2e6
-    assert kaplan_critical_batch(1.0) == 2e8
-    assert math.log2(kaplan_critical_batch(2) / kaplan_critical_batch(4)) == pytest.approx(1 / 0.21, rel=0.001)
-
-
 @pytest.mark.parametrize("nothing", [0.0, -1.0, math.nan])
-def test_no_budget_and_no_loss_are_refused(nothing):
+def test_no_budget_is_refused(nothing):
     """With the value."""
     with pytest.raises(ConfigError, match="budget"):
         SCALING_LAWS["Besiroglu 2024"].optimum(nothing)
-    with pytest.raises(ConfigError, match="loss"):
-        kaplan_critical_batch(nothing)
