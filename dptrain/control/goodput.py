@@ -65,7 +65,9 @@ class GoodputLaw(Law):
     As the batch grows the micro-batch rises first, up to the largest, and then the accumulation steps do: a
     GPU that is not full takes more samples for little. Where nothing was timed yet, or only steps of one batch, half
     of the present step's time is taken to be per step: then r is the present batch, and B goes half of the way (in log
-    space) to the noise scale, which times a second batch.
+    space) to the noise scale, which times a second batch. Where that would stay at the first, which is right only by
+    the assumption, the law asks for the double, once: without it the run could stay far from the best for ever. The
+    double and not the half, because a run often begins at the smallest batch that runs.
 
     Attributes:
         largest_micro_batch_size: in samples.
@@ -87,12 +89,22 @@ class GoodputLaw(Law):
         """Ask `FastestLaw` with the time that a step takes by now."""
         batch, model = measurement.global_batch_size, measurement.step_time
         if model is None or not model.is_split_known:
-            law, source = FastestLaw(seconds=lambda other: batch + other, z=self.z), "assumed, one batch was timed"
-        else:
-            law, source = FastestLaw(seconds=self.step_time(model, present=batch), z=self.z), _split(model)
+            return self._without_split(measurement)
+        law = FastestLaw(seconds=self.step_time(model, present=batch), z=self.z)
         decision = law.decide(measurement)
-        worth = f"a step is worth {law.samples_per_step(batch):.3g} samples ({source})"
+        worth = f"a step is worth {law.samples_per_step(batch):.3g} samples ({_split(model)})"
         return replace(decision, reason=f"{worth}; {decision.reason}")
+
+    def _without_split(self, measurement: Measurement) -> Decision:
+        """Decide while steps of one batch were timed at most."""
+        batch, phi = measurement.global_batch_size, measurement.noise_scale
+        law = FastestLaw(seconds=lambda other: batch + other, z=self.z)
+        decision = law.decide(measurement)
+        reason = f"a step is worth {batch} samples (assumed: one batch was timed); {decision.reason}"
+        is_measured = abs(phi.contrast(law.noise_scale_for(batch))) > 0
+        if measurement.step_time is None or decision.global_batch_size != batch or not is_measured:
+            return replace(decision, reason=reason)
+        return Decision(global_batch_size=2 * batch, reason=f"{reason}; to time another, grow to {2 * batch}")
 
     def step_time(self, model: StepTimeModel, *, present: float) -> Callable[[float], float]:  # noqa: ARG002 - Pollux' asks
         """Return the time of a step against its global batch, laid out as it will be.

@@ -2,9 +2,9 @@
 
 The model is T = per_step_s + accumulation_steps × pass time, the pass time a straight line in the micro-batch m, and
 flat below a micro-batch k at which the device is full: per_pass_s + per_sample_s × max(m, k). Others in use are the
-line alone (Pollux, Qiao et al. 2021), which on a GPU is some 20 % off near the knee, and a table of what was measured,
-which says nothing of the shape that is to be tried next. The knee is believed only where the shapes need it, so that
-on a CPU the line alone is left.
+line alone (Pollux, Qiao et al. 2021), which where it is right on both sides of a knee is twice too slow at it, and a
+table of what was measured, which says nothing of the shape to be tried next. The knee is believed only where the
+shapes need it, so that on a CPU the line alone is left.
 """
 
 from __future__ import annotations

@@ -102,6 +102,15 @@ def test_where_samples_are_free_batches_grow():
     assert decided(law, known(0.1), batch=8, step_time=step_time).global_batch_size >= 128 / math.sqrt(2)
 
 
+@given(alpha=times, beta=times, phi=phis, wrong=st.floats(1 / 6, 6))
+def test_a_wrong_noise_scale_costs_little(alpha, beta, phi, wrong):
+    """A noise scale that is wrong by a factor of six at most costs 18 % of the progress per second at most."""
+    fastest = FastestLaw(seconds=lambda batch: alpha + beta * batch)
+    best, asked = fastest.batch_for(phi), fastest.batch_for(wrong * phi)
+    goodput = [batch / (batch + phi) / (alpha + beta * batch) for batch in (best, asked)]
+    assert 0.82 * goodput[0] <= goodput[1] <= goodput[0] * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("step_time", [None, model(1.0, 1.0, 1.0, is_split_known=False)], ids=["none", "one batch"])
 def test_before_the_split_is_known_it_goes_half_of_the_way(step_time):
     """Where one batch was timed at most, the batch goes to √(B·φ), and the reason says that r is assumed."""
@@ -110,6 +119,18 @@ def test_before_the_split_is_known_it_goes_half_of_the_way(step_time):
     assert up.global_batch_size == pytest.approx(640)
     assert down.global_batch_size == pytest.approx(6.4)
     assert "worth 64 samples (assumed" in up.reason
+
+
+def test_a_second_batch_is_timed():
+    """Where the one timed batch looks right, by the assumption, the double is asked for, not sooner."""
+    law, one = GoodputLaw(largest_micro_batch_size=32), model(1.0, 1.0, 1.0, is_split_known=False)
+    seems_right = SimpleNamespace(bounds=lambda _z: (32.0, 128.0), contrast=lambda _phi: 0.5)
+    unmeasured = SimpleNamespace(bounds=lambda _z: (0.0, math.inf), contrast=lambda _phi: 0.0)
+    decision = decided(law, seems_right, batch=64, step_time=one)
+    assert decision.global_batch_size == 128
+    assert decision.reason.endswith("to time another, grow to 128")
+    assert decided(law, seems_right, batch=64, step_time=None).global_batch_size == 64
+    assert decided(law, unmeasured, batch=64, step_time=one).global_batch_size == 64
 
 
 def test_reason_has_the_split():
@@ -147,11 +168,13 @@ def test_settings_out_of_range(settings):
 
 @pytest.mark.parametrize(
     ("phi", "start", "share"),
-    [(1024, 16, 0.9), (1024, 4096, 0.8), (8192, 32, 0.9)],
-    ids=["16 times too small", "16 times too large", "drowned"],
+    [(1024, 16, 0.9), (1024, 4096, 0.8), (8192, 32, 0.9), (1024, 1024, 0.9)],
+    ids=["16 times too small", "16 times too large", "drowned", "at the noise scale"],
 )
 def test_finds_its_way_in_tens_of_steps(phi, start, share):
     """From 16 times off, with times measured on the way, the median run arrives within 80 steps.
+
+    So it does from the noise scale, where nothing but the time of steps says that the batch is four times too large.
 
     Of the best fixed batch's progress per second it makes nine tenths in 500 steps, and eight from above, where the
     first ten steps alone are worth a hundred and sixty.
