@@ -24,6 +24,8 @@ BY_CLOCK = {
     "progress/wall_s",
     "throughput/samples_per_sec",
     "time/step_s",
+    "ledger/device_s",
+    "device_s",
     "wall_s",
     "samples_per_s",
     "step_time_error",
@@ -120,7 +122,7 @@ def result_of(folder):
     folder = Path(folder)
     saved = load_newest(folder / "checkpoints")
     state = {**saved.state, "progress": without_clock(saved.state["progress"])}
-    del state["tempo"]
+    del state["tempo"], state["ledger"]
     state["undecided"] = without_clock(state["undecided"])
     state["config"] = {key: value for key, value in state["config"].items() if key not in ("run_dir", "checkpoint")}
     return {

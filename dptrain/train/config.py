@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from dptrain.batch import BatchPlan
@@ -12,10 +13,17 @@ from dptrain.control import (
     Controller,
     ExchangeRateLaw,
     GoodputLaw,
+    KaplanLaw,
     LearningRateSchedule,
     Limits,
     NoiseLaw,
+    NormTestLaw,
+    PolluxLaw,
+    Ramp,
     Schedule,
+    SeesawLaw,
+    StaircaseSchedule,
+    adam_betas,
     limited,
 )
 from dptrain.data import choose_micro_batch_size
@@ -38,13 +46,38 @@ class ControlConfig:
     mode: Literal["off", "measure", "advise", "adapt"] = "adapt"
     """off: nothing is measured; measure: the noise scale is; advise: decisions are made and told, and nothing is
     changed; adapt: they are acted upon."""
-    law: Literal["goodput", "noise", "exchange_rate", "schedule", "constant"] = "goodput"
+    law: Literal[
+        "goodput",
+        "noise",
+        "exchange_rate",
+        "norm_test",
+        "pollux",
+        "seesaw",
+        "ramp",
+        "kaplan",
+        "schedule",
+        "constant",
+    ] = "goodput"
     """goodput: most progress per second, by the measured time of a step; noise: ratio × noise scale; exchange_rate:
-    √(samples_per_step × noise scale); schedule: given; constant."""
+    √(samples_per_step × noise scale); norm_test: noise scale / tolerance²; pollux: goodput with its overlap; seesaw:
+    doubles where the schedule halves the rate; ramp: a warm-up to ramp_to; kaplan: from the loss per token; schedule:
+    as given; constant. docs/adapt.md says which is for whom."""
     ratio: float = 1.0
-    """Batch over noise scale, for law=noise."""
+    """Batch over noise scale, for law=noise; over the critical batch, for law=kaplan."""
     samples_per_step: float | None = None
     """Samples that one optimizer step fewer is worth, for law=exchange_rate."""
+    tolerance: float | None = None
+    """Standard deviation of the gradient over its size, for law=norm_test."""
+    overlap: float = 2.0
+    """How well the all-reduce hides behind the backward pass, from 1 (not at all) to 10, for law=pollux."""
+    tokens_per_sample: int | None = None
+    """Length of a sequence, for law=kaplan."""
+    ramp_to: int | None = None
+    """Batch at the end of the warm-up, in samples, for law=ramp."""
+    ramp_samples: int | None = None
+    """Length of the warm-up of the batch, in samples, for law=ramp."""
+    ramp_shape: Literal["linear", "doubling"] = "linear"
+    """By equal amounts, or by doublings, over equal numbers of samples."""
     schedule: str | None = None
     """Batches by position in samples, for law=schedule: "0:64 100000:128 1M:256"."""
     z: float = 1.0
@@ -91,10 +124,15 @@ class OptimizerConfig:
     """Which one."""
     learning_rate: float | None = None
     """Base rate, at the first global batch (at an infinite batch for rule=noise). Default: the task's."""
-    rule: Literal["none", "linear", "square_root", "gain", "noise"] = "square_root"
+    rule: Literal["none", "linear", "square_root", "gain", "noise", "surge"] = "square_root"
     """How the rate follows the batch."""
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """How the rate falls after the warm-up."""
+    beta_rule: Literal["none", "square_root", "half_life"] = "none"
+    """How the betas of adamw follow the batch. square_root: 1 − β in proportion to it; half_life: beta2 forgets over
+    equal numbers of samples."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    """How the rate falls after the warm-up. wsd: it stays, and falls at the end."""
+    decay_fraction: float | None = None
+    """Share of the run over which a wsd schedule falls. Default: 0.2."""
     warmup_samples: int | None = None
     """Length of the linear warm-up. Default: 2 % of the run."""
     final_fraction: float | None = None
@@ -183,7 +221,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(TrainConfig, vars(self))
         check_ranges(self, _RANGES)
-        _check_law(self.control)
+        _check_law(self)
         _check_bounds(self)
         _check_length(self)
         smoothing(self)
@@ -217,6 +255,11 @@ _RANGES: Mapping[str, Range] = {
     "drift_check_every_steps": _AT_LEAST_0,
     "control.ratio": _POSITIVE,
     "control.samples_per_step": _POSITIVE,
+    "control.tolerance": _POSITIVE,
+    "control.overlap": Range(text="from 1 to 10", holds=lambda value: 1 <= value <= 10),  # noqa: PLR2004 - as it says
+    "control.tokens_per_sample": _AT_LEAST_1,
+    "control.ramp_to": _AT_LEAST_1,
+    "control.ramp_samples": _AT_LEAST_1,
     "control.z": _POSITIVE,
     "control.smallest": _AT_LEAST_1,
     "control.largest": _AT_LEAST_1,
@@ -229,6 +272,7 @@ _RANGES: Mapping[str, Range] = {
     "noise.level": Range(text="between 0 and 1, such as 0.95", holds=lambda value: 0 < value < 1),
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.warmup_samples": _AT_LEAST_0,
+    "optimizer.decay_fraction": Range(text="above 0 and at most 1", holds=lambda value: 0 < value <= 1),
     "optimizer.final_fraction": Range(text="in [0, 1]", holds=lambda value: 0 <= value <= 1),
     "optimizer.weight_decay": _AT_LEAST_0,
     "optimizer.beta1": _DECAY,
@@ -275,15 +319,37 @@ def _check_length(config: TrainConfig) -> None:
         raise ConfigError(f"max_steps={steps} and max_samples={config.max_samples} both give a length: leave one out")
 
 
-def _check_law(control: ControlConfig) -> None:
-    needs = {"exchange_rate": "samples_per_step", "schedule": "schedule"}
-    for law, name in needs.items():
-        given = getattr(control, name) is not None
-        if control.law == law and not given:
-            raise ConfigError(f"control.law={law} needs control.{name}")
-        if control.law != law and given:
-            raise ConfigError(f"control.{name} is given, but control.law is {control.law}: it would be ignored")
-    _law(control, global_batch_size=1, micro_batch_size=1, least_accumulation_steps=1)
+_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "exchange_rate": ("samples_per_step",),
+    "norm_test": ("tolerance",),
+    "kaplan": ("tokens_per_sample",),
+    "ramp": ("ramp_to", "ramp_samples"),
+    "schedule": ("schedule",),
+}
+"""What each law must be given, and no other law has a use for."""
+
+
+def _check_law(config: TrainConfig) -> None:
+    control, optimizer = config.control, config.optimizer
+    for law, names in _NEEDS.items():
+        for name in names:
+            given = getattr(control, name) is not None
+            if control.law == law and not given:
+                raise ConfigError(f"control.law={law} needs control.{name}")
+            if control.law != law and given:
+                raise ConfigError(f"control.{name} is given, but control.law is {control.law}: it would be ignored")
+    if control.law == "seesaw" and optimizer.schedule == "constant":
+        raise ConfigError("control.law=seesaw needs an optimizer.schedule that falls: it doubles where that halves")
+    if optimizer.beta_rule != "none" and optimizer.name != "adamw":
+        raise ConfigError(
+            f"optimizer.beta_rule={optimizer.beta_rule} is about Adam's betas, but the optimizer is {optimizer.name}"
+        )
+    if optimizer.decay_fraction is not None and optimizer.schedule != "wsd":
+        raise ConfigError(
+            f"optimizer.decay_fraction is given, but optimizer.schedule is {optimizer.schedule}: it would be ignored"
+        )
+    if control.law == "schedule":
+        Schedule.parse(str(control.schedule))
 
 
 def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -> TrainConfig:
@@ -308,7 +374,7 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
     BatchPlan.exactly(global_batch_size=batch, micro_batch_size=least, world_size=replicas)
     control, optimizer = config.control, config.optimizer
     smallest = min(scheduled, default=min(batch, micro * replicas))
-    largest = max(scheduled, default=max(batch, min(64 * batch, max_samples // 50)))
+    largest = max(scheduled, default=max(batch, config.control.ramp_to or 0, min(64 * batch, max_samples // 50)))
     falls = optimizer.schedule != "constant"
     final = optimizer.final_fraction if optimizer.final_fraction is not None else (0.1 if falls else 0.0)
     warmup = optimizer.warmup_samples if optimizer.warmup_samples is not None else max_samples // 50
@@ -396,16 +462,10 @@ def controller(config: TrainConfig, *, world_size: int | None = None) -> Control
         world_size: replicas that there are; by default those that the run is laid out for.
     """
     control, batch, replicas = config.control, given(config.global_batch_size), given(config.layout_replicas)
-    law = _law(
-        control,
-        global_batch_size=batch,
-        micro_batch_size=largest_micro_batch_size(config),
-        # As `micro_batch_size` lays them out: two micro-batches at least, and those of replicas that are not there.
-        least_accumulation_steps=-(-max(replicas, 2) // (world_size or replicas)),
-    )
+    law = _law(config, world_size=world_size or replicas)
     if control.law == "constant":
         return law
-    given_by_hand = control.law == "schedule"
+    given_by_hand = control.law in _BY_HAND
     limits = Limits(
         smallest=control.smallest,
         largest=given(control.largest),
@@ -426,33 +486,62 @@ def _quantum(batch: int, replicas: int, *, powers_of_two: bool) -> int:
     return replicas * (share // (share & -share))
 
 
-def _law(
-    control: ControlConfig, *, global_batch_size: int, micro_batch_size: int, least_accumulation_steps: int
-) -> Controller:
-    if control.law == "goodput":
-        return GoodputLaw(
-            largest_micro_batch_size=micro_batch_size,
-            least_accumulation_steps=least_accumulation_steps,
+_BY_HAND = ("schedule", "ramp", "seesaw")
+"""Laws that measure nothing: nothing has to be waited for, and no step is too large."""
+
+
+def _law(config: TrainConfig, *, world_size: int) -> Controller:
+    control, batch = config.control, given(config.global_batch_size)
+    if control.law in ("goodput", "pollux"):
+        kind = GoodputLaw if control.law == "goodput" else partial(PolluxLaw, overlap=control.overlap)
+        return kind(
+            largest_micro_batch_size=largest_micro_batch_size(config),
+            # As `micro_batch_size` lays them out: two micro-batches at least, and those of replicas that are not there.
+            least_accumulation_steps=-(-max(given(config.layout_replicas), 2) // world_size),
             z=control.z,
         )
-    if control.law == "noise":
-        return NoiseLaw(ratio=control.ratio, z=control.z)
-    if control.law == "exchange_rate":
-        return ExchangeRateLaw(samples_per_step=given(control.samples_per_step), z=control.z)
-    if control.law == "schedule":
-        return Schedule.parse(given(control.schedule))
-    return Constant(global_batch_size=global_batch_size)
+    laws: Mapping[str, Callable[[], Controller]] = {
+        "noise": lambda: NoiseLaw(ratio=control.ratio, z=control.z),
+        "exchange_rate": lambda: ExchangeRateLaw(samples_per_step=given(control.samples_per_step), z=control.z),
+        "norm_test": lambda: NormTestLaw(tolerance=given(control.tolerance), z=control.z),
+        "seesaw": lambda: SeesawLaw(staircase=StaircaseSchedule(schedule=_schedule(config)), first=batch),
+        "ramp": lambda: Ramp(
+            first=batch,
+            last=given(control.ramp_to),
+            num_samples=given(control.ramp_samples),
+            shape=control.ramp_shape,
+        ),
+        "kaplan": lambda: KaplanLaw(tokens_per_sample=given(control.tokens_per_sample), ratio=control.ratio),
+        "schedule": lambda: Schedule.parse(given(control.schedule)),
+        "constant": lambda: Constant(global_batch_size=batch),
+    }
+    return laws[control.law]()
 
 
-def learning_rate_schedule(config: TrainConfig) -> LearningRateSchedule:
+def learning_rate_schedule(config: TrainConfig) -> LearningRateSchedule | StaircaseSchedule:
     """Build the course of the base rate from filled-in settings."""
+    schedule = _schedule(config)
+    return StaircaseSchedule(schedule=schedule) if config.control.law == "seesaw" else schedule
+
+
+def _schedule(config: TrainConfig) -> LearningRateSchedule:
     optimizer = config.optimizer
     return LearningRateSchedule(
         kind=optimizer.schedule,
         warmup_samples=given(optimizer.warmup_samples),
         max_samples=config.max_samples if optimizer.schedule != "constant" else None,
         final_fraction=given(optimizer.final_fraction),
+        decay_fraction=optimizer.decay_fraction,
     )
+
+
+def betas(config: TrainConfig, *, batch: int) -> tuple[float, float] | None:
+    """Return Adam's betas for a batch; None where they stay as they are."""
+    optimizer = config.optimizer
+    if optimizer.beta_rule == "none":
+        return None
+    tuned = (optimizer.beta1, optimizer.beta2)
+    return adam_betas(optimizer.beta_rule, tuned, batch=batch, reference_batch=given(config.global_batch_size))
 
 
 def smoothing(config: TrainConfig) -> Smoothing:

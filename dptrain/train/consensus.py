@@ -22,7 +22,18 @@ _PEER_LOST = re.compile(r"gloo/transport|Connection (closed|reset)|(?<!DataLoade
 """What gloo and NCCL say when the other side is gone; a loader that timed out is something else."""
 
 _TAGS = ("step", "position", "global_batch_size")
-_FLAGS = ("stop", "save", "failed_saves", "slow_ranks", "slow_rank", "slowness", "busy_s", "timed", "step_s")
+_FLAGS = (
+    "stop",
+    "save",
+    "failed_saves",
+    "slow_ranks",
+    "slow_rank",
+    "slowness",
+    "busy_s",
+    "timed",
+    "step_s",
+    "energy_j",
+)
 _BAD = 2  # ranks whose own gradient was not finite, and the sum of their numbers
 # tags, flags, halved, bad ranks, loss sum, then the meter's sums, of which the last is the number of samples
 _NUM_HOST = len(_TAGS) + len(_FLAGS) + 1
@@ -40,6 +51,7 @@ class Word:
         busy_s: seconds that it was busy by itself, in an earlier step.
         step_s: seconds from the beginning of the step before to that of this one; None where something else than
             training fell into them.
+        energy_j: joules that its device drew since it last told; NaN where that is not known.
     """
 
     stop: bool = False
@@ -48,6 +60,7 @@ class Word:
     slowness: float = 0.0
     busy_s: float = 0.0
     step_s: float | None = None
+    energy_j: float = math.nan
 
     def values(self, *, rank: int) -> list[float]:
         """Return what is summed over the replicas; of one slow replica the sum of numbers is its number."""
@@ -58,6 +71,7 @@ class Word:
             self.busy_s,
             float(self.step_s is not None),
             self.step_s or 0.0,
+            self.energy_j,
         ]
 
 
@@ -72,6 +86,7 @@ class StepRecord:
         micro_batch_size: largest micro-batch in it.
         learning_rate: in force.
         wall_s: seconds of training when its work was handed to the device.
+        betas: Adam's, where they follow the batch.
     """
 
     step: int
@@ -80,6 +95,7 @@ class StepRecord:
     micro_batch_size: int
     learning_rate: float
     wall_s: float
+    betas: tuple[float, float] | None = None
 
     @property
     def end(self) -> int:
@@ -108,6 +124,7 @@ class StepOutcome:
         slowness: its busy time to the mean of all.
         busy_s: mean seconds that a replica was busy by itself.
         step_s: mean seconds that the step before this one took; None where any replica did not just train.
+        energy_j: joules that all devices drew, up to this step; NaN where that of any is not known.
         halved: how many replicas had too little memory for their micro-batches, and took them in halves.
         meter_sums: for `Meter.absorb`.
     """
@@ -124,6 +141,7 @@ class StepOutcome:
     slowness: float
     busy_s: float
     step_s: float | None
+    energy_j: float
     halved: int
     meter_sums: list[float]
 
@@ -179,6 +197,7 @@ def receive(pending: PendingSum, record: StepRecord) -> StepOutcome:
         slowness=flags["slowness"],
         busy_s=flags["busy_s"] / world_size,
         step_s=flags["step_s"] / world_size if flags["timed"] == world_size else None,
+        energy_j=flags["energy_j"],
         halved=round(values[_NUM_HOST - 1]),
         meter_sums=meter_sums,
     )

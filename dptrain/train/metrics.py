@@ -19,18 +19,25 @@ kind="train", one per logged optimizer step
     gns/lower, gns/upper        its interval; upper null = unbounded
     gns/grad_sq, gns/trace      smoothed |G|² and tr(Σ) per sample; may be negative
     gns/effective_steps         steps that the smoothing window is worth
+    gns/<group>/b_simple, gns/<group>/lower, gns/<group>/upper
+                                the same of a part of the model, with noise.groups=true
     throughput/samples_per_sec  samples per second since the last logged step
+    time/step_s                 seconds of this step; null where something else than training fell into it
+    time/world_size             replicas
+    ledger/…                    used up to now, earlier attempts included (see ledger.py): flops, device_s (devices ×
+                                seconds), mfu, energy_j, cost; null where not known
 
 kind="eval", one per evaluation
     step, progress/samples      as above
     eval/loss                   mean held-out loss per sample
     eval/<metric>               each further figure of the task, such as eval/bits_per_byte
 
-`decisions.jsonl` holds one row per decision of the controller:
+`decisions.jsonl` holds one row per decision of the controller that differs from the one before:
     step, progress/samples      when it was taken
     batch/before, batch/after   global batch in samples
     lr_factor/before, lr_factor/after
                                 factor on the scheduled learning rate
+    applied                     false where it is advice (control.mode=advise)
     reason                      a sentence
     gns/…                       the measurement that it rests on, as above
 """

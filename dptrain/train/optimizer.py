@@ -42,10 +42,12 @@ def _can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
 
 
-def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Set the rate of all groups."""
+def set_rate(optimizer: Optimizer, learning_rate: float, *, betas: tuple[float, float] | None = None) -> None:
+    """Set the learning rate of all groups, and Adam's betas where they are given."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+        if betas is not None:
+            group["betas"] = betas
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:

@@ -16,6 +16,7 @@ from dptrain.noise import NoiseScale
 from dptrain.observe import Meter, PendingSum
 from dptrain.train.config import (
     TrainConfig,
+    betas,
     controller,
     given,
     largest_micro_batch_size,
@@ -23,6 +24,7 @@ from dptrain.train.config import (
     micro_batch_size,
 )
 from dptrain.train.consensus import StepOutcome, StepRecord, receive
+from dptrain.train.ledger import Ledger
 from dptrain.train.manifest import JSON
 from dptrain.train.metrics import Value
 from dptrain.train.run_log import RunLog, group_columns, noise_columns
@@ -82,13 +84,17 @@ class Pilot:
         meter: absorbs what steps measured.
         world_size: number of replicas.
         stream: order of the training data.
+        ledger: is told what steps used.
     """
 
-    def __init__(self, config: TrainConfig, *, meter: Meter, world_size: int, stream: SampleStream) -> None:
+    def __init__(
+        self, config: TrainConfig, *, meter: Meter, world_size: int, stream: SampleStream, ledger: Ledger
+    ) -> None:
         self._config = config
         self._meter = meter
         self._world_size = world_size
         self._stream = stream
+        self._ledger = ledger
         self._schedule = learning_rate_schedule(config)
         self._rule = RULES[config.optimizer.rule]
         self._controller = controller(config, world_size=world_size)
@@ -97,7 +103,7 @@ class Pilot:
         self._progress = Progress(
             global_batch_size=batch, learning_rate_factor=self._learning_rate_factor(meter.read(), batch)
         )
-        self._unread: tuple[StepRecord, PendingSum] | None = None
+        self._unread: tuple[StepRecord, PendingSum, float | None] | None = None
         self._undecided: StepRecord | None = None
         self._outcome: StepOutcome | None = None
         self._stop_agreed = False
@@ -140,18 +146,20 @@ class Pilot:
             micro_batch_size=micro_batch_size(self._config, global_batch_size=progress.global_batch_size),
             learning_rate=base * progress.learning_rate_factor,
             wall_s=wall_s,
+            betas=betas(self._config, batch=progress.global_batch_size),
         )
         self.tempo.began(record)
         return record
 
-    def sent(self, record: StepRecord, pending: PendingSum, *, wall_s: float) -> None:
+    def sent(self, record: StepRecord, pending: PendingSum, *, flops_per_sample: float | None, wall_s: float) -> None:
         """Note that a step was handed to the device, and that its outcome is under way."""
-        self._unread = (record, pending)
+        self._unread = (record, pending, flops_per_sample)
         self._progress = replace(self._progress, step=record.step, position=record.end, wall_s=wall_s)
 
     def paused(self, *, wall_s: float) -> None:
         """Note that something else than training took time up to now."""
         self.tempo.disturbed()
+        self._ledger.pause(seconds=wall_s - self._progress.wall_s, energy_j=0.0)  # its energy is told with a step
         self._clock = (self._progress.position, wall_s)
 
     def evaluated(self, loss: float) -> None:
@@ -168,8 +176,15 @@ class Pilot:
         """
         if self._unread is None:
             return
-        (record, pending), self._unread = self._unread, None
+        (record, pending, flops_per_sample), self._unread = self._unread, None
         outcome = receive(pending, record)
+        lap_s = self.tempo.lap_of(record)
+        self._ledger.step(
+            seconds=self._progress.wall_s - record.wall_s if lap_s is None else lap_s,
+            num_samples=record.global_batch_size,
+            flops_per_sample=flops_per_sample,
+            energy_j=outcome.energy_j,
+        )
         if outcome.finite and self._config.control.mode != "off":
             self._meter.absorb(outcome.meter_sums)
         self.tempo.learn(record, outcome)
@@ -350,6 +365,7 @@ class Pilot:
             "throughput/samples_per_sec": samples / elapsed if samples and elapsed > 0 else None,
             "time/step_s": self.tempo.lap_of(record),
             "time/world_size": self._world_size,
+            **self._ledger.columns(),
         }
 
     def figures(self) -> dict[str, Value]:
@@ -372,6 +388,7 @@ class Pilot:
             "noise_scale_text": str(scale),
             "resolved": str(scale.state),
             "steps_dropped": progress.steps_dropped,
+            **self._ledger.figures(),
             "step_time_error": None if (model := self.tempo.model) is None else model.error,
         }
 
@@ -382,6 +399,7 @@ class Pilot:
             "progress": asdict(self._progress),
             "control": state_to_json(self._control_state),
             "tempo": self.tempo.state(),
+            "ledger": self._ledger.state(),
             "meter": self._meter.state_dict(),
             "undecided": None if self._undecided is None else asdict(self._undecided),
         }
@@ -393,5 +411,6 @@ class Pilot:
         self._progress = Progress(**state["progress"])
         self._apply_limit()
         self.tempo.restore(state["tempo"])
+        self._ledger.restore(state["ledger"])
         self._undecided = None if state["undecided"] is None else StepRecord(**state["undecided"])
         self._clock = (self._progress.position, self._progress.wall_s)

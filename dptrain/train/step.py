@@ -18,8 +18,9 @@ from dptrain.observe import Meter, PendingSum
 from dptrain.observe.stopwatch import Stopwatch
 from dptrain.tasks.base import Batch, LossFunction
 from dptrain.train.consensus import StepRecord, Word, send
+from dptrain.train.flops import FlopCounter
 from dptrain.train.memory import release_memory, split
-from dptrain.train.optimizer import set_learning_rate, step_if_finite
+from dptrain.train.optimizer import set_rate, step_if_finite
 
 
 class Stepper:
@@ -58,6 +59,7 @@ class Stepper:
         self._seed_of = seed_of
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._stopwatch = Stopwatch(accelerator.device)
+        self._flops = FlopCounter()
         self._is_combining = False
 
     def take_busy_s(self) -> float:
@@ -66,6 +68,10 @@ class Stepper:
         On a GPU those of passes that have ended by now.
         """
         return self._stopwatch.take()
+
+    def take_flops_per_sample(self) -> float | None:
+        """Return the mean FLOPs per sample of this replica's passes since the last call; None where there were none."""
+        return self._flops.take_per_sample()
 
     def step(self, record: StepRecord, *, word: Word) -> PendingSum:
         """Take one optimizer step on the samples at the record's position; no host sync.
@@ -83,7 +89,7 @@ class Stepper:
         pending = send(record, word=word, loss_sum=loss_sum, meter_sums=sums, halved=halved)
         if self._max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, grad_norm)
-        set_learning_rate(self._optimizer, record.learning_rate)
+        set_rate(self._optimizer, record.learning_rate, betas=record.betas)
         step_if_finite(self._optimizer, grad_norm)
         self._optimizer.zero_grad(set_to_none=True)
         return pending
@@ -123,7 +129,8 @@ class Stepper:
             weight = one.num_samples * world_size / record.global_batch_size
             self._meter.begin(num_samples=one.num_samples, weight=weight)
             _seed_forward(self._seed_of(one.position), self._accelerator.device)
-            with nullcontext() if one.is_last else self._accelerator.no_sync(self._model):
+            together = nullcontext() if one.is_last else self._accelerator.no_sync(self._model)
+            with together, self._flops.counting(one.batch, num_samples=one.num_samples):
                 began = self._stopwatch.start()
                 loss = self._loss(self._model, one.batch)
                 self._stopwatch.stop(began)

@@ -9,6 +9,9 @@ from typing import Any
 from dptrain.control import StepShape, StepTimeModel, StepTimes
 from dptrain.train.consensus import StepOutcome, StepRecord
 
+_EVERY = 8
+"""Steps between two fits, which take half a millisecond: medians move slowly."""
+
 
 class Tempo:
     """Times the steps of this replica, and learns from the mean over all replicas.
@@ -27,6 +30,8 @@ class Tempo:
         self._lap_s: float | None = None
         self._was_disturbed = False
         self._times = StepTimes()
+        self._model: StepTimeModel | None = None
+        self._num_learned = 0
 
     def began(self, record: StepRecord) -> None:
         """Note that a step begins, and so that the one before it is over."""
@@ -58,16 +63,25 @@ class Tempo:
         shape = self._shapes.get(record.step - 1)
         if outcome.step_s is not None and shape is not None:
             self._times = self._times.timed(shape, outcome.step_s)
+            self._num_learned += 1
+            if self._num_learned % _EVERY == 0 or self._model is None or not self._model.is_split_known:
+                self._model = self._times.model()
 
     @property
     def model(self) -> StepTimeModel | None:
         """What was learned, as a model of the time of any step."""
-        return self._times.model()
+        return self._model
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold."""
-        return asdict(self._times)
+        return {"times": asdict(self._times), "num_learned": self._num_learned, "model": _as_json(self._model)}
 
     def restore(self, record: Mapping[str, Any]) -> None:
         """Go on from a `state`."""
-        self._times = StepTimes.from_json(record)
+        self._times = StepTimes.from_json(record["times"])
+        self._num_learned = record["num_learned"]
+        self._model = None if record["model"] is None else StepTimeModel(**record["model"])
+
+
+def _as_json(model: StepTimeModel | None) -> dict[str, Any] | None:
+    return None if model is None else asdict(model)

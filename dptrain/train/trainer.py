@@ -37,13 +37,16 @@ from dptrain.train.config import (
 )
 from dptrain.train.consensus import Result, StepRecord, Word, lost_peers_named, on_rank_0, told_by_rank_0
 from dptrain.train.drift import DriftCheck
+from dptrain.train.energy import EnergyCounter
 from dptrain.train.evaluation import evaluate
 from dptrain.train.keeper import Keeper, crosses
+from dptrain.train.ledger import Ledger
 from dptrain.train.manifest import JSON
 from dptrain.train.meeting import collective_timeout_s
 from dptrain.train.memory import find_micro_batch_size
 from dptrain.train.metrics import Value
 from dptrain.train.optimizer import NUM_STATES, build_optimizer, skips_on_device
+from dptrain.train.peak import matmul_precision, peak_flops_per_s
 from dptrain.train.pilot import Pilot
 from dptrain.train.preemption import StopRequest
 from dptrain.train.run_folder import RunFolder, check_same_settings, checkpoints_in, default_run_dir
@@ -116,7 +119,14 @@ class Trainer:
             population=self._num_samples,
         )
         self._stream = SampleStream(self._num_samples, seed=self._config.seed)
-        self._pilot = Pilot(self._config, meter=self._meter, world_size=self._world_size, stream=self._stream)
+        self._energy = EnergyCounter(self._accelerator.device)
+        self._pilot = Pilot(
+            self._config,
+            meter=self._meter,
+            world_size=self._world_size,
+            stream=self._stream,
+            ledger=self._ledger(),
+        )
 
     @property
     def is_main(self) -> bool:
@@ -135,6 +145,16 @@ class Trainer:
     @property
     def _num_samples(self) -> int:
         return len(self._task.train_data)  # type: ignore[arg-type]
+
+    def _ledger(self) -> Ledger:
+        device = self._accelerator.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        precision = matmul_precision(device, mixed_precision=self._config.precision)
+        return Ledger(
+            world_size=self._world_size,
+            peak_flops_per_s=peak_flops_per_s(name, precision=precision),
+            price_per_device_hour=self._config.log.price_per_device_hour,
+        )
 
     def _tap(self, groups: Groups) -> Tap:
         if self._config.control.mode == "off":
@@ -226,7 +246,8 @@ class Trainer:
                 pilot.read_outcome(log)
                 pilot.decide(log)
                 drift.finish()
-                pilot.sent(record, pending, wall_s=time.monotonic() - began_s)
+                flops = stepper.take_flops_per_sample()
+                pilot.sent(record, pending, flops_per_sample=flops, wall_s=time.monotonic() - began_s)
                 drift.start(record.step)
                 watchdog.beat()
                 if self._pause(record, keeper, log):
@@ -262,6 +283,7 @@ class Trainer:
             slowness=self._pilot.stragglers.slowness,
             busy_s=busy_s,
             step_s=self._pilot.tempo.lap_s,
+            energy_j=self._energy.take_j(),
         )
 
     def _pause(self, record: StepRecord, keeper: Keeper | None, log: RunLog) -> bool:

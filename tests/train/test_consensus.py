@@ -26,7 +26,8 @@ def agree(record, *, word=Word(), loss_sum=8.0, small=1.0, large=9.0):  # noqa: 
 
 def agree_in_many_ways(rank, world_size):
     outcomes = {
-        "plain": agree(RECORD, loss_sum=8.0 + 16.0 * rank),
+        "plain": agree(RECORD, word=Word(energy_j=1.5, step_s=0.1 + 0.2 * rank), loss_sum=8.0 + 16.0 * rank),
+        "paused": agree(RECORD, word=Word(energy_j=math.nan if rank else 1.0, step_s=None if rank else 0.1)),
         "stop": agree(RECORD, word=Word(stop=rank == 1)),
         "save": agree(RECORD, word=Word(save=rank == 0, failed_saves=2 * (rank == 0), busy_s=1.0 + rank)),
         "slow": agree(RECORD, word=Word(slowness=1.5 * (rank == 1))),
@@ -56,6 +57,14 @@ def test_every_replica_learns_the_same(results):
     assert first["plain"].grad_norm == 3.0
     assert first["plain"].finite
     assert not first["plain"].stop
+
+
+def test_times_are_meant_and_energies_added_where_all_know_theirs(results):
+    """The mean time of a step and the joules of all devices; where one replica has none, nobody has."""
+    for outcomes, _ in results:
+        assert (outcomes["plain"].step_s, outcomes["plain"].energy_j) == (pytest.approx(0.2), 3.0)
+        assert outcomes["paused"].step_s is None
+        assert math.isnan(outcomes["paused"].energy_j)
 
 
 def test_one_replica_stops_all(results):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dptrain.train import OptimizerConfig
-from dptrain.train.optimizer import build_optimizer, set_learning_rate, skips_on_device, step_if_finite
+from dptrain.train.optimizer import build_optimizer, set_rate, skips_on_device, step_if_finite
 
 CONFIGS = [
     OptimizerConfig(name="adamw", learning_rate=0.1),
@@ -106,6 +106,6 @@ def test_the_rate_is_set_for_all_groups():
     model = make_model()
     optimizer = build_optimizer(CONFIGS[0], model)
     before = [p.detach().clone() for p in model.parameters()]
-    set_learning_rate(optimizer, 0.0)
+    set_rate(optimizer, 0.0)
     take_step(optimizer, model, seed=0)
     assert_equal([p.detach() for p in model.parameters()], before)

@@ -1,0 +1,105 @@
+"""Each law and rule by its name in the settings, in a run of its own: it trains, decides, and refuses what it lacks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dptrain.errors import ConfigError
+from dptrain.train import ControlConfig, OptimizerConfig, TrainConfig, Trainer
+from dptrain.train.config import _BY_HAND
+from dptrain.train.metrics import read_rows
+from tests.runs import make_config, noisy
+
+LAWS = {
+    "goodput": {},
+    "pollux": {"overlap": 3.0},
+    "noise": {"ratio": 0.5},
+    "exchange_rate": {"samples_per_step": 1e4},
+    "norm_test": {"tolerance": 0.5},
+    "kaplan": {"tokens_per_sample": 10**6},
+    "seesaw": {},
+    "ramp": {"ramp_to": 16, "ramp_samples": 100},
+    "schedule": {"schedule": "0:4 80:12"},
+    "constant": {},
+}
+
+
+def train(folder, *, optimizer=None, **control):
+    control = ControlConfig(**{"dwell_decisions": 2, "z": 0.3, "smallest": 2, "largest": 16, **control})
+    optimizer = optimizer or OptimizerConfig(weight_decay=0.01)
+    trainer = Trainer(make_config(folder, control=control, optimizer=optimizer, max_samples=200), task=noisy)
+    return trainer, trainer.run()
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_each_law_trains_by_its_name(tmp_path, law):
+    """All samples are seen, batches keep to the bounds, each change has its reason, and all but a constant change."""
+    if law == "schedule":
+        LAWS[law].update(smallest=None, largest=None)
+    _, summary = train(tmp_path / "run", law=law, **LAWS[law])
+    decisions = read_rows(tmp_path / "run" / "decisions.jsonl")
+    batches = {row["batch/global"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"}
+    assert summary["samples_seen"] == 200
+    assert batches <= set(range(1, 17))
+    assert all(row["reason"] for row in decisions)
+    assert bool(decisions) == (law != "constant")
+    if law in _BY_HAND:
+        assert decisions[-1]["batch/after"] > 4
+
+
+@pytest.mark.parametrize(
+    ("law", "lacking"),
+    [("exchange_rate", "samples_per_step"), ("norm_test", "tolerance"), ("kaplan", "tokens_per_sample"),
+     ("ramp", "ramp_to"), ("schedule", "schedule")],
+)  # fmt: skip
+def test_a_law_says_what_it_lacks(law, lacking):
+    """What a law needs must be given, and what it has no use for must not."""
+    with pytest.raises(ConfigError, match=f"needs control.{lacking}"):
+        TrainConfig(control=ControlConfig(law=law))
+    with pytest.raises(ConfigError, match="it would be ignored"):
+        TrainConfig(control=ControlConfig(law="goodput", **LAWS[law]))
+
+
+def test_what_seesaw_and_beta_rules_need_of_the_optimizer():
+    """Seesaw needs a rate that falls, a rule for betas needs Adam, and a decay fraction a decay at the end."""
+    with pytest.raises(ConfigError, match="falls"):
+        TrainConfig(control=ControlConfig(law="seesaw"), optimizer=OptimizerConfig(schedule="constant"))
+    with pytest.raises(ConfigError, match="Adam"):
+        TrainConfig(optimizer=OptimizerConfig(name="sgd", beta_rule="half_life"))
+    with pytest.raises(ConfigError, match="ignored"):
+        TrainConfig(optimizer=OptimizerConfig(decay_fraction=0.3))
+
+
+def test_seesaw_doubles_where_the_rate_would_halve(tmp_path):
+    """The batch doubles once the linear schedule is down to a half, and the rate falls by √2 and not by two halves."""
+    train(tmp_path / "run", law="seesaw", optimizer=OptimizerConfig(schedule="linear", warmup_samples=4))
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
+    first = next(row for row in rows if row["batch/global"] == 8)
+    before = next(row for row in rows if row["progress/samples"] > 4)
+    # The step that was under way when the stair came had the smaller batch and the smaller rate already.
+    assert first["progress/samples"] == pytest.approx(113, abs=16)
+    assert first["train/lr"] / before["train/lr"] == pytest.approx(2**-0.5)
+
+
+def test_betas_follow_the_batch_and_come_back(tmp_path):
+    """Adam's second moment forgets over equal numbers of samples, as a function of the batch in force alone."""
+    trainer, _ = train(
+        tmp_path / "run",
+        law="schedule",
+        schedule="0:4 60:16 120:4",
+        smallest=None,
+        largest=None,
+        optimizer=OptimizerConfig(beta_rule="half_life", beta2=0.9),
+    )
+    assert trainer._optimizer.param_groups[0]["betas"] == (0.9, 0.9)
+    other, _ = train(
+        tmp_path / "other",
+        law="schedule",
+        schedule="0:4 60:16",
+        smallest=None,
+        largest=None,
+        optimizer=OptimizerConfig(beta_rule="half_life", beta2=0.9),
+    )
+    assert other._optimizer.param_groups[0]["betas"] == (0.9, pytest.approx(0.9**4))
+    assert all(torch.isfinite(p).all() for p in other._bare_model.parameters())

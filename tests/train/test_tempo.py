@@ -1,0 +1,75 @@
+"""How steps are timed: from one beginning to the next, without what was no training, as a mean over the replicas."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from dptrain.train.consensus import StepRecord
+from dptrain.train.tempo import Tempo
+
+
+def record(step, wall_s, *, batch=8):
+    return StepRecord(
+        step=step, position=0, global_batch_size=batch, micro_batch_size=2, learning_rate=0.1, wall_s=wall_s
+    )
+
+
+def outcome(step_s):
+    return SimpleNamespace(step_s=step_s)
+
+
+def test_a_step_lasts_until_the_next_begins():
+    """The lap is the step before; of the first step there is none, and of a step under way neither."""
+    tempo = Tempo(world_size=2)
+    first, second = record(1, 10.0), record(2, 10.5)
+    tempo.began(first)
+    assert (tempo.lap_s, tempo.lap_of(first)) == (None, None)
+    tempo.began(second)
+    assert (tempo.lap_s, tempo.lap_of(first), tempo.lap_of(second)) == (0.5, 0.5, None)
+
+
+def test_a_pause_is_no_step_time():
+    """A step in which something else took time is not timed; the one after it is."""
+    tempo = Tempo(world_size=1)
+    tempo.began(record(1, 0.0))
+    tempo.disturbed()
+    tempo.began(record(2, 60.0))
+    assert tempo.lap_s is None
+    tempo.began(record(3, 61.0))
+    assert tempo.lap_s == 1.0
+
+
+def test_the_time_belongs_to_the_shape_of_the_step_before():
+    """What comes back with a step tells of the one before it, and goes to that one's shape."""
+    tempo = Tempo(world_size=2)
+    for step in range(1, 40):
+        tempo.began(record(step, float(step), batch=8 if step < 20 else 32))
+        if step > 1:
+            # The step before had 8 samples up to step 20, and took 1 s; then 32, and took 4 s.
+            tempo.learn(record(step, float(step)), outcome(1.0 if step <= 20 else 4.0))
+    seconds = {
+        shape["shape"]["accumulation_steps"]: set(shape["seconds"]) for shape in tempo.state()["times"]["shapes"]
+    }
+    assert seconds == {2: {1.0}, 8: {4.0}}
+
+
+def test_what_not_all_replicas_timed_is_not_learned():
+    """Without a time from each the mean would be another thing."""
+    tempo = Tempo(world_size=2)
+    for step in range(1, 20):
+        tempo.began(record(step, float(step)))
+        tempo.learn(record(step, float(step)), outcome(None))
+    assert tempo.model is None
+
+
+def test_it_goes_on_from_its_state():
+    """A resumed run knows the times that were measured before."""
+    tempo, other = Tempo(world_size=2), Tempo(world_size=2)
+    for step in range(1, 20):
+        tempo.began(record(step, 0.3 * step))
+        tempo.learn(record(step, 0.3 * step), outcome(0.3))
+    other.restore(tempo.state())
+    assert other.model == tempo.model
+    assert other.model.step_s(micro_batch_size=2, accumulation_steps=2) == pytest.approx(0.3)
