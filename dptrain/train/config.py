@@ -190,6 +190,9 @@ class TrainConfig:
     """Keyword arguments of the task's function."""
     run_dir: str | None = None
     """Folder of the run. Default: runs/TASK-DATE-TIME."""
+    branch_from: str | None = None
+    """A checkpoint (folder step-…) of another run. This one begins with its parameters, its optimizer and its position
+    in the samples, and goes on with settings of its own; max_samples counts from the other's beginning."""
     seed: int = 0
     """Decides initialisation, order of samples and dropout."""
     max_samples: int | None = None
@@ -245,6 +248,7 @@ _PATH = Range(
 _RANGES: Mapping[str, Range] = {
     "task": _NAME,
     "run_dir": _PATH,
+    "branch_from": _PATH,
     "seed": _AT_LEAST_0,
     "max_samples": _AT_LEAST_1,
     "global_batch_size": _AT_LEAST_1,
@@ -406,7 +410,7 @@ def _as_saved(settings: Group, saved: Mapping[str, Any]) -> Group:
         value = getattr(settings, name)
         if is_dataclass(value) and not isinstance(value, type) and isinstance(saved.get(name), Mapping):
             found[name] = _as_saved(value, saved[name])
-        elif value is None and name != "run_dir":
+        elif value is None and name not in ("run_dir", "branch_from"):
             found[name] = saved.get(name)
     return replace(settings, **found)
 

@@ -134,6 +134,11 @@ class Pilot:
         """Whether the last step was taken."""
         return self._progress.position >= given(self._config.max_samples)
 
+    def begin_at(self, position: int) -> None:
+        """Begin where another run has come to, as a run of its own."""
+        self._progress = replace(self._progress, position=position)
+        self._clock = (position, 0.0)
+
     def next_record(self, *, wall_s: float) -> StepRecord:
         """Lay out the next step: the batch in force, or what is left of the run."""
         progress, max_samples = self._progress, given(self._config.max_samples)

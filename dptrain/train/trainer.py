@@ -25,7 +25,7 @@ from dptrain.observe.silent_tap import SilentTap
 from dptrain.observe.tap import Tap
 from dptrain.tasks import Task, check_task, resolve_task
 from dptrain.train.agreement import check_agreement, data_fingerprint
-from dptrain.train.checkpoint import Checkpoint, load_newest, set_aside
+from dptrain.train.checkpoint import Checkpoint, load_checkpoint, load_newest, set_aside
 from dptrain.train.config import (
     LogConfig,
     TrainConfig,
@@ -103,6 +103,9 @@ class Trainer:
         if config.micro_batch_size == "auto":
             config = replace(config, micro_batch_size=self._fitting_micro_batch_size(config))
         self._config = filled_in(config, self._task.suggestion, world_size=self._world_size)
+        # What a run branched off from is in its own checkpoints by then.
+        begins = config.branch_from is not None and self._saved is None
+        self._branch = load_checkpoint(Path(config.branch_from or "")) if begins else None
         self._fingerprint = data_fingerprint(self._task.train_data, seed=config.seed)
         self._check_agreement()
 
@@ -185,6 +188,7 @@ class Trainer:
                 "the version of torch": torch.__version__,
                 "the number of samples": self._num_samples,
                 "the data": self._fingerprint,
+                "the checkpoint to branch from": None if self._branch is None else self._branch.step,
                 "the checkpoint to resume from": None if self._saved is None else self._saved.step,
             },
             device=self._accelerator.device,
@@ -205,14 +209,19 @@ class Trainer:
             CheckpointError: where the run cannot be saved.
         """
         saved = self._saved
-        if saved is not None:
-            self._check_is_ours(saved)  # before the log is opened, which writes the settings and cuts rows
+        if saved is not None:  # before the log is opened, which writes the settings and cuts rows
+            check_same_settings(self._config, saved=saved.state["config"])  # type: ignore[arg-type]
+        for checkpoint in (saved, self._branch):
+            if checkpoint is not None:
+                self._check_same_data(checkpoint)
         log = self._open_log(saved)
         with ExitStack() as stack:
             stack.callback(log.close)
             stack.callback(self._meter.remove)
             if saved is not None:
                 self._restore(saved, log)
+            elif self._branch is not None:
+                self._begin_as(self._branch, log)
             self._follow_record(log)
             if not skips_on_device(self._optimizer):
                 log.note("this optimizer cannot skip a step on the device: each step waits for it once")
@@ -407,10 +416,9 @@ class Trainer:
         tensors = {"model": pack_model(self._bare_model), "optimizer": optimizer_tensors}
         return self._pilot.progress.step, (tensors, state)
 
-    def _check_is_ours(self, saved: Checkpoint) -> None:
-        """Refuse a checkpoint from which these settings and this data would go on as another run."""
+    def _check_same_data(self, saved: Checkpoint) -> None:
+        """Refuse a checkpoint from which this data would go on in another order, or with other samples."""
         state: dict[str, Any] = saved.state
-        check_same_settings(self._config, saved=state["config"])
         if state["num_samples"] != self._num_samples:
             raise ConfigError(
                 f"the data set had {state['num_samples']} samples when {saved.path} was saved and has "
@@ -428,22 +436,52 @@ class Trainer:
             log.note(f"passed over checkpoint {path}: {reason}")
         if saved.passed_over:
             log.note(f"{saved.steps_lost:,} steps are taken again for it")
-        try:
-            unpack_model(self._bare_model, saved.tensors("model"))
-            unpack_optimizer(
-                self._optimizer, names=self._names(), tensors=saved.tensors("optimizer"), state=state["optimizer"]
-            )
+        with _complete(saved):
+            self._unpack(saved)
             self._pilot.restore(state)
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"checkpoint {saved.path} does not hold what this version needs: {error}") from error
         progress = self._pilot.progress
         log.note(f"resumed from step {progress.step:,}, {progress.position:,} samples seen")
+
+    def _begin_as(self, other: Checkpoint, log: RunLog) -> None:
+        """Begin a run of its own where another one was: with its parameters, optimizer and position, and no more."""
+        state: dict[str, Any] = other.state
+        settings = [{**group, "params": None} for group in self._optimizer.param_groups]
+        with _complete(other):
+            self._unpack(other)
+            for group, own in zip(self._optimizer.param_groups, settings, strict=True):
+                group.update({**own, "params": group["params"]})
+            position = int(state["progress"]["position"])
+        if position >= given(self._config.max_samples):
+            raise ConfigError(
+                f"max_samples {self._config.max_samples} counts from the beginning of the run that is branched from, "
+                f"which has seen {position} samples at {other.path}: give more"
+            )
+        self._pilot.begin_at(position)
+        log.note(f"branched from {other.path}, {position:,} samples seen")
+
+    def _unpack(self, checkpoint: Checkpoint) -> None:
+        unpack_model(self._bare_model, checkpoint.tensors("model"))
+        unpack_optimizer(
+            self._optimizer,
+            names=self._names(),
+            tensors=checkpoint.tensors("optimizer"),
+            state=checkpoint.state["optimizer"],
+        )
 
     def _on_rank_0(self, action: Callable[[], Result]) -> Result | None:
         return on_rank_0(action, rank=self._accelerator.process_index, device=self._accelerator.device)
 
     def _names(self) -> dict[torch.nn.Parameter, str]:
         return {parameter: name for name, parameter in self._bare_model.named_parameters()}
+
+
+@contextmanager
+def _complete(checkpoint: Checkpoint) -> Iterator[None]:
+    """Say of a checkpoint that lacks something that it does."""
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {checkpoint.path} does not hold what this version needs: {error}") from error
 
 
 def _check_device(config: TrainConfig) -> None:
