@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MOST_SHAPES = 32
-_MOST_SECONDS = 15
-"""Durations kept of a shape, the latest ones: their median stands still under a few stragglers."""
+_MOST_SECONDS = 31
+_MOST_STRIDE = 8
+"""Of the latest 248 steps of a shape every eighth is kept: on a machine that others load, too, neighbours are alike."""
 _FEWEST_SECONDS = 3
 """Durations from which on a shape counts: the median of fewer may be a straggler."""
 _SKIPPED_OF_A_NEW_SHAPE = 3
@@ -33,8 +34,8 @@ _SKIPPED_OF_A_CHANGE = 1
 _ASSUMED_WEIGHT = 0.2
 """Weight of the assumed split, in square roots of a duration: any two shapes that differ drown it."""
 _LEAST_NOISE = 0.01
-_PRICE_OF_A_KNEE = 9 * math.pi / 2
-"""What a knee must save of the squared errors, in variances of a duration: three standard errors of a median."""
+_PRICE_OF_A_KNEE = 9.0
+"""What a knee must save of the squared errors, in variances: three standard errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +102,30 @@ class TimedShape:
 
     Attributes:
         shape: which one.
-        seconds: its latest durations, oldest first.
+        seconds: durations, oldest first, every `stride`-th of the latest.
+        stride: 1, 2, 4 or 8; doubles each time that the durations have become too many.
+        num_since: steps since the latest of the durations.
         to_skip: how many of its next steps are left out.
         predicted_s: what the model said before any step of it was timed; None where it could not say.
     """
 
     shape: StepShape
     seconds: tuple[float, ...] = ()
+    stride: int = 1
+    num_since: int = 0
     to_skip: int = _SKIPPED_OF_A_NEW_SHAPE
     predicted_s: float | None = None
+
+    def timed(self, seconds: float) -> TimedShape:
+        """Take in one more duration."""
+        if self.to_skip:
+            return replace(self, to_skip=self.to_skip - 1)
+        if self.num_since + 1 < self.stride:
+            return replace(self, num_since=self.num_since + 1)
+        kept, stride = (*self.seconds, seconds), self.stride
+        if len(kept) > _MOST_SECONDS and stride < _MOST_STRIDE:
+            kept, stride = kept[1::2], 2 * stride
+        return replace(self, seconds=kept[-_MOST_SECONDS:], stride=stride, num_since=0)
 
     @property
     def is_settled(self) -> bool:
@@ -149,12 +165,8 @@ class StepTimes:
             known = TimedShape(shape=shape, predicted_s=self._prediction(shape))
         elif known is not self.shapes[-1]:
             known = replace(known, to_skip=max(known.to_skip, _SKIPPED_OF_A_CHANGE))
-        if known.to_skip:
-            after = replace(known, to_skip=known.to_skip - 1)
-        else:
-            after = replace(known, seconds=(*known.seconds, seconds)[-_MOST_SECONDS:])
         others = (entry for entry in self.shapes if entry.shape != shape)
-        return StepTimes(shapes=(*others, after)[-_MOST_SHAPES:])
+        return StepTimes(shapes=(*others, known.timed(seconds))[-_MOST_SHAPES:])
 
     def model(self) -> StepTimeModel | None:
         """Return what the steps on the present number of replicas say; None before a shape has settled."""
@@ -173,6 +185,7 @@ class StepTimes:
                     TimedShape(
                         shape=StepShape(**entry["shape"]),
                         seconds=tuple(map(float, entry["seconds"])),
+                        stride=int(entry["stride"]),
                         predicted_s=entry["predicted_s"],
                     )
                     for entry in record["shapes"]
@@ -214,14 +227,15 @@ def _fit(settled: Sequence[TimedShape]) -> tuple[float, float, float, float]:
     knees = _knees(settled)
     medians = np.array([entry.median_s for entry in settled])
     weights = np.sqrt([len(entry.seconds) for entry in settled])
-    costs = np.array([[_costs(entry.shape, knee) for entry in settled] for knee in knees])
+    shapes = [(entry.shape.micro_batch_size, entry.shape.accumulation_steps) for entry in settled]
+    costs = np.array([[_costs(*shape, knee) for shape in shapes] for knee in knees])
     units = medians[-1] / costs[:, -1, :]  # so that what is solved for are shares of the present step's time
     rows = costs * units[:, None, :] * (weights / medians)[:, None]
     assumed = np.broadcast_to(_ASSUMED_WEIGHT * np.eye(3), (len(knees), 3, 3))
     right = np.array([*weights, _ASSUMED_WEIGHT / 2, 0.0, _ASSUMED_WEIGHT / 2])
     shares, misfits = _non_negative(np.concatenate([rows, assumed], axis=1), right)
-    price = _PRICE_OF_A_KNEE * _noise(settled) ** 2
-    best = int(np.argmin(misfits + price * (np.array(knees) > 0)))
+    variance = math.pi / 2 * _noise(settled) ** 2  # of a duration's share in a median
+    best = int(np.argmin(misfits + _PRICE_OF_A_KNEE * variance * (np.array(knees) > 0)))
     per_step_s, per_pass_s, per_sample_s = (shares[best] * units[best]).tolist()
     return per_step_s, per_pass_s, per_sample_s, knees[best]
 
@@ -232,10 +246,9 @@ def _knees(settled: Sequence[TimedShape]) -> list[float]:
     return [0.0, *timed[1:-1], *(math.sqrt(smaller * larger) for smaller, larger in pairwise(timed) if len(timed) > 2)]  # noqa: PLR2004 - a line goes through two
 
 
-def _costs(shape: StepShape, knee: float) -> tuple[float, float, float]:
-    """Return how often a step of `shape` pays each of the three times."""
-    accumulation_steps = shape.accumulation_steps
-    return 1.0, accumulation_steps, accumulation_steps * max(shape.micro_batch_size, knee)
+def _costs(micro_batch_size: float, accumulation_steps: float, knee: float) -> tuple[float, float, float]:
+    """Return how often a step pays each of the three times."""
+    return 1.0, accumulation_steps, accumulation_steps * max(micro_batch_size, knee)
 
 
 def _noise(settled: Sequence[TimedShape]) -> float:
