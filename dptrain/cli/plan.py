@@ -1,0 +1,204 @@
+"""`dptrain plan RUN`: how many GPUs to rent, told from one run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dptrain.errors import ConfigError
+from dptrain.explain import plan_words as words
+from dptrain.explain.devices import LATENCY_S, devices
+from dptrain.explain.findings import short
+from dptrain.explain.plan import OptimalSize, Plan, make_plan
+from dptrain.explain.plan_figure import draw_plan
+from dptrain.explain.planner import Point
+from dptrain.explain.record import read_run
+
+_ALL = "1,2,4,...,4096"
+_MOST_NUMBERS = 100
+_PLAIN_WIDTH = 150
+"""Columns of a table that goes to a file or a pipe, whose width nobody can ask for."""
+
+_DESCRIPTION = """Plan a training from one run that measured its noise scale and its step times: what it takes to come
+to a loss on each number of GPUs, in time, compute and money. Writes plan.png and plan.json into the run folder."""
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Plan, draw, write, and tell.
+
+    Raises:
+        ConfigError: where the run does not tell what is asked for, or cannot be written to.
+    """
+    options = _parser().parse_args(arguments)
+    record = read_run(options.run)
+    found = make_plan(
+        record,
+        devices(
+            record,
+            gradient_bytes=_gradient_bytes(options.run),
+            gb_per_s=options.allreduce_gb_per_s,
+            latency_s=1e-6 * options.allreduce_latency_us,
+        ),
+        numbers=options.gpus,
+        target=options.target,
+        price_per_device_hour=options.price_per_gpu_hour,
+        flops_budget=options.flops_budget,
+    )
+    text = json.dumps(to_json(found), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    picture = options.run / "plan.png"
+    try:
+        (options.run / "plan.json").write_text(text, encoding="utf-8")
+        draw_plan(found, picture)
+        if options.json not in (None, "-"):
+            Path(options.json).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {error.filename or picture}: {error.strerror or error}") from error
+    show(found, console=_console(stderr=options.json == "-"), picture=picture)
+    if options.json == "-":
+        sys.stdout.write(text)
+    return 0
+
+
+def to_json(found: Plan) -> dict[str, Any]:
+    """Return a plan as plain values, with its sentences."""
+    return {
+        "finding": words.headline(found),
+        "goal": words.goal(found),
+        "doubt": words.doubt(found),
+        "caveat": words.NO_OPTIMUM,
+        **asdict(found),
+        "compute_disagreement": found.compute_of_run.disagreement,
+    }
+
+
+def show(found: Plan, *, console: Console, picture: Path) -> None:
+    """Print a plan for people."""
+    console.print(_table(found))
+    sentences = [words.headline(found), words.doubt(found), words.trade_off(found), words.compute(found)]
+    for sentence in [*sentences, words.step_times(found), *found.warnings, *map(_size, found.optimal_sizes)]:
+        console.print(f"{sentence[0].upper()}{sentence[1:]}.", highlight=False, markup=False)
+    console.print(words.NO_OPTIMUM, highlight=False, markup=False)
+    console.print(f"picture: {picture}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _size(size: OptimalSize) -> str:
+    return (
+        f"Compute-optimal by {size.law}: {size.num_parameters:.3g} parameters and {size.num_tokens:.3g} tokens, "
+        f"{size.num_tokens / size.num_parameters:.3g} for each, to {size.loss:.3f} nats per token"
+    )
+
+
+def _table(found: Plan) -> Table:
+    table = Table(title=words.goal(found), caption=f"bold: the number of {found.device}s that the run had")
+    columns = _columns(found)
+    for head in columns:
+        table.add_column(head, justify="right")
+    for point in found.points:
+        style = "bold" if point.num_devices == found.own_devices else None
+        table.add_row(*(cell(point) for cell in columns.values()), style=style)
+    return table
+
+
+def _columns(found: Plan) -> dict[str, Callable[[Point], str]]:
+    """Return what the table shows of a point, under which head; not what the run does not tell."""
+    columns: dict[str, Callable[[Point], str]] = {
+        f"{found.device}s": lambda point: f"{point.num_devices:,}",
+        "batch": lambda point: f"{point.global_batch_size:,}",
+        "micro × acc.": lambda point: f"{point.micro_batch_size:,} × {point.accumulation_steps:,}",
+        "steps": lambda point: short(point.steps),
+        "samples": lambda point: short(point.samples),
+        "time": lambda point: words.about(point.seconds),
+        "by interval and fits": lambda point: _range(point.seconds_range),
+        "noise scale off by 6×": lambda point: _range(point.seconds_history),
+        "cost": lambda point: words.price(found, point),
+    }
+    first = found.points[0]
+    if first.compute.by_count is not None:
+        columns["pfs-days, counted"] = lambda point: words.petaflop_s_days(point.compute.by_count)
+    if first.compute.by_time is not None:
+        columns["pfs-days by time"] = lambda point: words.petaflop_s_days(point.compute.by_time)
+    if first.energy_j is not None:
+        columns["energy"] = lambda point: words.energy(point.energy_j or 0.0)
+    return columns
+
+
+def _range(ends: tuple[float, float]) -> str:
+    return " – ".join(map(words.about, ends))
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=_PLAIN_WIDTH)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dptrain plan", description=_DESCRIPTION)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, such as runs/pysource-20260101-120000")
+    parser.add_argument(
+        "--gpus", type=numbers, default=numbers(_ALL), metavar="LIST", help=f"numbers of them to plan for ({_ALL})"
+    )
+    parser.add_argument("--target", type=float, metavar="LOSS", help="to come to (the lowest of the run)")
+    parser.add_argument("--price-per-gpu-hour", type=_positive, metavar="X", help="in any currency")
+    parser.add_argument(
+        "--allreduce-gb-per-s",
+        type=_positive,
+        metavar="X",
+        help="bandwidth between two GPUs (told from the run: from two numbers of them, or as an upper bound)",
+    )
+    parser.add_argument(
+        "--allreduce-latency-us", type=_positive, default=1e6 * LATENCY_S, metavar="X", help="of a hop (%(default)g)"
+    )
+    parser.add_argument("--flops-budget", type=_positive, metavar="X", help="find a language model's sizes for it")
+    parser.add_argument("--json", metavar="PATH|-", help="write plan.json there too; - is stdout")
+    return parser
+
+
+def numbers(text: str) -> list[int]:
+    """Read a list of numbers; dots stand for a row that goes on by its last factor: "1,2,4,...,4096".
+
+    Raises:
+        argparse.ArgumentTypeError: where it is none.
+    """
+    found: list[int] = []
+    parts = [part.strip() for part in text.replace("…", "...").split(",")]
+    try:
+        for index, part in enumerate(parts):
+            found += _between(found, int(parts[index + 1])) if part == "..." else [int(part)]
+    except (ValueError, IndexError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list such as 1,2,8 or {_ALL}") from None
+    if not found or min(found) < 1 or len(found) > _MOST_NUMBERS:
+        raise argparse.ArgumentTypeError(f"{text!r}: from 1 to {_MOST_NUMBERS} numbers, each at least 1")
+    return found
+
+
+def _between(before: list[int], last: int) -> list[int]:
+    """Return what stands for the dots between numbers and the one after the dots."""
+    first, second = before[-2:]
+    if not (0 < first < second and second % first == 0):
+        raise ValueError
+    factor, row = second // first, [second * (second // first)]
+    while row[-1] * factor <= last:
+        row.append(row[-1] * factor)
+    return [number for number in row if number < last]
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return value
+
+
+def _gradient_bytes(run_dir: Path) -> float | None:
+    """Return the size of a run's gradients, as that of the weights in its newest checkpoint; None without one."""
+    found = sorted((run_dir / "checkpoints").glob("step-*/model.safetensors"))
+    return float(found[-1].stat().st_size) if found else None
