@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -51,7 +52,7 @@ def test_more_devices_are_never_slower_and_never_cheaper():
     """Where the all-reduce costs nothing; and no batch needs less than the fewest steps and samples."""
     planner = _planner(gb_per_s=1e9, gradient_bytes=1.0, latency_s=1e-12)
     points = [planner.at(planner.fastest(1 << power)) for power in range(13)]
-    for few, many in zip(points, points[1:], strict=False):
+    for few, many in pairwise(points):
         assert many.seconds <= few.seconds * 1.0001
         assert many.device_s >= few.device_s * 0.9999
     least = planner.needed.implied
