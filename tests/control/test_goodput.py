@@ -5,7 +5,7 @@ from statistics import median
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dptrain.control import ExchangeRateLaw, FastestLaw, GoodputLaw, Measurement, StepTimeModel
@@ -40,6 +40,7 @@ def decided(law, phi, *, batch=64, step_time=None):
     return law.decide(Measurement(samples_seen=0, global_batch_size=batch, noise_scale=phi, step_time=step_time))
 
 
+@settings(deadline=None)
 @given(alpha=times, beta=times, lower=phis, width=st.floats(1, 1e3), batch=st.integers(1, 10**5))
 def test_on_a_line_it_is_the_exchange_rate_law(alpha, beta, lower, width, batch):
     """With T = α + βB it asks for the batch that the exchange rate r = α/β asks for, from any batch and interval."""
@@ -53,6 +54,7 @@ def test_on_a_line_it_is_the_exchange_rate_law(alpha, beta, lower, width, batch)
     assert asked[0] == pytest.approx(asked[1], rel=1e-6)
 
 
+@settings(deadline=None)
 @given(per_step=times, per_pass=times, per_sample=times, knee=st.floats(0, 100), phi=phis, larger=phis)
 def test_maps_rise_and_invert(per_step, per_pass, per_sample, knee, phi, larger):
     """For any times the batch rises with the noise scale, and the noise scale that it is right for inverts that."""
@@ -65,6 +67,7 @@ def test_maps_rise_and_invert(per_step, per_pass, per_sample, knee, phi, larger)
     assert fastest.noise_scale_for(batch / 1.001) <= phi * (1 + 1e-6)
 
 
+@settings(deadline=None)
 @given(per_step=times, per_pass=times, per_sample=times, knee=st.sampled_from([0.0, 6.0, 16.0]), phi=phis)
 def test_it_is_the_best_of_all_rungs(per_step, per_pass, per_sample, knee, phi):
     """Rounded to a ladder of powers of two, no rung makes more progress per second, layout and knee included."""
@@ -102,6 +105,7 @@ def test_where_samples_are_free_batches_grow():
     assert decided(law, known(0.1), batch=8, step_time=step_time).global_batch_size >= 128 / math.sqrt(2)
 
 
+@settings(deadline=None)
 @given(alpha=times, beta=times, phi=phis, wrong=st.floats(1 / 6, 6))
 def test_a_wrong_noise_scale_costs_little(alpha, beta, phi, wrong):
     """A noise scale that is wrong by a factor of six at most costs 18 % of the progress per second at most."""
@@ -153,17 +157,17 @@ def test_nonsense_and_ignorance_move_nothing(interval):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "wrong",
     [
         {"largest_micro_batch_size": 0},
         {"largest_micro_batch_size": 8, "least_accumulation_steps": 0},
         {"largest_micro_batch_size": 8, "z": 0},
     ],
 )
-def test_settings_out_of_range(settings):
+def test_settings_out_of_range(wrong):
     """Settings that no run can have are refused."""
     with pytest.raises(ConfigError):
-        GoodputLaw(**settings)
+        GoodputLaw(**wrong)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dptrain.control import GoodputLaw, Measurement, PolluxLaw, StepTimeModel
@@ -31,6 +31,7 @@ def asked(law, phi, *, batch, step_time):
     return law.decide(measurement).global_batch_size
 
 
+@settings(deadline=None)
 @given(times, times, times, st.floats(1, 1e5), st.integers(2, 10**4))
 def test_without_overlap_it_is_the_goodput_law(per_step, per_pass, per_sample, phi, batch):
     """With γ = 1 it asks for the same batch."""
@@ -40,6 +41,7 @@ def test_without_overlap_it_is_the_goodput_law(per_step, per_pass, per_sample, p
     assert asked(pollux, phi, batch=batch, step_time=step_time) == pytest.approx(expected, rel=1e-4)
 
 
+@settings(deadline=None)
 @given(times, times, times, st.floats(1, 10), st.integers(2, 2000))
 def test_its_time_is_right_at_the_present_batch(per_step, per_pass, per_sample, overlap, batch):
     """Whatever the overlap, the present batch takes the time that the fit says, in units of one of its passes."""
@@ -67,6 +69,7 @@ def test_a_hidden_synchronisation_is_not_worth_a_larger_batch():
     assert batches[-1] < batches[0]
 
 
+@settings(deadline=None)
 @given(times, times, times, st.floats(0, 100), st.floats(1, 10), st.floats(1e-2, 1e6), st.floats(1e-2, 1e6))
 def test_the_batch_rises_with_the_noise_scale(per_step, per_pass, per_sample, knee, overlap, phi, larger):
     """For any times and overlap, from the same batch, more noise never asks for less."""
