@@ -31,8 +31,8 @@ _FEWEST_SECONDS = 3
 _SKIPPED_OF_A_NEW_SHAPE = 3
 """Steps left out when this process meets a shape: compilation, allocation, the wrapper's second layout of buckets."""
 _SKIPPED_OF_A_CHANGE = 1
-_ASSUMED_WEIGHT = 0.2
-"""Weight of the assumed split, in square roots of a duration: any two shapes that differ drown it."""
+_ASSUMED_ERROR = 0.5
+"""Standard error of the assumed split, in shares of a step's time: any two shapes that differ clearly drown it."""
 _LEAST_NOISE = 0.01
 _PRICE_OF_A_KNEE = 9.0
 """What a knee must save of the squared errors, in variances: three standard errors."""
@@ -231,10 +231,11 @@ def _fit(settled: Sequence[TimedShape]) -> tuple[float, float, float, float]:
     costs = np.array([[_costs(*shape, knee) for shape in shapes] for knee in knees])
     units = medians[-1] / costs[:, -1, :]  # so that what is solved for are shares of the present step's time
     rows = costs * units[:, None, :] * (weights / medians)[:, None]
-    assumed = np.broadcast_to(_ASSUMED_WEIGHT * np.eye(3), (len(knees), 3, 3))
-    right = np.array([*weights, _ASSUMED_WEIGHT / 2, 0.0, _ASSUMED_WEIGHT / 2])
-    shares, misfits = _non_negative(np.concatenate([rows, assumed], axis=1), right)
     variance = math.pi / 2 * _noise(settled) ** 2  # of a duration's share in a median
+    weight = math.sqrt(variance) / _ASSUMED_ERROR
+    assumed = np.broadcast_to(weight * np.eye(3), (len(knees), 3, 3))
+    right = np.array([*weights, weight / 2, 0.0, weight / 2])
+    shares, misfits = _non_negative(np.concatenate([rows, assumed], axis=1), right)
     best = int(np.argmin(misfits + _PRICE_OF_A_KNEE * variance * (np.array(knees) > 0)))
     per_step_s, per_pass_s, per_sample_s = (shares[best] * units[best]).tolist()
     return per_step_s, per_pass_s, per_sample_s, knees[best]

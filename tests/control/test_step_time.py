@@ -54,7 +54,7 @@ def test_recovers_a_line(per_step, per_pass, per_sample):
     model = timed(truth, [*WALK, shape(16, 4)]).model()
     assert model.is_split_known
     for pair in product((2, 4, 24, 64), (1, 3, 16)):
-        assert model.seconds(shape(*pair)) == pytest.approx(truth(shape(*pair)), rel=0.05)
+        assert model.seconds(shape(*pair)) == pytest.approx(truth(shape(*pair)), rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["line", "knee"])
