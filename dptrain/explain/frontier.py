@@ -150,8 +150,8 @@ class Frontier:
     def __str__(self) -> str:
         found = [f"{self.verdict}: {self.reason}"] if self.reason else []
         if self.verdict is not Verdict.NOT:
-            found += [f"S_min {self.min_steps} steps, E_min {self.min_samples} samples"]
-            found += [f"B_crit {self.critical_batch_size} samples"]
+            both = f"S_min {self.min_steps} steps, E_min {self.min_samples} samples"
+            found.append(f"{both}, B_crit {self.critical_batch_size} samples")
         return "; ".join([*found, str(self.misfit)])
 
 

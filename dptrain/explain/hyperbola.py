@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _REACH = 100.0  # a B_crit that far beyond the batches bends the line by 1 %, and counts as nowhere
 _SPACING = 0.02  # of the grid in ln B_crit; a parabola finds the rest
-_NO_SCATTER = 1e-9
+_NO_SCATTER = 1e-9  # of ln(steps): rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Runs:
         own_freedom = (len(self.counts) - 1) * (num_seeds - 1)
         return Scatter(
             total=total,
-            own=math.sqrt(float(own @ own) / own_freedom),
+            own=max(math.sqrt(float(own @ own) / own_freedom), _NO_SCATTER),
             own_freedom=own_freedom,
             shared=math.sqrt(float(levels @ levels) / (num_seeds - 1)),
             shared_freedom=num_seeds - 1,
