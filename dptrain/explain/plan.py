@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from dptrain.errors import ConfigError
 from dptrain.explain.compute import SCALING_LAWS, Compute
 from dptrain.explain.planner import Planner, Point
+from dptrain.explain.progress import update_factor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -48,8 +49,9 @@ class Plan:
         target_error: relative standard error of steps and samples to a target beyond the run; 0 within it.
         min_steps: S_min, the fewest steps, by ever larger batches.
         min_samples: E_min, the fewest samples, by ever smaller ones.
-        noise_scale: E_min/S_min, the noise scale averaged over the way to the target, in samples.
-        noise_scale_range: the same by both ends of its interval.
+        twice_both: E_min/S_min, the batch that takes twice the fewest steps and twice the fewest samples.
+        twice_both_range: the same by both ends of the noise scale's interval.
+        update_factor: `twice_both` over the noise scale averaged over the way, see `progress.NORMALISED`.
         points: one for each number of devices that was asked for.
         knee: the number of devices up to which twice as many save at least 30 % of the time.
         ceiling: the number beyond which twice as many save less than 5 %; None where it is above all asked for.
@@ -70,8 +72,9 @@ class Plan:
     target_error: float
     min_steps: float
     min_samples: float
-    noise_scale: float
-    noise_scale_range: tuple[float, float]
+    twice_both: float
+    twice_both_range: tuple[float, float]
+    update_factor: float
     points: tuple[Point, ...]
     knee: int
     ceiling: int | None
@@ -120,8 +123,9 @@ def make_plan(
         target_error=needed.error,
         min_steps=needed.implied.min_steps,
         min_samples=needed.implied.min_samples,
-        noise_scale=needed.implied.noise_scale,
-        noise_scale_range=planner.noise_scale_range,
+        twice_both=needed.implied.noise_scale,
+        twice_both_range=planner.twice_both_range,
+        update_factor=update_factor(record),
         points=tuple(planner.at(planner.fastest(number)) for number in sorted(set(numbers))),
         knee=knee,
         ceiling=ceiling,

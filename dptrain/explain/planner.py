@@ -68,7 +68,7 @@ class Planner:
     """Tells what any layout of a step takes to a target.
 
     A fixed batch B takes S_min + E_min/B steps (see `progress`), each as long as `devices` says. Whether the learning
-    rate suits each batch is left open: the theory has the best one at each.
+    rate suits each batch is left open: the theory has a good one at each.
 
     Args:
         record: the run.
@@ -108,8 +108,8 @@ class Planner:
         return needs(course(self._record, self.curve, assumption), self.curve, target=self.target)
 
     @property
-    def noise_scale_range(self) -> tuple[float, float]:
-        """The noise scale averaged over the way, by both ends of its interval."""
+    def twice_both_range(self) -> tuple[float, float]:
+        """The batch that takes twice the fewest steps and samples, by both ends of the noise scale's interval."""
         ends = [implied.noise_scale for implied in self._interval]
         return min(ends), max(ends)
 
@@ -162,10 +162,10 @@ class Planner:
         model = self._devices.model
         if self.needed.samples_of_run is None:
             further = self.needed.implied.min_steps / float(course(self._record, self.curve).progress[-1])
+            factor = 1 + self.needed.error
             yield (
                 f"the target lies beyond the run, whose lowest {self.curve.name} is {self.curve.lowest:.4g}: "
-                f"{further:.3g} times its progress, by a power law that knows of no floor (±{self.needed.error:.0%} by "
-                f"its fit alone)"
+                f"{further:.3g} times its progress by a power law, good to a factor of {factor:.2g} if it holds"
             )
         if not model.is_split_known:
             yield (

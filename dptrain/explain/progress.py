@@ -20,8 +20,25 @@ if TYPE_CHECKING:
 _SETTLED = 0.25
 """Part of a run that is left out of a trend: warm-up and the first steep fall are another law. A matter of taste."""
 _FEWEST_POINTS = 5
+_NUM_FLOORS = 100
+_NEAREST_FLOOR = 0.99
+"""Highest floor that is tried, as a part of the target: the law must reach it."""
+_RULED_OUT = 4.0
+"""How much worse a floor may fit before it is ruled out, in variances of the losses: two standard errors."""
 _STEEPEST = 10.0
 """Largest exponent of the noise scale against the loss that is believed; Kaplan et al. 2020 found 4.76 for text."""
+
+
+NORMALISED = 3.0
+"""Batch at which the samples double, over the noise scale, for an optimizer that divides its update by its size.
+
+With the best rate at each batch a step makes 1/(1 + φ/B) of the progress of one without noise (McCandlish et al. 2018,
+for SGD), and the samples to a loss double at B = φ. Adam's update has the size of its rate however noisy it is, and of
+it the part 1/√(1 + φ/B) lies along the gradient. At a rate that follows √B the samples go as √(B + φ), which doubles at
+B = 3φ. So φ counts threefold for such an optimizer, in the form that has a fewest number of steps; beyond some batch
+the root rule must end, and where is not known. On our tasks a factor of 3 to 6 was right (`benchmarks.plan`).
+"""
+_NORMALISING = ("adamw",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +90,7 @@ class Course:
     Attributes:
         samples: (rows,) seen at the end of each row.
         progress: (rows,) made by then.
-        noise_scales: (rows,) φ in each row, in samples.
+        noise_scales: (rows,) φ in each row, in samples, times `update_factor`.
         growth: exponent of φ against one over the loss, for what lies beyond the run; at least 0.
     """
 
@@ -89,7 +106,7 @@ class Needs:
 
     Attributes:
         implied: S_min and E_min, from which any batch's steps and samples follow.
-        error: relative standard error of both, for a loss beyond the run; 0 within it.
+        error: relative error of both, for a loss beyond the run; 0 within it.
         samples_of_run: after how many samples the run itself was there; None where it was not.
     """
 
@@ -124,19 +141,24 @@ def course(record: RunRecord, curve: LossCurve, assumption: Assumption = MEASURE
         ConfigError: where the noise scale was never resolved.
     """
     samples, batches = column(record.train, SAMPLES), column(record.train, "batch/global")
-    scales = assumption.factor * _filled(record, assumption.end)
+    scales = assumption.factor * update_factor(record) * _filled(record, assumption.end)
     steps = np.diff(samples, prepend=0.0) / batches
     progress = np.cumsum(steps / (1 + scales / batches))
     growth = _growth(record, curve) if assumption.grows else 0.0
     return Course(samples=samples, progress=progress, noise_scales=scales, growth=growth)
 
 
+def update_factor(record: RunRecord) -> float:
+    """Return what the noise scale counts for the run's optimizer: threefold for Adam's kind, else once."""
+    return NORMALISED if record.setting("optimizer.name") in _NORMALISING else 1.0
+
+
 def needs(course: Course, curve: LossCurve, *, target: float) -> Needs:
     """Return what it takes to come to a loss for the first time.
 
     Within the run that is read off its own curve. Beyond it the loss is taken to go on as a power law in the progress,
-    L ~ s^-a, fitted in logarithms to what followed the first quarter, and φ to grow as L^-growth with it; neither has
-    a floor or an end of the learning rate's schedule, so this is the more hopeful the further it reaches.
+    fitted to what followed the first quarter, and φ to grow as L^-growth with it; a learning rate that is yet to fall
+    is not foreseen.
 
     Raises:
         ConfigError: where the loss lies beyond the run and cannot be extrapolated.
@@ -145,8 +167,9 @@ def needs(course: Course, curve: LossCurve, *, target: float) -> Needs:
     if len(reached):
         at = _crossing(curve, int(reached[0]), target=target)
         return Needs(implied=_within(course, at), error=0.0, samples_of_run=at)
-    progress, error, decay = _extrapolated(course, curve, target=target)
-    return Needs(implied=_beyond(course, progress, decay=decay), error=error, samples_of_run=None)
+    progress, error = _extrapolated(course, curve, target=target)
+    growth = (curve.lowest / target) ** course.growth
+    return Needs(implied=_beyond(course, progress, growth=growth), error=error, samples_of_run=None)
 
 
 def _crossing(curve: LossCurve, index: int, *, target: float) -> float:
@@ -166,16 +189,23 @@ def _within(course: Course, samples: float) -> ImpliedFrontier:
     return ImpliedFrontier(min_steps=float(done.sum()), min_samples=float((course.noise_scales * done).sum()))
 
 
-def _beyond(course: Course, progress: float, *, decay: float) -> ImpliedFrontier:
-    """Return what it takes to come beyond the end, with φ ~ L^-growth ~ s^(decay·growth)."""
+def _beyond(course: Course, progress: float, *, growth: float) -> ImpliedFrontier:
+    """Return what it takes to come beyond the end, where φ has grown by a factor, as a power of the progress."""
     whole, last = _within(course, float(course.samples[-1])), float(course.noise_scales[-1])
-    power = 1 + decay * course.growth
-    further = last * whole.min_steps * ((progress / whole.min_steps) ** power - 1) / power
-    return ImpliedFrontier(min_steps=progress, min_samples=whole.min_samples + further)
+    further = math.log(progress / whole.min_steps)
+    power = 1 + (math.log(growth) / further if further > 0 else 0.0)
+    samples = last * whole.min_steps * math.expm1(power * further) / power
+    return ImpliedFrontier(min_steps=progress, min_samples=whole.min_samples + samples)
 
 
-def _extrapolated(course: Course, curve: LossCurve, *, target: float) -> tuple[float, float, float]:
-    """Return the progress at a loss beyond the run, its relative standard error, and the exponent a."""
+def _extrapolated(course: Course, curve: LossCurve, *, target: float) -> tuple[float, float]:
+    """Return the progress at a loss beyond the run, and its relative error.
+
+    In the middle between two laws: one without a floor, L = A·s^-a, and the slowest with a floor that its own curve
+    does not rule out, L = F + A·s^-a. A curve that still falls says little about its floor, so the middle stands for
+    either: without a floor our tasks came 5 to 40 % later than predicted, and by the fit's own choice of one up to
+    three times too late.
+    """
     settled = curve.samples >= _SETTLED * curve.samples[-1]
     losses = curve.losses[settled]
     beyond = f"a {curve.name} of {target:.4g} lies beyond the run, whose lowest is {curve.lowest:.4g}"
@@ -185,16 +215,46 @@ def _extrapolated(course: Course, curve: LossCurve, *, target: float) -> tuple[f
             f"target: give a --target that the run has reached"
         )
     x = np.log(np.interp(curve.samples[settled], course.samples, course.progress))
-    y = np.log(losses)
-    slope, intercept = np.polyfit(x, y, 1)
-    spread = float(np.sqrt(np.sum((y - intercept - slope * x) ** 2) / (len(x) - 2)))
-    goal = float((math.log(target) - intercept) / slope) if slope else math.inf
-    deviation = spread * math.sqrt(1 / len(x) + (goal - x.mean()) ** 2 / np.sum((x - x.mean()) ** 2))
+    highest = _NEAREST_FLOOR * min(target, float(losses.min()))
+    laws = [_Law.fitted(x, losses, floor=floor) for floor in np.linspace(0.0, highest, _NUM_FLOORS)]
+    plain = laws[0]
     # A slope that is no more than its own error away from level has no end in sight.
-    if not (slope < 0 and deviation < -slope):
+    if not (plain.slope < 0 and plain.deviation(target) < -plain.slope):
         raise ConfigError(f"{beyond}, and the loss no longer falls clearly: give a --target that the run has reached")
+    allowed = min(law.misfit for law in laws) * (1 + _RULED_OUT / (len(x) - 3))
+    goals = [plain.goal(target), *(law.goal(target) for law in laws if law.slope < 0 and law.misfit <= allowed)]
+    half = (max(goals) - goals[0]) / 2
     # The curve's last point may lie above the line; what was reached is not beyond.
-    return max(math.exp(goal), float(course.progress[-1])), float(deviation / -slope), float(-slope)
+    progress = max(math.exp(goals[0] + half), float(course.progress[-1]))
+    return progress, math.hypot(half, plain.deviation(target) / -plain.slope)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Law:
+    """L = floor + exp(intercept)·s^slope, fitted to ln(L − floor) over x = ln s."""
+
+    floor: float
+    slope: float
+    intercept: float
+    misfit: float
+    x: NDArray[np.float64]
+
+    @classmethod
+    def fitted(cls, x: NDArray[np.float64], losses: NDArray[np.float64], *, floor: float) -> _Law:
+        slope, intercept = np.polyfit(x, np.log(losses - floor), 1)
+        # Of the losses themselves, so that laws with different floors can be compared.
+        misfit = np.sum(np.log((floor + np.exp(intercept + slope * x)) / losses) ** 2)
+        return cls(floor=floor, slope=float(slope), intercept=float(intercept), misfit=float(misfit), x=x)
+
+    def goal(self, target: float) -> float:
+        """Return ln s at a loss."""
+        return (math.log(target - self.floor) - self.intercept) / self.slope if self.slope else math.inf
+
+    def deviation(self, target: float) -> float:
+        """Return the standard error of the line at a loss, in ln L; of a law without a floor."""
+        count, far = len(self.x), self.goal(target) - float(self.x.mean())
+        spread = float(np.sum((self.x - self.x.mean()) ** 2))
+        return math.sqrt(self.misfit / (count - 2) * (1 / count + far**2 / spread))
 
 
 def _growth(record: RunRecord, curve: LossCurve) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from dptrain.errors import ConfigError
-from dptrain.explain.progress import HIGH, HISTORY, LOW, MEASURED, Assumption, course, loss_curve, needs
+from dptrain.explain.progress import HIGH, HISTORY, LOW, MEASURED, NORMALISED, Assumption, course, loss_curve, needs
 from tests.ideal_runs import FALL, GROWTH, ideal_record, loss_at, steps_to
 
 ASSUMPTIONS = [MEASURED, LOW, HIGH, *HISTORY]
@@ -79,6 +81,24 @@ def test_the_interval_encloses_the_estimate_and_history_the_interval(record):
         assert min(low, high) < mid < max(low, high)
         assert min(history) < min(low, high)
         assert max(low, high) < max(history)
+
+
+def test_a_normalised_update_counts_the_noise_scale_threefold():
+    """For Adam; not for SGD, nor where the optimizer is not known."""
+    record = ideal_record()
+    plain, sgd, adam = (
+        course(replace(record, config=config), loss_curve(record)).noise_scales
+        for config in ({}, {"optimizer": {"name": "sgd"}}, {"optimizer": {"name": "adamw"}})
+    )
+    np.testing.assert_array_equal(plain, sgd)
+    np.testing.assert_allclose(adam, 3 * sgd)
+
+
+def test_the_factor_of_a_normalised_update_is_where_its_samples_double():
+    """Steps of √B/√(1 + φ/B) each: at 3φ they take twice the samples of the smallest batches."""
+    phi = 7.0
+    samples = [batch / (batch**0.5 / (1 + phi / batch) ** 0.5) for batch in (1e-9, NORMALISED * phi)]
+    assert samples[1] / samples[0] == pytest.approx(2)
 
 
 def test_rows_before_the_first_estimate_count_with_it():
