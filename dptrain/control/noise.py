@@ -48,19 +48,19 @@ class IntervalLaw(Law):
         right = self.noise_scale_for(batch)
         sureness = phi.contrast(min(right, _LARGEST))
         lower, upper = phi.bounds(self.z)
-        smallest, largest = self.batch_for(lower), self.batch_for(upper)
-        # Written so that NaN, from a measurement that is out of order, moves nothing.
-        if sureness > self.z and smallest <= largest:
-            asked = float(batch) if math.isfinite(largest) else 2.0 * batch
-            asked = max(asked, smallest) if math.isfinite(smallest) else asked
-            known, verb = f"above {max(lower, right):.3g}", "grow to"
-        elif sureness < -self.z and smallest <= largest < batch:
+        asked, known, verb = float(batch), _between(lower, upper), "keep"
+        # Written so that NaN, from a measurement that is out of order, moves nothing. What a noise scale asks for may
+        # be dear to find, so it is not asked where nothing moves.
+        if sureness > self.z:
+            smallest, largest = self.batch_for(lower), self.batch_for(upper)
+            if smallest <= largest:
+                asked = asked if math.isfinite(largest) else 2.0 * batch
+                asked = max(asked, smallest) if math.isfinite(smallest) else asked
+                known, verb = f"above {max(lower, right):.3g}", "grow to"
+        elif sureness < -self.z and self.batch_for(lower) <= (largest := self.batch_for(upper)) < batch:
             # The estimate of φ may be 0; a batch has at least one sample.
             asked = max(largest, 1.0)
             known, verb = f"below {upper:.3g}", "shrink to"
-        else:
-            asked = float(batch)
-            known, verb = _between(lower, upper), "keep"
         reason = f"noise scale is {known}, the batch of {batch} is right for {right:.3g} (z = {sureness:+.1f})"
         return Decision(global_batch_size=asked, reason=f"{reason}: {verb} {asked:.4g}")
 

@@ -344,6 +344,11 @@ def _check_law(config: TrainConfig) -> None:
                 raise ConfigError(f"control.{name} is given, but control.law is {control.law}: it would be ignored")
     if control.law == "seesaw" and optimizer.schedule == "constant":
         raise ConfigError("control.law=seesaw needs an optimizer.schedule that falls: it doubles where that halves")
+    if control.law == "seesaw" and optimizer.rule not in ("square_root", "linear"):
+        raise ConfigError(
+            f"control.law=seesaw needs optimizer.rule=square_root (adamw) or linear (sgd), which make up for the other "
+            f"half of each halving; it is {optimizer.rule}"
+        )
     if optimizer.beta_rule != "none" and optimizer.name != "adamw":
         raise ConfigError(
             f"optimizer.beta_rule={optimizer.beta_rule} is about Adam's betas, but the optimizer is {optimizer.name}"
@@ -473,7 +478,7 @@ def controller(config: TrainConfig, *, world_size: int | None = None) -> Control
     limits = Limits(
         smallest=control.smallest,
         largest=given(control.largest),
-        powers_of_two=control.powers_of_two and not given_by_hand,
+        powers_of_two=control.powers_of_two and control.law != "schedule",
         max_change=None if given_by_hand else control.max_change,
         dead_band=control.dead_band,
         dwell_samples=control.dwell_samples,

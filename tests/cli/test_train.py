@@ -88,7 +88,7 @@ FILES = {
         ("--max_samples 0", ["max_samples must be at least 1, got 0"]),
         ("--optimizer.beta1 x", ["optimizer.beta1 must be float", "'x'"]),
         ("--optimizer.beta1 1", ["optimizer.beta1 must be in [0, 1)", "1.0"]),
-        ("--control.law newest", ["control.law must be one of 'noise', 'exchange_rate'", "'newest'"]),
+        ("--control.law newest", ["control.law must be one of 'goodput', 'noise'", "'newest'"]),
         ("--control.powers_of_two 3", ["control.powers_of_two must be bool"]),
         ("--optimizer 3", ["optimizer is a group of settings", "--optimizer.name"]),
         ("--task_options 3", ["task_options must be dict"]),

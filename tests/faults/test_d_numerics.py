@@ -173,8 +173,11 @@ def nothing_to_learn(model, batch):
     return squared_error(model, batch) * 0.0
 
 
+EAGER = ControlConfig(law="noise", dwell_decisions=1, z=0.1, largest=64)
+
+
 def learn_nothing(rank, world_size, folder):
-    return train(folder, make_task(loss=nothing_to_learn), control=ControlConfig(law="noise", dwell_decisions=1, z=0.1, largest=64))
+    return train(folder, make_task(loss=nothing_to_learn), control=EAGER)
 
 
 def test_d5_zero_gradients_change_neither_the_batch_nor_the_run(tmp_path):
@@ -215,7 +218,7 @@ def decide_on_uneven_ground(rank, world_size, folder):
 
     Meter.local_sums, Stepper.step = wrong, note
     try:
-        train(folder, make_task(), max_samples=600, control=ControlConfig(law="noise", dwell_decisions=1, z=0.1, largest=64))
+        train(folder, make_task(), max_samples=600, control=EAGER)
     finally:
         Meter.local_sums, Stepper.step = local_sums, take_step
     return batches

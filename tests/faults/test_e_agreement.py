@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from dptrain.errors import ConfigError, DesyncError
-from dptrain.observe import PendingSum
+from dptrain.observe import NUM_SUMS, PendingSum
 from dptrain.train import Trainer
 from dptrain.train import step as step_module
-from dptrain.train.consensus import _LENGTH
+from dptrain.train.consensus import _BAD, _NUM_HOST
 from dptrain.train.run_folder import write_config
 from dptrain.train.run_log import WritingLog
 from dptrain.train.step import Stepper
@@ -193,7 +193,7 @@ def answer_with_another_sum(rank, world_size, folder):
 
     def send_or_mix(record, **parts):
         if record.step == 4 and rank == 1:
-            return PendingSum(torch.ones(_LENGTH, dtype=torch.float64))
+            return PendingSum(torch.ones(_NUM_HOST + _BAD + 1 + NUM_SUMS, dtype=torch.float64))
         return send(record, **parts)
 
     step_module.send = send_or_mix

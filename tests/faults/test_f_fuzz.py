@@ -56,13 +56,17 @@ VALID = {
     "seed": st.integers(0, 2**63 - 1),
     "max_samples": st.none() | COUNT,
     "global_batch_size": st.none() | COUNT,
-    "micro_batch_size": st.none() | COUNT,
+    "micro_batch_size": st.none() | st.just("auto") | COUNT,
+    "branch_from": st.none() | st.sampled_from(["runs/1/checkpoints/step-000000000012", "ö"]),
     "layout_replicas": st.none() | COUNT,
     "device": st.sampled_from(["auto", "cpu", "cuda"]),
     "precision": st.sampled_from(["no", "bf16"]),
     "num_workers": st.integers(0, 64),
     "drift_check_every_steps": st.integers(0, 2**40),
+    "control.mode": st.sampled_from(["off", "measure", "advise", "adapt"]),
     "control.ratio": POSITIVE,
+    "control.overlap": st.floats(1, 10),
+    "control.ramp_shape": st.sampled_from(["linear", "doubling"]),
     "control.z": st.floats(1e-3, 1e3),
     "control.powers_of_two": st.booleans(),
     "control.max_change": st.floats(2, 1e6),
@@ -73,10 +77,11 @@ VALID = {
     "noise.memory": st.floats(1e-6, 1e6),
     "noise.half_life_samples": st.none() | POSITIVE,
     "noise.level": st.floats(0.01, 0.99),
+    "noise.groups": st.booleans(),
     "optimizer.name": st.sampled_from(["adamw", "sgd"]),
     "optimizer.learning_rate": st.none() | POSITIVE,
-    "optimizer.rule": st.sampled_from(["none", "linear", "square_root", "gain", "noise"]),
-    "optimizer.schedule": st.sampled_from(["constant", "cosine", "linear"]),
+    "optimizer.rule": st.sampled_from(["none", "linear", "square_root", "gain", "noise", "surge"]),
+    "optimizer.schedule": st.sampled_from(["constant", "cosine", "linear", "wsd"]),
     "optimizer.weight_decay": st.floats(0, 1e6),
     "optimizer.beta1": st.floats(0, 0.999),
     "optimizer.beta2": st.floats(0, 0.999),
@@ -90,11 +95,12 @@ VALID = {
     "log.eval_every_samples": st.none() | COUNT,
     "log.tracker": st.sampled_from(["auto", "wandb", "none"]),
     "log.project": st.sampled_from(["dptrain", "1e3", "no", "null"]),
+    "log.price_per_device_hour": st.none() | POSITIVE,
 }
 """Values that are allowed in any combination. Those that depend on others are left at their defaults."""
 
 COUNTS = [
-    *("max_samples", "global_batch_size", "micro_batch_size", "control.smallest", "control.largest"),
+    *("max_samples", "max_steps", "global_batch_size", "control.smallest", "control.largest"),
     *("layout_replicas", "optimizer.max_skipped_steps", "checkpoint.every_samples", "checkpoint.keep"),
     *("log.every_steps", "log.print_every_steps", "log.eval_every_samples"),
 ]
@@ -102,11 +108,11 @@ COUNTS_FROM_0 = ["seed", "num_workers", "drift_check_every_steps", "control.dwel
 POSITIVES = [
     *("control.ratio", "control.z", "control.max_change", "control.dead_band", "noise.memory"),
     *("noise.half_life_samples", "optimizer.learning_rate", "optimizer.max_grad_norm"),
-    "checkpoint.hours_between_failures",
+    *("checkpoint.hours_between_failures", "log.price_per_device_hour"),
 ]
 CHOICES = [
     *("device", "precision", "control.law", "noise.observer", "optimizer.name", "optimizer.rule"),
-    *("optimizer.schedule", "log.tracker"),
+    *("optimizer.schedule", "optimizer.beta_rule", "log.tracker", "control.mode", "control.ramp_shape"),
 ]
 OUTSIDE = {
     **dict.fromkeys(COUNTS, (0, -1, 2**63, 10**5000, 1.5, "3", True, [], math.nan)),
@@ -120,7 +126,16 @@ OUTSIDE = {
     "optimizer.final_fraction": [-0.1, 1.1, math.nan, "1"],
     "optimizer.warmup_samples": [-1, 2**63, 0.5],
     "control.powers_of_two": [1, "true", None],
+    "noise.groups": [1, "true", None],
+    "micro_batch_size": [0, -1, 2**63, 1.5, "3", "all", True, []],
+    "branch_from": ["", "a\x00b", 7, "\udcff"],
     "control.schedule": ["0:8", 3],
+    "control.tolerance": [0.5, 0.0, "1"],
+    "control.tokens_per_sample": [0, 128, 1.5],
+    "control.ramp_to": [0, 64, 1.5],
+    "control.ramp_samples": [0, 64, 1.5],
+    "control.overlap": [0.9, 10.1, math.nan, None],
+    "optimizer.decay_fraction": [0.0, 0.5, 1.1, "1"],
     "control.samples_per_step": [3.0, "3"],
     "run_dir": ["", "a\x00b", "a\nb", "a\x1b[2Jb", "x" * 256, "x/" * 4000, 7, "\udcff"],
     "task": ["", None, 7, "a\x00b"],

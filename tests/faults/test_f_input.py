@@ -86,7 +86,7 @@ def test_f1_unknown_names_are_refused_with_the_nearest_one(written, text, part):
         ("noise: {half_life_samples: .inf}", "noise.half_life_samples must be float or null and finite, got inf"),
         ("control: {powers_of_two: no}", "control.powers_of_two must be bool, got 'no'"),
         ("control: {powers_of_two: 1}", "control.powers_of_two must be bool, got 1"),
-        ("control: {law: newest}", "control.law must be one of 'noise', 'exchange_rate', 'schedule', 'constant'"),
+        ("control: {law: newest}", "control.law must be one of 'goodput', 'noise', 'exchange_rate', 'norm_test'"),
         ("control: {law: false}", "got False"),
         ("run_dir: 2026-01-01", None),
         ("run_dir: 7", "run_dir must be str or null, got 7"),
