@@ -28,17 +28,19 @@ class AllReduce:
 
     Attributes:
         volume_s: seconds to send all gradients once; 0 where nothing is known of it.
+        volume_range_s: what it may be.
         latency_s: of a hop.
         source: where the figure is from, in words.
     """
 
     volume_s: float
+    volume_range_s: tuple[float, float]
     latency_s: float
     source: str
 
-    def seconds(self, num_devices: int) -> float:
-        """Return the time on so many devices; none on one."""
-        ring = 2 * (num_devices - 1) / num_devices * self.volume_s
+    def seconds(self, num_devices: int, *, volume_s: float | None = None) -> float:
+        """Return the time on so many devices, none on one; by another volume where one is given."""
+        ring = 2 * (1 - 1 / num_devices) * (self.volume_s if volume_s is None else volume_s)
         return ring + 2 * math.log2(num_devices) * self.latency_s
 
 
@@ -58,12 +60,19 @@ class Devices:
 
     def seconds(self, shape: StepShape) -> float:
         """Return the time of a step of `shape`."""
-        return self.model.seconds(shape) + self._further(shape.world_size)
+        return self._seconds(shape, volume_s=self.all_reduce.volume_s)
 
-    def _further(self, num_devices: int) -> float:
-        """What the all-reduce takes longer than on the devices of the run; no step is faster than its samples."""
-        longer = self.all_reduce.seconds(num_devices) - self.all_reduce.seconds(self.model.world_size)
-        return max(longer, -self.model.per_step_s)
+    def seconds_range(self, shape: StepShape) -> tuple[float, float]:
+        """Return what the time of a step may be, for what its all-reduce may be."""
+        ends = [self._seconds(shape, volume_s=volume_s) for volume_s in self.all_reduce.volume_range_s]
+        return min(ends), max(ends)
+
+    def _seconds(self, shape: StepShape, *, volume_s: float) -> float:
+        there, here = (
+            self.all_reduce.seconds(number, volume_s=volume_s) for number in (shape.world_size, self.model.world_size)
+        )
+        # No step is faster than its samples.
+        return self.model.seconds(shape) + max(there - here, -self.model.per_step_s)
 
 
 def devices(
@@ -79,7 +88,8 @@ def devices(
         record: the run.
         gradient_bytes: of one all-reduce; needed with `gb_per_s`.
         gb_per_s: bandwidth of the all-reduce between two devices. Where it is not given it is told from the run: from
-            two numbers of devices if it was resumed on another one, else from all that a step costs beside its samples.
+            two numbers of devices if it was resumed on another one; else it is half of what a step costs beside its
+            samples, and may be all or nothing of it.
         latency_s: of a hop.
 
     Raises:
@@ -95,38 +105,36 @@ def devices(
     if model is None:
         raise ConfigError(f"{record.name} is too short to time its steps, it has {len(timed)}: train on")
     micro = [shape.micro_batch_size for shape, _ in timed]
-    volume_s, source = _volume(timed, model, gradient_bytes=gradient_bytes, gb_per_s=gb_per_s, latency_s=latency_s)
-    return Devices(
-        model=model,
-        all_reduce=AllReduce(volume_s=volume_s, latency_s=latency_s, source=source),
-        micro_batch_sizes=(min(micro), max(micro)),
-    )
-
-
-def _volume(
-    timed: list[tuple[StepShape, float]],
-    model: StepTimeModel,
-    *,
-    gradient_bytes: float | None,
-    gb_per_s: float | None,
-    latency_s: float,
-) -> tuple[float, str]:
-    """Return the seconds to send all gradients once, and where that is known from."""
     if gb_per_s is not None:
-        if gradient_bytes is None:
-            raise ConfigError("the size of the gradients is not known: keep a checkpoint in the run folder, it tells")
-        return gradient_bytes / (1e9 * gb_per_s), f"{gradient_bytes / 1e6:,.3g} MB at {gb_per_s:g} GB/s, as given"
+        all_reduce = _given(gradient_bytes=gradient_bytes, gb_per_s=gb_per_s, latency_s=latency_s)
+    else:
+        all_reduce = _fitted(timed, model, latency_s=latency_s)
+    return Devices(model=model, all_reduce=all_reduce, micro_batch_sizes=(min(micro), max(micro)))
+
+
+def _given(*, gradient_bytes: float | None, gb_per_s: float, latency_s: float) -> AllReduce:
+    if gradient_bytes is None:
+        raise ConfigError("the size of the gradients is not known: keep a checkpoint in the run folder, it tells")
+    volume_s = gradient_bytes / (1e9 * gb_per_s)
+    source = f"{gradient_bytes / 1e6:,.3g} MB at {gb_per_s:g} GB/s, as given"
+    return AllReduce(volume_s=volume_s, volume_range_s=(volume_s, volume_s), latency_s=latency_s, source=source)
+
+
+def _fitted(timed: list[tuple[StepShape, float]], model: StepTimeModel, *, latency_s: float) -> AllReduce:
     models = _by_number_of_devices(timed)
     if len(models) > 1:
         (few, least), *_, (many, most) = sorted(models.items())
         latency = 2 * (math.log2(many) - math.log2(few)) * latency_s
-        rise = max(most.per_step_s - least.per_step_s - latency, 0.0)
-        return rise / (2 * (1 / few - 1 / many)), f"fitted to the run's own steps on {few} and on {many} devices"
+        volume_s = max(most.per_step_s - least.per_step_s - latency, 0.0) / (2 * (1 / few - 1 / many))
+        source = f"fitted to the run's own steps on {few} and on {many} devices"
+        return AllReduce(volume_s=volume_s, volume_range_s=(volume_s, volume_s), latency_s=latency_s, source=source)
     if model.world_size == 1:
-        return 0.0, "not known from a run on one device, and taken to be nothing: give --allreduce-gb-per-s"
+        source = "not known from a run on one device, and taken to be nothing"
+        return AllReduce(volume_s=0.0, volume_range_s=(0.0, 0.0), latency_s=latency_s, source=source)
     own = max(model.per_step_s - 2 * math.log2(model.world_size) * latency_s, 0.0)
-    volume_s = own / (2 * (1 - 1 / model.world_size))
-    return volume_s, f"all that a step costs beside its samples on {model.world_size} devices, an upper bound"
+    most_s = own / (2 * (1 - 1 / model.world_size))
+    source = f"taken to be half of what a step costs beside its samples on {model.world_size} devices"
+    return AllReduce(volume_s=most_s / 2, volume_range_s=(0.0, most_s), latency_s=latency_s, source=source)
 
 
 def _by_number_of_devices(timed: list[tuple[StepShape, float]]) -> dict[int, StepTimeModel]:

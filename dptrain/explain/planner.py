@@ -40,7 +40,8 @@ class Point:
         samples: seen in training.
         step_s: time of a step.
         seconds: time of training, without evaluations and saves.
-        seconds_range: by the noise scale's interval, what a target beyond the run is unsure by, and the step times.
+        seconds_range: by the noise scale's interval, two standard errors of a target beyond the run, what the
+            all-reduce may be, and the error of the step times.
         seconds_history: the same, were the noise scale off by a factor of six beside.
         device_s: seconds × devices.
         cost: for `device_s`, in the currency of the price; None without one.
@@ -127,9 +128,10 @@ class Planner:
         """Return what a layout takes."""
         implied, step_s, batch = self.needed.implied, self._devices.seconds(shape), shape.global_batch_size
         seconds, samples = implied.steps(batch) * step_s, implied.samples(batch)
-        interval = [other.steps(batch) * step_s for other in self._interval]
-        history = [*interval, *(other.steps(batch) * step_s for other in self._history)]
-        unsure = 1 + math.hypot(self.needed.error, self._devices.model.error or 0.0)
+        ends = self._devices.seconds_range(shape)
+        interval = [other.steps(batch) * end for other in self._interval for end in ends]
+        history = [*interval, *(other.steps(batch) * end for other in self._history for end in ends)]
+        unsure = 1 + math.hypot(2 * self.needed.error, self._devices.model.error or 0.0)
         device_s, price, watts = shape.world_size * seconds, self._price_per_device_s, self._rates.watts
         return Point(
             num_devices=shape.world_size,
@@ -162,10 +164,9 @@ class Planner:
         model = self._devices.model
         if self.needed.samples_of_run is None:
             further = self.needed.implied.min_steps / float(course(self._record, self.curve).progress[-1])
-            factor = 1 + self.needed.error
             yield (
                 f"the target lies beyond the run, whose lowest {self.curve.name} is {self.curve.lowest:.4g}: "
-                f"{further:.3g} times its progress by a power law, good to a factor of {factor:.2g} if it holds"
+                f"{further:.3g} times its progress, ±{2 * self.needed.error:.0%} if its power law goes on"
             )
         if not model.is_split_known:
             yield (
@@ -173,7 +174,10 @@ class Planner:
                 "is assumed, half and half: let the batch move, or times at other batches mean little"
             )
         if model.world_size == 1 and not self._devices.all_reduce.volume_s:
-            yield "the all-reduce is not known from a run on one device: on more, each step takes longer than planned"
+            yield (
+                "the all-reduce is not known from a run on one device, and on more of them each step takes longer than "
+                "planned: give --allreduce-gb-per-s"
+            )
         if self._record.summary.get("device") == "cpu":
             yield "the run was on CPUs: a further replica is a further device only while there are cores for it"
 
