@@ -1,0 +1,115 @@
+"""`dptrain sweep`: has what is asked for trained, and tells what came out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+
+from dptrain.cli.arms import Site, prepare_for_arms
+from dptrain.cli.replicas import is_replica
+from dptrain.cli.sweep_folder import SweepFolder
+from dptrain.cli.sweep_loop import Ending, SweepLoop
+from dptrain.cli.sweep_request import read_request
+from dptrain.cli.sweep_view import SweepView
+from dptrain.errors import ConfigError
+from dptrain.explain.sweep import (
+    Outcome,
+    SweepSpec,
+    fits_record,
+    outcomes,
+    read_clock,
+    table,
+    write_csv,
+    write_parquet,
+)
+from dptrain.train.config import given
+from dptrain.train.preemption import EXIT_RESUMABLE
+
+
+def sweep(arguments: Sequence[str]) -> int:
+    """Train what is asked for and tell what came out.
+
+    Returns:
+        0; 75 where it was asked to stop; else the exit code of a run that failed.
+
+    Raises:
+        ConfigError: where options or settings make no sense.
+        TaskError: where the task has nothing to measure.
+    """
+    if is_replica():
+        raise ConfigError("a sweep starts its own replicas: start it once, and not under a launcher")
+    request = read_request(arguments)
+    config = request.config
+    site = Site.here(
+        num_parallel=request.num_parallel,
+        num_replicas=given(config.layout_replicas),
+        cpu=config.device == "cpu",
+    )
+    folder = SweepFolder(request.out)
+    try:
+        folder.save(config, request.spec)
+        return _run(request.spec, folder=folder, site=site, max_skipped_steps=config.optimizer.max_skipped_steps)
+    finally:
+        folder.close()
+
+
+def _run(spec: SweepSpec, *, folder: SweepFolder, site: Site, max_skipped_steps: int) -> int:
+    prepare_for_arms()
+    loop = SweepLoop(spec, folder=folder, site=site, max_skipped_steps=max_skipped_steps)
+    view = SweepView(spec, course_of=loop.course_of)
+    try:
+        batches = ", ".join(map(str, spec.batch_sizes))
+        view.note(f"batches {batches}; {site.num_parallel} runs at a time → {folder.path}")
+        ending = loop.run(view)
+    finally:
+        view.close()
+    rows = list(
+        table(
+            spec,
+            ending.searches,
+            course_of=loop.course_of,
+            clock_of=lambda arm: read_clock(folder.run_dir(arm)),
+        )
+    )
+    write_csv(folder.path / "table.csv", rows)
+    has_parquet = write_parquet(folder.path / "table.parquet", rows)
+    files = "table.csv and table.parquet" if has_parquet else "table.csv (without pyarrow there is no table.parquet)"
+    if ending.was_stopped or ending.failures:
+        return _tell_of_the_rest(ending, folder=folder)
+    found = list(outcomes(spec, rows, ending.searches))
+    folder.write_json(folder.path / "fit.json", fits_record(found))
+    lines = [line for outcome in found for line in _sentences(spec, outcome)]
+    sys.stdout.write("\n".join([*lines, f"{files} and fit.json: {folder.path}"]) + "\n")
+    return 0
+
+
+def _tell_of_the_rest(ending: Ending, *, folder: SweepFolder) -> int:
+    """Say why it is not done, and how it goes on."""
+    unsettled = sum(len(found.unsettled) for found in ending.searches)
+    for arm, code in ending.failures.items():
+        sys.stderr.write(f"dptrain sweep: {arm.name} ended with exit code {code}: {folder.log(arm)} says why\n")
+    sys.stderr.write(
+        f"dptrain sweep: {'stopped on request' if ending.was_stopped else 'not done'}, {unsettled} runs or more are "
+        f"left: go on with dptrain sweep --out {folder.path}\n"
+    )
+    return next(iter(ending.failures.values()), EXIT_RESUMABLE)
+
+
+def _sentences(spec: SweepSpec, outcome: Outcome) -> Iterable[str]:
+    yield f"target {outcome.target:g}: {outcome.sentence}"
+    if missed := [batch for batch in spec.batch_sizes if batch not in outcome.rates]:
+        yield f"  not reached by every seed at any learning rate: batch {_listed(missed)}"
+    if outcome.early:
+        yield (
+            f"  reached before the first evaluation, and left out of the fit: batch {_listed(outcome.early)}; "
+            "a smaller log.eval_every_samples finds it"
+        )
+    if outcome.at_edge:
+        yield (
+            f"  the best learning rate is at the edge of those tried, and a better one may lie beyond: batch "
+            f"{_listed(outcome.at_edge)}"
+        )
+
+
+def _listed(batches: Sequence[int]) -> str:
+    return ", ".join(map(str, batches))
