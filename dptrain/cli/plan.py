@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         "--gpus", type=numbers, default=numbers(_ALL), metavar="LIST", help=f"numbers of them to plan for ({_ALL})"
     )
     parser.add_argument("--target", type=float, metavar="LOSS", help="to come to (the lowest of the run)")
-    parser.add_argument("--price-per-gpu-hour", type=_positive, metavar="X", help="in any currency")
+    parser.add_argument("--price-per-gpu-hour", type=_positive, metavar="X", help="in $; of any currency")
     parser.add_argument(
         "--allreduce-gb-per-s",
         type=_positive,

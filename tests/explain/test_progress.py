@@ -101,6 +101,17 @@ def test_the_factor_of_a_normalised_update_is_where_its_samples_double():
     assert samples[1] / samples[0] == pytest.approx(2)
 
 
+def test_a_row_that_stands_still_counts_for_nothing():
+    """Two rows at one position, as a log from elsewhere may have, are no division by zero."""
+
+    def doubled(rows, _evals):
+        rows.insert(100, rows[100])
+
+    record = ideal_record(edit=doubled)
+    target = loss_curve(record).lowest
+    assert _needs(record, target).implied.steps(64) == pytest.approx(_needs(ideal_record(), target).implied.steps(64))
+
+
 def test_rows_before_the_first_estimate_count_with_it():
     """And no row after it is left out."""
     late = ideal_record(resolved_after=100)
