@@ -23,7 +23,10 @@ usage: dptrain [--version] COMMAND [OPTIONS]
 
 commands:
   train    train a task on all GPUs, or on CPU replicas; measure the noise scale and adapt the batch
-  report   draw report.png of a run folder
+  sweep    train a grid of batches and learning rates, and fit the frontier of steps against samples
+  plan     say what more GPUs would buy, in hours and money, from one run that measured its noise scale
+  branch   find the critical batch by short runs from a checkpoint, as ground truth beside the noise scale
+  report   write report.html and pictures of a run folder, or of several
   export   write the bare weights of a checkpoint to one file
 
 `dptrain COMMAND --help` lists the options of a command.
@@ -59,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "train": _train,
+        "sweep": _sweep,
+        "plan": _plan,
+        "branch": _branch,
         "report": _report,
         "export": _export,
     }
@@ -122,6 +128,24 @@ def _train(arguments: Sequence[str]) -> int:
     from dptrain.cli.train import train
 
     return train(arguments)
+
+
+def _sweep(arguments: Sequence[str]) -> int:
+    from dptrain.cli.sweep import sweep
+
+    return sweep(arguments)
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    from dptrain.cli.plan import plan
+
+    return plan(arguments)
+
+
+def _branch(arguments: Sequence[str]) -> int:
+    from dptrain.cli.branch import branch
+
+    return branch(arguments)
 
 
 def _report(arguments: Sequence[str]) -> int:

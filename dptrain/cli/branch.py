@@ -1,0 +1,272 @@
+"""`dptrain branch RUN --multipliers 1,2,4,8 --window-samples N`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dptrain.cli.arms import ArmProcess, Site, prepare_for_arms
+from dptrain.cli.replicas import GRACE_S
+from dptrain.errors import CheckpointError, ConfigError
+from dptrain.explain.branching import Branched, branched
+from dptrain.train.checkpoint import load_checkpoint
+from dptrain.train.config import TrainConfig, given, learning_rate_schedule
+from dptrain.train.metrics import read_rows
+from dptrain.train.preemption import EXIT_RESUMABLE
+from dptrain.train.run_folder import checkpoints_in, holds_run
+from dptrain.train.settings_file import build_config, read_settings
+
+_DESCRIPTION = """Find the critical batch size at a moment of a run by trying it: from its checkpoints, train on for a
+window of samples with multiples of the batch, and compare the held-out losses. The largest batch that is no worse is
+the ground truth that the noise scale stands in for. Each branch is a run folder, and is not trained again."""
+
+_POLL_S = 0.05
+_EXIT_DIVERGED = 65
+_RULES: Mapping[str, Callable[[float], float]] = {
+    "square_root": math.sqrt,
+    "linear": lambda multiple: multiple,
+    "none": lambda _multiple: 1.0,
+}
+_UNUSED = ("samples_per_step", "tolerance", "tokens_per_sample", "ramp_to", "ramp_samples", "schedule")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trunk:
+    """A moment of the run from which branches go.
+
+    Attributes:
+        path: of the checkpoint.
+        step: of the run.
+        position: samples seen.
+        global_batch_size: in force.
+        learning_rate: in force.
+        noise_scale: columns of the log at that step.
+    """
+
+    path: Path
+    step: int
+    position: int
+    global_batch_size: int
+    learning_rate: float
+    noise_scale: Mapping[str, Any]
+
+
+def branch(arguments: Sequence[str]) -> int:
+    """Train the branches and say what they found.
+
+    Raises:
+        ConfigError: where there is no checkpoint to branch from, no held-out data, or a setting is wrong.
+        CheckpointError: where a checkpoint cannot be trusted.
+    """
+    options = _parser().parse_args(arguments)
+    trunks = _trunks(options.run, steps=options.at)
+    out = options.out or options.run / "branches"
+    site = Site.here(num_parallel=1, num_replicas=options.replicas, cpu=options.cpu)
+    prepare_for_arms()
+    found = []
+    for trunk in trunks:
+        losses = {}
+        for multiple in sorted(options.multipliers):
+            loss = _train(trunk, multiple=multiple, options=options, out=out, site=site)
+            if loss is None:
+                sys.stderr.write(f"dptrain branch: stopped; the same command goes on in {out}\n")
+                return EXIT_RESUMABLE
+            losses[multiple] = loss
+        found.append((trunk, branched(losses, tolerance=options.tolerance)))
+    _tell(found, out=out)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dptrain branch", description=_DESCRIPTION)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder with checkpoints")
+    parser.add_argument("--at", type=_counts, metavar="STEPS", help="steps of its checkpoints; default: the newest")
+    parser.add_argument(
+        "--multipliers", type=_counts, default=[1, 2, 4, 8], metavar="K", help="of the batch in force; default 1,2,4,8"
+    )
+    parser.add_argument("--window-samples", type=_count, required=True, metavar="N", help="samples of each branch")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.01, help="how much worse a loss may be, in its own unit; default 0.01"
+    )
+    parser.add_argument(
+        "--rule",
+        choices=list(_RULES),
+        default="square_root",
+        help="how the rate follows the multiple; default square_root, for Adam",
+    )
+    parser.add_argument("--replicas", type=_count, default=1, help="of each branch; default 1")
+    parser.add_argument("--cpu", action="store_true", help="leave GPUs alone")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="of the branches; default RUN/branches")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
+def _trunks(run: Path, *, steps: Sequence[int] | None) -> list[_Trunk]:
+    if not holds_run(run):
+        raise ConfigError(f"{run} is not a run folder: give one that `dptrain train` made")
+    folder = checkpoints_in(run)
+    there = {int(path.name.removeprefix("step-")): path for path in sorted(folder.glob("step-*"))}
+    if not there:
+        raise ConfigError(f"there is no checkpoint in {folder}: train with checkpoint.every_samples, and keep enough")
+    if missing := set(steps or ()) - set(there):
+        raise ConfigError(
+            f"there is no checkpoint of step {min(missing)} in {folder}; there are {', '.join(map(str, there))}"
+        )
+    rows = {row["step"]: row for row in read_rows(run / "metrics.jsonl") if row["kind"] == "train"}
+    config = build_config(read_settings(run / "config.yaml"))
+    return [_trunk(there[step], row=rows.get(step, {}), config=config) for step in steps or [max(there)]]
+
+
+def _trunk(path: Path, *, row: Mapping[str, Any], config: TrainConfig) -> _Trunk:
+    checkpoint = load_checkpoint(path)
+    progress: Any = checkpoint.state["progress"]
+    position, batch = progress["position"], progress["global_batch_size"]
+    rate = given(config.optimizer.learning_rate) * learning_rate_schedule(config).factor(position + batch)
+    return _Trunk(
+        path=path,
+        step=checkpoint.step,
+        position=position,
+        global_batch_size=batch,
+        learning_rate=rate * progress["learning_rate_factor"],
+        noise_scale={name: row.get(f"gns/{name}") for name in ("b_simple", "lower", "upper")},
+    )
+
+
+def _train(trunk: _Trunk, *, multiple: int, options: argparse.Namespace, out: Path, site: Site) -> float | None:
+    """Train one branch, if it is not there, and return its held-out loss; None where it was asked to stop."""
+    folder = out / f"step-{trunk.step}" / f"x{multiple}"
+    if (loss := _loss(folder)) is not None:
+        return loss
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.stdout.write(
+        f"step {trunk.step}: batch {trunk.global_batch_size * multiple}, {options.window_samples} samples\n"
+    )
+    sys.stdout.flush()
+    arm = ArmProcess(
+        _arguments(trunk, multiple=multiple, options=options, folder=folder),
+        log=folder / "output.txt",
+        environment=site.environment(0),
+        fork=not site.gpus,
+    )
+    code = _wait(arm)
+    if code == _EXIT_DIVERGED:
+        return math.nan
+    if code == EXIT_RESUMABLE:
+        return None
+    loss = _loss(folder)
+    if code != 0 or loss is None:
+        reason = arm.last_words() if code else "it has no held-out data to compare losses on"
+        raise ConfigError(f"the branch in {folder} ended with code {code}: {reason}")
+    return loss
+
+
+def _arguments(trunk: _Trunk, *, multiple: int, options: argparse.Namespace, folder: Path) -> list[str]:
+    """Return the command line of a branch: the run's settings, but for the batch, the rate and the window."""
+    if holds_run(folder):
+        return ["train", f"--run_dir={folder}", "--resume", f"--replicas={options.replicas}"]
+    settings = {
+        "run_dir": folder,
+        "branch_from": trunk.path,
+        "max_samples": trunk.position + options.window_samples,
+        "max_steps": "null",
+        "global_batch_size": trunk.global_batch_size * multiple,
+        "control.law": "constant",
+        "control.mode": "off",
+        **{f"control.{name}": "null" for name in _UNUSED},
+        "optimizer.learning_rate": trunk.learning_rate * _RULES[options.rule](multiple),
+        # The rate in force is held: a schedule would end elsewhere, and a warm-up begin anew.
+        "optimizer.schedule": "constant",
+        "optimizer.warmup_samples": 0,
+        "optimizer.final_fraction": 0,
+        "optimizer.decay_fraction": "null",
+        "optimizer.beta_rule": "none",
+        "log.tracker": "none",
+        "log.eval_every_samples": 2**40,
+    }
+    source = options.run / "config.yaml"
+    given = [f"--{name}={value}" for name, value in settings.items()]
+    return ["train", f"--config={source}", f"--replicas={options.replicas}", *given]
+
+
+def _wait(arm: ArmProcess) -> int:
+    try:
+        while arm.code is None:
+            time.sleep(_POLL_S)
+    except KeyboardInterrupt:
+        arm.stop()
+        deadline_s = time.monotonic() + GRACE_S
+        while arm.code is None and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
+        arm.kill()
+        return EXIT_RESUMABLE
+    return arm.code
+
+
+def _loss(folder: Path) -> float | None:
+    try:
+        loss = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["eval_loss"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the summary of the branch in {folder} cannot be read: {error}") from error
+    return None if loss is None else float(loss)
+
+
+def _tell(found: Sequence[tuple[_Trunk, Branched]], *, out: Path) -> None:
+    table = Table("step", "samples", "batch", "held-out loss by multiple", "critical batch", "noise scale then")
+    records = []
+    for trunk, result in found:
+        critical = trunk.global_batch_size * result.largest_multiple
+        losses = "\n".join(
+            f"×{multiple} {'diverged' if math.isnan(loss) else format(loss, '.4f')}"
+            for multiple, loss in result.losses.items()
+        )
+        table.add_row(
+            f"{trunk.step:,}",
+            f"{trunk.position:,}",
+            f"{trunk.global_batch_size:,}",
+            losses,
+            f"{'at least ' if result.is_open else ''}{critical:,}",
+            _shown(trunk.noise_scale),
+        )
+        records.append(
+            {
+                **{name: value for name, value in asdict(trunk).items() if name != "path"},
+                **asdict(result),
+                "losses": {str(k): loss if math.isfinite(loss) else None for k, loss in result.losses.items()},
+                "critical_batch_size": critical,
+            }
+        )
+    Console().print(table)
+    path = out / "branch.json"
+    path.write_text(json.dumps({"branches": records}, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    sys.stdout.write(
+        "The critical batch is the largest that is no worse after the same samples, at the rate in force scaled by the "
+        f"rule; it is known to a factor of two at best. {path}\n"
+    )
+
+
+def _shown(noise_scale: Mapping[str, Any]) -> str:
+    value, lower, upper = (noise_scale[name] for name in ("b_simple", "lower", "upper"))
+    if value is not None:
+        return f"{value:.3g} ({lower:.3g}–{'∞' if upper is None else format(upper, '.3g')})"
+    return f"at least {lower:.3g}" if lower else "not resolved"
