@@ -184,7 +184,7 @@ def _crossing(curve: LossCurve, index: int, *, target: float) -> float:
 def _within(course: Course, samples: float) -> ImpliedFrontier:
     """Return what it took to come to a position of the run."""
     parts = np.diff(course.progress, prepend=0.0)
-    lengths = np.maximum(np.diff(course.samples, prepend=0.0), np.finfo(np.float64).tiny)
+    lengths = np.maximum(np.diff(course.samples, prepend=0.0), 1e-9)  # a row may stand where the one before it does
     shares = np.clip((samples - (course.samples - lengths)) / lengths, 0.0, 1.0)
     done = parts * shares
     return ImpliedFrontier(min_steps=float(done.sum()), min_samples=float((course.noise_scales * done).sum()))
