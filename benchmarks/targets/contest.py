@@ -1,0 +1,225 @@
+"""What competes on a task: races with their settings, and the search for a learning rate; judges nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.targets.racing import Finish, Mark, Race
+
+Run = Callable[[Race], Finish]
+"""Runs a race."""
+
+_FEWEST_RATES = 4
+_MOST_IN_VAIN = 6
+_STEPS_BETWEEN_EVALUATIONS = 4
+_PATIENCE = 1.25
+"""A run is given up once it took that many times the steps of the best one of its search."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest:
+    """A task, a target, and the range that all arms may use.
+
+    Attributes:
+        task: as `TrainConfig` names it.
+        task_options: of its function.
+        target: held-out loss.
+        batches: that are swept, powers of two.
+        default_batch: that the task suggests, where the adaptive run starts.
+        micro_batch_size: largest on one replica.
+        learning_rate: where the search begins, at `rate_batch`; elsewhere by the square root of the batch.
+        rate_batch: as said.
+        warmup_samples: of the learning rate, which is constant after it.
+        eval_every_samples: between evaluations; fixed batches have four steps between them at least.
+        most_steps: after which any run is given up.
+        optimizer: its settings but the rate.
+    """
+
+    task: str
+    target: float
+    batches: Sequence[int]
+    default_batch: int
+    micro_batch_size: int
+    learning_rate: float
+    rate_batch: int
+    warmup_samples: int
+    eval_every_samples: int
+    most_steps: int
+    task_options: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+
+    def race(
+        self,
+        *,
+        batch: int,
+        learning_rate: float,
+        seed: int,
+        control: Mapping[str, Any],
+        rule: str = "square_root",
+        policy: str = "dptrain",
+        most_steps: float = math.inf,
+        most_seconds: float = math.inf,
+        least_samples: float = 0.0,
+        eval_every_samples: int | None = None,
+    ) -> Race:
+        """Return a race that begins at a batch and a learning rate."""
+        optimizer = {
+            "schedule": "constant",
+            "warmup_samples": self.warmup_samples,
+            **self.optimizer,
+            "rule": rule,
+            "learning_rate": learning_rate,
+        }
+        settings = {
+            "task": self.task,
+            "task_options": dict(self.task_options),
+            "seed": seed,
+            "global_batch_size": batch,
+            "micro_batch_size": self.micro_batch_size,
+            "control": dict(control),
+            "optimizer": optimizer,
+            "log": {"eval_every_samples": eval_every_samples or self.eval_every_samples},
+        }
+        return Race(
+            settings=settings,
+            target=self.target,
+            most_steps=min(most_steps, self.most_steps),
+            most_seconds=most_seconds,
+            least_samples=least_samples,
+            policy=policy,
+        )
+
+    def fixed(self, batch: int, **more: Any) -> Race:  # noqa: ANN401 - handed on
+        """Return a plain run: nothing is measured."""
+        every = max(self.eval_every_samples, _STEPS_BETWEEN_EVALUATIONS * batch)
+        return self.race(batch=batch, control={"mode": "off", "law": "constant"}, eval_every_samples=every, **more)
+
+    def adaptive(self, batch: int, **more: Any) -> Race:  # noqa: ANN401 - handed on
+        """Return a run with dptrain's default law, free to use all batches of the sweep and the one it begins at."""
+        bounds = {"smallest": min(self.batches[0], batch), "largest": max(self.batches[-1], batch)}
+        return self.race(batch=batch, control=bounds, **more)
+
+    def scheduled(self, stages: Sequence[tuple[int, int]], **more: Any) -> Race:  # noqa: ANN401 - handed on
+        """Return a run whose batches are written down beforehand, as (first sample, batch)."""
+        text = " ".join(f"{start}:{batch}" for start, batch in stages)
+        control = {"mode": "adapt", "law": "schedule", "schedule": text}
+        return self.race(batch=stages[0][1], control=control, **more)
+
+    def adaptdl(self, **more: Any) -> Race:  # noqa: ANN401 - handed on
+        """Return a run in which AdaptDL decides, from the default batch upwards, as it does."""
+        control = {"mode": "off", "law": "constant", "largest": self.batches[-1]}
+        return self.race(batch=self.default_batch, control=control, policy="adaptdl", **more)
+
+    def guess(self, batch: int) -> float:
+        """Return the learning rate at which the search begins for a batch, a power of two times `learning_rate`."""
+        return self.learning_rate * 2.0 ** round(0.5 * math.log2(batch / self.rate_batch))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """A search for the learning rate of an arm.
+
+    Attributes:
+        best: the rate that was best.
+        finishes: of each rate that was tried.
+    """
+
+    best: float
+    finishes: Mapping[float, Finish]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training in all of it, runs that were given up included."""
+        return sum(finish.marks[-1].seconds for finish in self.finishes.values() if finish.marks)
+
+    @property
+    def end(self) -> Mark:
+        """Where the best rate arrived."""
+        end = self.finishes[self.best].end
+        assert end is not None, "the best rate is one that arrived"
+        return end
+
+
+def search_rate(
+    race_at: Callable[[float, float], Race], *, start: float, run: Run, cost: Callable[[Mark], float]
+) -> Search | None:
+    """Find the learning rate of least cost to the target, on a grid of factors of two that widens at its edge.
+
+    At least four rates are tried, and the best one has a worse one on both sides.
+
+    Args:
+        race_at: (rate, steps after which to give up) → race.
+        start: the first rate.
+        run: runs it.
+        cost: of an arrival.
+
+    Returns:
+        What was found; None where no rate reaches the target.
+    """
+    finishes: dict[int, Finish] = {}
+    costs: dict[int, float] = {}
+    while (at := _next_rate(costs)) is not None:
+        ends = [finish.end.steps for finish in finishes.values() if finish.end is not None]
+        finishes[at] = run(race_at(start * 2.0**at, _PATIENCE * min(ends, default=math.inf)))
+        end = finishes[at].end
+        costs[at] = math.inf if end is None else cost(end)
+    best = _cheapest(costs)
+    if costs[best] == math.inf:
+        return None
+    return Search(best=start * 2.0**best, finishes={start * 2.0**at: finish for at, finish in finishes.items()})
+
+
+def _next_rate(costs: Mapping[int, float]) -> int | None:
+    """Return the place on the grid to try next; None where the search is over."""
+    if not costs:
+        return 0
+    best = _cheapest(costs)
+    if costs[best] == math.inf:
+        return min(costs) - 1 if len(costs) < _MOST_IN_VAIN else None
+    for at in (best + 1, best - 1):
+        if at not in costs:
+            return at
+    if len(costs) >= _FEWEST_RATES:
+        return None
+    low, high = min(costs), max(costs)
+    return low - 1 if costs[low] <= costs[high] else high + 1
+
+
+def _cheapest(costs: Mapping[int, float]) -> int:
+    return min(costs, key=lambda at: (costs[at], abs(at)))
+
+
+def contests(*, quick: bool) -> Mapping[str, Contest]:
+    """Return the contest of each task."""
+    here = Path(__file__).with_name("small_tasks.py")
+    digits = Contest(
+        task="digits",
+        task_options={"model": "autoencoder"},
+        target=0.03 if quick else 0.017,
+        batches=[2**k for k in range(4, 12)],
+        default_batch=16,
+        micro_batch_size=256,
+        learning_rate=0.008,
+        rate_batch=128,
+        warmup_samples=2_000,
+        eval_every_samples=1_500,
+        most_steps=8_000,
+        optimizer={"weight_decay": 0.0},
+    )
+    pysource = Contest(
+        task=f"{here}:small_pysource",
+        target=2.3 if quick else 2.02,
+        batches=[2**k for k in range(4, 12)],
+        default_batch=16,
+        micro_batch_size=256,
+        learning_rate=0.004,
+        rate_batch=64,
+        warmup_samples=4_000,
+        eval_every_samples=2_000,
+        most_steps=8_000,
+    )
+    return {"digits": digits, "pysource": pysource}

@@ -1,0 +1,204 @@
+"""The pages of `benchmarks/results/time_to_target_<task>.md`, written from what was found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.targets import results
+from benchmarks.targets.results import ADAPTDL, ADAPTIVE, RULES_COMPARED, Outcome, fixed_name, rule_name
+from benchmarks.targets.theory import Theory
+
+QUESTION = "Does adapting the batch reach a target sooner than a fixed batch that was searched for?"
+COLUMNS = {
+    "arm": "{arm}",
+    "steps (least–most)": "{shown_steps}",
+    "samples": "{shown_samples}",
+    "seconds": "{shown_seconds}",
+    "to best fixed": "{shown_ratio}",
+    "product": "{shown_product}",
+}
+_LONGEST_DEFAULT, _LONGEST_FAR, _CHEAPEST_SEARCH, _LARGEST_TIME_ERROR = 1.05, 1.15, 5.0, 0.1
+_EQUAL = 0.02
+"""Ratios of times that near to 1 are no gain and no loss."""
+
+
+def note(outcome: Outcome, figures: Mapping[str, float]) -> str:
+    """Return the verdicts in one line."""
+    ratio = figures.get("adaptive_over_best_fixed", math.inf)
+    best = f"the best fixed batch ({outcome.best})"
+    if ratio < 1 - _EQUAL:
+        gain = f"{1 - ratio:.0%} fewer seconds than {best}"
+    elif math.isfinite(ratio):
+        gain = f"NO GAIN over {best}: {ratio:.2f} times its seconds"
+    else:
+        gain = "the adaptive run did NOT ARRIVE"
+    verdicts = [f"{bound}: {'held' if holds else 'BROKEN'}" for bound, holds in _bounds(figures).items()]
+    return "; ".join([gain, *verdicts])
+
+
+def _bounds(figures: Mapping[str, float]) -> dict[str, bool]:
+    def least(name: str) -> float:
+        return figures.get(name, math.inf)
+
+    return {
+        f"default start up to {_LONGEST_DEFAULT}": least("adaptive_over_best_fixed") <= _LONGEST_DEFAULT,
+        f"from 16 times too small up to {_LONGEST_FAR}": least("adaptive_from_small_over_best_fixed") <= _LONGEST_FAR,
+        f"from 16 times too large up to {_LONGEST_FAR}": least("adaptive_from_large_over_best_fixed") <= _LONGEST_FAR,
+        f"searches included at least {_CHEAPEST_SEARCH:g} times cheaper": figures.get("search_cost_ratio", 0.0)
+        >= _CHEAPEST_SEARCH,
+        f"step times of unseen shapes within {_LARGEST_TIME_ERROR:.0%}": least("step_time_error")
+        <= _LARGEST_TIME_ERROR,
+        "loss at equal samples within the spread of seeds": least("final_loss_gap")
+        <= figures.get("final_loss_spread", 0.0),
+        "fewer seconds than AdaptDL": least("adaptdl_ratio") < 1,
+    }
+
+
+def of_contest(outcome: Outcome, figures: Mapping[str, float], *, task: str) -> str:
+    """Return the page of digits or pysource."""
+    frontier = outcome.frontier()
+    searches = [[row["arm"], row["shown_steps"], row["shown_seconds"]] for row in results.search_rows(outcome)]
+    return _joined(
+        f"# {QUESTION}",
+        f"    python -m benchmarks.time_to_target --task {task} --results benchmarks/results",
+        f"On `{task}`: {note(outcome, figures)}.",
+        _figures_table(figures),
+        "## What was run",
+        _about_the_runs(outcome, task=task),
+        _CELLS,
+        _table(list(COLUMNS), [_cells(row) for row in results.rows(outcome)]),
+        f"**The frontier** of the fixed batches: {frontier or 'none, too few batches arrived'}.",
+        f"![The plane of steps and samples](time_to_target_{task}.png)",
+        "## Learning-rate rules",
+        "The adaptive law with each rule from the default start, all at the base rate found for `square_root`.",
+        _rules_table(outcome),
+        "## What the searches cost",
+        _table(["arm", "rates tried", "seconds"], searches),
+        "## AdaptDL",
+        _about_adaptdl(outcome, figures),
+        "## What the numbers do not show",
+        _NOT_SHOWN,
+    )
+
+
+_CELLS = """\
+Each cell is the median with the least and the most over seeds. *To best fixed*: seconds to those of the best fixed
+batch, seed by seed, the median. *Product*: (S/S_min − 1)(E/E_min − 1) on the fitted frontier: 1 on it, less where
+both steps and samples were saved."""
+
+_NOT_SHOWN = """\
+- **GPUs**, where the time of a step is flat up to saturation, and **more than two replicas**.
+- **Another target.** The best batch grows with the noise scale, and so with a lower target.
+- **A schedule of the rate.** All arms keep it constant. The two whose batches are written down beforehand know the
+  best batch and its samples from the sweep, which the others do not."""
+
+_RUNS = """\
+dptrain {dptrain} on torch {torch} and Python {python}: two gloo replicas of one thread each on {cpu_count} cores of
+{processor}. Task `{task}` ({options}), target: a held-out loss of {target:g}. The fixed batches are plain runs in
+which nothing is measured (`control.mode=off`), each at its own learning rate: the best of at least four on a grid of
+factors of two, widened until the best one has a worse one on both sides, with seed 0. The adaptive runs have
+dptrain's default law and rule. Each of their three starts, the task's default batch ({default_batch}) and 16 times
+below and above the best fixed one of the searches, is a user who searches for one learning rate, at the batch that
+the run starts with, and leaves the rest to the rule. Runs of a search are given up at 1.25 times the steps of its
+best one, an adaptive one at 2.5 times. All arms are then run with {num_seeds} further seeds, seed by seed, in an
+order that changes, each for at most 6 times the seconds of the best search.
+
+The rate is constant after a warm-up of {warmup_samples:,} samples. Seconds are those of training, without start and
+evaluation; steps and samples are exact. The target is reached at the first evaluation at or below it, and between two
+evaluations by the logarithm of the loss."""
+
+_ADAPTDL = """\
+AdaptDL's own `GradientNoiseScale`, `goodput.py` and AdamScale's rule (the root of the gain), in dptrain's loop with
+dptrain's measuring off, from the default batch with the rate of the adaptive run. Where the package `autograd` is not
+installed, its fit takes differences for derivatives. It decides after 30 steps and whenever their number has grown by
+half, where AdaptDL itself does so once an epoch with times fitted every 30 seconds, and on powers of two times the
+first batch. The time of its fit is not counted."""
+
+
+def _about_the_runs(outcome: Outcome, *, task: str) -> str:
+    contest = outcome.contest
+    options = ", ".join(f"{name} {value}" for name, value in contest.task_options.items())
+    return _RUNS.format(
+        **harness.environment(device="cpu"),
+        task=task,
+        options=options or "a model of 30,000 parameters, 16 bytes of context, 512 held-out windows",
+        target=contest.target,
+        default_batch=contest.default_batch,
+        num_seeds=len(outcome.finishes[fixed_name(outcome.best)]),
+        warmup_samples=contest.warmup_samples,
+    )
+
+
+def _about_adaptdl(outcome: Outcome, figures: Mapping[str, float]) -> str:
+    if ADAPTDL in outcome.absent:
+        return f"Absent: {outcome.absent[ADAPTDL]}."
+    ratio = figures.get("adaptdl_ratio")
+    return _ADAPTDL if ratio is None else f"{_ADAPTDL} The adaptive run needs {ratio:.2f} times its seconds."
+
+
+def _rules_table(outcome: Outcome) -> str:
+    names = {"square_root (default)": ADAPTIVE} | {rule: rule_name(rule) for rule in RULES_COMPARED}
+    rows = {row["arm"]: row for row in results.rows(outcome)}
+    return _table(
+        ["rule", *list(COLUMNS)[1:]], [[rule, *_cells(rows[name])[1:]] for rule, name in names.items() if name in rows]
+    )
+
+
+def of_quadratic(theory: Theory) -> str:
+    """Return the page of the quadratic problems."""
+    columns, rows = theory.findings.columns, theory.findings.rows
+    return _joined(
+        f"# {QUESTION}",
+        "    python -m benchmarks.time_to_target --task quadratic --results benchmarks/results",
+        f"On problems whose answer is known: {theory.findings.note}.",
+        _figures_table(theory.findings.figures),
+        "## What was run",
+        _PROBLEMS,
+        _table(list(columns), [[cell.format_map(row) for cell in columns.values()] for row in rows]),
+        "![The planes of both problems](time_to_target_quadratic.png)",
+        "## What the numbers do not show",
+        _NOT_SHOWN_BY_THEORY,
+    )
+
+
+_PROBLEMS = """\
+dptrain's own laws and limits, driven step by step; nothing here is timed. **Problem 5** is SGD on an isotropic
+quadratic at the learning rate a/(1 + φ/B) over the curvature, a = 0.002, φ = 5/u from u = 1 down to 0.01. Its
+frontier is a hyperbola, and the best adaptive product is γ = 4·tanh(ln R/4)/ln R with R = 100. *Exact*: the law is
+told φ, as an interval of no width. *Measured*: gradients of 1,000 dimensions are drawn for two replicas, and the law
+is told what dptrain's estimator makes of their norms; of the seeds the middle one is shown. *Every second batch*: all
+multiples of the replicas, no waiting. *Powers of two*: dptrain's default rungs, which round by up to √2, and ten
+decisions between changes: that costs some 4 %.
+
+The learning rate stays the problem's, by the true φ, but for the last adaptive row. At a rate so far below the best
+one whatever makes it larger looks like progress, and a measured φ that lags behind a growing one does: what that row
+saves is no merit of its batch.
+
+**Problem 10** has curvature and gradient noise 1/i in 1,000 directions, in the mean. Fixed batches have the best
+constant rate each; the adaptive runs have one base rate, searched for at their first batch. The gain rule lets the
+rate rise above what any constant one could be and holds the stiffest direction at the edge of stability: that saves
+by the rate, and not by the batch alone. The rows of rule `none` save by the batch alone."""
+
+_NOT_SHOWN_BY_THEORY = """\
+- **A problem that nobody has solved.** That is what `--task digits` and `--task pysource` are for.
+- **Time.** The exchange rate r, the samples that one step fewer is worth, is given here; on hardware it is measured."""
+
+
+def _joined(*parts: str) -> str:
+    return "\n\n".join(parts) + "\n"
+
+
+def _figures_table(figures: Mapping[str, float]) -> str:
+    return _table(["figure", "value"], [[f"`{name}`", f"{value:.4g}"] for name, value in figures.items()])
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    return [template.format_map(row) for template in COLUMNS.values()]
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

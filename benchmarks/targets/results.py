@@ -1,0 +1,274 @@
+"""What the races of a contest come to: medians, ratios and the figures; nothing is run and nothing is drawn here."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.targets.contest import Contest, Search
+from benchmarks.targets.racing import WORLD_SIZE, Finish, Mark
+from dptrain.control import StepShape, StepTimes
+from dptrain.explain.adaptive import adaptive_side
+from dptrain.explain.frontier import Frontier, Point, fit_frontier
+
+_TIMED_STEPS = 10
+ADAPTIVE, FROM_SMALL, FROM_LARGE = "adaptive", "adaptive from small", "adaptive from large"
+ADAPTDL, SMITH, RAMP = "AdaptDL", "batch doubles (Smith)", "linear ramp"
+RULES_COMPARED = ("none", "linear", "gain", "surge")
+
+
+def fixed_name(batch: int) -> str:
+    """Return the name of the arm of a fixed batch."""
+    return f"fixed {batch}"
+
+
+def rule_name(rule: str) -> str:
+    """Return the name of the adaptive arm with another learning-rate rule."""
+    return f"adaptive, rule {rule}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """All that was run in a contest.
+
+    Attributes:
+        contest: the task and its range.
+        searches: of the fixed batches' learning rates.
+        adaptive_searches: of the adaptive runs', by arm: each start has one, at the batch where it starts.
+        finishes: by arm and seed.
+        rates: learning rate of each arm, at the batch that it is for.
+        absent: arms that could not run, and why.
+    """
+
+    contest: Contest
+    searches: Mapping[int, Search]
+    adaptive_searches: Mapping[str, Search]
+    finishes: Mapping[str, Mapping[int, Finish]]
+    rates: Mapping[str, float]
+    absent: Mapping[str, str]
+
+    @property
+    def best(self) -> int:
+        """The fixed batch with the fewest seconds, in the median over seeds."""
+        return min(self.searches, key=lambda batch: self.median(fixed_name(batch), "seconds"))
+
+    def ends(self, arm: str) -> dict[int, Mark]:
+        """Return where an arm reached the target, by seed, where it did."""
+        return {seed: finish.end for seed, finish in self.finishes.get(arm, {}).items() if finish.end is not None}
+
+    def median(self, arm: str, what: str) -> float:
+        """Return the median of steps, samples or seconds over seeds; infinite where most seeds did not arrive."""
+        values = [
+            math.inf if finish.end is None else float(getattr(finish.end, what))
+            for finish in self.finishes.get(arm, {}).values()
+        ]
+        return statistics.median(values) if values else math.inf
+
+    def ratio(self, arm: str, what: str, *, over: str) -> float:
+        """Return the median over seeds of an arm's figure to that of another with the same seed."""
+        others = self.ends(over)
+        ratios = [
+            math.inf if finish.end is None else getattr(finish.end, what) / getattr(others[seed], what)
+            for seed, finish in self.finishes.get(arm, {}).items()
+            if seed in others
+        ]
+        return statistics.median(ratios) if ratios else math.inf
+
+    def frontier(self) -> Frontier | None:
+        """Fit the frontier to all fixed runs that arrived; None where too few batches did."""
+        points = [
+            Point(global_batch_size=batch, steps=end.steps, seed=seed)
+            for batch in self.searches
+            for seed, end in self.ends(fixed_name(batch)).items()
+        ]
+        return fit_frontier(points) if len({point.global_batch_size for point in points}) > 2 else None
+
+
+def figures(outcome: Outcome) -> dict[str, float]:
+    """Return the figures of a contest; those that do not exist are left out."""
+    best = fixed_name(outcome.best)
+    found = {
+        "adaptive_over_best_fixed": outcome.ratio(ADAPTIVE, "seconds", over=best),
+        "adaptive_from_small_over_best_fixed": outcome.ratio(FROM_SMALL, "seconds", over=best),
+        "adaptive_from_large_over_best_fixed": outcome.ratio(FROM_LARGE, "seconds", over=best),
+        "search_cost_ratio": search_cost_ratio(outcome),
+        "steps_ratio": outcome.ratio(ADAPTIVE, "steps", over=best),
+        "samples_ratio": outcome.ratio(ADAPTIVE, "samples", over=best),
+        "best_fixed_steps": outcome.median(best, "steps"),
+        "best_fixed_batch": float(outcome.best),
+        "step_time_error": statistics.median(errors) if (errors := step_time_errors(outcome)) else math.inf,
+        "step_time_error_max": max(errors, default=math.inf),
+        "adaptdl_ratio": outcome.ratio(ADAPTIVE, "seconds", over=ADAPTDL),
+    }
+    gaps, spread = loss_gaps(outcome), loss_spread(outcome)
+    found |= {"final_loss_gap": statistics.median(gaps) if gaps else math.inf, "final_loss_spread": spread}
+    found |= _plane(outcome)
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _plane(outcome: Outcome) -> dict[str, float]:
+    frontier = outcome.frontier()
+    found = {"gamma_predicted": predicted_gamma(outcome)}
+    if frontier is None or not frontier.is_fitted:
+        return found
+    products = [product(outcome, fixed_name(batch), frontier) for batch in outcome.searches]
+    known = [value for value in products if math.isfinite(value)]
+    return found | {
+        "frontier_product": max(known, key=lambda value: abs(math.log(max(value, 1e-9)))) if known else math.inf,
+        "gamma_measured": product(outcome, ADAPTIVE, frontier),
+    }
+
+
+def product(outcome: Outcome, arm: str, frontier: Frontier) -> float:
+    """Return (S/S_min − 1)(E/E_min − 1) of an arm's medians; 1 on the frontier, below it less."""
+    assert frontier.min_steps is not None
+    assert frontier.min_samples is not None
+    min_steps, min_samples = frontier.min_steps.value, frontier.min_samples.value
+    if min_steps is None or min_samples is None:
+        return math.inf
+    steps, samples = outcome.median(arm, "steps"), outcome.median(arm, "samples")
+    return max(steps / min_steps - 1, 0.0) * max(samples / min_samples - 1, 0.0)
+
+
+def predicted_gamma(outcome: Outcome) -> float:
+    """Return γ by the noise scale along the adaptive runs: the least product that any choice of batches allows."""
+    found = []
+    for finish in outcome.finishes.get(ADAPTIVE, {}).values():
+        rows = [row for row in finish.rows if row["gns/b_simple"]]
+        if rows:
+            side = adaptive_side(
+                noise_scales=[row["gns/b_simple"] for row in rows],
+                global_batch_sizes=[row["batch/global"] for row in rows],
+            )
+            found.append(side.gamma)
+    return statistics.median(found) if found else math.inf
+
+
+def search_cost_ratio(outcome: Outcome) -> float:
+    """Return the seconds of the whole way with fixed batches, searches and a run, to those with the adaptive one."""
+    fixed = sum(search.seconds for search in outcome.searches.values())
+    fixed += outcome.median(fixed_name(outcome.best), "seconds")
+    return fixed / (outcome.adaptive_searches[ADAPTIVE].seconds + outcome.median(ADAPTIVE, "seconds"))
+
+
+def step_time_errors(outcome: Outcome) -> list[float]:
+    """Return how far off the time of each shape of the fixed runs is predicted from all the other shapes."""
+    times: dict[tuple[int, int], list[float]] = {}
+    for batch in outcome.searches:
+        for finish in outcome.finishes.get(fixed_name(batch), {}).values():
+            for shape, seconds in finish.step_s.items():
+                times.setdefault(shape, []).append(statistics.median(seconds))
+    typical = {shape: statistics.median(seconds) for shape, seconds in times.items()}
+    return [abs(_predicted(shape, typical) / seconds - 1) for shape, seconds in typical.items()]
+
+
+def _predicted(unseen: tuple[int, int], typical: Mapping[tuple[int, int], float]) -> float:
+    times = StepTimes()
+    for shape, seconds in typical.items():
+        if shape != unseen:
+            for _ in range(_TIMED_STEPS):
+                times = times.timed(_shape(shape), seconds)
+    model = times.model()
+    return math.inf if model is None else model.seconds(_shape(unseen))
+
+
+def _shape(shape: tuple[int, int]) -> StepShape:
+    return StepShape(micro_batch_size=shape[0], accumulation_steps=shape[1], world_size=WORLD_SIZE)
+
+
+def loss_gaps(outcome: Outcome) -> list[float]:
+    """Return by how much the adaptive run's loss is above the target where the best fixed run of the seed has it."""
+    found = []
+    for seed, end in outcome.ends(fixed_name(outcome.best)).items():
+        finish = outcome.finishes.get(ADAPTIVE, {}).get(seed)
+        if finish is not None and finish.end is not None and finish.marks[-1].samples >= end.samples:
+            found.append(loss_at(finish, end.samples) - outcome.contest.target)
+    return found
+
+
+def loss_spread(outcome: Outcome) -> float:
+    """Return the standard deviation over seeds of the best fixed run's loss, where the first seed is at the target."""
+    arm = fixed_name(outcome.best)
+    earliest = min(end.samples for end in outcome.ends(arm).values())
+    losses = [loss_at(finish, earliest) for finish in outcome.finishes[arm].values()]
+    return statistics.stdev(losses) if len(losses) > 1 else math.inf
+
+
+def loss_at(finish: Finish, samples: float) -> float:
+    """Return the held-out loss after some samples, between two evaluations by interpolation."""
+    return float(np.interp(samples, [mark.samples for mark in finish.marks], [mark.loss for mark in finish.marks]))
+
+
+def rows(outcome: Outcome) -> list[dict[str, Any]]:
+    """Return a row for each arm: medians with their spread, the rate, and the place on the plane."""
+    frontier = outcome.frontier()
+    found = [_row(outcome, arm, frontier) for arm in outcome.finishes]
+    return found + [{**_blank(arm), "shown_seconds": f"absent: {reason}"} for arm, reason in outcome.absent.items()]
+
+
+def _row(outcome: Outcome, arm: str, frontier: Frontier | None) -> dict[str, Any]:
+    ends, num_seeds = outcome.ends(arm), len(outcome.finishes[arm])
+    reasons = sorted({finish.reason for finish in outcome.finishes[arm].values() if finish.end is None})
+    best = fixed_name(outcome.best)
+    row: dict[str, Any] = {
+        **_blank(arm),
+        "learning_rate": outcome.rates[arm],
+        "seeds": num_seeds,
+        "arrived": len(ends),
+        "not_arrived": "; ".join(reasons),
+        "runs": [
+            {"seed": seed, "steps": end.steps, "samples": end.samples, "seconds": end.seconds}
+            for seed, end in ends.items()
+        ],
+    }
+    for what in ("steps", "samples", "seconds"):
+        if ends:
+            row[f"shown_{what}"] = spread([float(getattr(end, what)) for end in ends.values()])
+            row[what] = statistics.median(float(getattr(end, what)) for end in ends.values())
+    ratio = outcome.ratio(arm, "seconds", over=best)
+    if math.isfinite(ratio):
+        row |= {"ratio": ratio, "shown_ratio": f"{ratio:.3f}"}
+    if frontier is not None and frontier.is_fitted and math.isfinite(value := product(outcome, arm, frontier)):
+        row |= {"product": value, "shown_product": f"{value:.2f}"}
+    if len(ends) < num_seeds:
+        row["shown_seconds"] += f" ({num_seeds - len(ends)} of {num_seeds} not: {row['not_arrived']})"
+    return row
+
+
+def _blank(arm: str) -> dict[str, Any]:
+    names = ("shown_steps", "shown_samples", "shown_seconds", "shown_ratio", "shown_product")
+    return {"arm": arm, **dict.fromkeys(names, "")}
+
+
+def spread(values: Sequence[float]) -> str:
+    """Write the median with the smallest and the largest value."""
+    return f"{statistics.median(values):,.4g} ({min(values):,.4g}–{max(values):,.4g})"
+
+
+def search_rows(outcome: Outcome) -> list[dict[str, Any]]:
+    """Return a row for each search: the rates that were tried, with what they took."""
+    named = {f"search, {fixed_name(batch)}": search for batch, search in outcome.searches.items()}
+    adaptive = {f"search, {name}": search for name, search in outcome.adaptive_searches.items()}
+    return [_search_row(name, search) for name, search in {**named, **adaptive}.items()]
+
+
+def _search_row(name: str, search: Search) -> dict[str, Any]:
+    tried = {
+        f"{rate:.3g}": None if finish.end is None else finish.end.steps
+        for rate, finish in sorted(search.finishes.items())
+    }
+    at_edge = search.best in (min(search.finishes), max(search.finishes))
+    return {
+        **_blank(name),
+        "learning_rate": search.best,
+        "steps_by_rate": tried,
+        "seconds": search.seconds,
+        "at_edge": at_edge,
+        "shown_steps": f"best {search.best:.3g} of {len(tried)} rates",
+        "shown_seconds": f"{search.seconds:,.4g}",
+    }

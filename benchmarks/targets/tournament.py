@@ -1,0 +1,188 @@
+"""Runs a contest from the searches to the last seed, arms in turn so that a slow spell of the machine hits them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.targets import adaptdl_policy
+from benchmarks.targets.contest import Contest, Run, Search, search_rate
+from benchmarks.targets.racing import Finish, Mark, Pair, Race
+from benchmarks.targets.results import (
+    ADAPTDL,
+    ADAPTIVE,
+    FROM_LARGE,
+    FROM_SMALL,
+    RAMP,
+    RULES_COMPARED,
+    SMITH,
+    Outcome,
+    fixed_name,
+    rule_name,
+)
+
+_FAR = 16
+"""How many times too small and too large the batches are at which adaptive runs begin."""
+_SMALLEST_START = 4
+_SMITH_STAGES = 4
+_PATIENCE = 6
+"""A run is given up once it took that many times the seconds of the best fixed one."""
+
+Tell = Callable[[str], None]
+"""Is told how far the work is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A competitor.
+
+    Attributes:
+        race: (seed, samples that it goes on for at least) → race.
+        learning_rate: of it, for the page.
+    """
+
+    race: Callable[[int, float], Race]
+    learning_rate: float
+
+
+def hold(contest: Contest, *, num_seeds: int, tell: Tell) -> Outcome:
+    """Run a whole contest on a pair of replicas.
+
+    The searches are with seed 0, the races with the seeds after it: no arm is judged by the run that chose its rate.
+    """
+    with Pair() as pair:
+        run = _told(pair.run, tell)
+        run(contest.fixed(contest.batches[0], learning_rate=contest.guess(contest.batches[0]), seed=0, most_steps=50))
+        searches = {batch: found for batch in contest.batches if (found := _search_fixed(contest, batch, run=run))}
+        best = min(searches, key=lambda batch: searches[batch].end.seconds)
+        starts = {
+            ADAPTIVE: contest.default_batch,
+            FROM_SMALL: max(best // _FAR, _SMALLEST_START),
+            FROM_LARGE: best * _FAR,
+        }
+        adaptive = {name: _search_adaptive(contest, start, run=run) for name, start in starts.items()}
+        arms, absent = _arms(contest, searches=searches, adaptive=adaptive, starts=starts, best=best)
+        finishes: dict[str, dict[int, Finish]] = {name: {} for name in arms}
+        for seed in range(1, num_seeds + 1):
+            # The best fixed batch goes first: the adaptive run is to go as many samples far.
+            names = sorted(arms, key=lambda name: name != fixed_name(best))
+            for name in [names[0], *_turned(names[1:], seed)]:
+                end = finishes[fixed_name(best)].get(seed)
+                least = end.end.samples if name == ADAPTIVE and end is not None and end.end is not None else 0.0
+                tell(f"seed {seed}, {name}")
+                race = dataclasses.replace(
+                    arms[name].race(seed, least), most_seconds=_PATIENCE * searches[best].end.seconds
+                )
+                finishes[name][seed] = run(race)
+    return Outcome(
+        contest=contest,
+        searches=searches,
+        adaptive_searches=adaptive,
+        finishes=finishes,
+        rates={name: arm.learning_rate for name, arm in arms.items()},
+        absent=absent,
+    )
+
+
+def _told(run: Run, tell: Tell) -> Run:
+    def told(race: Race) -> Finish:
+        finish = run(race)
+        end = finish.end or finish.marks[-1]
+        place = f"{end.steps:,.0f} steps, {end.samples:,.0f} samples, {end.seconds:.1f} s"
+        optimizer = race.settings["optimizer"]
+        rate = f"rate {optimizer['learning_rate']:.3g} ({optimizer['rule']})"
+        tell(f"  from {race.settings['global_batch_size']}, {rate}: {finish.reason or place}")
+        return finish
+
+    return told
+
+
+def _search_fixed(contest: Contest, batch: int, *, run: Run) -> Search | None:
+    def race_at(rate: float, most_steps: float) -> Race:
+        return contest.fixed(batch, learning_rate=rate, seed=0, most_steps=most_steps)
+
+    return search_rate(race_at, start=contest.guess(batch), run=run, cost=_steps)
+
+
+def _search_adaptive(contest: Contest, start: int, *, run: Run) -> Search:
+    def race_at(rate: float, most_steps: float) -> Race:
+        # Steps are no measure of an adaptive run: one at larger batches takes fewer.
+        return contest.adaptive(start, learning_rate=rate, seed=0, most_steps=2 * most_steps)
+
+    found = search_rate(race_at, start=contest.guess(start), run=run, cost=_seconds)
+    if found is None:
+        raise RuntimeError(f"from a batch of {start} no learning rate leads to the target: choose another one")
+    return found
+
+
+def _steps(end: Mark) -> float:
+    return end.steps
+
+
+def _seconds(end: Mark) -> float:
+    return end.seconds
+
+
+def _turned(names: Sequence[str], seed: int) -> list[str]:
+    """Return the names in an order that changes from seed to seed."""
+    shift = seed * len(names) // 3 % max(len(names), 1)
+    return [*names[shift:], *names[:shift]]
+
+
+def _arms(
+    contest: Contest,
+    *,
+    searches: Mapping[int, Search],
+    adaptive: Mapping[str, Search],
+    starts: Mapping[str, int],
+    best: int,
+) -> tuple[dict[str, Arm], dict[str, str]]:
+    rate = adaptive[ADAPTIVE].best
+    arms = {fixed_name(batch): _fixed(contest, batch, found.best) for batch, found in searches.items()}
+    arms |= {name: _adaptive(contest, start, adaptive[name].best) for name, start in starts.items()}
+    arms |= {rule_name(rule): _adaptive(contest, contest.default_batch, rate, rule=rule) for rule in RULES_COMPARED}
+    expected = searches[best].end.samples
+    arms[SMITH] = _scheduled(contest, _doublings(best, expected), searches[best].best, rule="none")
+    ramp = _ramp(contest.default_batch, best, expected)
+    arms[RAMP] = _scheduled(contest, ramp, rate, rule="square_root")
+    reason = adaptdl_policy.absent()
+    if reason:
+        return arms, {ADAPTDL: reason}
+    arms[ADAPTDL] = Arm(
+        race=lambda seed, _: contest.adaptdl(learning_rate=rate, seed=seed),
+        learning_rate=rate,
+    )
+    return arms, {}
+
+
+def _fixed(contest: Contest, batch: int, rate: float) -> Arm:
+    return Arm(race=lambda seed, _: contest.fixed(batch, learning_rate=rate, seed=seed), learning_rate=rate)
+
+
+def _adaptive(contest: Contest, start: int, rate: float, *, rule: str = "square_root") -> Arm:
+    return Arm(
+        race=lambda seed, least: contest.adaptive(start, learning_rate=rate, seed=seed, rule=rule, least_samples=least),
+        learning_rate=rate,
+    )
+
+
+def _scheduled(contest: Contest, stages: Sequence[tuple[int, int]], rate: float, *, rule: str) -> Arm:
+    return Arm(
+        race=lambda seed, _: contest.scheduled(stages, learning_rate=rate, seed=seed, rule=rule), learning_rate=rate
+    )
+
+
+def _doublings(best: int, expected: float) -> list[tuple[int, int]]:
+    """Return a batch that begins at half of the best fixed one and doubles at equal distances, at a rate that stays."""
+    return [(round(number * expected / _SMITH_STAGES), best * 2**number // 2) for number in range(_SMITH_STAGES)]
+
+
+def _ramp(first: int, best: int, expected: float) -> list[tuple[int, int]]:
+    """Return a batch that grows in a line, from the default one to twice the best over the expected samples."""
+    steps = max(2, min(32, (2 * best - first) // 2))
+    return [
+        (math.floor(number * expected / steps), first + 2 * round(number * (2 * best - first) / (steps - 1) / 2))
+        for number in range(steps)
+    ]

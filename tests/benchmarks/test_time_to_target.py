@@ -1,0 +1,167 @@
+"""The quick form of `benchmarks.time_to_target` on problems whose answer is known, and how a contest is judged."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.targets import page, results
+from benchmarks.targets.contest import Search, contests, search_rate
+from benchmarks.targets.quadratics import DAMPED, SampledDamped, drive, first_batch, law_of, timed
+from benchmarks.targets.racing import Finish, Mark
+from benchmarks.targets.results import ADAPTIVE, Outcome, fixed_name
+
+ROOT = Path(__file__).parents[2]
+STEPS = {64: 3_000.0, 128: 2_000.0, 256: 1_500.0}
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    command = ["-m", "benchmarks.time_to_target", "--task", "quadratic", "--quick", "--results", str(folder)]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def figures(found):
+    return json.loads((found / "time_to_target_quadratic.json").read_text())["figures"]
+
+
+def test_fixed_batches_lie_on_the_hyperbola(figures):
+    """At least eight sizes of the damped problem, driven by the real controller, are within 5 % of it."""
+    assert figures["num_fixed"] >= 8
+    assert figures["frontier_product"] == pytest.approx(1, rel=0.05)
+
+
+def test_the_real_law_reaches_the_predicted_saving(figures):
+    """Within 5 % of γ when it is told the noise scale, within 10 % when it has to measure it."""
+    assert figures["gamma_predicted"] == pytest.approx(0.7107, abs=1e-4)
+    assert figures["gamma_exact"] == pytest.approx(figures["gamma_predicted"], rel=0.05)
+    assert figures["gamma_measured"] == pytest.approx(figures["gamma_predicted"], rel=0.1)
+
+
+def test_adapting_beats_every_fixed_batch_on_the_noisy_quadratic(figures):
+    """At the steps that the adaptive run takes, the fixed batch of as many needs more samples."""
+    assert 0.5 < figures["noisy_quadratic_over_curve"] < 1
+
+
+def test_page_and_picture_are_written(found):
+    """The page has the figures and names its picture, which is there."""
+    text = (found / "time_to_target_quadratic.md").read_text()
+    assert "`gamma_measured`" in text
+    assert "BROKEN" not in text
+    assert "time_to_target_quadratic.png" in text
+    assert (found / "time_to_target_quadratic.png").stat().st_size > 10_000
+
+
+def test_the_goodput_law_finds_the_exchange_rate_in_the_times_of_steps():
+    """With steps of r + B seconds it takes what the exchange-rate law takes that is told r."""
+    spent = [
+        drive(SampledDamped(dimension=50), law_of(107, goodput=goodput), start=first_batch(107), step_time=timed(107))
+        for goodput in (False, True)
+    ]
+    assert spent[1].product(DAMPED) == pytest.approx(spent[0].product(DAMPED), rel=0.02)
+
+
+@pytest.mark.parametrize(("best", "tried"), [(1.0, [0, 1, -1, -2]), (4.0, [0, 1, 2, 3]), (0.25, [0, 1, -1, -2, -3])])
+def test_a_search_widens_until_the_best_rate_is_inside(best, tried):
+    """Four rates at least, and a worse one on both sides of the best."""
+    asked = []
+
+    def race_at(rate, most_steps):
+        asked.append((rate, most_steps))
+        return rate
+
+    def run(rate):
+        return arrived(100 * (1 + abs(math.log2(rate / best))))
+
+    search = search_rate(race_at, start=1.0, run=run, cost=lambda end: end.steps)
+    assert search.best == best
+    assert sorted(math.log2(rate) for rate, _ in asked) == sorted(tried)
+    assert asked[0][1] == math.inf
+    assert asked[-1][1] == 125  # of the best so far
+
+
+def test_a_search_in_vain_ends():
+    """Rates that never arrive are given up after a few, each smaller than the one before."""
+    asked = []
+    lost = Finish(end=None, reason="lost", marks=[], rows=[], step_s={})
+    assert search_rate(lambda rate, _: asked.append(rate), start=1.0, run=lambda _: lost, cost=float) is None
+    assert len(asked) == 6
+    assert asked == sorted(asked, reverse=True)
+
+
+def test_what_is_best_is_judged_seed_by_seed():
+    """The best fixed batch has the fewest seconds; ratios are medians of those of equal seeds; the search counts."""
+    outcome = make_outcome(adaptive=0.9)
+    figures = results.figures(outcome)
+    assert outcome.best == 128
+    assert figures["adaptive_over_best_fixed"] == pytest.approx(0.9)
+    assert figures["steps_ratio"] == pytest.approx(0.9)
+    fixed, adaptive = 2.0, 2.0 * 0.9
+    searched = sum(STEPS[batch] / 1000 * (1 if batch == 128 else 2) for batch in STEPS)
+    assert figures["search_cost_ratio"] == pytest.approx((searched + fixed) / (1.0 + adaptive), rel=0.05)
+    assert "10% fewer seconds than the best fixed batch (128)" in page.note(outcome, figures)
+
+
+def test_no_gain_is_said():
+    """A ratio of one, or worse, is called no gain, and a bound that does not hold is called broken."""
+    outcome = make_outcome(adaptive=1.2)
+    text = page.note(outcome, results.figures(outcome))
+    assert "NO GAIN over the best fixed batch (128): 1.20 times its seconds" in text
+    assert "default start up to 1.05: BROKEN" in text
+
+
+def test_a_run_that_does_not_arrive_is_not_hidden():
+    """Its ratio is left out of the figures, and the page names the reason."""
+    outcome = make_outcome(adaptive=None)
+    figures = results.figures(outcome)
+    assert "adaptive_over_best_fixed" not in figures
+    text = page.of_contest(outcome, figures, task="digits")
+    assert "the adaptive run did NOT ARRIVE" in text
+    assert "2 of 2 not: lost" in text
+    assert "Absent: not installed." in text
+
+
+def arrived(steps, *, batch=1, seconds=None):
+    end = Mark(steps=steps, samples=steps * batch, seconds=steps / 1000 if seconds is None else seconds, loss=0.017)
+    row = {"step": 1, "progress/samples": batch, "batch/global": batch, "train/lr": 0.1, "gns/b_simple": 100.0}
+    times = {(batch // 2, 1): [0.001 + 1e-5 * batch] * 3}
+    return Finish(end=end, reason="", marks=[end], rows=[row, row], step_s=times)
+
+
+def make_outcome(*, adaptive):
+    """Three fixed batches on a hyperbola, the middle one the fastest, and an adaptive arm that takes a part of it."""
+    factor = {64: 2, 128: 1, 256: 2}
+    finishes = {
+        fixed_name(batch): {
+            seed: arrived(steps * seed, batch=batch, seconds=steps / 1000 * factor[batch]) for seed in (1, 2)
+        }
+        for batch, steps in STEPS.items()
+    }
+    lost = Finish(end=None, reason="lost", marks=[], rows=[], step_s={})
+    finishes[ADAPTIVE] = {
+        seed: lost if adaptive is None else arrived(2_000 * seed * adaptive, batch=128, seconds=2 * adaptive)
+        for seed in (1, 2)
+    }
+    searches = {
+        batch: Search(best=0.1, finishes={0.1: arrived(steps, batch=batch, seconds=steps / 1000 * factor[batch])})
+        for batch, steps in STEPS.items()
+    }
+    return Outcome(
+        contest=contests(quick=False)["digits"],
+        searches=searches,
+        adaptive_searches={ADAPTIVE: Search(best=0.1, finishes={0.1: arrived(1_000)})},
+        finishes=finishes,
+        rates=dict.fromkeys(finishes, 0.1),
+        absent={results.ADAPTDL: "not installed"},
+    )
