@@ -97,6 +97,8 @@ def _tell_of_the_rest(ending: Ending, *, folder: SweepFolder) -> int:
 
 def _sentences(spec: SweepSpec, outcome: Outcome) -> Iterable[str]:
     yield f"target {outcome.target:g}: {outcome.sentence}"
+    if len(spec.seeds) == 1:
+        yield "  one seed: there is no interval, and what is scatter counts as misfit"
     if missed := [batch for batch in spec.batch_sizes if batch not in outcome.rates]:
         yield f"  not reached by every seed at any learning rate: batch {_listed(missed)}"
     if outcome.early:
