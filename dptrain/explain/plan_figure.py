@@ -75,7 +75,7 @@ def _by_devices(axes: Axes, plan: Plan, *, unit_s: float, unit: str) -> None:
         ),
         width=105,
     )
-    axes.legend(loc="upper right", ncols=2)
+    axes.legend(loc="upper right", ncols=2, frameon=True, framealpha=0.9, edgecolor="none")
 
 
 def _by_work(axes: Axes, plan: Plan, *, unit_s: float, unit: str) -> None:
