@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import yaml
 
 from dptrain.errors import ConfigError
+from dptrain.noise import Resolution
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,18 +23,44 @@ Row = dict[str, Any]
 
 SAMPLES = "progress/samples"
 
+_NEEDED = {
+    "train": (SAMPLES, "batch/global"),
+    "eval": (SAMPLES,),
+    "decision": (SAMPLES, "step", "batch/before", "batch/after"),
+}
+"""Figures without which a row stands nowhere."""
+
+_TEXTS = {"kind", "reason", "gns/state", "task", "backend", "device"}
+"""Fields that are read as text; every other one is read as a number."""
+
+SMOOTHING_SHARE = 0.02
+"""Part of the run, in samples, that each point of a smoothed line averages over; a matter of taste."""
+
+_INTERVAL = ("b_simple", "lower", "upper")
+_KNOWN = (str(Resolution.RESOLVED), str(Resolution.AT_LEAST))
+_GROUP = re.compile(r"gns/(.+)/b_simple")
+
+MOST_ROWS = 10_000
+"""Of a log that are taken, evenly spaced: more than a page can show. What rows count up to there is lost with none."""
+
+_LONGEST_TEXT = 500
+_LARGEST = 1e60  # what is beyond is no measurement, and products of such overflow
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
     """A run folder, read. Empty where the run has not come that far.
 
+    A folder may come from anybody: in the rows and the summary, numbers are finite or None, texts are short and
+    printable. Texts are not escaped; that belongs to where they are written.
+
     Attributes:
         name: the folder's name.
-        train: one row per logged optimizer step, in order.
+        train: one row per logged optimizer step, in order; of a long log, every so many.
         evals: one row per evaluation on held-out data, in order.
-        decisions: one row per decision of the controller, in order.
+        decisions: one row per decision of the controller, in order, with the advice that was not acted on.
         summary: the figures written at the end of a run, or empty for a run that has not ended.
-        config: the settings that the run was started with, or empty.
+        config: the settings that the run was started with, or empty; read it through `setting`.
     """
 
     name: str
@@ -44,8 +72,13 @@ class RunRecord:
 
     @property
     def batch_changes(self) -> list[Row]:
-        """The decisions that moved the global batch; the others left it where it was."""
-        return [row for row in self.decisions if row["batch/before"] != row["batch/after"]]
+        """The decisions that moved the global batch; the others left it where it was, or were advice."""
+        return [row for row in self.decisions if row["batch/before"] != row["batch/after"] and is_applied(row)]
+
+    @property
+    def advice(self) -> list[Row]:
+        """The decisions that would have moved the global batch, had they been acted on."""
+        return [row for row in self.decisions if row["batch/before"] != row["batch/after"] and not is_applied(row)]
 
     @property
     def is_cut_short(self) -> bool:
@@ -55,6 +88,62 @@ class RunRecord:
         before, last = self.train[-2:]
         asked_for = {row["batch/after"] for row in self.batch_changes if row["step"] >= before["step"] - 1}
         return last["batch/global"] < before["batch/global"] and last["batch/global"] not in asked_for
+
+    @property
+    def window(self) -> float:
+        """How many samples a point of a smoothed line averages over."""
+        return SMOOTHING_SHARE * float(self.train[-1][SAMPLES])
+
+    def smoothed(self, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return where the training rows have a figure, in samples, and its mean over `window` there."""
+        samples, values = column(self.train, SAMPLES), column(self.train, key)
+        finite = np.isfinite(values)
+        return samples[finite], smooth(samples[finite], values[finite], window=self.window)
+
+    def setting(self, name: str) -> str | float | None:
+        """Return a setting by its dotted name; None where it is not known, or no plain value."""
+        value: Any = self.config
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return plain(value) if isinstance(value, str) else _number(value)
+
+    def groups(self) -> dict[str, Row]:
+        """Return the latest noise scale of each group of parameters, with the fields of a training row."""
+        found: dict[str, Row] = {}
+        for row in self.train:
+            for key in row:
+                if (match := _GROUP.fullmatch(key)) is not None:
+                    found[match[1]] = {f"gns/{field}": row.get(f"gns/{match[1]}/{field}") for field in _INTERVAL}
+        for row in found.values():
+            row["gns/state"] = _state(row, said=Resolution.RESOLVED)
+        return found
+
+    def first_and_last_known(self) -> tuple[Row, Row] | None:
+        """Return the rows between which something is known of the noise scale: from the first resolved one if any."""
+        known = [row for row in self.train if known_lower(row) is not None]
+        resolved = [row for row in known if is_resolved(row)]
+        return ((resolved or known)[0], known[-1]) if known else None
+
+    def last(self, key: str, *, in_summary: str | None = None) -> float | None:
+        """Return a figure of the summary, or else of the last row that has it; None where it is not known."""
+        found = self.summary.get(in_summary) if in_summary else None
+        rows = (row[key] for row in reversed(self.train) if row.get(key) is not None)
+        return next(rows, None) if found is None else found
+
+
+def is_applied(row: Row) -> bool:
+    """Tell whether a decision was acted on; those of a run that only advises were not."""
+    return row.get("applied") is not False
+
+
+def is_resolved(row: Row) -> bool:
+    """Tell whether the noise scale of a row and both ends of its interval are known."""
+    return row.get("gns/state") == Resolution.RESOLVED
+
+
+def known_lower(row: Row) -> float | None:
+    """Return the lower end of the row's interval, None where nothing is known of the noise scale."""
+    return row.get("gns/lower") if row.get("gns/state") in _KNOWN else None
 
 
 def read_run(run_dir: Path) -> RunRecord:
@@ -69,32 +158,62 @@ def read_run(run_dir: Path) -> RunRecord:
     if not metrics.is_file():
         raise ConfigError(f"{run_dir} is not a run folder, it has no metrics.jsonl: give the one that holds it")
     rows = read_jsonl(metrics)
-    train = [row for row in rows if row.get("kind") == "train" and SAMPLES in row]
+    train = _standing([row for row in rows if row.get("kind") == "train"], kind="train")
     if not train:
         raise ConfigError(f"{metrics} has no training step yet: draw the report after the first logged step")
     return RunRecord(
-        name=run_dir.resolve().name,
+        name=plain(run_dir.resolve().name),
         train=train,
-        evals=[row for row in rows if row.get("kind") == "eval" and SAMPLES in row],
-        decisions=read_jsonl(run_dir / "decisions.jsonl"),
+        evals=_standing([row for row in rows if row.get("kind") == "eval"], kind="eval"),
+        decisions=_standing(read_jsonl(run_dir / "decisions.jsonl"), kind="decision"),
         summary=_read_summary(run_dir / "summary.json"),
         config=_read_config(run_dir / "config.yaml"),
     )
+
+
+def _standing(rows: Sequence[Row], *, kind: str) -> list[Row]:
+    """Return the rows of a kind that say where they stand, in the order of their samples, and no more than are needed.
+
+    The last two are among them: they tell whether the end cut the last step short.
+    """
+    spacing = max(1, len(rows) // MOST_ROWS) if kind == "train" else 1
+    every = [*rows[:-2:spacing], *rows[-2:]]
+    found = [row for row in map(_clean, every) if all(_stands(row, key, kind=kind) for key in _NEEDED[kind])]
+    for row in found:
+        if "gns/state" in row:
+            row["gns/state"] = _state(row, said=row["gns/state"])
+    return sorted(found, key=lambda row: float(row[SAMPLES]))
+
+
+def _state(row: Row, *, said: str | None) -> str:
+    """Return what is known of a noise scale: what the row says, but never more than its figures tell."""
+    value, lower, upper = (row.get(f"gns/{field}") for field in _INTERVAL)
+    if said not in _KNOWN or lower is None or lower < 0:
+        return str(Resolution.NOT_RESOLVED)
+    if said == Resolution.RESOLVED and value is not None and upper is not None and value >= 0 and lower < upper:
+        return str(Resolution.RESOLVED)
+    return str(Resolution.AT_LEAST if lower > 0 else Resolution.NOT_RESOLVED)
+
+
+def _stands(row: Row, key: str, *, kind: str) -> bool:
+    """Tell whether a row has a needed figure, of a size that it can have."""
+    value = row.get(key)
+    return value is not None and value >= (1 if kind == "train" or key.startswith("batch/") else 0)
 
 
 def read_jsonl(path: Path) -> list[Row]:
     """Read the rows of a log, without a last line that was torn by a kill; no file is no rows.
 
     Raises:
-        ConfigError: where another line than the last does not parse: the log was damaged, not cut short.
+        ConfigError: where another line than the last is no row: the log was damaged, not cut short.
     """
     # Not splitlines, which also splits at rarer ends of line that stand in a text.
     lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n") if path.is_file() else []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            rows.append(_fields(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
             if line and number < len(lines):
                 raise ConfigError(f"{path} line {number} is damaged ({error}): remove that line") from error
     return rows
@@ -103,8 +222,8 @@ def read_jsonl(path: Path) -> list[Row]:
 def _read_summary(path: Path) -> Mapping[str, Any]:
     """Read the figures of the run's end; a file that is missing or torn means that the end was not reached."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return _clean(_fields(json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 
@@ -112,9 +231,46 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     """Read the settings; the curves do not depend on them, so a run is drawn without them, too."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _fields(row: object) -> Row:
+    """Return a row as one.
+
+    Raises:
+        TypeError: where it is something else.
+    """
+    if not isinstance(row, dict):
+        raise TypeError("no row of fields")
+    return row
+
+
+def _clean(row: Row) -> Row:
+    """Keep of a row what is of its field's type; what is not counts as not known."""
+    return {plain(key): _field(key, value) for key, value in row.items()}
+
+
+def _field(key: str, value: object) -> object:
+    if key in _TEXTS:
+        return plain(value) if isinstance(value, str) else None
+    return value if key == "applied" and isinstance(value, bool) else _number(value)
+
+
+def _number(value: object) -> float | None:
+    """Return a number that is finite; None for all else, such as the NaN of a log that another program wrote."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value if -_LARGEST < value < _LARGEST else None
+
+
+def plain(text: str) -> str:
+    """Make a text of unknown origin short and printable: it goes to terminals, figures and pages."""
+    if len(text) <= _LONGEST_TEXT and text.isprintable():
+        return text
+    short = text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} …"
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in short)
 
 
 def column(rows: Sequence[Row], key: str) -> NDArray[np.float64]:
@@ -135,4 +291,9 @@ def smooth(samples: NDArray[np.float64], values: NDArray[np.float64], *, window:
     """
     begins = np.searchsorted(samples, samples - window / 2, side="left")
     ends = np.searchsorted(samples, samples + window / 2, side="right")
-    return np.array([values[begin:end].mean() for begin, end in zip(begins, ends, strict=True)])
+    # Differences of a running sum, so that a run of a million rows takes no longer than a look at each. Taken about
+    # the middle of the values, whose size would else drown their differences.
+    middle = np.median(values) if len(values) else 0.0
+    sums = np.concatenate([[0.0], np.cumsum(values - middle)])
+    means: NDArray[np.float64] = middle + (sums[ends] - sums[begins]) / (ends - begins)
+    return means

@@ -1,265 +1,166 @@
-"""The picture of one run: five curves over samples seen, each under the sentence that it shows."""
+"""The report of one run or several: a page to read, and its figures as pictures."""
 
 from __future__ import annotations
 
-from functools import partial
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+import io
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from dptrain.explain import findings
-from dptrain.explain.record import SAMPLES, Row, RunRecord, column, read_run, smooth
+from dptrain.errors import ConfigError
+from dptrain.explain import findings, tables
+from dptrain.explain.advice import CAUTION, advise
+from dptrain.explain.overlay import overlays
+from dptrain.explain.page import Answer, Figures, Table, html
+from dptrain.explain.panel import MOST_RUNS, Panel, label, legend_entries
+from dptrain.explain.panels import panels
+from dptrain.explain.record import SMOOTHING_SHARE, RunRecord, read_run
+from dptrain.explain.theme import SOFT, STYLE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Sequence
 
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
 
-BLUE, VERMILLION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#9B5F8A", "#8A8A8A"
-"""Colours that stay apart for the colour-blind (Okabe and Ito 2008; the purple darkened to read on white)."""
-
-SMOOTHING_SHARE = 0.02
-"""Part of the run, in samples, that each point of a smoothed line averages over; a matter of taste."""
-
-_MANY_ROWS = 30
-
-STYLE: dict[Any, Any] = {
-    "font.size": 9.5,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E6E6",
-    "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "hatch.linewidth": 0.6,
-}
-
-CAVEAT = (
-    "The noise scale is no optimal batch: it has been off by a typical factor of six "
-    "against the critical batch size in published tasks."
+_DPI = 200
+_LETTERS_WIDE = 96
+_FOOT = (
+    f"{findings.CAVEAT} Made by dptrain report from the logs of the run alone, as far as they had come. The page loads "
+    "nothing from anywhere: it can be sent on as it is."
 )
 
 
-def draw_report(run_dir: Path) -> Path:
-    """Draw `report.png` into a run folder, from its logs alone, and return the path of the picture.
+def draw_report(*run_dirs: Path, out: Path | None = None) -> Path:
+    """Write the report of a run, or of several laid over each other, from their logs alone; return its page.
 
-    A run that is still going or was killed is drawn as far as it came. It is 1800 pixels wide, made to be
-    shown at half of that.
+    `report.html` is the page, `report.png` the curves over samples in one picture, 1800 pixels wide and made to be
+    shown at half of that, and each further figure is a picture `report-NAME.png`. Earlier ones are replaced. A run that
+    is still going or was killed is drawn as far as it came.
+
+    Args:
+        run_dirs: run folders, at least one.
+        out: where to write, made if need be; None for the run's folder, or, of several, the one that the first lies in.
 
     Raises:
-        ConfigError: where `run_dir` is no run folder, holds no logged step yet, or a log is damaged.
+        ConfigError: where a folder is no run folder, has no logged step yet or a damaged log, or takes no files.
     """
-    record = read_run(run_dir)
-    path = run_dir / "report.png"
-    _figure(record).savefig(path, dpi=200)
-    return path
+    if not 1 <= len(run_dirs) <= MOST_RUNS:
+        raise ConfigError(f"a report is of 1 to {MOST_RUNS} runs, got {len(run_dirs)}")
+    records = _named([read_run(path) for path in run_dirs], run_dirs)
+    several = len(records) > 1
+    folder = out or (run_dirs[0].resolve().parent if several else run_dirs[0])
+    drawn = overlays(records) if several else panels(records[0])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "report.html", _page(records, drawn).encode())
+        _write(folder / "report.png", _png(_stacked(records, drawn)))
+        for panel in drawn:
+            _write_picture(panel, folder)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the report to {folder}: {error.strerror or error}; give another --out"
+        ) from error
+    return folder / "report.html"
 
 
-def _figure(record: RunRecord) -> Figure:
+def _page(records: Sequence[RunRecord], drawn: Sequence[Panel]) -> str:
+    several = len(records) > 1
+    return html(
+        title=", ".join(record.name for record in records),
+        facts=f"{len(records)} runs laid over each other" if several else findings.about_run(records[0]),
+        blocks=_several(records, drawn) if several else _alone(records[0], drawn),
+        foot=_FOOT,
+    )
+
+
+def _named(records: Sequence[RunRecord], run_dirs: Sequence[Path]) -> list[RunRecord]:
+    """Name runs whose folders are called alike by more of their paths."""
+    names = [record.name for record in records]
+    return [
+        replace(record, name=f"{path.resolve().parent.name}/{record.name}") if names.count(record.name) > 1 else record
+        for record, path in zip(records, run_dirs, strict=True)
+    ]
+
+
+def _alone(record: RunRecord, drawn: Sequence[Panel]) -> list[Answer | Figures | Table]:
+    return [
+        Answer(title="What batch to use", sentences=advise(record)),
+        Figures(panels=drawn),
+        tables.decisions([record]),
+        tables.costs(record),
+        tables.settings(record),
+    ]
+
+
+def _several(records: Sequence[RunRecord], drawn: Sequence[Panel]) -> list[Answer | Figures | Table]:
+    return [
+        tables.comparison(records),
+        Figures(panels=drawn),
+        *(
+            Answer(
+                title=f"What batch to use, by {label(index, record)}",
+                sentences=[text for text in advise(record) if text != CAUTION],  # the page's last line is enough of it
+            )
+            for index, record in enumerate(records)
+        ),
+        tables.decisions(records),
+    ]
+
+
+def _stacked(records: Sequence[RunRecord], drawn: Sequence[Panel]) -> Figure:
+    """Draw the curves over samples above each other, on one axis."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
-        figure = Figure(figsize=(9, 12), layout="constrained")
-        panels = figure.subplots(5, 1, sharex=True, height_ratios=[1.5, 1, 1.5, 0.8, 0.8])
-        for draw, axes in zip((_loss, _batch, _noise_scale, _learning_rate, _throughput), panels, strict=True):
-            draw(axes, record)
-        panels[-1].set_xlabel("samples seen")
-        panels[-1].xaxis.set_major_formatter("{x:,.0f}")
-        panels[-1].set_xlim(0, 1.01 * column([*record.train, *record.evals], SAMPLES).max())
-        figure.align_ylabels(panels)
-        figure.suptitle(findings.about_run(record), x=0.01, ha="left", fontsize=10.5, color="#444444")
-        figure.supxlabel(_caption(record), x=0.01, ha="left", fontsize=8.5, color="#444444")
+    stack = [panel for panel in drawn if panel.legend is not None and panel.draw is not None]
+    with rc_context({**STYLE, "font.size": 9.5}):
+        heights = [panel.height_in for panel in stack]
+        figure = Figure(figsize=(9, 0.9 * sum(heights)), layout="constrained")
+        axes = figure.subplots(len(stack), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+        for panel, ax in zip(stack, axes, strict=True):
+            assert panel.draw is not None
+            panel.draw(ax)
+            ax.set_title(textwrap.fill(panel.title, _LETTERS_WIDE))
+            ax.label_outer()
+            if panel.legend and (entries := legend_entries(ax)):
+                ax.legend(entries.values(), entries.keys(), **panel.legend)
+        figure.align_ylabels(axes)
+        facts = " · ".join(label(index, record) for index, record in enumerate(records))
+        about = findings.about_run(records[0]) if len(records) == 1 else facts
+        figure.suptitle(about, x=0.01, ha="left", fontsize=10.5, color=SOFT)
+        figure.supxlabel(_caption(records), x=0.01, ha="left", fontsize=8.5, color=SOFT)
     return figure
 
 
-def _loss(axes: Axes, record: RunRecord) -> None:
-    smoothed = _raw_and_smoothed(axes, record, "train/loss")
-    if record.evals:
-        held_out = column(record.evals, SAMPLES), column(record.evals, "eval/loss")
-        axes.plot(*held_out, color=VERMILLION, marker="o", markersize=4, linewidth=1, label="held out")
-    _mark_dropped(axes, record)
-    _second_axis_in_bits(axes, record)
-    axes.set_ylabel(" ".join(["loss", *([f"({unit})"] if (unit := findings.loss_unit(record)) else [])]))
-    axes.set_title(findings.about_loss(record, smoothed=smoothed))
-    axes.legend(loc="upper right", ncols=4)
+def _caption(records: Sequence[RunRecord]) -> str:
+    smoothing = f"Smoothed lines: mean over {SMOOTHING_SHARE:.0%} of the run's samples."
+    if len(records) > 1:
+        return f"{smoothing}\n{findings.CAVEAT}"
+    geometry = findings.about_geometry(records[0])
+    lines = [f"{geometry}." if geometry else "", f"{smoothing} {findings.about_averaging(records[0])}", findings.CAVEAT]
+    return "\n".join(line.strip() for line in lines if line)
 
 
-def _raw_and_smoothed(axes: Axes, record: RunRecord, key: str) -> NDArray[np.float64]:
-    """Draw a figure of the training rows faint as it was and bold as smoothed; return the smoothed values.
-
-    A row without the figure is a gap in the one, and takes no part in the other.
-    """
-    samples, values = column(record.train, SAMPLES), column(record.train, key)
-    finite = np.isfinite(values)
-    smoothed = smooth(samples[finite], values[finite], window=_window(record))
-    axes.plot(samples, values, _dots(record), color=BLUE, alpha=0.3, linewidth=0.7, label="training")
-    axes.plot(samples[finite], smoothed, color=BLUE, linewidth=1.6, label="training, smoothed")
-    return smoothed
+def _write_picture(panel: Panel, folder: Path) -> None:
+    """Write a figure that the stacked picture does not hold; an earlier one of it does not stay where there is none."""
+    path = folder / f"report-{panel.name}.png"
+    if panel.draw is None:
+        path.unlink(missing_ok=True)
+    elif panel.legend is None:
+        _write(path, _png(panel.figure(titled=True)))
 
 
-def _mark_dropped(axes: Axes, record: RunRecord) -> None:
-    """Mark on the lower edge where the count of dropped steps rose; a dropped step itself has no finite loss."""
-    dropped = column(record.train, "train/steps_dropped")
-    where = column(record.train, SAMPLES)[np.diff(dropped, prepend=0.0) > 0]
-    if len(where):
-        edge = axes.get_xaxis_transform()
-        height = np.full_like(where, 0.04)
-        axes.plot(where, height, "x", color="black", markersize=6, transform=edge, label="step dropped")
+def _png(figure: Figure) -> bytes:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=_DPI)
+    return picture.getvalue()
 
 
-def _second_axis_in_bits(axes: Axes, record: RunRecord) -> None:
-    """Write the loss in bits per byte on the right, where the task says how the one converts to the other."""
-    ratios = column(record.evals, findings.BITS_PER_BYTE) / column(record.evals, "eval/loss")
-    ratios = ratios[np.isfinite(ratios)]
-    if len(ratios) and np.allclose(ratios, ratios[0], rtol=1e-3):
-        ratio = float(ratios[0])
-        right = axes.secondary_yaxis("right", functions=(partial(np.multiply, ratio), partial(np.multiply, 1 / ratio)))
-        right.set_ylabel("bits per byte")
-        right.spines["right"].set_visible(True)
-
-
-def _batch(axes: Axes, record: RunRecord) -> None:
-    sizes = column(record.train, "batch/global")
-    _step_line(axes, record, linewidth=1.6)
-    moves = record.batch_changes
-    for marker, sign, label in (("^", 1, "raised"), ("v", -1, "lowered")):
-        chosen = [row for row in moves if sign * (row["batch/after"] - row["batch/before"]) > 0]
-        if chosen:
-            where = column(chosen, SAMPLES), column(chosen, "batch/after")
-            axes.plot(*where, marker, color=VERMILLION if sign > 0 else BLUE, markersize=7, label=label)
-    axes.set_yscale("log", base=2)
-    axes.set_ylim(sizes.min() / 1.6, sizes.max() * 1.6)
-    axes.yaxis.set_major_formatter(_samples)
-    axes.set_ylabel("global batch\n(samples)")
-    axes.set_title(findings.about_batch(record))
-    if moves:
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.3, ncols=2)
-
-
-def _samples(value: float, _position: float) -> str:
-    return f"{value:,.0f}" if value >= 1 else f"{value:.2g}"
-
-
-def _step_line(axes: Axes, record: RunRecord, *, linewidth: float, label: str | None = None) -> None:
-    sizes = column(record.train, "batch/global")
-    if len(sizes) > 1 and record.is_cut_short:
-        sizes[-1] = sizes[-2]
-    axes.step(_positions(record), _from_the_start(sizes), where="pre", color="black", linewidth=linewidth, label=label)
-
-
-def _noise_scale(axes: Axes, record: RunRecord) -> None:
-    bottom, top = _noise_limits(record)
-    for x, rows in _stretches(record):
-        _draw_stretch(axes, x, rows, bottom=bottom, top=top)
-    _step_line(axes, record, linewidth=1, label="global batch")
-    axes.set_yscale("log", base=2)
-    axes.set_ylim(bottom, top)
-    axes.yaxis.set_major_formatter(_samples)
-    axes.set_ylabel("noise scale\n(samples)")
-    axes.set_title(findings.about_noise_scale(record))
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    axes.legend(unique.values(), unique.keys(), loc="lower right", ncols=4)
-
-
-def _draw_stretch(axes: Axes, x: NDArray[np.float64], rows: list[Row], *, bottom: float, top: float) -> None:
-    """Draw rows of one state: a line in its band, a bound that is open above, or a grey strip."""
-    if findings.known_lower(rows[0]) is None:
-        axes.axvspan(x[0], x[-1], color=GREY, alpha=0.2, linewidth=0, label="not resolved yet")
-        return
-    lower = np.maximum(column(rows, "gns/lower"), bottom)
-    if findings.is_resolved(rows[0]):
-        upper = column(rows, "gns/upper")
-        axes.fill_between(
-            x, _from_the_start(lower), _from_the_start(upper), color=GREEN, alpha=0.25, linewidth=0, label="interval"
-        )
-        axes.plot(x, _from_the_start(column(rows, "gns/b_simple")), color=GREEN, linewidth=1.6, label="estimate")
-        return
-    open_above = axes.fill_between(x, _from_the_start(lower), top, label="at least (open above)")
-    open_above.set(facecolor="none", edgecolor=GREEN, alpha=0.5, hatch="///", linewidth=0)
-    axes.plot(x, _from_the_start(lower), color=GREEN, linewidth=1.2, linestyle="--")
-
-
-def _stretches(record: RunRecord) -> Iterator[tuple[NDArray[np.float64], list[Row]]]:
-    """Cut the training rows where their state changes; a stretch begins where the one before it ended."""
-    positions = _positions(record)
-    begin = 0
-    for _, group in groupby(record.train, key=_state):
-        rows = list(group)
-        end = begin + len(rows)
-        yield positions[begin : end + 1], rows
-        begin = end
-
-
-def _state(row: Row) -> tuple[bool, bool]:
-    return findings.known_lower(row) is not None, findings.is_resolved(row)
-
-
-def _positions(record: RunRecord) -> NDArray[np.float64]:
-    """Return where the first step began, then where each row's step ended: a row speaks of what lies before it."""
-    samples = column(record.train, SAMPLES)
-    return np.insert(samples, 0, max(0.0, samples[0] - float(record.train[0]["batch/global"])))
-
-
-def _from_the_start(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Repeat the first value, for the point where the first row's stretch began."""
-    return np.insert(values, 0, values[0])
-
-
-def _noise_limits(record: RunRecord) -> tuple[float, float]:
-    """Choose limits that show batch, estimates and most of the band: a bound that just closed may be enormous."""
-    known = [row for row in record.train if findings.known_lower(row) is not None]
-    band = np.concatenate([column(known, f"gns/{name}") for name in ("lower", "upper")])
-    band = band[band > 0]
-    shown = [column(record.train, "batch/global"), column(known, "gns/b_simple")]
-    if len(band):
-        shown.append(np.quantile(band, [0.03, 0.97]))
-    values = np.concatenate(shown)
-    values = values[values > 0]
-    return float(values.min()) / 2, float(values.max()) * 2
-
-
-def _learning_rate(axes: Axes, record: RunRecord) -> None:
-    samples, rates = column(record.train, SAMPLES), column(record.train, "train/lr")
-    axes.plot(samples, rates, _dots(record), color=PURPLE, linewidth=1.6)
-    axes.set_ylim(bottom=0, top=_headroom(rates))
-    axes.set_ylabel("learning\nrate")
-    axes.set_title(findings.about_learning_rate(record))
-
-
-def _throughput(axes: Axes, record: RunRecord) -> None:
-    _raw_and_smoothed(axes, record, "throughput/samples_per_sec")
-    axes.set_ylim(bottom=0, top=_headroom(column(record.train, "throughput/samples_per_sec")))
-    axes.set_ylabel("samples/s")
-    axes.set_title(findings.about_throughput(record))
-
-
-def _headroom(values: NDArray[np.float64]) -> float | None:
-    """Return a little more than the largest value, None (let matplotlib choose) where there is none above zero."""
-    positive = values[np.isfinite(values) & (values > 0)]
-    return 1.1 * float(positive.max()) if len(positive) else None
-
-
-def _dots(record: RunRecord) -> str:
-    """Choose the format of a raw curve: a line, with dots where the rows are so few that a line may be none."""
-    return ".-" if len(record.train) < _MANY_ROWS else "-"
-
-
-def _window(record: RunRecord) -> float:
-    return SMOOTHING_SHARE * float(record.train[-1][SAMPLES])
-
-
-def _caption(record: RunRecord) -> str:
-    lines = f"Smoothed lines: mean over {_window(record):,.0f} samples ({SMOOTHING_SHARE:.0%} of the run)"
-    return "\n".join(
-        [f"{findings.about_geometry(record)}.", f"{lines}. {findings.about_averaging(record)}".strip(), CAVEAT]
-    )
+def _write(path: Path, content: bytes) -> None:
+    """Put a file in place in one step: who reads sees the old or the new one, and no link is followed."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    with temporary.open("xb") as file:
+        file.write(content)
+    temporary.replace(path)

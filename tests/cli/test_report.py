@@ -1,11 +1,13 @@
-"""`dptrain report RUN`: one file, one line; the drawing itself is tested with the report."""
+"""`dptrain report RUN [RUN …]`: one line that says where; the report itself is tested in its own room."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
+from dptrain.cli import report as command
 from dptrain.cli.main import main
 
 
@@ -28,12 +30,24 @@ def write_run(folder):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_it_draws_and_says_where(tmp_path, capsys):
-    """The picture lies in the run folder."""
+def test_it_writes_a_report_and_says_where(tmp_path, capsys):
+    """Page and picture lie in the run folder."""
     write_run(tmp_path)
     assert main(["report", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'report.png'}\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_runs_and_a_place_are_handed_on(tmp_path, capsys, monkeypatch):
+    """In the order in which they were given."""
+    asked = {}
+    monkeypatch.setattr(
+        command, "draw_report", lambda *runs, out: asked.update(runs=runs, out=out) or out / "report.html"
+    )
+    assert main(["report", "one", "two", "--out", str(tmp_path)]) == 0
+    assert asked == {"runs": (Path("one"), Path("two")), "out": tmp_path}
+    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
 
 
 @pytest.mark.parametrize("name", ["missing", "empty"])
@@ -54,4 +68,6 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["report", "--help"])
     assert ended.value.code == 0
-    assert "a run folder" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "a run folder" in told
+    assert "--out DIR" in told
