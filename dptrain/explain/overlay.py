@@ -107,15 +107,13 @@ def _draw_batches(axes: Axes, *, records: Sequence[RunRecord]) -> None:
 
 def _noise_scale(records: Sequence[RunRecord]) -> Panel:
     known = any(is_resolved(row) for record in records for row in record.train)
-    bands = (
-        "Bands: the intervals." if len(records) <= _FEW_RUNS else "Intervals are left out where so many runs overlap."
-    )
+    few = "Bands: the intervals; where they overlap, no difference is proven."
+    bands = few if len(records) <= _FEW_RUNS else "Intervals are left out where so many runs overlap."
     return Panel(
         name="noise-scale",
         shows="Noise scale over samples seen",
         title=compare.about_noise_scales(records),
-        reading=f"{bands} A line begins where the noise scale was first resolved. Where bands overlap, no difference "
-        "is proven.",
+        reading=f"{bands} A line begins where the noise scale was first resolved.",
         draw=partial(_draw_noise_scales, records=records) if known else None,
         legend={},
     )
