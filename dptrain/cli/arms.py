@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dptrain.cli.replicas import _die_with, _load_for_all, count_gpus
+from dptrain.cli.replicas import _die_with, _load_for_all, count_gpus, end_replica
 from dptrain.errors import ConfigError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -153,12 +154,12 @@ def _become_arm(arguments: list[str], *, log: Path, environment: Mapping[str, st
     os.environ.update(environment)
     if not fork:
         os.execv(sys.executable, [sys.executable, "-m", "dptrain", *arguments])  # noqa: S606 - our own command
-    import torch
-
-    from dptrain.cli.main import main
-    from dptrain.cli.replicas import end_replica
-
     if "OMP_NUM_THREADS" in environment:
+        import torch
+
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.argv = ["dptrain", *arguments]
-    end_replica(main(arguments))
+    try:
+        runpy.run_module("dptrain", run_name="__main__")
+    except SystemExit as ended:
+        end_replica(ended.code if isinstance(ended.code, int) else 1)

@@ -59,7 +59,7 @@ def test_an_unknown_command_is_refused(name, capsys):
     assert main([name]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == f"dptrain: there is no command {name!r}; commands are train, report, export\n"
+    assert err == f"dptrain: there is no command {name!r}; commands are train, sweep, plan, branch, report, export\n"
 
 
 @pytest.mark.parametrize(
