@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dptrain.explain.compute import PETAFLOP_S_DAY
 from dptrain.explain.findings import num_replicas, short
 from dptrain.explain.record import SAMPLES
 
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
 NOT_MEASURED = "not measured"
 
-_PETAFLOP_S_DAY = 8.64e19
 _HOUR_S = 3600.0
 _KWH_J = 3.6e6
 
@@ -67,7 +67,7 @@ def _compute(record: RunRecord) -> list[Entry]:
     if flops is None:
         counted = Entry(name="Compute", value=NOT_MEASURED, note="the run counted no operations")
     else:
-        days = flops / _PETAFLOP_S_DAY
+        days = flops / PETAFLOP_S_DAY
         value = f"{flops:.3g} FLOP = {days:.2g} petaflop/s-days"
         counted = Entry(name="Compute", value=value, note="operations counted in forward and backward")
     if mfu is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dptrain.explain.adaptive import adaptive_side
-from dptrain.explain.record import SAMPLES, RunRecord, column, is_resolved
+from dptrain.explain.record import SAMPLES, RunRecord, column, is_resolved, noise_scales
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -117,7 +117,9 @@ def position(record: RunRecord, *, up_to_samples: float = math.inf) -> Position 
     inside[0] = True
     steps, samples = steps[inside], samples[inside]
     curves = [
-        adaptive_side(noise_scales=_filled(record, name)[inside], global_batch_sizes=samples / steps, num_steps=steps)
+        adaptive_side(
+            noise_scales=noise_scales(record, name)[inside], global_batch_sizes=samples / steps, num_steps=steps
+        )
         for name in ("b_simple", "lower", "upper")
     ]
     implied, low, high = (ImpliedFrontier(min_steps=side.min_steps, min_samples=side.min_samples) for side in curves)
@@ -137,11 +139,3 @@ def _increments(record: RunRecord) -> tuple[NDArray[np.float64], NDArray[np.floa
     numbers = column(record.train, "step")
     steps = np.diff(numbers, prepend=0.0) if np.isfinite(numbers).all() else np.ones_like(samples)
     return np.maximum(steps, 1.0), np.maximum(np.diff(samples, prepend=0.0), batches)
-
-
-def _filled(record: RunRecord, name: str) -> NDArray[np.float64]:
-    """Return a figure of the noise scale for every row: the last known before it, or else the first after it."""
-    values = np.array([row[f"gns/{name}"] if is_resolved(row) else np.nan for row in record.train], dtype=np.float64)
-    known = np.flatnonzero(np.isfinite(values))
-    latest = known[np.maximum(np.searchsorted(known, np.arange(len(values)), side="right") - 1, 0)]
-    return np.maximum(values[latest], np.finfo(np.float64).tiny)

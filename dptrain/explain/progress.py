@@ -10,7 +10,7 @@ import numpy as np
 
 from dptrain.errors import ConfigError
 from dptrain.explain.position import ImpliedFrontier
-from dptrain.explain.record import SAMPLES, column, is_resolved
+from dptrain.explain.record import SAMPLES, column, is_resolved, noise_scales
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -141,8 +141,13 @@ def course(record: RunRecord, curve: LossCurve, assumption: Assumption = MEASURE
     Raises:
         ConfigError: where the noise scale was never resolved.
     """
+    if not any(map(is_resolved, record.train)):
+        raise ConfigError(
+            f"the noise scale of {record.name} was never resolved, and no other batch can be told from it: train on, "
+            f"or on more replicas or accumulation steps, which measure it faster"
+        )
     samples, batches = column(record.train, SAMPLES), column(record.train, "batch/global")
-    scales = assumption.factor * update_factor(record) * _filled(record, assumption.end)
+    scales = assumption.factor * update_factor(record) * noise_scales(record, assumption.end)
     steps = np.diff(samples, prepend=0.0) / batches
     progress = np.cumsum(steps / (1 + scales / batches))
     growth = _growth(record, curve) if assumption.grows else 0.0
@@ -273,15 +278,3 @@ def _growth(record: RunRecord, curve: LossCurve) -> float:
         return 0.0
     slope = np.polyfit(-np.log(losses[usable]), np.log(scales[usable]), 1)[0]
     return float(np.clip(slope, 0.0, _STEEPEST))
-
-
-def _filled(record: RunRecord, end: str) -> NDArray[np.float64]:
-    values = np.array([row[f"gns/{end}"] if is_resolved(row) else np.nan for row in record.train], dtype=np.float64)
-    known = np.flatnonzero(np.isfinite(values))
-    if not len(known):
-        raise ConfigError(
-            f"the noise scale of {record.name} was never resolved, and no other batch can be told from it: train on, "
-            f"or on more replicas or accumulation steps, which measure it faster"
-        )
-    latest = known[np.maximum(np.searchsorted(known, np.arange(len(values)), side="right") - 1, 0)]
-    return np.maximum(values[latest], np.finfo(np.float64).tiny)

@@ -279,6 +279,21 @@ def column(rows: Sequence[Row], key: str) -> NDArray[np.float64]:
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
+def noise_scales(record: RunRecord, end: str) -> NDArray[np.float64]:
+    """Return a figure of the noise scale for every training row, positive.
+
+    A row where it is not resolved has the last one that was before it, or else the first after it.
+
+    Args:
+        record: at least one row of it is resolved.
+        end: "b_simple", "lower" or "upper".
+    """
+    values = np.array([row[f"gns/{end}"] if is_resolved(row) else np.nan for row in record.train], dtype=np.float64)
+    known = np.flatnonzero(np.isfinite(values))
+    latest = known[np.maximum(np.searchsorted(known, np.arange(len(values)), side="right") - 1, 0)]
+    return np.maximum(values[latest], np.finfo(np.float64).tiny)
+
+
 def smooth(samples: NDArray[np.float64], values: NDArray[np.float64], *, window: float) -> NDArray[np.float64]:
     """Average `values` over the `window` samples round each point, so that the line does not lag behind.
 
