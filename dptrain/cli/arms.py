@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dptrain.cli.replicas import _die_with, _load_for_all, count_gpus, end_replica
+from dptrain.cli.replicas import count_gpus, die_with, end_replica
 from dptrain.errors import ConfigError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -79,11 +79,6 @@ def _gpus(count: int) -> list[str]:
     return visible[:count] if visible else [str(number) for number in range(count)]
 
 
-def prepare_for_arms() -> None:
-    """Load what trainings need, once for all that are forked from this process afterwards."""
-    _load_for_all()
-
-
 class ArmProcess:
     """One `dptrain train`.
 
@@ -143,7 +138,7 @@ class ArmProcess:
 def _become_arm(arguments: list[str], *, log: Path, environment: Mapping[str, str], launcher: int, fork: bool) -> None:
     """Turn this copy of the sweep into a training; ends the process."""
     os.setsid()
-    _die_with(launcher)
+    die_with(launcher)
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dptrain.cli.arms import ArmProcess, Site, prepare_for_arms
-from dptrain.cli.replicas import GRACE_S
+from dptrain.cli.arms import ArmProcess, Site
+from dptrain.cli.replicas import GRACE_S, load_for_all
 from dptrain.errors import CheckpointError, ConfigError
 from dptrain.explain.branching import Branched, branched
 from dptrain.train.checkpoint import load_checkpoint
@@ -72,7 +72,7 @@ def branch(arguments: Sequence[str]) -> int:
     trunks = _trunks(options.run, steps=options.at)
     out = options.out or options.run / "branches"
     site = Site.here(num_parallel=1, num_replicas=options.replicas, cpu=options.cpu)
-    prepare_for_arms()
+    load_for_all()
     found = []
     for trunk in trunks:
         losses = {}

@@ -107,7 +107,7 @@ def start_replicas(
     _check(num_replicas=num_replicas, max_restarts=max_restarts, grace_s=grace_s)
     policy, attempts = RestartPolicy(max_restarts=max_restarts), Attempts(step=newest_step(run_dir))
     if fork:
-        _load_for_all()
+        load_for_all()
     with _Signals() as signals:
         while True:
             with tempfile.TemporaryDirectory(prefix="dptrain-") as folder:
@@ -124,7 +124,8 @@ def start_replicas(
                 arguments = [*arguments, "--resume"]
 
 
-def _load_for_all() -> None:
+def load_for_all() -> None:
+    """Load what replicas and trainings need, once for all that are forked from this process afterwards."""
     for name in _NEEDED_LATER:
         importlib.import_module(name)
     # Neither this process nor its copies need look for garbage in what is loaded; a second less at each end.
@@ -303,7 +304,7 @@ class _Attempt:
 def _become_replica(arguments: Sequence[str], *, environment: Mapping[str, str], launcher: int, fork: bool) -> None:
     """Turn this copy of the launcher into a replica; ends the process."""
     os.setsid()  # a terminal's Ctrl-C goes to the launcher alone, which passes it on once
-    _die_with(launcher)
+    die_with(launcher)
     for number in _PASSED_ON:
         # Until a replica can save on demand it has nothing to save.
         signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR1 else signal.SIG_DFL)
@@ -320,7 +321,7 @@ def _become_replica(arguments: Sequence[str], *, environment: Mapping[str, str],
     runpy.run_module("dptrain", run_name="__main__")
 
 
-def _die_with(launcher: int) -> None:
+def die_with(launcher: int) -> None:
     """Have the kernel kill this process when its launcher is gone: an orphan would write on. Linux alone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 
-from dptrain.cli.arms import Site, prepare_for_arms
-from dptrain.cli.replicas import is_replica
+from dptrain.cli.arms import Site
+from dptrain.cli.replicas import is_replica, load_for_all
 from dptrain.cli.sweep_folder import SweepFolder
 from dptrain.cli.sweep_loop import Ending, SweepLoop
 from dptrain.cli.sweep_request import read_request
@@ -54,7 +54,7 @@ def sweep(arguments: Sequence[str]) -> int:
 
 
 def _run(spec: SweepSpec, *, folder: SweepFolder, site: Site, max_skipped_steps: int) -> int:
-    prepare_for_arms()
+    load_for_all()
     loop = SweepLoop(spec, folder=folder, site=site, max_skipped_steps=max_skipped_steps)
     view = SweepView(spec, course_of=loop.course_of)
     try:

@@ -64,7 +64,7 @@ def test_numbers_that_make_no_sense_are_refused(tmp_path, numbers, words):
 @pytest.fixture
 def launch(monkeypatch, tmp_path, capfd):
     """Start copies of this process that run `body(rank, attempt)` as replicas; return exit code and what was told."""
-    monkeypatch.setattr(replicas, "_load_for_all", lambda: None)
+    monkeypatch.setattr(replicas, "load_for_all", lambda: None)
 
     def start(body, *, arguments=(), num_replicas=2, **settings):
         def run_module(_name, *, run_name):
