@@ -104,7 +104,7 @@ dptrain's default law and rule. Each of their three starts, the task's default b
 below and above the best fixed one of the searches, is a user who searches for one learning rate, at the batch that
 the run starts with, and leaves the rest to the rule. Runs of a search are given up at 1.25 times the steps of its
 best one, an adaptive one at 2.5 times. All arms are then run with {num_seeds} further seeds, seed by seed, in an
-order that changes, each for at most 6 times the seconds of the best search.
+order that changes, those whose batch is not fixed for at most 3 times the seconds of the best search.
 
 The rate is constant after a warm-up of {warmup_samples:,} samples. Seconds are those of training, without start and
 evaluation; steps and samples are exact. The target is reached at the first evaluation at or below it, and between two
@@ -178,9 +178,10 @@ one whatever makes it larger looks like progress, and a measured φ that lags be
 saves is no merit of its batch.
 
 **Problem 10** has curvature and gradient noise 1/i in 1,000 directions, in the mean. Fixed batches have the best
-constant rate each; the adaptive runs have one base rate, searched for at their first batch. The gain rule lets the
-rate rise above what any constant one could be and holds the stiffest direction at the edge of stability: that saves
-by the rate, and not by the batch alone. The rows of rule `none` save by the batch alone."""
+constant rate each; an adaptive run has one base rate, searched for at its first batch. The figure is of rule `none`,
+where the batch alone moves, at the exchange rate where it saves least. The gain rule lets the rate rise above what
+any constant one could be and holds the stiffest direction at the edge of stability: it saves, where it does, by the
+rate."""
 
 _NOT_SHOWN_BY_THEORY = """\
 - **A problem that nobody has solved.** That is what `--task digits` and `--task pysource` are for.

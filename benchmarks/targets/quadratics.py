@@ -44,7 +44,7 @@ _WORLD_SIZE = 2
 _NOISY_TARGET = 0.01
 _LARGEST_BATCH = 1 << 20
 _TIMED_STEPS = 10
-_LARGEST_RATE = 1.99
+_MOST_NOISY_STEPS = 5_000
 _HALVINGS = 10
 
 
@@ -298,26 +298,34 @@ def noisy_curve(batches: Sequence[int]) -> dict[int, float]:
     return {batch: noisy_quadratic_steps(batch) for batch in batches}
 
 
-def noisy_run(
-    *, exchange_rate: float, rule: RuleName, most_steps: float, num_rates: int, least_rate: float = 0.03
-) -> tuple[Spent, float]:
-    """Return what the exchange-rate law takes on problem 10, and the learning rate, searched for at the first batch."""
+def noisy_run(*, exchange_rate: float, rule: RuleName, rates: Sequence[float], refined: int) -> tuple[Spent, float]:
+    """Return what the exchange-rate law takes on problem 10, and the learning rate, searched for at the first batch.
+
+    Args:
+        exchange_rate: samples that a step fewer is worth.
+        rule: of the learning rate.
+        rates: the grid, ascending.
+        refined: further rates, between the neighbours of the best one.
+    """
     from scipy.optimize import minimize_scalar
 
     start = max(1, round(math.sqrt(exchange_rate * NoisyQuadratic(learning_rate=1.0).noise_scale.lower)))
-
-    def run(log_rate: float) -> Spent:
-        problem = NoisyQuadratic(learning_rate=math.exp(log_rate), rule=rule, reference_batch=start)
-        spent = drive(problem, law_of(exchange_rate), start=start, most_steps=most_steps)
-        return spent or Spent(steps=most_steps, samples=_LARGEST_BATCH * most_steps)
+    found: dict[float, Spent] = {}
 
     def cost(log_rate: float) -> float:
-        spent = run(log_rate)
-        return math.log(spent.steps * exchange_rate + spent.samples)
+        problem = NoisyQuadratic(learning_rate=math.exp(log_rate), rule=rule, reference_batch=start)
+        spent = drive(problem, law_of(exchange_rate), start=start, most_steps=_MOST_NOISY_STEPS)
+        if spent is None:
+            return math.inf
+        found[log_rate] = spent
+        return spent.steps * exchange_rate + spent.samples
 
-    bounds = (math.log(least_rate), math.log(_LARGEST_RATE))
-    found = minimize_scalar(cost, bounds=bounds, method="bounded", options={"maxiter": num_rates, "xatol": 1e-3})
-    return run(found.x), math.exp(found.x)
+    grid = [math.log(rate) for rate in rates]
+    best = min(range(len(grid)), key=lambda at: cost(grid[at]))
+    bounds = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
+    minimize_scalar(cost, bounds=bounds, method="bounded", options={"maxiter": refined})
+    log_rate = min(found, key=lambda at: found[at].steps * exchange_rate + found[at].samples)
+    return found[log_rate], math.exp(log_rate)
 
 
 def samples_over_curve(spent: Spent, curve: Mapping[int, float]) -> float:

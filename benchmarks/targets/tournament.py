@@ -27,8 +27,8 @@ _FAR = 16
 """How many times too small and too large the batches are at which adaptive runs begin."""
 _SMALLEST_START = 4
 _SMITH_STAGES = 4
-_PATIENCE = 6
-"""A run is given up once it took that many times the seconds of the best fixed one."""
+_PATIENCE = 3
+"""A run whose batch is not fixed is given up once it took that many times the seconds of the best fixed one."""
 
 Tell = Callable[[str], None]
 """Is told how far the work is."""
@@ -72,9 +72,9 @@ def hold(contest: Contest, *, num_seeds: int, tell: Tell) -> Outcome:
                 end = finishes[fixed_name(best)].get(seed)
                 least = end.end.samples if name == ADAPTIVE and end is not None and end.end is not None else 0.0
                 tell(f"seed {seed}, {name}")
-                race = dataclasses.replace(
-                    arms[name].race(seed, least), most_seconds=_PATIENCE * searches[best].end.seconds
-                )
+                race = arms[name].race(seed, least)
+                if name not in map(fixed_name, searches):
+                    race = dataclasses.replace(race, most_seconds=_PATIENCE * searches[best].end.seconds)
                 finishes[name][seed] = run(race)
     return Outcome(
         contest=contest,
