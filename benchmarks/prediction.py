@@ -52,7 +52,8 @@ def _figures(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     placed = [row for row in rows if is_placed(row)]
     late = [row for row in placed if row["stage"] == "late"]
     trained = [row for row in late if row["kind"] != "quadratic"]
-    by_progress = _agreement(late, average="noise_scale_by_progress")
+    others = {"by_progress": _agreement(late, average="noise_scale_by_progress")}
+    others["cold"] = _agreement([row for row in late if row["noise_scale_cold"]], average="noise_scale_cold")
     stages = [found for found in tasks_of(placed).values() if len(found) == len(STAGES)]
     return {
         "num_tasks": len(late),
@@ -61,7 +62,7 @@ def _figures(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         # A correlation needs three.
         **{f"trained_{name}": value for name, value in (_agreement(trained) if len(trained) > 2 else {}).items()},
         **{f"both_targets_{name}": value for name, value in _agreement(placed).items()},
-        **{f"by_progress_{name}": by_progress[name] for name in ("r2", "rms_decades")},
+        **{f"{way}_{name}": found[name] for way, found in others.items() for name in ("r2", "rms_decades")},
         "num_grown": sum(_grows(found) for found in stages),
         "num_not_hyperbola": sum(row["verdict"] == Verdict.NOT for row in late),
         "num_left_out": len({row["task"] for row in rows}) - len(late),
@@ -96,6 +97,7 @@ _COLUMNS = {
     "critical batch": "{shown_critical}",
     "noise scale": "{shown_noise}",
     "miss, decades": "{shown_miss}",
+    "at the largest batch": "{shown_cold}",
     "S_min": "{shown_steps}",
     "misfit": "{misfit:.1%}",
     "verdict": "{verdict}",
@@ -109,6 +111,7 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
     return {
         "shown_critical": f"{'?' if value is None else f'{value:.3g}'}{interval} {row['unit']}",
         "shown_noise": "not resolved" if row["noise_scale"] is None else f"{row['noise_scale']:.3g}",
+        "shown_cold": "not resolved" if row["noise_scale_cold"] is None else f"{row['noise_scale_cold']:.3g}",
         "shown_miss": f"{_miss(row):+.2f}" if is_placed(row) else "",
         "shown_steps": "" if row["min_steps"] is None else f"{row['min_steps']:.3g}",
     }

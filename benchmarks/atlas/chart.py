@@ -43,7 +43,7 @@ def _row(problem: Problem, searched: Sequence[Searched], target: int) -> dict[st
     near = fitted["critical_batch_size"] or math.sqrt(reached[0].batch_size * reached[-1].batch_size)
     measurable = [one for one in reached if one.batch_size >= _FEWEST_PARTS * problem.grain]
     at = min(measurable, key=lambda one: abs(math.log(one.batch_size / near)))
-    average = _measured(problem, at, target)
+    average, cold = _measured(problem, at, target), _measured(problem, reached[-1], target)
     return {
         "task": problem.name,
         "kind": problem.kind,
@@ -58,6 +58,8 @@ def _row(problem: Problem, searched: Sequence[Searched], target: int) -> dict[st
         "noise_scale": average and average.over_steps,
         "noise_scale_by_progress": average and average.over_progress,
         "measured_at": at.batch_size,
+        "noise_scale_cold": cold and cold.over_steps,
+        "cold_at": reached[-1].batch_size,
         "rates_inside": all(one.inside[target] for one in reached),
         "frontier": [
             {"batch_size": one.batch_size, "steps": one.steps(target), "learning_rate": one.best[target]}

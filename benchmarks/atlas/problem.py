@@ -15,8 +15,8 @@ from dptrain.noise import SquaredNorms
 
 Array = NDArray[np.float64]
 
-DIVERGED = 4.0
-"""A run is given up where its loss is so many times that of its start."""
+DIVERGED = 100.0
+"""A run is given up where its loss is so many times that of its start; the best rates may well overshoot at first."""
 _LOOKS = 1.03
 """The loss is looked at in each of the first steps, later each time the run is so many times as long."""
 

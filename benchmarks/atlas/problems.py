@@ -131,7 +131,7 @@ def _quadratics() -> list[Problem]:
     white = np.ones(64)
     return [
         _quadratic("two scales", two, noise=two, first_scale=1.0, smallest=1, late=0.03),
-        _quadratic("steep, steep noise", steep, noise=steep**2, first_scale=3e3, smallest=32),
+        _quadratic("1/i, noise alike", falling, noise=falling, first_scale=300.0, smallest=8),
         _quadratic("1/i, white noise", falling, noise=white, first_scale=1.5e3, smallest=64),
         _quadratic("steep, white noise", steep, noise=white, first_scale=1e5, smallest=2048),
     ]

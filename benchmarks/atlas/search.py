@@ -16,6 +16,8 @@ _FARTHEST = 12
 """Rungs between the first and one that is tried, at most."""
 _PATIENCE = 1.5
 """An arm is given up where it takes so many times the steps of the best one."""
+_SLACK = 2
+"""The steps that a smaller batch is given, over those that a hyperbola through the larger one could need."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,8 @@ def search(problem: Problem) -> list[Searched]:
         if found and found[-1].best[-1] is not None:
             shrunk = found[-1].batch_size / batch_size
             first = found[-1].best[-1] / math.sqrt(shrunk)
-            # No hyperbola takes more than r times the steps at an r-th of the batch.
-            limits = [math.ceil(shrunk * limit) for limit in found[-1].limits]
+            # A hyperbola takes at most r times the steps at an r-th of the batch.
+            limits = [math.ceil(_SLACK * shrunk * limit) for limit in found[-1].limits]
         found.append(_climb(problem, batch_size=batch_size, first=first, limits=limits))
     return found[::-1]
 

@@ -110,6 +110,7 @@ def _found(task, *, critical, noise, stage="late", kind="supervised"):
         "critical_batch_size": critical,
         "noise_scale": noise,
         "noise_scale_by_progress": noise,
+        "noise_scale_cold": noise,
         "verdict": "hyperbola",
     }
 
