@@ -212,8 +212,8 @@ def contests(*, quick: bool) -> Mapping[str, Contest]:
     )
     pysource = Contest(
         task=f"{here}:small_pysource",
-        target=2.3 if quick else 2.02,
-        batches=[2**k for k in range(4, 12)],
+        target=2.3 if quick else 2.05,
+        batches=[2**k for k in range(3, 11)],
         default_batch=16,
         micro_batch_size=256,
         learning_rate=0.004,
