@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.atlas.chart import STAGES
+from dptrain.explain.panel import log_axis, number
 from dptrain.explain.theme import BLUE, GREEN, GREY, INK, STYLE, VERMILLION
 
 Row = Mapping[str, Any]
@@ -50,7 +51,7 @@ def is_placed(row: Row) -> bool:
 def _prediction(rows: Sequence[Row], *, figures: Mapping[str, float]) -> Any:  # noqa: ANN401 - matplotlib is slow to import
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 7.2), layout="constrained")
+    figure = Figure(figsize=(8, 7), layout="constrained")
     axes = figure.add_subplot()
     placed = [row for row in rows if is_placed(row)]
     values = [row[name] for row in placed for name in ("critical_batch_size", "noise_scale")]
@@ -66,22 +67,25 @@ def _prediction(rows: Sequence[Row], *, figures: Mapping[str, float]) -> Any:  #
         linewidth=0,
         label=f"within a factor of {TYPICAL_FACTOR}, as published",
     )
-    for number, stages in enumerate(tasks_of(placed).values(), start=1):
-        _draw_task(axes, list(stages.values()), number=number)
+    for stages in tasks_of(placed).values():
+        _draw_task(axes, list(stages.values()))
     for kind, (colour, marker) in _KINDS.items():
-        axes.plot([], [], color=colour, marker=marker, label=f"{kind}: open early, full late target")
-    axes.set(xscale="log", yscale="log", xlim=line, ylim=line, aspect="equal")
+        axes.plot([], [], color=colour, marker=marker, markersize=6, label=kind)
+    axes.plot([], [], " ", label="open: early target, full: late target")
+    axes.set(xscale="log", yscale="log", xlim=line, ylim=line)
+    _number_decades(axes.xaxis)
+    _number_decades(axes.yaxis)
     axes.set_xlabel("critical batch size fitted to whole runs (samples, sequences or frames)")
     axes.set_ylabel("simple noise scale averaged over a run (the same unit)")
     axes.set_title(
-        f"From one run, the noise scale tells the critical batch to a factor of {10 ** figures['rms_decades']:.1f}\n"
-        f"over {figures['decades']:.1f} decades and {figures['num_tasks']:.0f} tasks (r² = {figures['r2']:.2f})"
+        f"The noise scale of a run tells the critical batch to a factor of {10 ** figures['rms_decades']:.1f}\n"
+        f"over {figures['decades']:.1f} decades and {figures['num_tasks']:.0f} tasks, r² = {figures['r2']:.2f}"
     )
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
     return figure
 
 
-def _draw_task(axes: Any, stages: Sequence[Row], *, number: int) -> None:  # noqa: ANN401 - as above
+def _draw_task(axes: Any, stages: Sequence[Row]) -> None:  # noqa: ANN401 - as above
     colour, marker = _KINDS[stages[0]["kind"]]
     across = [row["critical_batch_size"] for row in stages]
     up = [row["noise_scale"] for row in stages]
@@ -91,11 +95,12 @@ def _draw_task(axes: Any, stages: Sequence[Row], *, number: int) -> None:  # noq
         axes.plot([lower or x, upper or x], [y, y], color=colour, linewidth=0.8, alpha=0.6)
         face = colour if row["stage"] == STAGES[-1] else "white"
         axes.plot(x, y, marker=marker, color=colour, markerfacecolor=face, markersize=6)
-    side = 1 if number % 2 else -1
+    # Away from the line, where the other tasks are.
+    side = -1 if up[-1] > across[-1] else 1
     axes.annotate(
         stages[-1]["task"],
         (across[-1], up[-1]),
-        xytext=(7 * side, -3 * side),
+        xytext=(7 * side, -4 * side),
         textcoords="offset points",
         ha="left" if side > 0 else "right",
         va="center",
@@ -114,18 +119,38 @@ def _frontiers(rows: Sequence[Row]) -> Any:  # noqa: ANN401 - as above
     for axes, (task, stages) in zip(grid.flat, tasks.items(), strict=False):
         for row, colour in zip(stages.values(), (BLUE, VERMILLION), strict=True):
             _draw_curve(axes, row, colour=colour)
-        axes.set(xscale="log", yscale="log", title=task)
+        axes.set_title(task, fontsize=9.5)
+        _widen(axes, stages.values())
+        axes.set_xscale("log")
+        _number_decades(axes.xaxis)
+        log_axis(axes, "y")
         axes.set_xlabel(f"batch ({stages[STAGES[-1]]['unit']})")
         axes.set_ylabel("steps to target")
     for axes in list(grid.flat)[len(tasks) :]:
         axes.set_axis_off()
     figure.suptitle(
-        "More batch saves steps up to a bend, which is where the fitted critical batch (dotted) lies: "
-        "blue the early, red the late target; points are seeds",
+        "A larger batch saves steps up to a bend, near which the fitted critical batch lies (dotted)\n"
+        "blue: early target, red: late target; points: runs at the best learning rate of their batch",
         fontsize=11,
-        color=INK,
     )
     return figure
+
+
+def _number_decades(axis: Any) -> None:  # noqa: ANN401 - as above
+    """Write plain numbers at the powers of ten alone: batches span many of them."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(numticks=12))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(number)
+
+
+def _widen(axes: Any, stages: Iterable[Row]) -> None:  # noqa: ANN401 - as above
+    """Leave room round all points; an axis that is to be logarithmic is not to widen itself."""
+    points = [point for row in stages for point in row["frontier"]]
+    batches = [point["batch_size"] for point in points]
+    steps = [value for point in points for value in point["steps"]]
+    axes.set(xlim=(min(batches) / 1.5, max(batches) * 1.5), ylim=(min(steps) / 1.5, max(steps) * 1.5))
 
 
 def _draw_curve(axes: Any, row: Row, *, colour: str) -> None:  # noqa: ANN401 - as above
