@@ -31,6 +31,10 @@ _FEWEST_SECONDS = 3
 _SKIPPED_OF_A_NEW_SHAPE = 3
 """Steps left out when this process meets a shape: compilation, allocation, the wrapper's second layout of buckets."""
 _SKIPPED_OF_A_CHANGE = 1
+_HALF_LIFE_STEPS = 100
+"""Steps in which what is known of a shape that is not run any more loses half of its weight: machines have slow spells,
+and a shape that was timed in one alone would keep the batch from it for ever. At 5 % of scatter the assumed split takes
+over after some 1,000 steps, and the law then times another batch."""
 _ASSUMED_ERROR = 0.5
 """Standard error of the assumed split, in shares of a step's time: any two shapes that differ clearly drown it."""
 _LEAST_NOISE = 0.01
@@ -105,6 +109,7 @@ class TimedShape:
         seconds: durations, oldest first, every `stride`-th of the latest.
         stride: 1, 2, 4 or 8; doubles each time that the durations have become too many.
         num_since: steps since the latest of the durations.
+        latest: number of the latest step of it, counted over all shapes without those left out.
         to_skip: how many of its next steps are left out.
         predicted_s: what the model said before any step of it was timed; None where it could not say.
     """
@@ -113,6 +118,7 @@ class TimedShape:
     seconds: tuple[float, ...] = ()
     stride: int = 1
     num_since: int = 0
+    latest: int = 0
     to_skip: int = _SKIPPED_OF_A_NEW_SHAPE
     predicted_s: float | None = None
 
@@ -147,9 +153,11 @@ class StepTimes:
 
     Attributes:
         shapes: what was timed, the present one last.
+        num_steps: steps taken in so far, without those left out.
     """
 
     shapes: tuple[TimedShape, ...] = ()
+    num_steps: int = 0
 
     def timed(self, shape: StepShape, seconds: float) -> StepTimes:
         """Take in one measured step.
@@ -166,7 +174,9 @@ class StepTimes:
         elif known is not self.shapes[-1]:
             known = replace(known, to_skip=max(known.to_skip, _SKIPPED_OF_A_CHANGE))
         others = (entry for entry in self.shapes if entry.shape != shape)
-        return StepTimes(shapes=(*others, known.timed(seconds))[-_MOST_SHAPES:])
+        num_steps = self.num_steps + (known.to_skip == 0)
+        after = replace(known.timed(seconds), latest=num_steps)
+        return StepTimes(shapes=(*others, after)[-_MOST_SHAPES:], num_steps=num_steps)
 
     def model(self) -> StepTimeModel | None:
         """Return what the steps on the present number of replicas say; None before a shape has settled."""
@@ -186,10 +196,12 @@ class StepTimes:
                         shape=StepShape(**entry["shape"]),
                         seconds=tuple(map(float, entry["seconds"])),
                         stride=int(entry["stride"]),
+                        latest=int(entry["latest"]),
                         predicted_s=entry["predicted_s"],
                     )
                     for entry in record["shapes"]
-                )
+                ),
+                num_steps=int(record["num_steps"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"not a record of step times: {error!r} is missing or wrong") from error
@@ -226,7 +238,8 @@ def _fit(settled: Sequence[TimedShape]) -> tuple[float, float, float, float]:
 
     knees = _knees(settled)
     medians = np.array([entry.median_s for entry in settled])
-    weights = np.sqrt([len(entry.seconds) for entry in settled])
+    ages = settled[-1].latest - np.array([entry.latest for entry in settled])
+    weights = np.sqrt([len(entry.seconds) for entry in settled] * 0.5 ** (ages / _HALF_LIFE_STEPS))
     shapes = [(entry.shape.micro_batch_size, entry.shape.accumulation_steps) for entry in settled]
     costs = np.array([[_costs(*shape, knee) for shape in shapes] for knee in knees])
     units = medians[-1] / costs[:, -1, :]  # so that what is solved for are shares of the present step's time

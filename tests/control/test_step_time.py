@@ -185,3 +185,18 @@ def test_the_same_numbers_make_the_same_model():
     """The model is a function of the record alone."""
     times = timed(line(1, 1, 1), WALK, rng=random.Random(2))  # noqa: S311 - a simulation
     assert times.model() == times.model() == StepTimes(shapes=times.shapes).model()
+
+
+def test_a_slow_spell_is_forgotten():
+    """A shape that was timed in a slow spell alone, and is not run any more, has no say after some thousand steps."""
+    smaller, larger = (StepShape(micro_batch_size=size, accumulation_steps=1, world_size=2) for size in (8, 16))
+    times = StepTimes()
+    for number in range(40):
+        times = times.timed(larger, 0.018 * (1 + 0.05 * (-1) ** number))  # twice what it really takes
+    for number in range(40):
+        times = times.timed(smaller, 0.009 * (1 + 0.05 * (-1) ** number))
+    assert times.model().seconds(larger) > 0.017
+    for number in range(3000):
+        times = times.timed(smaller, 0.009 * (1 + 0.05 * (-1) ** number))
+    assert times.model().seconds(smaller) == pytest.approx(0.009, rel=0.06)
+    assert times.model().seconds(larger) < 0.015, "half per step, all but as assumed"
