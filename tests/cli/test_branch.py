@@ -13,7 +13,7 @@ from dptrain.train import CheckpointConfig, ControlConfig, Trainer
 from dptrain.train.metrics import read_rows
 from tests.runs import make_config, noisy
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")

@@ -230,6 +230,8 @@ def test_f10_one_value_outside_its_domain_is_refused_by_name(name):
 def test_f10_every_setting_is_fuzzed():
     """A setting that is added has a domain here in the same commit."""
     alone = {"control.law", "control.samples_per_step", "control.schedule", "control.smallest", "control.largest"}
+    alone |= {"control.tolerance", "control.tokens_per_sample", "control.ramp_to", "control.ramp_samples", "max_steps"}
+    alone |= {"optimizer.beta_rule", "optimizer.decay_fraction"}
     alone |= {"optimizer.warmup_samples", "optimizer.final_fraction"}  # allowed with some values of others only
     assert set(VALID) | alone == set(setting_names())
     assert set(OUTSIDE) == set(setting_names())

@@ -103,6 +103,7 @@ EVERYTHING_ELSE = TrainConfig(
     task="some/file.py:function",
     task_options={"width": 3, "names": ["a", "ä"], "nested": {"x": None}},
     run_dir="runs/ö: x",
+    branch_from="runs/other/checkpoints/step-000000000007",
     seed=7,
     max_samples=12,
     max_steps=3,
