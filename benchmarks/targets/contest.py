@@ -64,15 +64,17 @@ class Contest:
         most_steps: float = math.inf,
         most_seconds: float = math.inf,
         least_samples: float = 0.0,
+        reference_batch: int | None = None,
         eval_every_samples: int | None = None,
     ) -> Race:
-        """Return a race that begins at a batch and a learning rate."""
+        """Return a race that begins at a batch, with a learning rate for that batch or for `reference_batch`."""
         optimizer = {
             "schedule": "constant",
             "warmup_samples": self.warmup_samples,
             **self.optimizer,
             "rule": rule,
             "learning_rate": learning_rate,
+            "reference_batch_size": reference_batch,
         }
         settings = {
             "task": self.task,
@@ -99,9 +101,12 @@ class Contest:
         return self.race(batch=batch, control={"mode": "off", "law": "constant"}, eval_every_samples=every, **more)
 
     def adaptive(self, batch: int, **more: Any) -> Race:  # noqa: ANN401 - handed on
-        """Return a run with dptrain's default law, free to use all batches of the sweep and the one it begins at."""
+        """Return a run with dptrain's default law, free to use all batches of the sweep and the one it begins at.
+
+        Its learning rate is one for the task's default batch, wherever it begins.
+        """
         bounds = {"smallest": min(self.batches[0], batch), "largest": max(self.batches[-1], batch)}
-        return self.race(batch=batch, control=bounds, **more)
+        return self.race(batch=batch, control=bounds, reference_batch=self.default_batch, **more)
 
     def scheduled(self, stages: Sequence[tuple[int, int]], **more: Any) -> Race:  # noqa: ANN401 - handed on
         """Return a run whose batches are written down beforehand, as (first sample, batch)."""

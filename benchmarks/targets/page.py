@@ -100,10 +100,10 @@ dptrain {dptrain} on torch {torch} and Python {python}: two gloo replicas of one
 {processor}. Task `{task}` ({options}), target: a held-out loss of {target:g}. The fixed batches are plain runs in
 which nothing is measured (`control.mode=off`), each at its own learning rate: the best of at least four on a grid of
 factors of two, widened until the best one has a worse one on both sides, with seed 0. The adaptive runs have
-dptrain's default law and rule. Each of their three starts, the task's default batch ({default_batch}) and 16 times
-below and above the best fixed one of the searches, is a user who searches for one learning rate, at the batch that
-the run starts with, and leaves the rest to the rule. Runs of a search are given up at 1.25 times the steps of its
-best one, an adaptive one at 2.5 times. All arms are then run with {num_seeds} further seeds, seed by seed, in an
+dptrain's default law and rule. They have one search among them, from the task's default batch ({default_batch}); 16
+times below and above the best fixed one of the searches they start with the rate found there, as
+`optimizer.reference_batch_size` hands it over. Runs of a search are given up at 1.25 times the steps of its best one,
+an adaptive one at 2.5 times. All arms are then run with {num_seeds} further seeds, seed by seed, in an
 order that changes, those whose batch is not fixed for at most 3 times the seconds of the best search.
 
 The rate is constant after a warm-up of {warmup_samples:,} samples. Seconds are those of training, without start and
@@ -115,7 +115,8 @@ AdaptDL's own `GradientNoiseScale`, `goodput.py` and AdamScale's rule (the root 
 dptrain's measuring off, from the default batch with the rate of the adaptive run. Where the package `autograd` is not
 installed, its fit takes differences for derivatives. It decides after 30 steps and whenever their number has grown by
 half, where AdaptDL itself does so once an epoch with times fitted every 30 seconds, and on powers of two times the
-first batch. The time of its fit is not counted."""
+first batch. The time of its fit is not counted. Its rate is one for the whole model, where AdaptDL's has one for
+each group of parameters; here there is one group."""
 
 
 def _about_the_runs(outcome: Outcome, *, task: str) -> str:

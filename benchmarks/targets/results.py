@@ -39,7 +39,7 @@ class Outcome:
     Attributes:
         contest: the task and its range.
         searches: of the fixed batches' learning rates.
-        adaptive_searches: of the adaptive runs', by arm: each start has one, at the batch where it starts.
+        adaptive_search: of the adaptive runs, from the default batch; all starts take what it found.
         finishes: by arm and seed.
         rates: learning rate of each arm, at the batch that it is for.
         absent: arms that could not run, and why.
@@ -47,7 +47,7 @@ class Outcome:
 
     contest: Contest
     searches: Mapping[int, Search]
-    adaptive_searches: Mapping[str, Search]
+    adaptive_search: Search
     finishes: Mapping[str, Mapping[int, Finish]]
     rates: Mapping[str, float]
     absent: Mapping[str, str]
@@ -153,7 +153,7 @@ def search_cost_ratio(outcome: Outcome) -> float:
     """Return the seconds of the whole way with fixed batches, searches and a run, to those with the adaptive one."""
     fixed = sum(search.seconds for search in outcome.searches.values())
     fixed += outcome.median(fixed_name(outcome.best), "seconds")
-    return fixed / (outcome.adaptive_searches[ADAPTIVE].seconds + outcome.median(ADAPTIVE, "seconds"))
+    return fixed / (outcome.adaptive_search.seconds + outcome.median(ADAPTIVE, "seconds"))
 
 
 def step_time_errors(outcome: Outcome) -> list[float]:
@@ -253,7 +253,7 @@ def spread(values: Sequence[float]) -> str:
 def search_rows(outcome: Outcome) -> list[dict[str, Any]]:
     """Return a row for each search: the rates that were tried, with what they took."""
     named = {f"search, {fixed_name(batch)}": search for batch, search in outcome.searches.items()}
-    adaptive = {f"search, {name}": search for name, search in outcome.adaptive_searches.items()}
+    adaptive = {f"search, {ADAPTIVE}": outcome.adaptive_search}
     return [_search_row(name, search) for name, search in {**named, **adaptive}.items()]
 
 

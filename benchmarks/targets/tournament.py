@@ -62,7 +62,7 @@ def hold(contest: Contest, *, num_seeds: int, tell: Tell) -> Outcome:
             FROM_SMALL: max(best // _FAR, _SMALLEST_START),
             FROM_LARGE: best * _FAR,
         }
-        adaptive = {name: _search_adaptive(contest, start, run=run) for name, start in starts.items()}
+        adaptive = _search_adaptive(contest, run=run)
         arms, absent = _arms(contest, searches=searches, adaptive=adaptive, starts=starts, best=best)
         finishes: dict[str, dict[int, Finish]] = {name: {} for name in arms}
         for seed in range(1, num_seeds + 1):
@@ -79,7 +79,7 @@ def hold(contest: Contest, *, num_seeds: int, tell: Tell) -> Outcome:
     return Outcome(
         contest=contest,
         searches=searches,
-        adaptive_searches=adaptive,
+        adaptive_search=adaptive,
         finishes=finishes,
         rates={name: arm.learning_rate for name, arm in arms.items()},
         absent=absent,
@@ -106,7 +106,9 @@ def _search_fixed(contest: Contest, batch: int, *, run: Run) -> Search | None:
     return search_rate(race_at, start=contest.guess(batch), run=run, cost=_steps)
 
 
-def _search_adaptive(contest: Contest, start: int, *, run: Run) -> Search:
+def _search_adaptive(contest: Contest, *, run: Run) -> Search:
+    start = contest.default_batch
+
     def race_at(rate: float, most_steps: float) -> Race:
         # Steps are no measure of an adaptive run: one at larger batches takes fewer.
         return contest.adaptive(start, learning_rate=rate, seed=0, most_steps=2 * most_steps)
@@ -135,13 +137,13 @@ def _arms(
     contest: Contest,
     *,
     searches: Mapping[int, Search],
-    adaptive: Mapping[str, Search],
+    adaptive: Search,
     starts: Mapping[str, int],
     best: int,
 ) -> tuple[dict[str, Arm], dict[str, str]]:
-    rate = adaptive[ADAPTIVE].best
+    rate = adaptive.best
     arms = {fixed_name(batch): _fixed(contest, batch, found.best) for batch, found in searches.items()}
-    arms |= {name: _adaptive(contest, start, adaptive[name].best) for name, start in starts.items()}
+    arms |= {name: _adaptive(contest, start, rate) for name, start in starts.items()}
     arms |= {rule_name(rule): _adaptive(contest, contest.default_batch, rate, rule=rule) for rule in RULES_COMPARED}
     expected = searches[best].end.samples
     arms[SMITH] = _scheduled(contest, _doublings(best, expected), searches[best].best, rule="none")

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dptrain.cli.arms import ArmProcess, Site
-from dptrain.cli.replicas import GRACE_S, load_for_all
+from dptrain.cli.replicas import GRACE_S
 from dptrain.errors import CheckpointError, ConfigError
 from dptrain.explain.branching import Branched, branched
 from dptrain.train.checkpoint import load_checkpoint
@@ -72,7 +72,6 @@ def branch(arguments: Sequence[str]) -> int:
     trunks = _trunks(options.run, steps=options.at)
     out = options.out or options.run / "branches"
     site = Site.here(num_parallel=1, num_replicas=options.replicas, cpu=options.cpu)
-    load_for_all()
     found = []
     for trunk in trunks:
         losses = {}
@@ -165,7 +164,8 @@ def _train(trunk: _Trunk, *, multiple: int, options: argparse.Namespace, out: Pa
         _arguments(trunk, multiple=multiple, options=options, folder=folder),
         log=folder / "output.txt",
         environment=site.environment(0),
-        fork=not site.gpus,
+        # This process has read checkpoints: a copy of it would wait for torch's threads, which it does not have.
+        fork=False,
     )
     code = _wait(arm)
     if code == _EXIT_DIVERGED:
@@ -192,6 +192,7 @@ def _arguments(trunk: _Trunk, *, multiple: int, options: argparse.Namespace, fol
         "control.law": "constant",
         "control.mode": "off",
         **{f"control.{name}": "null" for name in _UNUSED},
+        "optimizer.reference_batch_size": "null",
         "optimizer.learning_rate": trunk.learning_rate * _RULES[options.rule](multiple),
         # The rate in force is held: a schedule would end elsewhere, and a warm-up begin anew.
         "optimizer.schedule": "constant",

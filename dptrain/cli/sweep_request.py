@@ -178,11 +178,13 @@ def _from_settings(
     )
     suggestion = _suggestion(config)
     filled = _filled(config, suggestion)
+    batch, exponent = given(filled.global_batch_size), _EXPONENTS.get(optimizer.rule, 0.5)
+    factor = (batch / given(filled.optimizer.reference_batch_size)) ** exponent
     base = {
-        "base_batch_size": given(filled.global_batch_size),
-        "base_learning_rate": given(filled.optimizer.learning_rate),
+        "base_batch_size": batch,
+        "base_learning_rate": given(filled.optimizer.learning_rate) * factor,
         "base_samples": given(filled.max_samples),
-        "exponent": _EXPONENTS.get(optimizer.rule, 0.5),
+        "exponent": exponent,
     }
     every = config.log.eval_every_samples or max(1, suggestion.eval_every_samples // _EVALUATIONS)
     config = replace(
@@ -191,7 +193,7 @@ def _from_settings(
         max_samples=None,
         max_steps=None,
         global_batch_size=None,
-        optimizer=replace(config.optimizer, learning_rate=None),
+        optimizer=replace(config.optimizer, learning_rate=None, reference_batch_size=None),
         log=replace(config.log, eval_every_samples=every),
         checkpoint=replace(config.checkpoint, keep=1),  # there are many runs, and a run that goes on needs one
     )

@@ -67,16 +67,19 @@ class GoodputLaw(Law):
     of the present step's time is taken to be per step: then r is the present batch, and B goes half of the way (in log
     space) to the noise scale, which times a second batch. Where that would stay at the first, which is right only by
     the assumption, the law asks for the double, once: without it the run could stay far from the best for ever. The
-    double and not the half, because a run often begins at the smallest batch that runs.
+    double and not the half, because a run often begins at the smallest batch that runs. In the part of a run in
+    which the batch is not to shrink it asks for the double in place of less, too.
 
     Attributes:
         largest_micro_batch_size: in samples.
         least_accumulation_steps: passes of a replica in a step, however small the batch.
+        grow_only_samples: from the start, in which `limited` lets the batch grow alone.
         z: standard errors of a normal at which a noise scale counts as rejected.
     """
 
     largest_micro_batch_size: int
     least_accumulation_steps: int = 1
+    grow_only_samples: int = 0
     z: float = 1.0
 
     def __post_init__(self) -> None:
@@ -102,7 +105,9 @@ class GoodputLaw(Law):
         decision = law.decide(measurement)
         reason = f"a step is worth {batch} samples (assumed: one batch was timed); {decision.reason}"
         is_measured = abs(phi.contrast(law.noise_scale_for(batch))) > 0
-        if measurement.step_time is None or decision.global_batch_size != batch or not is_measured:
+        may_shrink = measurement.samples_seen >= self.grow_only_samples
+        is_moving = decision.global_batch_size > batch or (decision.global_batch_size < batch and may_shrink)
+        if measurement.step_time is None or is_moving or not is_measured:
             return replace(decision, reason=reason)
         return Decision(global_batch_size=2 * batch, reason=f"{reason}; to time another, grow to {2 * batch}")
 

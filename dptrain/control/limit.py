@@ -26,6 +26,8 @@ class Limits:
     """Largest factor between the batches before and after one decision, at least 2."""
     dead_band: float | None = None
     """Ratio of batches, above 1, below which a change is not worth making."""
+    grow_only_samples: int = 0
+    """Samples from the start in which the batch does not shrink."""
     dwell_samples: int = 0
     """Samples that must pass after the start or a change before the next one."""
     dwell_decisions: int = 0
@@ -35,9 +37,9 @@ class Limits:
 def limited(law: Controller, *, quantum: int, limits: Limits) -> Controller:
     """Wrap `law` in all of `limits`, in the order in which they may overrule each other.
 
-    Law → dead band → dwell → rounding → largest change → bounds: the further out, the harder. So the result is
-    always a rung of the ladder within the bounds, and what is wise yields to what runs. From a batch on the
-    ladder and within the bounds, every limit holds at once; from one that is not (a run resumed on other
+    Law → dead band → growth alone → dwell → rounding → largest change → bounds: the further out, the harder.
+    So the result is always a rung of the ladder within the bounds, and what is wise yields to what runs. From a batch
+    on the ladder and within the bounds, every limit holds at once; from one that is not (a run resumed on other
     hardware), the outer ones go first. On a measurement that stays the same the batch never turns back.
 
     Args:
@@ -59,6 +61,8 @@ def limited(law: Controller, *, quantum: int, limits: Limits) -> Controller:
     controller = law
     if limits.dead_band is not None:
         controller = DeadBand(controller, ratio=limits.dead_band)
+    if limits.grow_only_samples:
+        controller = GrowOnly(controller, samples=limits.grow_only_samples)
     if limits.dwell_samples or limits.dwell_decisions:
         controller = DwellTime(controller, samples=limits.dwell_samples, decisions=limits.dwell_decisions)
     controller = Rounding(controller, ladder=ladder)
@@ -128,11 +132,11 @@ class _Limit(ABC):
     def update(self, state: State, measurement: Measurement) -> tuple[State, Decision]:
         """Ask the controller inside, and limit its answer."""
         state, asked = self.inner.update(state, measurement)
-        return state, self.limit(asked, present=measurement.global_batch_size)
+        return state, self.limit(asked, present=measurement.global_batch_size, samples_seen=measurement.samples_seen)
 
     @abstractmethod
-    def limit(self, asked: Decision, *, present: int) -> Decision:
-        """Return the decision that stands, given the batch in force."""
+    def limit(self, asked: Decision, *, present: int, samples_seen: int) -> Decision:
+        """Return the decision that stands, given the batch in force and the position of the run."""
 
 
 def _changed(asked: Decision, batch: float, *, why: str) -> Decision:
@@ -159,7 +163,7 @@ class Bounds(_Limit):
         if not 1 <= self.smallest <= self.largest:
             raise ConfigError(f"need 1 ≤ smallest ≤ largest, got smallest {self.smallest}, largest {self.largest}")
 
-    def limit(self, asked: Decision, *, present: int) -> Decision:  # noqa: ARG002 - bounds know no present
+    def limit(self, asked: Decision, *, present: int, samples_seen: int) -> Decision:  # noqa: ARG002 - bounds always hold
         """Return the batch within the bounds that is nearest to the one asked for."""
         batch = min(max(asked.global_batch_size, self.smallest), self.largest)
         return _changed(asked, batch, why="smallest batch" if batch == self.smallest else "largest batch")
@@ -176,7 +180,7 @@ class Rounding(_Limit):
     _: KW_ONLY
     ladder: Ladder
 
-    def limit(self, asked: Decision, *, present: int) -> Decision:  # noqa: ARG002 - rounding knows no present
+    def limit(self, asked: Decision, *, present: int, samples_seen: int) -> Decision:  # noqa: ARG002 - rungs are always the same
         """Return the rung nearest to the batch asked for."""
         return _changed(asked, self.ladder.nearest(asked.global_batch_size), why="nearest that runs")
 
@@ -196,12 +200,37 @@ class DeadBand(_Limit):
         if not 1 < self.ratio < math.inf:
             raise ConfigError(f"dead_band must be a ratio of batches above 1, such as 1.5, got {self.ratio}")
 
-    def limit(self, asked: Decision, *, present: int) -> Decision:
+    def limit(self, asked: Decision, *, present: int, samples_seen: int) -> Decision:  # noqa: ARG002 - as at any time
         """Return the present batch where the one asked for is too near to it."""
         wanted = asked.global_batch_size
         if max(wanted / present, present / wanted) >= self.ratio:
             return asked
         return _changed(asked, present, why=f"a change below a factor of {self.ratio:g} is ignored")
+
+
+@dataclass(frozen=True)
+class GrowOnly(_Limit):
+    """Lets the batch grow and not shrink in the first part of a run, for the warm-up of the learning rate.
+
+    The noise scale of a model that hardly moves yet is small, and it rises as soon as the model moves. A warm-up is
+    counted in samples: small batches make it longer, in steps and in seconds.
+
+    Attributes:
+        samples: length of that part.
+    """
+
+    _: KW_ONLY
+    samples: int
+
+    def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise ConfigError(f"grow_only_samples must not be negative, got {self.samples}")
+
+    def limit(self, asked: Decision, *, present: int, samples_seen: int) -> Decision:
+        """Return the present batch where a smaller one is asked for too early."""
+        if samples_seen >= self.samples or not asked.global_batch_size < present:
+            return asked
+        return _changed(asked, present, why=f"it does not shrink in the first {self.samples:,} samples")
 
 
 @dataclass(frozen=True)
@@ -221,13 +250,17 @@ class MaxChange(_Limit):
         if not 2 <= self.factor < math.inf:  # noqa: PLR2004 - a ladder's first two rungs differ by 2
             raise ConfigError(f"max_change must be a factor of at least 2, got {self.factor}")
 
-    def limit(self, asked: Decision, *, present: int) -> Decision:
+    def limit(self, asked: Decision, *, present: int, samples_seen: int) -> Decision:  # noqa: ARG002 - as at any time
         """Return the batch nearest to the one asked for that lies within the factor."""
         lowest, highest = present / self.factor, present * self.factor
         if self.ladder is not None:
             lowest, highest = self.ladder.above(lowest), self.ladder.below(highest)
         batch = min(max(asked.global_batch_size, lowest), highest)
         return _changed(asked, batch, why=f"at most a factor of {self.factor:g} at once")
+
+
+_FAR = 4.0
+"""Ratio of batches that is wrong beyond doubt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +287,8 @@ class DwellTime:
     """Leaves a batch in force for a while after each change, so that it is measured before it is judged.
 
     The start counts as a change: the first few steps say little. A change is one that happened: seen from the batch
-    of the next measurement, whoever made it.
+    of the next measurement, whoever made it. A batch that is wrong by a factor of four needs less of a measurement,
+    and each step at it is dear: a third of the decisions is enough there.
 
     Attributes:
         inner: the controller whose decisions are held back.
@@ -300,7 +334,9 @@ class DwellTime:
             decisions=1 if just_changed else state.decisions + 1,
         )
         passed = measurement.samples_seen - (after.changed_at or 0)
-        if passed >= self.samples and after.decisions >= self.decisions:
+        ratio = asked.global_batch_size / present
+        enough = -(-self.decisions // 3) if max(ratio, 1 / ratio) >= _FAR else self.decisions
+        if passed >= self.samples and after.decisions >= enough:
             return after, asked
         since = "the start" if after.changed_at is None else "the last change"
         why = f"only {passed} samples and {after.decisions} decisions since {since}"

@@ -123,7 +123,10 @@ class OptimizerConfig:
     name: Literal["adamw", "sgd"] = "adamw"
     """Which one."""
     learning_rate: float | None = None
-    """Base rate, at the first global batch (at an infinite batch for rule=noise). Default: the task's."""
+    """Base rate, at reference_batch_size (at an infinite batch for rule=noise). Default: the task's."""
+    reference_batch_size: int | None = None
+    """Global batch, in samples, that learning_rate was tuned at: from there the rule leads to the batch in force.
+    Default: the first global batch."""
     rule: Literal["none", "linear", "square_root", "gain", "noise", "surge"] = "square_root"
     """How the rate follows the batch."""
     beta_rule: Literal["none", "square_root", "half_life"] = "none"
@@ -275,6 +278,7 @@ _RANGES: Mapping[str, Range] = {
     "noise.half_life_samples": _POSITIVE,
     "noise.level": Range(text="between 0 and 1, such as 0.95", holds=lambda value: 0 < value < 1),
     "optimizer.learning_rate": _POSITIVE,
+    "optimizer.reference_batch_size": _AT_LEAST_1,
     "optimizer.warmup_samples": _AT_LEAST_0,
     "optimizer.decay_fraction": Range(text="above 0 and at most 1", holds=lambda value: 0 < value <= 1),
     "optimizer.final_fraction": Range(text="in [0, 1]", holds=lambda value: 0 <= value <= 1),
@@ -397,6 +401,7 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
         optimizer=replace(
             optimizer,
             learning_rate=optimizer.learning_rate or suggestion.learning_rate,
+            reference_batch_size=optimizer.reference_batch_size or batch,
             warmup_samples=warmup,
             final_fraction=final,
         ),
@@ -481,6 +486,7 @@ def controller(config: TrainConfig, *, world_size: int | None = None) -> Control
         powers_of_two=control.powers_of_two and control.law != "schedule",
         max_change=None if given_by_hand else control.max_change,
         dead_band=control.dead_band,
+        grow_only_samples=0 if given_by_hand else given(config.optimizer.warmup_samples),
         dwell_samples=control.dwell_samples,
         dwell_decisions=0 if given_by_hand else control.dwell_decisions,
     )
@@ -507,6 +513,7 @@ def _law(config: TrainConfig, *, world_size: int) -> Controller:
             largest_micro_batch_size=largest_micro_batch_size(config),
             # As `micro_batch_size` lays them out: two micro-batches at least, and those of replicas that are not there.
             least_accumulation_steps=-(-max(given(config.layout_replicas), 2) // world_size),
+            grow_only_samples=given(config.optimizer.warmup_samples),
             z=control.z,
         )
     laws: Mapping[str, Callable[[], Controller]] = {
@@ -550,7 +557,7 @@ def betas(config: TrainConfig, *, batch: int) -> tuple[float, float] | None:
     if optimizer.beta_rule == "none":
         return None
     tuned = (optimizer.beta1, optimizer.beta2)
-    return adam_betas(optimizer.beta_rule, tuned, batch=batch, reference_batch=given(config.global_batch_size))
+    return adam_betas(optimizer.beta_rule, tuned, batch=batch, reference_batch=given(optimizer.reference_batch_size))
 
 
 def smoothing(config: TrainConfig) -> Smoothing:

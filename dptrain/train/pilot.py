@@ -347,7 +347,7 @@ class Pilot:
             self._controller = controller(self._config, world_size=self._world_size)
 
     def _learning_rate_factor(self, scale: NoiseScale, batch: int) -> float:
-        return self._rule(scale, batch=batch, reference_batch=given(self._config.global_batch_size))
+        return self._rule(scale, batch=batch, reference_batch=given(self._config.optimizer.reference_batch_size))
 
     def _row(self, record: StepRecord, outcome: StepOutcome, scale: NoiseScale) -> dict[str, Value]:
         (position, wall_s), self._clock = self._clock, (record.position, record.wall_s)

@@ -160,7 +160,7 @@ def make_outcome(*, adaptive):
     return Outcome(
         contest=contests(quick=False)["digits"],
         searches=searches,
-        adaptive_searches={ADAPTIVE: Search(best=0.1, finishes={0.1: arrived(1_000)})},
+        adaptive_search=Search(best=0.1, finishes={0.1: arrived(1_000)}),
         finishes=finishes,
         rates=dict.fromkeys(finishes, 0.1),
         absent={results.ADAPTDL: "not installed"},

@@ -36,8 +36,10 @@ def known(lower, upper=None):
     return SimpleNamespace(bounds=lambda _z: (lower, upper), contrast=contrast)
 
 
-def decided(law, phi, *, batch=64, step_time=None):
-    return law.decide(Measurement(samples_seen=0, global_batch_size=batch, noise_scale=phi, step_time=step_time))
+def decided(law, phi, *, batch=64, step_time=None, samples_seen=0):
+    return law.decide(
+        Measurement(samples_seen=samples_seen, global_batch_size=batch, noise_scale=phi, step_time=step_time)
+    )
 
 
 @settings(deadline=None)
@@ -135,6 +137,15 @@ def test_a_second_batch_is_timed():
     assert decision.reason.endswith("to time another, grow to 128")
     assert decided(law, seems_right, batch=64, step_time=None).global_batch_size == 64
     assert decided(law, unmeasured, batch=64, step_time=one).global_batch_size == 64
+
+
+def test_where_it_may_not_shrink_it_times_a_larger_batch():
+    """In the part of a run that only grows, the first guess is not downwards; after it, it may be."""
+    one = model(0.0, 0.01, 0.0, is_split_known=False)
+    law, small = GoodputLaw(largest_micro_batch_size=1024, grow_only_samples=100), known(1, 4)
+    for samples_seen, expected in [(0, 128), (99, 128), (100, 16)]:
+        decision = decided(law, small, batch=64, step_time=one, samples_seen=samples_seen)
+        assert decision.global_batch_size == pytest.approx(expected)
 
 
 def test_reason_has_the_split():

@@ -187,6 +187,7 @@ class Run(RuleBasedStateMachine):
                 self.acknowledge(save_toy(self.folder, self.step, self.state, keep=self.KEEP))
             except CheckpointError as error:
                 assert "could not be written: [Errno 28]" in str(error)  # noqa: PT017 -- it may also come through
+                self.note_retired()
 
     @precondition(lambda self: self.good)
     @rule(spoil=DAMAGE)
@@ -213,9 +214,14 @@ class Run(RuleBasedStateMachine):
         assert contents(again) == contents(found.path)
         shutil.rmtree(again.parent)
         self.good[found.step] = contents(found.path)
+        self.note_retired()
 
     def acknowledge(self, path):
         self.good[self.step] = contents(path)
+        self.note_retired()
+
+    def note_retired(self):
+        """A save retires old ones before and after its own commit, so also one that failed or died may have."""
         to_keep = sorted(step for step in self.good if step <= self.step)[-self.KEEP :]
         for step in sorted(self.good):
             if not (self.folder / f"step-{step:012d}").exists():

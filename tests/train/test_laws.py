@@ -82,6 +82,21 @@ def test_seesaw_doubles_where_the_rate_would_halve(tmp_path):
     assert first["train/lr"] / before["train/lr"] == pytest.approx(2**-0.5)
 
 
+def test_a_rate_is_tuned_at_one_batch_and_used_at_others(tmp_path):
+    """From the reference batch the rule leads to the first batch and to those after it, as it leads back."""
+    train(
+        tmp_path / "run",
+        law="schedule",
+        schedule="0:4 60:16",
+        smallest=None,
+        largest=None,
+        optimizer=OptimizerConfig(learning_rate=0.01, reference_batch_size=64, schedule="constant", warmup_samples=0),
+    )
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
+    rates = {row["batch/global"]: row["train/lr"] for row in rows}
+    assert rates == {4: pytest.approx(0.01 / 4), 16: pytest.approx(0.01 / 2)}
+
+
 def test_betas_follow_the_batch_and_come_back(tmp_path):
     """Adam's second moment forgets over equal numbers of samples, as a function of the batch in force alone."""
     trainer, _ = train(
