@@ -93,7 +93,7 @@ def test_a_rate_is_tuned_at_one_batch_and_used_at_others(tmp_path):
         optimizer=OptimizerConfig(learning_rate=0.01, reference_batch_size=64, schedule="constant", warmup_samples=0),
     )
     rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
-    rates = {row["batch/global"]: row["train/lr"] for row in rows}
+    rates = {row["batch/global"]: row["train/lr"] for row in rows[:-1]}  # the last step has what is left
     assert rates == {4: pytest.approx(0.01 / 4), 16: pytest.approx(0.01 / 2)}
 
 
