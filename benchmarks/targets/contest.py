@@ -26,7 +26,6 @@ class Contest:
 
     Attributes:
         task: as `TrainConfig` names it.
-        task_options: of its function.
         target: held-out loss.
         batches: that are swept, powers of two.
         default_batch: that the task suggests, where the adaptive run starts.
@@ -49,7 +48,6 @@ class Contest:
     warmup_samples: int
     eval_every_samples: int
     most_steps: int
-    task_options: Mapping[str, Any] = field(default_factory=dict)
     optimizer: Mapping[str, Any] = field(default_factory=dict)
 
     def race(
@@ -78,7 +76,6 @@ class Contest:
         }
         settings = {
             "task": self.task,
-            "task_options": dict(self.task_options),
             "seed": seed,
             "global_batch_size": batch,
             "micro_batch_size": self.micro_batch_size,
@@ -202,13 +199,12 @@ def contests(*, quick: bool) -> Mapping[str, Contest]:
     """Return the contest of each task."""
     here = Path(__file__).with_name("small_tasks.py")
     digits = Contest(
-        task="digits",
-        task_options={"model": "autoencoder"},
-        target=0.03 if quick else 0.017,
+        task=f"{here}:deep_digits",
+        target=0.03 if quick else 0.0145,
         batches=[2**k for k in range(4, 12)],
         default_batch=16,
         micro_batch_size=256,
-        learning_rate=0.008,
+        learning_rate=0.004,
         rate_batch=128,
         warmup_samples=2_000,
         eval_every_samples=1_500,

@@ -110,6 +110,11 @@ The rate is constant after a warm-up of {warmup_samples:,} samples. Seconds are 
 evaluation; steps and samples are exact. The target is reached at the first evaluation at or below it, and between two
 evaluations by the logarithm of the loss."""
 
+_ABOUT_TASKS = {
+    "digits": "an autoencoder of layers 64-96-48-8-48-96-64, the mean squared error of a pixel",
+    "pysource": "a model of 30,000 parameters, 16 bytes of context, 512 held-out windows",
+}
+
 _ADAPTDL = """\
 AdaptDL's own `GradientNoiseScale`, `goodput.py` and AdamScale's rule (the root of the gain), in dptrain's loop with
 dptrain's measuring off, from the default batch with the rate of the adaptive run. Where the package `autograd` is not
@@ -121,11 +126,10 @@ each group of parameters; here there is one group."""
 
 def _about_the_runs(outcome: Outcome, *, task: str) -> str:
     contest = outcome.contest
-    options = ", ".join(f"{name} {value}" for name, value in contest.task_options.items())
     return _RUNS.format(
         **harness.environment(device="cpu"),
         task=task,
-        options=options or "a model of 30,000 parameters, 16 bytes of context, 512 held-out windows",
+        options=_ABOUT_TASKS[task],
         target=contest.target,
         default_batch=contest.default_batch,
         num_seeds=len(outcome.finishes[fixed_name(outcome.best)]),

@@ -1,15 +1,19 @@
-"""Task functions that the races train: built-in tasks with a held-out set that is cheap to look at often."""
+"""Task functions that the races train: built-in tasks, small enough for hundreds of trainings."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
+from torch import nn
 from torch.utils.data import Subset
 
 from dptrain.tasks import Task
+from dptrain.tasks.digits import digits
 from dptrain.tasks.pysource import pysource
 
 _NUM_HELD_OUT = 512
+_LAYERS = (64, 96, 48, 8, 48, 96, 64)
 
 
 def small_pysource() -> Task:
@@ -18,3 +22,13 @@ def small_pysource() -> Task:
     assert task.eval_data is not None
     num_windows = len(task.eval_data)  # type: ignore[arg-type]
     return replace(task, eval_data=Subset(task.eval_data, range(0, num_windows, max(1, num_windows // _NUM_HELD_OUT))))
+
+
+def deep_digits() -> Task:
+    """Return `digits` with an autoencoder of layers 64-96-48-8-48-96-64, which takes any batch many steps."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(_LAYERS):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    narrowest = 2 * _LAYERS.index(min(_LAYERS)) - 1
+    del layers[-1], layers[narrowest]  # neither the code nor the pixels are cut off at 0
+    return replace(digits(model="autoencoder"), model=nn.Sequential(*layers))
