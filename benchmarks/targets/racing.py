@@ -159,6 +159,8 @@ def _replica(rank: int, folder: str, pipe: Connection) -> None:
         try:
             with _silent():
                 pipe.send(run_race(race, run_dir=Path(folder) / f"run-{number}"))
+        except BrokenPipeError:
+            break  # the parent was stopped
         except BaseException:  # noqa: BLE001 - whatever it was, the parent must hear of it
             pipe.send(traceback.format_exc())
     dist.destroy_process_group()

@@ -92,12 +92,11 @@ def test_a_search_widens_until_the_best_rate_is_inside(best, tried):
 
 
 def test_a_search_in_vain_ends():
-    """Rates that never arrive are given up after a few, each smaller than the one before."""
+    """Rates that never arrive are given up after a few, on both sides of the first."""
     asked = []
     lost = Finish(end=None, reason="lost", marks=[], rows=[], step_s={})
     assert search_rate(lambda rate, _: asked.append(rate), start=1.0, run=lambda _: lost, cost=float) is None
-    assert len(asked) == 6
-    assert asked == sorted(asked, reverse=True)
+    assert asked == [1.0, 2.0, 0.5, 4.0, 0.25, 8.0]
 
 
 def test_what_is_best_is_judged_seed_by_seed():
