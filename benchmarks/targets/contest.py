@@ -57,7 +57,7 @@ class Contest:
         learning_rate: float,
         seed: int,
         control: Mapping[str, Any],
-        rule: str = "square_root",
+        rule: str | None = None,
         policy: str = "dptrain",
         most_steps: float = math.inf,
         most_seconds: float = math.inf,

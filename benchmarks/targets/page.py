@@ -73,7 +73,7 @@ def of_contest(outcome: Outcome, figures: Mapping[str, float], *, task: str) -> 
         f"**The frontier** of the fixed batches: {frontier or 'none, too few batches arrived'}.",
         f"![The plane of steps and samples](time_to_target_{task}.png)",
         "## Learning-rate rules",
-        "The adaptive law with each rule from the default start, all at the base rate found for `square_root`.",
+        "The adaptive law with each rule from the default start, all at the base rate found for `root_gain`.",
         _rules_table(outcome),
         "## What the searches cost",
         _table(["arm", "rates tried", "seconds"], searches),
@@ -145,7 +145,7 @@ def _about_adaptdl(outcome: Outcome, figures: Mapping[str, float]) -> str:
 
 
 def _rules_table(outcome: Outcome) -> str:
-    names = {"square_root (default)": ADAPTIVE} | {rule: rule_name(rule) for rule in RULES_COMPARED}
+    names = {"root_gain (default)": ADAPTIVE} | {rule: rule_name(rule) for rule in RULES_COMPARED}
     rows = {row["arm"]: row for row in results.rows(outcome)}
     return _table(
         ["rule", *list(COLUMNS)[1:]], [[rule, *_cells(rows[name])[1:]] for rule, name in names.items() if name in rows]

@@ -19,7 +19,7 @@ from dptrain.explain.frontier import Frontier, Point, fit_frontier
 _TIMED_STEPS = 10
 ADAPTIVE, FROM_SMALL, FROM_LARGE = "adaptive", "adaptive from small", "adaptive from large"
 ADAPTDL, SMITH, RAMP = "AdaptDL", "batch doubles (Smith)", "linear ramp"
-RULES_COMPARED = ("none", "linear", "gain", "surge")
+RULES_COMPARED = ("none", "linear", "square_root", "gain", "surge")
 
 
 def fixed_name(batch: int) -> str:

@@ -163,7 +163,7 @@ def _fixed(contest: Contest, batch: int, rate: float) -> Arm:
     return Arm(race=lambda seed, _: contest.fixed(batch, learning_rate=rate, seed=seed), learning_rate=rate)
 
 
-def _adaptive(contest: Contest, start: int, rate: float, *, rule: str = "square_root") -> Arm:
+def _adaptive(contest: Contest, start: int, rate: float, *, rule: str | None = None) -> Arm:
     return Arm(
         race=lambda seed, least: contest.adaptive(start, learning_rate=rate, seed=seed, rule=rule, least_samples=least),
         learning_rate=rate,

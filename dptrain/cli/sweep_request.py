@@ -178,7 +178,7 @@ def _from_settings(
     )
     suggestion = _suggestion(config)
     filled = _filled(config, suggestion)
-    batch, exponent = given(filled.global_batch_size), _EXPONENTS.get(optimizer.rule, 0.5)
+    batch, exponent = given(filled.global_batch_size), _EXPONENTS.get(optimizer.rule or "", 0.5)
     factor = (batch / given(filled.optimizer.reference_batch_size)) ** exponent
     base = {
         "base_batch_size": batch,

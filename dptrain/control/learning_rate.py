@@ -73,6 +73,16 @@ def gain(noise_scale: NoiseScale, /, *, batch: float, reference_batch: float) ->
     return min(closed_form.gain(phi, batch=batch, reference_batch=reference_batch) for phi in known)
 
 
+def root_gain(noise_scale: NoiseScale, /, *, batch: float, reference_batch: float) -> float:
+    """Return the root of AdaScale's gain, between 1 and √(B/B0): AdaptDL's rule for Adam (Qiao et al. 2021, OSDI).
+
+    As the square root below the noise scale, for the same reason, and level above it, where larger batches have no
+    noise left to average away and a rate that went on rising would come to the largest that the loss stands. Where φ
+    is not resolved, it is the smallest that φ's interval allows, as for `gain`.
+    """
+    return math.sqrt(gain(noise_scale, batch=batch, reference_batch=reference_batch))
+
+
 def noise(noise_scale: NoiseScale, /, *, batch: float, reference_batch: float) -> float:  # noqa: ARG001 - a rule's form
     """Return ε_opt(B)/ε_max = 1/(1 + φ/B) (McCandlish et al. 2018, arXiv 1812.06162, equation 2.6).
 
@@ -98,11 +108,19 @@ def surge(noise_scale: NoiseScale, /, *, batch: float, reference_batch: float) -
     return math.sqrt(batch / reference_batch) * least
 
 
-RuleName = Literal["none", "linear", "square_root", "gain", "noise", "surge"]
+RuleName = Literal["none", "linear", "square_root", "gain", "root_gain", "noise", "surge"]
 """What a user writes to choose a rule."""
 
 RULES: Mapping[RuleName, LearningRateRule] = MappingProxyType(
-    {"none": none, "linear": linear, "square_root": square_root, "gain": gain, "noise": noise, "surge": surge}
+    {
+        "none": none,
+        "linear": linear,
+        "square_root": square_root,
+        "gain": gain,
+        "root_gain": root_gain,
+        "noise": noise,
+        "surge": surge,
+    }
 )
 """The rules by their names."""
 

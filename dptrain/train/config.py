@@ -20,6 +20,7 @@ from dptrain.control import (
     NormTestLaw,
     PolluxLaw,
     Ramp,
+    RuleName,
     Schedule,
     SeesawLaw,
     StaircaseSchedule,
@@ -127,8 +128,9 @@ class OptimizerConfig:
     reference_batch_size: int | None = None
     """Global batch, in samples, that learning_rate was tuned at: from there the rule leads to the batch in force.
     Default: the first global batch."""
-    rule: Literal["none", "linear", "square_root", "gain", "noise", "surge"] = "square_root"
-    """How the rate follows the batch."""
+    rule: Literal["none", "linear", "square_root", "gain", "root_gain", "noise", "surge"] | None = None
+    """How the rate follows the batch. Default: root_gain for adamw, gain for sgd; for law=seesaw, which acts on the
+    rate itself, square_root and linear."""
     beta_rule: Literal["none", "square_root", "half_life"] = "none"
     """How the betas of adamw follow the batch. square_root: 1 − β in proportion to it; half_life: beta2 forgets over
     equal numbers of samples."""
@@ -348,7 +350,7 @@ def _check_law(config: TrainConfig) -> None:
                 raise ConfigError(f"control.{name} is given, but control.law is {control.law}: it would be ignored")
     if control.law == "seesaw" and optimizer.schedule == "constant":
         raise ConfigError("control.law=seesaw needs an optimizer.schedule that falls: it doubles where that halves")
-    if control.law == "seesaw" and optimizer.rule not in ("square_root", "linear"):
+    if control.law == "seesaw" and optimizer.rule not in (None, "square_root", "linear"):
         raise ConfigError(
             f"control.law=seesaw needs optimizer.rule=square_root (adamw) or linear (sgd), which make up for the other "
             f"half of each halving; it is {optimizer.rule}"
@@ -402,11 +404,21 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
             optimizer,
             learning_rate=optimizer.learning_rate or suggestion.learning_rate,
             reference_batch_size=optimizer.reference_batch_size or batch,
+            rule=optimizer.rule or _DEFAULT_RULES[optimizer.name, control.law == "seesaw"],
             warmup_samples=warmup,
             final_fraction=final,
         ),
         log=replace(config.log, eval_every_samples=config.log.eval_every_samples or suggestion.eval_every_samples),
     )
+
+
+_DEFAULT_RULES: Mapping[tuple[str, bool], RuleName] = {
+    ("adamw", False): "root_gain",
+    ("sgd", False): "gain",
+    ("adamw", True): "square_root",
+    ("sgd", True): "linear",
+}
+"""By the optimizer, and whether the law is seesaw."""
 
 
 def as_saved(config: TrainConfig, *, saved: Mapping[str, Any]) -> TrainConfig:

@@ -96,7 +96,7 @@ class Pilot:
         self._stream = stream
         self._ledger = ledger
         self._schedule = learning_rate_schedule(config)
-        self._rule = RULES[config.optimizer.rule]
+        self._rule = RULES[given(config.optimizer.rule)]
         self._controller = controller(config, world_size=world_size)
         self._control_state: State = self._controller.init()
         batch = given(config.global_batch_size)

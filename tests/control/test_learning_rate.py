@@ -58,7 +58,7 @@ def test_plain_rules(batch, reference):
     assert got[:3] == pytest.approx([1, s, math.sqrt(s)])
 
 
-@pytest.mark.parametrize("rule", ["none", "linear", "square_root", "gain", "surge"])
+@pytest.mark.parametrize("rule", ["none", "linear", "square_root", "gain", "root_gain", "surge"])
 @pytest.mark.parametrize("phi", [measured(300), AT_LEAST, UNKNOWN], ids=["resolved", "at least", "unknown"])
 def test_reference_batch_keeps_the_rate(rule, phi):
     """At the reference batch every rule that knows one leaves the base rate alone."""
@@ -79,7 +79,17 @@ def test_gain_is_a_ratio_of_optimal_rates(phi, batch, reference):
     assert min(1, s) * (1 - 1e-12) <= gain <= max(1, s) * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("rule", ["gain", "surge"])
+@given(st.floats(1e-3, 1e6), batches, batches)
+def test_root_gain_is_the_square_root_below_the_noise_scale_and_level_above(phi, batch, reference):
+    """It lies between 1 and the square root, and comes to the ends where the noise scale does."""
+    sizes = {"batch": batch, "reference_batch": reference}
+    root, plain = factor("root_gain", measured(phi), **sizes), factor("square_root", measured(phi), **sizes)
+    assert min(1, plain) * (1 - 1e-9) <= root <= max(1, plain) * (1 + 1e-9)
+    assert factor("root_gain", measured(1e12), **sizes) == pytest.approx(plain, rel=1e-3)
+    assert factor("root_gain", measured(1e-9), **sizes) == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("rule", ["gain", "root_gain", "surge"])
 @given(batch=batches)
 def test_caution_where_not_resolved(rule, batch):
     """Where φ is not resolved, no φ within its interval has a smaller factor."""

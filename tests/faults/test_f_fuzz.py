@@ -80,7 +80,8 @@ VALID = {
     "noise.groups": st.booleans(),
     "optimizer.name": st.sampled_from(["adamw", "sgd"]),
     "optimizer.learning_rate": st.none() | POSITIVE,
-    "optimizer.rule": st.sampled_from(["none", "linear", "square_root", "gain", "noise", "surge"]),
+    "optimizer.reference_batch_size": st.none() | COUNT,
+    "optimizer.rule": st.sampled_from([None, "none", "linear", "square_root", "gain", "root_gain", "noise", "surge"]),
     "optimizer.schedule": st.sampled_from(["constant", "cosine", "linear", "wsd"]),
     "optimizer.weight_decay": st.floats(0, 1e6),
     "optimizer.beta1": st.floats(0, 0.999),
@@ -101,6 +102,7 @@ VALID = {
 
 COUNTS = [
     *("max_samples", "max_steps", "global_batch_size", "control.smallest", "control.largest"),
+    "optimizer.reference_batch_size",
     *("layout_replicas", "optimizer.max_skipped_steps", "checkpoint.every_samples", "checkpoint.keep"),
     *("log.every_steps", "log.print_every_steps", "log.eval_every_samples"),
 ]
@@ -111,7 +113,7 @@ POSITIVES = [
     *("checkpoint.hours_between_failures", "log.price_per_device_hour"),
 ]
 CHOICES = [
-    *("device", "precision", "control.law", "noise.observer", "optimizer.name", "optimizer.rule"),
+    *("device", "precision", "control.law", "noise.observer", "optimizer.name"),
     *("optimizer.schedule", "optimizer.beta_rule", "log.tracker", "control.mode", "control.ramp_shape"),
 ]
 OUTSIDE = {
@@ -119,6 +121,7 @@ OUTSIDE = {
     **dict.fromkeys(COUNTS_FROM_0, (-1, 2**63, 1.5, "3", True, None, math.nan)),
     **dict.fromkeys(POSITIVES, (0.0, -1.0, math.nan, math.inf, "1", True)),
     **dict.fromkeys(CHOICES, ("newest", "", None, 3, False)),
+    "optimizer.rule": ["newest", "", 3, False],
     "optimizer.beta1": [1.0, -0.1, math.nan, "1", None],
     "optimizer.beta2": [1.0, -0.1, math.nan, "1", None],
     "noise.level": [0.0, 1.0, -1.0, math.nan, None],

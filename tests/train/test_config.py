@@ -88,7 +88,7 @@ def test_nothing_that_has_a_default_is_left_open():
     config = filled()
     assert (config.max_samples, config.global_batch_size, config.micro_batch_size) == (10_000, 16, 4)
     assert (config.optimizer.learning_rate, config.optimizer.warmup_samples) == (0.01, 200)
-    assert config.optimizer.reference_batch_size == config.global_batch_size
+    assert (config.optimizer.reference_batch_size, config.optimizer.rule) == (config.global_batch_size, "root_gain")
     assert (config.control.smallest, config.control.largest) == (8, 200)
     assert config.log.eval_every_samples == 1_000
     assert config.layout_replicas == 2
@@ -115,14 +115,16 @@ def test_what_is_set_stays():
         max_samples=500,
         global_batch_size=8,
         micro_batch_size=2,
-        optimizer=OptimizerConfig(learning_rate=1.0, reference_batch_size=4, warmup_samples=0, final_fraction=0.0),
+        optimizer=OptimizerConfig(
+            learning_rate=1.0, reference_batch_size=4, rule="none", warmup_samples=0, final_fraction=0.0
+        ),
         control=ControlConfig(smallest=4, largest=64),
         checkpoint=CheckpointConfig(every_samples=7),
         log=LogConfig(eval_every_samples=9),
     )
     assert (config.max_samples, config.global_batch_size, config.micro_batch_size) == (500, 8, 2)
     assert config.optimizer == OptimizerConfig(
-        learning_rate=1.0, reference_batch_size=4, warmup_samples=0, final_fraction=0.0
+        learning_rate=1.0, reference_batch_size=4, rule="none", warmup_samples=0, final_fraction=0.0
     )
     assert (config.control.smallest, config.control.largest) == (4, 64)
     assert (config.checkpoint.every_samples, config.log.eval_every_samples) == (7, 9)

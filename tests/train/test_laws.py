@@ -90,7 +90,9 @@ def test_a_rate_is_tuned_at_one_batch_and_used_at_others(tmp_path):
         schedule="0:4 60:16",
         smallest=None,
         largest=None,
-        optimizer=OptimizerConfig(learning_rate=0.01, reference_batch_size=64, schedule="constant", warmup_samples=0),
+        optimizer=OptimizerConfig(
+            learning_rate=0.01, reference_batch_size=64, rule="square_root", schedule="constant", warmup_samples=0
+        ),
     )
     rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
     rates = {row["batch/global"]: row["train/lr"] for row in rows[:-1]}  # the last step has what is left
