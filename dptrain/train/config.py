@@ -94,7 +94,8 @@ class ControlConfig:
     max_change: float = 2.0
     """Largest factor of one change."""
     dead_band: float | None = None
-    """Ratio of batches below which a change is not worth making."""
+    """Ratio of batches below which a change is not worth making. Default, with powers_of_two and a law that measures:
+    1.6. Half-way between two rungs, at 1.41, both are as good, and the batch would go to and fro."""
     dwell_samples: int = 0
     """Samples that must pass from the start, or a change, to the next change."""
     dwell_decisions: int = 10
@@ -390,6 +391,7 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
     control, optimizer = config.control, config.optimizer
     smallest = min(scheduled, default=min(batch, micro * replicas))
     largest = max(scheduled, default=max(batch, config.control.ramp_to or 0, min(64 * batch, max_samples // 50)))
+    measures = control.law not in ("constant", *_BY_HAND)
     falls = optimizer.schedule != "constant"
     final = optimizer.final_fraction if optimizer.final_fraction is not None else (0.1 if falls else 0.0)
     warmup = optimizer.warmup_samples if optimizer.warmup_samples is not None else max_samples // 50
@@ -399,7 +401,12 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
         global_batch_size=batch,
         micro_batch_size=micro,
         layout_replicas=replicas,
-        control=replace(control, smallest=control.smallest or smallest, largest=control.largest or largest),
+        control=replace(
+            control,
+            smallest=control.smallest or smallest,
+            largest=control.largest or largest,
+            dead_band=control.dead_band or (_DEAD_BAND if control.powers_of_two and measures else None),
+        ),
         optimizer=replace(
             optimizer,
             learning_rate=optimizer.learning_rate or suggestion.learning_rate,
@@ -411,6 +418,8 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
         log=replace(config.log, eval_every_samples=config.log.eval_every_samples or suggestion.eval_every_samples),
     )
 
+
+_DEAD_BAND = 1.6
 
 _DEFAULT_RULES: Mapping[tuple[str, bool], RuleName] = {
     ("adamw", False): "root_gain",

@@ -109,6 +109,22 @@ def test_the_settings_of_a_run_are_settings(world_size, micro):
         assert config.micro_batch_size <= micro
 
 
+@pytest.mark.parametrize(
+    ("control", "expected"),
+    [
+        ({}, 1.6),
+        ({"law": "noise"}, 1.6),
+        ({"dead_band": 1.1}, 1.1),
+        ({"powers_of_two": False}, None),
+        ({"law": "constant"}, None),
+        ({"law": "schedule", "schedule": "0:8 100:16"}, None),
+    ],
+)
+def test_half_way_between_rungs_the_batch_stays(control, expected):
+    """Laws that measure have a dead band wider than the way to the next rung in log space; those by hand have none."""
+    assert filled(control=ControlConfig(**control)).control.dead_band == expected
+
+
 def test_what_is_set_stays():
     """No default replaces a value that was given."""
     config = filled(
