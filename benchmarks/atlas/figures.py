@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ Row = Mapping[str, Any]
 TYPICAL_FACTOR = 6
 """By which the published noise scales are off from their critical batches (formulas: 0.79 decades)."""
 _KINDS = {"supervised": (BLUE, "o"), "policy": (VERMILLION, "s"), "quadratic": (GREEN, "^")}
+_HEIGHT_POINTS, _LINE_POINTS = 430.0, 9.0
+"""Of the first figure's axes, and of a line of small print."""
 _DOTS_PER_INCH = 150
 
 
@@ -67,8 +70,10 @@ def _prediction(rows: Sequence[Row], *, figures: Mapping[str, float]) -> Any:  #
         linewidth=0,
         label=f"within a factor of {TYPICAL_FACTOR}, as published",
     )
-    for stages in tasks_of(placed).values():
-        _draw_task(axes, list(stages.values()))
+    tasks = [list(stages.values()) for stages in tasks_of(placed).values()]
+    for stages in tasks:
+        _draw_task(axes, stages)
+    _name_tasks(axes, [stages[-1] for stages in tasks], points_per_decade=_HEIGHT_POINTS / math.log10(high / low))
     for kind, (colour, marker) in _KINDS.items():
         axes.plot([], [], color=colour, marker=marker, markersize=6, label=kind)
     axes.plot([], [], " ", label="open: early target, full: late target")
@@ -95,17 +100,24 @@ def _draw_task(axes: Any, stages: Sequence[Row]) -> None:  # noqa: ANN401 - as a
         axes.plot([lower or x, upper or x], [y, y], color=colour, linewidth=0.8, alpha=0.6)
         face = colour if row["stage"] == STAGES[-1] else "white"
         axes.plot(x, y, marker=marker, color=colour, markerfacecolor=face, markersize=6)
-    # Away from the line, where the other tasks are.
-    side = -1 if up[-1] > across[-1] else 1
-    axes.annotate(
-        stages[-1]["task"],
-        (across[-1], up[-1]),
-        xytext=(7 * side, -4 * side),
-        textcoords="offset points",
-        ha="left" if side > 0 else "right",
-        va="center",
-        fontsize=7.5,
-    )
+
+
+def _name_tasks(axes: Any, rows: Sequence[Row], *, points_per_decade: float) -> None:  # noqa: ANN401 - as above
+    """Write each name beside its point, away from the line where the other tasks are, and none upon another."""
+    highest = {-1: -math.inf, 1: -math.inf}
+    for row in sorted(rows, key=lambda row: row["noise_scale"]):
+        side = -1 if row["noise_scale"] > row["critical_batch_size"] else 1
+        here = math.log10(row["noise_scale"]) * points_per_decade
+        highest[side] = max(here - 4 * side, highest[side] + _LINE_POINTS)
+        axes.annotate(
+            row["task"],
+            (row["critical_batch_size"], row["noise_scale"]),
+            xytext=(7 * side, highest[side] - here),
+            textcoords="offset points",
+            ha="left" if side > 0 else "right",
+            va="center",
+            fontsize=7.5,
+        )
 
 
 def _frontiers(rows: Sequence[Row]) -> Any:  # noqa: ANN401 - as above
