@@ -4,6 +4,7 @@ from dptrain.tasks.base import Batch, LossFunction, Suggestion, Task
 from dptrain.tasks.digits import digits
 from dptrain.tasks.known import KnownAnswer, exact_noise, known_answer, linear, quadratic
 from dptrain.tasks.patches import patches
+from dptrain.tasks.pictures import pictures
 from dptrain.tasks.pysource import pysource
 from dptrain.tasks.resolve import BUILT_IN, check_task, resolve_task
 
@@ -20,6 +21,7 @@ __all__ = [
     "known_answer",
     "linear",
     "patches",
+    "pictures",
     "pysource",
     "quadratic",
     "resolve_task",

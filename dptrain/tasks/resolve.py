@@ -25,12 +25,14 @@ from dptrain.tasks.base import Task
 from dptrain.tasks.digits import digits
 from dptrain.tasks.known import linear, quadratic
 from dptrain.tasks.patches import patches
+from dptrain.tasks.pictures import pictures
 from dptrain.tasks.pysource import pysource
 
 BUILT_IN: Mapping[str, Callable[..., Task]] = {
     "pysource": pysource,
     "digits": digits,
     "patches": patches,
+    "pictures": pictures,
     "quadratic": quadratic,
     "linear": linear,
 }
