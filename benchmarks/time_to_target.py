@@ -23,7 +23,7 @@ def main() -> None:
     """Read the command line, measure, and tell."""
     parser = harness.command_line(question=__doc__, name="time_to_target")
     parser.add_argument("--task", choices=_TASKS, required=True, help="what is trained")
-    parser.add_argument("--seeds", type=int, default=None, help="of each arm (5; pysource 3; quick 1)")
+    parser.add_argument("--seeds", type=int, default=None, help="of each arm (5; quick 1)")
     parser.add_argument("--results", metavar="FOLDER", type=Path, help="write page, JSON and picture there")
     options = parser.parse_args()
     if options.results is not None and not options.results.is_dir():
@@ -48,7 +48,7 @@ def _trained(options: argparse.Namespace) -> harness.Findings:
     contest = contests(quick=options.quick)[options.task]
     if options.quick:
         contest = dataclasses.replace(contest, batches=contest.batches[1:6:2])
-    num_seeds = options.seeds or (1 if options.quick else {"digits": 5, "pysource": 3}[options.task])
+    num_seeds = options.seeds or (1 if options.quick else 5)
     outcome = hold(contest, num_seeds=num_seeds, tell=lambda text: print(text, file=sys.stderr, flush=True))
     figures = results.figures(outcome)
     findings = harness.Findings(
