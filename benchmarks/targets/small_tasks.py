@@ -25,10 +25,13 @@ def small_pysource() -> Task:
 
 
 def deep_digits() -> Task:
-    """Return `digits` with an autoencoder of layers 64-96-48-8-48-96-64, which takes any batch many steps."""
+    """Return `digits` with an autoencoder of layers 64-96-48-8-48-96-64, which takes any batch many steps.
+
+    With tanh seeds differ by 5 % in steps, with ReLU by 25 %.
+    """
     layers: list[nn.Module] = []
     for before, after in pairwise(_LAYERS):
-        layers += [nn.Linear(before, after), nn.ReLU()]
+        layers += [nn.Linear(before, after), nn.Tanh()]
     narrowest = 2 * _LAYERS.index(min(_LAYERS)) - 1
     del layers[-1], layers[narrowest]  # neither the code nor the pixels are cut off at 0
     return replace(digits(model="autoencoder"), model=nn.Sequential(*layers))

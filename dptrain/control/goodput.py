@@ -18,24 +18,36 @@ _HALVINGS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class FastestLaw(IntervalLaw):
-    """B with the most progress per second, B/((B + φ)·T(B)), for a known time T of a step.
+    """B with the most progress per second, B/((B + κφ)·T(B)), for a known time T of a step.
 
-    Progress per sample is 1/(B + φ) up to a factor (McCandlish et al. 2018, arXiv 1812.06162, equation 2.7; Pollux,
-    Qiao et al. 2021, OSDI, equation 5). With T = α + βB the best batch is √(φ·α/β): `ExchangeRateLaw` with
-    r = α/β. For any other T that rises ever faster, or as fast, a batch B is right for the noise scale at which B/√2
-    and √2·B are equally fast: on a ladder of powers of two, whose rungs they are, that is the best rung itself.
+    Progress per sample is 1/(B + κφ) up to a factor (McCandlish et al. 2018, arXiv 1812.06162, equation 2.7; Pollux,
+    Qiao et al. 2021, OSDI, equation 5; both with κ = 1). With T = α + βB the best batch is √(κφ·α/β): at κ = 1
+    `ExchangeRateLaw` with r = α/β. For any other T that rises ever faster, or as fast, a batch B is right for the
+    noise scale at which B/√2 and √2·B are equally fast: on a ladder of powers of two, whose rungs they are, that is
+    the best rung itself.
 
     Attributes:
         seconds: T, in any unit, for a global batch that may lie between those that run.
+        critical_ratio: κ, critical batch size over noise scale: `derived.CRITICAL_RATIOS`.
     """
 
     seconds: Callable[[float], float]
+    critical_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.critical_ratio < math.inf:
+            raise ConfigError(
+                f"critical_ratio (critical batch over noise scale) must be positive, got {self.critical_ratio}"
+            )
 
     def noise_scale_for(self, batch: float) -> float:
         """Return the noise scale at which B/√2 and √2·B make the same progress per second; ∞ where none does."""
         smaller, larger = self.seconds(batch / math.sqrt(2)), self.seconds(batch * math.sqrt(2))
         saved = 2 * smaller - larger  # by one step of the larger instead of two of the smaller
-        return math.sqrt(2) * batch * (larger - smaller) / saved if saved > _ROUNDING * larger else math.inf
+        if not saved > _ROUNDING * larger:
+            return math.inf
+        return math.sqrt(2) * batch * (larger - smaller) / saved / self.critical_ratio
 
     def batch_for(self, noise_scale: float) -> float:
         """Return the smallest batch that is right for `noise_scale` or for a larger one."""
@@ -55,7 +67,7 @@ class FastestLaw(IntervalLaw):
     def samples_per_step(self, batch: float) -> float:
         """Return r, the samples that one step fewer is worth near `batch`: α/β where T = α + βB."""
         right = self.noise_scale_for(batch)
-        return batch * batch / right if right > 0 else math.inf
+        return batch * batch / (self.critical_ratio * right) if right > 0 else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,26 +86,28 @@ class GoodputLaw(Law):
         largest_micro_batch_size: in samples.
         least_accumulation_steps: passes of a replica in a step, however small the batch.
         grow_only_samples: from the start, in which `limited` lets the batch grow alone.
+        critical_ratio: critical batch size over noise scale, as for `FastestLaw`.
         z: standard errors of a normal at which a noise scale counts as rejected.
     """
 
     largest_micro_batch_size: int
     least_accumulation_steps: int = 1
     grow_only_samples: int = 0
+    critical_ratio: float = 1.0
     z: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("largest_micro_batch_size", "least_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        FastestLaw(seconds=float, z=self.z)
+        self._fastest(float)
 
     def decide(self, measurement: Measurement) -> Decision:
         """Ask `FastestLaw` with the time that a step takes by now."""
         batch, model = measurement.global_batch_size, measurement.step_time
         if model is None or not model.is_split_known:
             return self._without_split(measurement)
-        law = FastestLaw(seconds=self.step_time(model, present=batch), z=self.z)
+        law = self._fastest(self.step_time(model, present=batch))
         decision = law.decide(measurement)
         worth = f"a step is worth {law.samples_per_step(batch):.3g} samples ({_split(model)})"
         return replace(decision, reason=f"{worth}; {decision.reason}")
@@ -101,7 +115,7 @@ class GoodputLaw(Law):
     def _without_split(self, measurement: Measurement) -> Decision:
         """Decide while steps of one batch were timed at most."""
         batch, phi = measurement.global_batch_size, measurement.noise_scale
-        law = FastestLaw(seconds=lambda other: batch + other, z=self.z)
+        law = self._fastest(lambda other: batch + other)
         decision = law.decide(measurement)
         reason = f"a step is worth {batch} samples (assumed: one batch was timed); {decision.reason}"
         is_measured = abs(phi.contrast(law.noise_scale_for(batch))) > 0
@@ -110,6 +124,9 @@ class GoodputLaw(Law):
         if measurement.step_time is None or is_moving or not is_measured:
             return replace(decision, reason=reason)
         return Decision(global_batch_size=2 * batch, reason=f"{reason}; to time another, grow to {2 * batch}")
+
+    def _fastest(self, seconds: Callable[[float], float]) -> FastestLaw:
+        return FastestLaw(seconds=seconds, critical_ratio=self.critical_ratio, z=self.z)
 
     def step_time(self, model: StepTimeModel, *, present: float) -> Callable[[float], float]:  # noqa: ARG002 - Pollux' asks
         """Return the time of a step against its global batch, laid out as it will be.

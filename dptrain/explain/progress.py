@@ -11,6 +11,7 @@ import numpy as np
 from dptrain.errors import ConfigError
 from dptrain.explain.position import ImpliedFrontier
 from dptrain.explain.record import SAMPLES, column, is_resolved, noise_scales
+from dptrain.noise.derived import CRITICAL_RATIOS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,18 +29,6 @@ _NEAREST_FLOOR = 0.99
 """Highest floor that is tried, as a part of the target: the law must reach it."""
 _STEEPEST = 10.0
 """Largest exponent of the noise scale against the loss that is believed; Kaplan et al. 2020 found 4.76 for text."""
-
-
-NORMALISED = 3.0
-"""Batch at which the samples double, over the noise scale, for an optimizer that divides its update by its size.
-
-With the best rate at each batch a step makes 1/(1 + φ/B) of the progress of one without noise (McCandlish et al. 2018,
-for SGD), and the samples to a loss double at B = φ. Adam's update has the size of its rate however noisy it is, and of
-it the part 1/√(1 + φ/B) lies along the gradient. At a rate that follows √B the samples go as √(B + φ), which doubles at
-B = 3φ. So φ counts threefold for such an optimizer, in the form that has a fewest number of steps; beyond some batch
-the root rule must end, and where is not known. On our tasks a factor of 3 to 6 was right (`benchmarks.plan`).
-"""
-_NORMALISING = ("adamw",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +144,9 @@ def course(record: RunRecord, curve: LossCurve, assumption: Assumption = MEASURE
 
 
 def update_factor(record: RunRecord) -> float:
-    """Return what the noise scale counts for the run's optimizer: threefold for Adam's kind, else once."""
-    return NORMALISED if record.setting("optimizer.name") in _NORMALISING else 1.0
+    """Return what the noise scale counts: as the run's own setting has it, or else threefold for Adam's kind."""
+    own = record.setting("control.critical_ratio")
+    return float(own) if own else CRITICAL_RATIOS.get(str(record.setting("optimizer.name")), 1.0)
 
 
 def needs(course: Course, curve: LossCurve, *, target: float) -> Needs:

@@ -6,6 +6,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
+CRITICAL_RATIOS: Mapping[str, float] = MappingProxyType({"sgd": 1.0, "adamw": 3.0})
+"""Critical batch size, at which the samples to a loss double, over the noise scale, by optimizer.
+
+With the best rate at each batch a step makes 1/(1 + φ/B) of the progress of one without noise (McCandlish et al. 2018,
+for SGD), and the samples to a loss double at B = φ. Adam's update has the size of its rate however noisy it is, and of
+it the part 1/√(1 + φ/B) lies along the gradient. At a rate that follows √B the samples go as √(B + φ), which doubles at
+B = 3φ. So φ counts threefold for such an optimizer, in the form that has a fewest number of steps; beyond some batch
+the root rule must end, and where is not known. On our tasks a factor of 3 to 6 was right (`benchmarks.plan`).
+"""
 
 
 def learning_rate_share(phi: float, *, batch: float) -> float:

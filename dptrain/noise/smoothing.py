@@ -86,15 +86,18 @@ class SmoothedMoments:
 
 @dataclass(frozen=True, kw_only=True)
 class Smoothing:
-    """How fast the past is forgotten: always by samples, so that a change of batch rescales nothing.
+    """How fast the past is forgotten.
 
     The noise scale drifts on the time scale of the training itself, which differs by orders of magnitude between
     problems and stages. So by default the memory grows with the run: the half-life is the fraction `memory` of
-    the samples measured so far, which makes the mean an average over roughly the last quarter of the run at
-    every stage, with 0.4 of all steps as its effective number. A fixed half-life is for those who know theirs.
+    the run so far, which makes the mean an average over roughly its last quarter at every stage, with 0.4 of all steps
+    as its effective number. A run is counted in samples and in steps, and the faster of the two forgets: below the
+    noise scale training goes on with the samples, above it with the steps, and a run that began at far too large a
+    batch has seen more samples in a few steps than it will see in hundreds of its later ones. A fixed half-life is for
+    those who know theirs.
 
     Attributes:
-        memory: half-life as a fraction of the samples measured so far.
+        memory: half-life as a fraction of what was measured so far, of samples or of steps, whichever forgets faster.
         half_life_samples: a fixed half-life instead, in samples.
     """
 
@@ -113,9 +116,9 @@ class Smoothing:
             return 0.0
         if self.half_life_samples is not None:
             return math.pow(0.5, num_samples / self.half_life_samples)
-        # Solves d(ln weight)/d(samples) = −ln 2 / (memory · samples) over the step exactly, so that the result
-        # does not depend on how the samples were cut into steps.
-        return math.pow(sums.samples / (sums.samples + num_samples), math.log(2) / self.memory)
+        # Solves d(ln weight)/d(samples) = −ln 2 / (memory · samples) over the step exactly, and the same in steps.
+        kept = min(sums.samples / (sums.samples + num_samples), sums.steps / (sums.steps + 1))
+        return math.pow(kept, math.log(2) / self.memory)
 
     def update(self, sums: MomentSums, moments: Moments) -> MomentSums:
         """Fade the past by this step's samples and add its pair with its samples as weight.

@@ -30,6 +30,7 @@ from dptrain.control import (
 from dptrain.data import choose_micro_batch_size
 from dptrain.errors import ConfigError
 from dptrain.noise import Smoothing
+from dptrain.noise.derived import CRITICAL_RATIOS
 from dptrain.tasks.base import Suggestion
 from dptrain.train.domain import Range, check_ranges, check_types
 
@@ -65,6 +66,9 @@ class ControlConfig:
     as given; constant. docs/adapt.md says which is for whom."""
     ratio: float = 1.0
     """Batch over noise scale, for law=noise; over the critical batch, for law=kaplan."""
+    critical_ratio: float | None = None
+    """Critical batch size, at which a run needs twice the samples, over the noise scale, for law=goodput and for plans.
+    Default: 3 for adamw, 1 for sgd."""
     samples_per_step: float | None = None
     """Samples that one optimizer step fewer is worth, for law=exchange_rate."""
     tolerance: float | None = None
@@ -109,7 +113,7 @@ class NoiseConfig:
     observer: Literal["parameters", "hook"] = "parameters"
     """parameters: each micro-batch; hook: each replica's accumulated gradient, in DDP's communication hook."""
     memory: float = 0.2
-    """Half-life of the running means, as a fraction of the samples measured so far."""
+    """Half-life of the running means, as a fraction of the run so far, in samples or in steps: the faster counts."""
     half_life_samples: float | None = None
     """A fixed half-life instead, in samples."""
     level: float = 0.95
@@ -264,6 +268,7 @@ _RANGES: Mapping[str, Range] = {
     "num_workers": Range(text=f"at least 0 and at most {_MOST_WORKERS}", holds=lambda n: 0 <= n <= _MOST_WORKERS),
     "drift_check_every_steps": _AT_LEAST_0,
     "control.ratio": _POSITIVE,
+    "control.critical_ratio": _POSITIVE,
     "control.samples_per_step": _POSITIVE,
     "control.tolerance": _POSITIVE,
     "control.overlap": Range(text="from 1 to 10", holds=lambda value: 1 <= value <= 10),  # noqa: PLR2004 - as it says
@@ -403,6 +408,7 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
         layout_replicas=replicas,
         control=replace(
             control,
+            critical_ratio=control.critical_ratio or CRITICAL_RATIOS[optimizer.name],
             smallest=control.smallest or smallest,
             largest=control.largest or largest,
             dead_band=control.dead_band or (_DEAD_BAND if control.powers_of_two and measures else None),
@@ -529,7 +535,8 @@ _BY_HAND = ("schedule", "ramp", "seesaw")
 def _law(config: TrainConfig, *, world_size: int) -> Controller:
     control, batch = config.control, given(config.global_batch_size)
     if control.law in ("goodput", "pollux"):
-        kind = GoodputLaw if control.law == "goodput" else partial(PolluxLaw, overlap=control.overlap)
+        goodput = partial(GoodputLaw, critical_ratio=given(control.critical_ratio))
+        kind = goodput if control.law == "goodput" else partial(PolluxLaw, overlap=control.overlap)
         return kind(
             largest_micro_batch_size=largest_micro_batch_size(config),
             # As `micro_batch_size` lays them out: two micro-batches at least, and those of replicas that are not there.

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dptrain.errors import ConfigError
-from dptrain.explain.progress import HIGH, HISTORY, LOW, MEASURED, NORMALISED, Assumption, course, loss_curve, needs
+from dptrain.explain.progress import HIGH, HISTORY, LOW, MEASURED, Assumption, course, loss_curve, needs
+from dptrain.noise.derived import CRITICAL_RATIOS
 from tests.ideal_runs import FALL, GROWTH, ideal_record, loss_at, steps_to
 
 ASSUMPTIONS = [MEASURED, LOW, HIGH, *HISTORY]
@@ -97,7 +98,7 @@ def test_a_normalised_update_counts_the_noise_scale_threefold():
 def test_the_factor_of_a_normalised_update_is_where_its_samples_double():
     """Steps of √B/√(1 + φ/B) each: at 3φ they take twice the samples of the smallest batches."""
     phi = 7.0
-    samples = [batch / (batch**0.5 / (1 + phi / batch) ** 0.5) for batch in (1e-9, NORMALISED * phi)]
+    samples = [batch / (batch**0.5 / (1 + phi / batch) ** 0.5) for batch in (1e-9, CRITICAL_RATIOS["adamw"] * phi)]
     assert samples[1] / samples[0] == pytest.approx(2)
 
 
