@@ -132,10 +132,10 @@ class _Limit(ABC):
     def update(self, state: State, measurement: Measurement) -> tuple[State, Decision]:
         """Ask the controller inside, and limit its answer."""
         state, asked = self.inner.update(state, measurement)
-        return state, self.limit(asked, present=measurement.global_batch_size, samples_seen=measurement.samples_seen)
+        return state, self.limit(asked, measurement)
 
     @abstractmethod
-    def limit(self, asked: Decision, *, present: int, samples_seen: int) -> Decision:
+    def limit(self, asked: Decision, measurement: Measurement) -> Decision:
         """Return the decision that stands, given the batch in force and the position of the run."""
 
 
@@ -163,7 +163,7 @@ class Bounds(_Limit):
         if not 1 <= self.smallest <= self.largest:
             raise ConfigError(f"need 1 ≤ smallest ≤ largest, got smallest {self.smallest}, largest {self.largest}")
 
-    def limit(self, asked: Decision, *, present: int, samples_seen: int) -> Decision:  # noqa: ARG002 - bounds always hold
+    def limit(self, asked: Decision, measurement: Measurement) -> Decision:  # noqa: ARG002 - bounds always hold
         """Return the batch within the bounds that is nearest to the one asked for."""
         batch = min(max(asked.global_batch_size, self.smallest), self.largest)
         return _changed(asked, batch, why="smallest batch" if batch == self.smallest else "largest batch")
@@ -180,7 +180,7 @@ class Rounding(_Limit):
     _: KW_ONLY
     ladder: Ladder
 
-    def limit(self, asked: Decision, *, present: int, samples_seen: int) -> Decision:  # noqa: ARG002 - rungs are always the same
+    def limit(self, asked: Decision, measurement: Measurement) -> Decision:  # noqa: ARG002 - rungs are always the same
         """Return the rung nearest to the batch asked for."""
         return _changed(asked, self.ladder.nearest(asked.global_batch_size), why="nearest that runs")
 
@@ -200,9 +200,9 @@ class DeadBand(_Limit):
         if not 1 < self.ratio < math.inf:
             raise ConfigError(f"dead_band must be a ratio of batches above 1, such as 1.5, got {self.ratio}")
 
-    def limit(self, asked: Decision, *, present: int, samples_seen: int) -> Decision:  # noqa: ARG002 - as at any time
+    def limit(self, asked: Decision, measurement: Measurement) -> Decision:
         """Return the present batch where the one asked for is too near to it."""
-        wanted = asked.global_batch_size
+        wanted, present = asked.global_batch_size, measurement.global_batch_size
         if max(wanted / present, present / wanted) >= self.ratio:
             return asked
         return _changed(asked, present, why=f"a change below a factor of {self.ratio:g} is ignored")
@@ -226,9 +226,10 @@ class GrowOnly(_Limit):
         if self.samples < 0:
             raise ConfigError(f"grow_only_samples must not be negative, got {self.samples}")
 
-    def limit(self, asked: Decision, *, present: int, samples_seen: int) -> Decision:
+    def limit(self, asked: Decision, measurement: Measurement) -> Decision:
         """Return the present batch where a smaller one is asked for too early."""
-        if samples_seen >= self.samples or not asked.global_batch_size < present:
+        present = measurement.global_batch_size
+        if measurement.samples_seen >= self.samples or not asked.global_batch_size < present:
             return asked
         return _changed(asked, present, why=f"it does not shrink in the first {self.samples:,} samples")
 
@@ -250,8 +251,9 @@ class MaxChange(_Limit):
         if not 2 <= self.factor < math.inf:  # noqa: PLR2004 - a ladder's first two rungs differ by 2
             raise ConfigError(f"max_change must be a factor of at least 2, got {self.factor}")
 
-    def limit(self, asked: Decision, *, present: int, samples_seen: int) -> Decision:  # noqa: ARG002 - as at any time
+    def limit(self, asked: Decision, measurement: Measurement) -> Decision:
         """Return the batch nearest to the one asked for that lies within the factor."""
+        present = measurement.global_batch_size
         lowest, highest = present / self.factor, present * self.factor
         if self.ladder is not None:
             lowest, highest = self.ladder.above(lowest), self.ladder.below(highest)

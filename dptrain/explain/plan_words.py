@@ -49,7 +49,7 @@ def doubt(plan: Plan) -> str:
 def trade_off(plan: Plan) -> str:
     """Say the fewest steps and samples, and the batch between the two, with what it is to the noise scale."""
     low, high = (short(value, digits=2) for value in plan.twice_both_range)
-    times = "" if plan.update_factor == 1 else f"{short(plan.update_factor)} times, as Adam's update is normalised, "
+    times = "" if plan.update_factor == 1 else f"{short(plan.update_factor)} times (control.critical_ratio) "
     return (
         f"No batch needs fewer than {short(plan.min_steps)} steps, nor fewer than {short(plan.min_samples)} samples; a "
         f"batch of {short(plan.twice_both, digits=2)} ({low} to {high}) takes twice both: {times}the noise scale on "

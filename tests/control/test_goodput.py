@@ -57,6 +57,19 @@ def test_on_a_line_it_is_the_exchange_rate_law(alpha, beta, lower, width, batch)
 
 
 @settings(deadline=None)
+@given(per_step=times, per_sample=times, ratio=st.floats(0.1, 10), phi=phis)
+def test_a_critical_ratio_counts_the_noise_scale_so_often(per_step, per_sample, ratio, phi):
+    """With κ it asks at φ for what it asks for at κφ without, and prices a step as it does without."""
+    step_time = model(per_step, 0.0, per_sample)
+    counted, plain = (GoodputLaw(largest_micro_batch_size=10**9, critical_ratio=kappa) for kappa in (ratio, 1.0))
+    asked, expected = (
+        decided(law, known(phi * k), batch=1, step_time=step_time) for law, k in ((counted, 1.0), (plain, ratio))
+    )
+    assert asked.global_batch_size == pytest.approx(expected.global_batch_size, rel=1e-6)
+    assert asked.reason.split(" samples")[0] == expected.reason.split(" samples")[0]
+
+
+@settings(deadline=None)
 @given(per_step=times, per_pass=times, per_sample=times, knee=st.floats(0, 100), phi=phis, larger=phis)
 def test_maps_rise_and_invert(per_step, per_pass, per_sample, knee, phi, larger):
     """For any times the batch rises with the noise scale, and the noise scale that it is right for inverts that."""
@@ -173,6 +186,7 @@ def test_nonsense_and_ignorance_move_nothing(interval):
         {"largest_micro_batch_size": 0},
         {"largest_micro_batch_size": 8, "least_accumulation_steps": 0},
         {"largest_micro_batch_size": 8, "z": 0},
+        {"largest_micro_batch_size": 8, "critical_ratio": 0},
     ],
 )
 def test_settings_out_of_range(wrong):

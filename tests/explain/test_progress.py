@@ -95,6 +95,15 @@ def test_a_normalised_update_counts_the_noise_scale_threefold():
     np.testing.assert_allclose(adam, 3 * sgd)
 
 
+def test_a_run_may_say_how_often_the_noise_scale_counts():
+    """Its own `control.critical_ratio` goes before what its optimizer suggests."""
+    record = ideal_record()
+    own = replace(record, config={"optimizer": {"name": "adamw"}, "control": {"critical_ratio": 5.0}})
+    sgd = replace(record, config={"optimizer": {"name": "sgd"}})
+    scales = [course(one, loss_curve(record)).noise_scales for one in (own, sgd)]
+    np.testing.assert_allclose(scales[0], 5 * scales[1])
+
+
 def test_the_factor_of_a_normalised_update_is_where_its_samples_double():
     """Steps of √B/√(1 + φ/B) each: at 3φ they take twice the samples of the smallest batches."""
     phi = 7.0

@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, asdict, replace
 
 import pytest
 
-from dptrain.control import Constant, Measurement
+from dptrain.control import Constant, GoodputLaw, Measurement
 from dptrain.errors import ConfigError
 from dptrain.noise import MomentSums, noise_scale, smoothed
 from dptrain.tasks import Suggestion
@@ -107,6 +107,19 @@ def test_the_settings_of_a_run_are_settings(world_size, micro):
         assert filled_in(config, suggestion, world_size=world_size) == config
         assert controller(config)
         assert config.micro_batch_size <= micro
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "control", "expected"),
+    [("adamw", {}, 3.0), ("sgd", {}, 1.0), ("sgd", {"critical_ratio": 2.0}, 2.0), ("adamw", {"law": "pollux"}, 1.0)],
+)
+def test_how_often_the_noise_scale_counts(optimizer, control, expected):
+    """Threefold for Adam, once for SGD, as the user has it, and once in Pollux' law, which is as it was published."""
+    config = filled(control=ControlConfig(powers_of_two=False, **control), optimizer=OptimizerConfig(name=optimizer))
+    law = controller(config)
+    while not isinstance(law, GoodputLaw):
+        law = law.inner
+    assert law.critical_ratio == expected
 
 
 @pytest.mark.parametrize(
