@@ -70,7 +70,7 @@ def of_contest(outcome: Outcome, figures: Mapping[str, float], *, task: str) -> 
         _about_the_runs(outcome, task=task),
         _CELLS,
         _table(list(COLUMNS), [_cells(row) for row in results.rows(outcome)]),
-        f"**The frontier** of the fixed batches: {frontier or 'none, too few batches arrived'}.",
+        f"**The frontier** of the fixed batches: {frontier or 'none, too few batches arrived'}.{_in_vain(outcome)}",
         f"![The plane of steps and samples](time_to_target_{task}.png)",
         "## Learning-rate rules",
         "The adaptive law with each rule from the default start, all at the base rate found for `root_gain`.",
@@ -135,6 +135,15 @@ def _about_the_runs(outcome: Outcome, *, task: str) -> str:
         num_seeds=len(outcome.finishes[fixed_name(outcome.best)]),
         warmup_samples=contest.warmup_samples,
     )
+
+
+def _in_vain(outcome: Outcome) -> str:
+    """Name the fixed batches of the sweep that no learning rate brought to the target."""
+    batches = [str(batch) for batch in outcome.contest.batches if batch not in outcome.searches]
+    if not batches:
+        return ""
+    most = f"{outcome.contest.most_steps:,} steps, whose seconds count for nothing here"
+    return f" Not at the target with any rate that was tried, in up to {most}: fixed {' and '.join(batches)}."
 
 
 def _about_adaptdl(outcome: Outcome, figures: Mapping[str, float]) -> str:

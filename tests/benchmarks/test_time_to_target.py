@@ -129,6 +129,7 @@ def test_a_run_that_does_not_arrive_is_not_hidden():
     assert "the adaptive run did NOT ARRIVE" in text
     assert "2 of 2 not: lost" in text
     assert "Absent: not installed." in text
+    assert "up to 6,000 steps, whose seconds count for nothing here: fixed 16 and 32 and 512 and" in text
 
 
 def arrived(steps, *, batch=1, seconds=None):
