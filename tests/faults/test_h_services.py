@@ -112,7 +112,8 @@ def test_h1_a_run_without_a_server_is_recorded_offline(tmp_path, kind):
     with server(kind) as url:
         said, printed, started_s, _ = track(tmp_path, url=url)
     assert started_s < START_LIMIT_S + 2
-    (upload,) = said
+    # On a busy machine wandb is not there in time, and that is said before.
+    (upload,) = (text for text in said if not text.startswith("wandb has not started"))
     folder = Path(shlex.split(upload.split("wandb sync ")[1])[0])
     assert folder.is_relative_to(tmp_path / "wandb")
     (record,) = folder.glob("*.wandb")
