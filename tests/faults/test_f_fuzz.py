@@ -109,15 +109,8 @@ COUNTS = [
 ]
 COUNTS_FROM_0 = ["seed", "num_workers", "drift_check_every_steps", "control.dwell_samples", "control.dwell_decisions"]
 POSITIVES = [
-    *(
-        "control.ratio",
-        "control.critical_ratio",
-        "control.z",
-        "control.max_change",
-        "control.dead_band",
-        "noise.memory",
-    ),
-    *("noise.half_life_samples", "optimizer.learning_rate", "optimizer.max_grad_norm"),
+    *("control.ratio", "control.critical_ratio", "control.z", "control.max_change", "control.dead_band"),
+    *("noise.memory", "noise.half_life_samples", "optimizer.learning_rate", "optimizer.max_grad_norm"),
     *("checkpoint.hours_between_failures", "log.price_per_device_hour"),
 ]
 CHOICES = [
