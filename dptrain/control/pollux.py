@@ -19,8 +19,8 @@ class PolluxLaw(GoodputLaw):
     Pollux (Qiao et al. 2021, OSDI, section 3.2): a passes of T_grad each, and a synchronisation of T_sync that the
     last one hides wholly (γ → ∞) or not at all (γ = 1). T_grad is the fitted pass time, and T_sync what makes T
     right at the present batch. The times of whole steps do not tell γ and T_sync apart (Pollux, which fits γ, times the
-    two parts separately), so γ is a setting. The efficiency, (φ + B0)/(φ + B), is that of `GoodputLaw`, and with
-    γ = 1 and κ = 1 the two laws are one. Pollux' scheduler (how many replicas a job gets) is no part of this; its rule never
+    two parts separately), so γ is a setting. The efficiency, (φ + B0)/(φ + B), is that of `GoodputLaw` at κ = 1, where
+    with γ = 1 the two laws are one. Pollux' scheduler (how many replicas a job gets) is no part of this; its rule never
     to go below the first batch is `smallest` of the limits.
 
     Attributes:
