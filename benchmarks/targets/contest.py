@@ -208,7 +208,7 @@ def contests(*, quick: bool) -> Mapping[str, Contest]:
         learning_rate=0.002,
         rate_batch=128,
         warmup_samples=2_000,
-        eval_every_samples=1_500,
+        eval_every_samples=2_048,
         most_steps=6_000,
         optimizer={"weight_decay": 0.0},
     )

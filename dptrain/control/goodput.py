@@ -13,7 +13,11 @@ from dptrain.errors import ConfigError
 
 _ROUNDING = 1e-14
 _EXPONENTS = (-60.0, 40.0)
-_HALVINGS = 40
+_MOST_GUESSES = 60
+_LARGEST = 1e300
+"""Stands for an infinite noise scale."""
+_CLOSE = 1e-9
+"""Octaves from which on a batch, or its noise scale, is met."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +57,32 @@ class FastestLaw(IntervalLaw):
         """Return the smallest batch that is right for `noise_scale` or for a larger one."""
         if not noise_scale > 0:
             return noise_scale  # 0, or NaN
-        smallest, largest = _EXPONENTS
-        if self.noise_scale_for(2**largest) < noise_scale:
+
+        wanted = math.log2(min(noise_scale, _LARGEST))
+
+        def miss(exponent: float) -> float:
+            right = self.noise_scale_for(2**exponent)
+            return math.log2(right) - wanted if right > 0 else -math.inf
+
+        (low, high), below, above = _EXPONENTS, -math.inf, miss(_EXPONENTS[1])
+        if above < 0:
             return math.inf
-        for _ in range(_HALVINGS):
-            middle = (smallest + largest) / 2
-            if self.noise_scale_for(2**middle) < noise_scale:
-                smallest = middle
+        # Each decision asks twice. In logarithms the noise scale is nearly a line, whose crossing takes a few guesses
+        # where halving takes forty (regula falsi; an end that stays twice counts half: Illinois).
+        stayed = 0.0
+        for _ in range(_MOST_GUESSES):
+            if high - low <= _CLOSE:
+                break
+            guess = (low * above - high * below) / (above - below) if math.isfinite(above - below) else (low + high) / 2
+            found = miss(guess)
+            if abs(found) <= _CLOSE:
+                return 2**guess
+            if found < 0:
+                low, below, above = guess, found, above / 2 if stayed < 0 else above
             else:
-                largest = middle
-        return 2**largest
+                high, below, above = guess, below / 2 if stayed > 0 else below, found
+            stayed = found
+        return 2**high
 
     def samples_per_step(self, batch: float) -> float:
         """Return r, the samples that one step fewer is worth near `batch`: α/β where T = α + βB."""

@@ -23,7 +23,8 @@ class Limits:
     powers_of_two: bool = True
     """Only batches of quantum × 2^k, so that a compiled model meets a handful of shapes; else all multiples."""
     max_change: float | None = 2.0
-    """Largest factor between the batches before and after one decision, at least 2."""
+    """Largest factor by which one decision changes the batch, at least 2; where it is too large by more than the square
+    of that, it shrinks by half of the way, in log space."""
     dead_band: float | None = None
     """Ratio of batches, above 1, below which a change is not worth making."""
     grow_only_samples: int = 0
@@ -236,7 +237,10 @@ class GrowOnly(_Limit):
 
 @dataclass(frozen=True)
 class MaxChange(_Limit):
-    """Holds the change of one decision to a factor, upwards and downwards.
+    """Holds the change of one decision to a factor, and where the batch is far too large to half of the way.
+
+    Each step at a batch that is far too large costs as many times more, while one that has become too small costs
+    little, and is soon put right. Half of the way, in log space, is where a measurement of two steps may be wrong.
 
     Attributes:
         factor: largest ratio of the batches before and after, at least 2: no less leads from rung to rung.
@@ -254,15 +258,21 @@ class MaxChange(_Limit):
     def limit(self, asked: Decision, measurement: Measurement) -> Decision:
         """Return the batch nearest to the one asked for that lies within the factor."""
         present = measurement.global_batch_size
-        lowest, highest = present / self.factor, present * self.factor
+        half_way = math.sqrt(present * asked.global_batch_size)
+        lowest, highest = min(present / self.factor, half_way), present * self.factor
         if self.ladder is not None:
             lowest, highest = self.ladder.above(lowest), self.ladder.below(highest)
         batch = min(max(asked.global_batch_size, lowest), highest)
-        return _changed(asked, batch, why=f"at most a factor of {self.factor:g} at once")
+        why = f"at most a factor of {self.factor:g} at once"
+        return _changed(asked, batch, why=why if lowest > half_way else f"{why}, or half of the way down")
 
 
-_FAR = 4.0
-"""Ratio of batches that is wrong beyond doubt."""
+_NEAR = 2.0
+"""Ratio of batches up to which a change waits for all of its decisions."""
+_FEWEST_TO_SHRINK = 2
+"""Decisions from which on there is an interval at all."""
+_LEAST_TO_GROW = 1 / 3
+"""Share of the decisions that even the largest growth waits for: steps at a batch that is too small are cheap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,8 +299,9 @@ class DwellTime:
     """Leaves a batch in force for a while after each change, so that it is measured before it is judged.
 
     The start counts as a change: the first few steps say little. A change is one that happened: seen from the batch
-    of the next measurement, whoever made it. A batch that is wrong by a factor of four needs less of a measurement,
-    and each step at it is dear: a third of the decisions is enough there.
+    of the next measurement, whoever made it. A batch that is wrong by more than two needs less of a measurement: the
+    decisions that are waited for fall as that factor rises, to a third for growth, and further where the batch is too
+    large, for there each step is as much dearer.
 
     Attributes:
         inner: the controller whose decisions are held back.
@@ -336,10 +347,15 @@ class DwellTime:
             decisions=1 if just_changed else state.decisions + 1,
         )
         passed = measurement.samples_seen - (after.changed_at or 0)
-        ratio = asked.global_batch_size / present
-        enough = -(-self.decisions // 3) if max(ratio, 1 / ratio) >= _FAR else self.decisions
-        if passed >= self.samples and after.decisions >= enough:
+        if passed >= self.samples and after.decisions >= self._enough(asked.global_batch_size / present):
             return after, asked
         since = "the start" if after.changed_at is None else "the last change"
         why = f"only {passed} samples and {after.decisions} decisions since {since}"
         return after, _changed(asked, present, why=why)
+
+    def _enough(self, ratio: float) -> int:
+        """Return how many decisions a change by `ratio` waits for."""
+        share = min(_NEAR * min(ratio, 1 / ratio), 1.0)
+        if ratio > 1:
+            return math.ceil(max(share, _LEAST_TO_GROW) * self.decisions)
+        return max(math.ceil(share * self.decisions), min(_FEWEST_TO_SHRINK, self.decisions))

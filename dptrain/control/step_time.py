@@ -28,9 +28,11 @@ _MOST_STRIDE = 8
 """Of the latest 248 steps of a shape every eighth is kept: on a machine that others load, too, neighbours are alike."""
 _FEWEST_SECONDS = 3
 """Durations from which on a shape counts: the median of fewer may be a straggler."""
-_SKIPPED_OF_A_NEW_SHAPE = 3
-"""Steps left out when this process meets a shape: compilation, allocation, the wrapper's second layout of buckets."""
+_SKIPPED_OF_A_PROCESS = 3
+"""Steps left out at first: compilation, allocation, the wrapper's second layout of buckets."""
 _SKIPPED_OF_A_CHANGE = 1
+"""Steps left out when the shape changes, to one that is new as well: compiled and allocated anew is in its first step.
+The median passes over a second slow one."""
 _HALF_LIFE_STEPS = 100
 """Steps in which what is known of a shape that is not run any more loses half of its weight: machines have slow spells,
 and a shape that was timed in one alone would keep the batch from it for ever. At 5 % of scatter the assumed split takes
@@ -119,7 +121,7 @@ class TimedShape:
     stride: int = 1
     num_since: int = 0
     latest: int = 0
-    to_skip: int = _SKIPPED_OF_A_NEW_SHAPE
+    to_skip: int = _SKIPPED_OF_A_PROCESS
     predicted_s: float | None = None
 
     def timed(self, seconds: float) -> TimedShape:
@@ -148,8 +150,8 @@ class TimedShape:
 class StepTimes:
     """The steps timed so far, as a record of bounded size: `asdict` writes it, `from_json` reads it.
 
-    Stragglers do not move it, for it goes by the median of each shape. The first steps of a shape that is new to the
-    process are left out, and the first after each change.
+    Stragglers do not move it, for it goes by the median of each shape. The first steps of the process are left out, and
+    the first after each change.
 
     Attributes:
         shapes: what was timed, the present one last.
@@ -170,7 +172,8 @@ class StepTimes:
             return self
         known = next((entry for entry in self.shapes if entry.shape == shape), None)
         if known is None:
-            known = TimedShape(shape=shape, predicted_s=self._prediction(shape))
+            to_skip = _SKIPPED_OF_A_CHANGE if self.shapes else _SKIPPED_OF_A_PROCESS
+            known = TimedShape(shape=shape, predicted_s=self._prediction(shape), to_skip=to_skip)
         elif known is not self.shapes[-1]:
             known = replace(known, to_skip=max(known.to_skip, _SKIPPED_OF_A_CHANGE))
         others = (entry for entry in self.shapes if entry.shape != shape)

@@ -55,6 +55,7 @@ class Estimate:
         self._group_sums = dict.fromkeys(names, MomentSums())
         self._steps_measured = 0
         self.steps_dropped = 0
+        self._reading: NoiseScale | None = None
 
     def absorb(self, sums: list[float], *, divisor: float | None = None) -> SquaredNorms | None:
         """Take in the sum over all replicas of one step.
@@ -75,7 +76,7 @@ class Estimate:
             self.steps_dropped += 1
             return None
         self._steps_measured += 1
-        self._sums = updated
+        self._sums, self._reading = updated, None
         for name, part, whole in zip(self._names, small, large, strict=False):
             norms_of_group = _squared_norms(part, whole, sizes, divisor=divisor)
             self._group_sums[name] = self._updated(self._group_sums[name], norms_of_group)
@@ -88,7 +89,9 @@ class Estimate:
 
     def read(self) -> NoiseScale:
         """Return the noise scale of the whole model from all steps taken in."""
-        return noise_scale(smoothed(self._sums), level=self._level)
+        if self._reading is None:
+            self._reading = noise_scale(smoothed(self._sums), level=self._level)
+        return self._reading
 
     def read_groups(self) -> dict[str, NoiseScale]:
         """Return the noise scale of each group."""
@@ -115,7 +118,7 @@ class Estimate:
                 f"the saved meter has groups {sorted(state.groups)} and this one {sorted(self._names)}: attach with "
                 "the same `groups`"
             )
-        self._sums = state.sums
+        self._sums, self._reading = state.sums, None
         self._group_sums = {name: state.groups[name] for name in self._names}
         self._steps_measured = state.steps_measured
         self.steps_dropped = state.steps_dropped

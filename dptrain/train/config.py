@@ -96,14 +96,15 @@ class ControlConfig:
     powers_of_two: bool = True
     """Only batches that differ from the first by a power of two."""
     max_change: float = 2.0
-    """Largest factor of one change."""
+    """Largest factor of one change. A batch that is too large by more than its square goes half of the way down."""
     dead_band: float | None = None
     """Ratio of batches below which a change is not worth making. Default, with powers_of_two and a law that measures:
     1.6. Half-way between two rungs, at 1.41, both are as good, and the batch would go to and fro."""
     dwell_samples: int = 0
     """Samples that must pass from the start, or a change, to the next change."""
     dwell_decisions: int = 10
-    """Steps that must be measured from the start, or a change, to the next change."""
+    """Steps that must be measured from the start, or a change, to the next change by a factor of two; fewer where the
+    batch is wrong by more."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 from dptrain.control import StepShape, StepTimeModel, StepTimes
 from dptrain.train.consensus import StepOutcome, StepRecord
 
-_EVERY = 8
+_EVERY = 16
 """Steps between two fits, which take half a millisecond: medians move slowly."""
 
 

@@ -76,10 +76,23 @@ def test_maps_rise_and_invert(per_step, per_pass, per_sample, knee, phi, larger)
     law, step_time = GoodputLaw(largest_micro_batch_size=32), model(per_step, per_pass, per_sample, full_at=knee)
     fastest = FastestLaw(seconds=law.step_time(step_time, present=64))
     smaller, greater = sorted((phi, larger))
-    assert fastest.batch_for(smaller) <= fastest.batch_for(greater)
+    assert fastest.batch_for(smaller) <= fastest.batch_for(greater) * (1 + 1e-8)
     batch = fastest.batch_for(phi)
     assert fastest.noise_scale_for(batch) >= phi * (1 - 1e-6)
     assert fastest.noise_scale_for(batch / 1.001) <= phi * (1 + 1e-6)
+
+
+def test_a_decision_is_cheap():
+    """It is made at each step: a dozen looks at the time of a step find the batch where halving took eighty."""
+    law, step_time = GoodputLaw(largest_micro_batch_size=256), model(6e-3, 3e-4, 9e-6)
+    seconds, looks = law.step_time(step_time, present=64), []
+
+    def watched(batch):
+        looks.append(batch)
+        return seconds(batch)
+
+    assert FastestLaw(seconds=watched).batch_for(80.0) > 1
+    assert len(looks) <= 16
 
 
 @settings(deadline=None)

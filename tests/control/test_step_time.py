@@ -80,7 +80,7 @@ def test_knee_is_found_only_where_there_is_one():
 
 
 def test_nothing_is_known_before_a_shape_has_settled():
-    """The first three steps of a shape are left out, and fewer than three durations say nothing."""
+    """The first three steps of a process are left out, and fewer than three durations say nothing."""
     times = StepTimes()
     assert times.model() is None
     for slow in (100.0, 50.0, 20.0, 1.0, 1.0):
