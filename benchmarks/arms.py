@@ -23,13 +23,16 @@ from benchmarks.peers import PEERS, Finish
 BARE, AGAIN, DEFAULT = "bare", "bare again", "default"
 EVERY_STEP, EVERY_STEP_HOOK = "every=1, parameters", "every=1, hook"
 PEER = "peer "
-_TURNS_OF_A_PEER = 3
-"""A peer has a turn in each third round: its cost is far above the floor, and its time better spent on ours."""
+_IN_EVERY_ROUND = (BARE, AGAIN, DEFAULT)
+_ROUNDS_OF_OTHERS = 5
+"""The others have a turn in each fifth round: their costs are far above the floor, and the time better spent on what is
+near to it."""
+_ROUNDS_BETWEEN_LOOKS = 16
 _WARM_STEPS = 2
 _PACED_STEPS = 12
 """Measured steps, after which the default's median of nine rests on timings without the first passes."""
-_EVERY_WHEN_TIMED = 2
-"""The default is timed with every second step measured, so that its rare kind of step is seen often enough; each kind
+_EVERY_WHEN_TIMED = 4
+"""The default is timed with every fourth step measured, so that its rare kind of step is seen often enough; each kind
 counts with the share that it has at the interval which the meter chose."""
 
 
@@ -70,14 +73,26 @@ class Limits:
     """How much is measured of each case.
 
     Attributes:
-        seconds: of turns; the last round is finished.
-        fewest_rounds: more time is taken for these.
+        seconds: of turns at least; the last round is finished.
+        error: of the default's ratio, for which more time is taken.
+        longest_s: seconds of turns at most.
+        fewest_rounds: more time is taken for these in any case.
         longest_warm_up: steps after which the default keeps the interval that it has.
     """
 
     seconds: float
+    error: float = math.inf
+    longest_s: float = math.inf
     fewest_rounds: int = 4
     longest_warm_up: int = 80
+
+    def are_met(self, num_rounds: int, passed_s: float, error: Callable[[], float]) -> bool:
+        """Return whether enough was measured; the error, which takes its time to tell, is asked for now and then."""
+        if num_rounds < self.fewest_rounds or passed_s < self.seconds:
+            return False
+        if passed_s >= self.longest_s or self.error == math.inf:
+            return True
+        return num_rounds % _ROUNDS_BETWEEN_LOOKS == 0 and error() <= self.error
 
 
 class Arm:
@@ -218,22 +233,28 @@ def _turns(arms: Sequence[Arm], *, samples: Tensor, limits: Limits) -> Turns:
     order = random.Random(0)  # noqa: S311 - the same on all ranks
     turns: Turns = {arm.name: [] for arm in arms}
     began_s = time.perf_counter()
-    for number in _rounds_until(lambda: time.perf_counter() - began_s >= limits.seconds, fewest=limits.fewest_rounds):
+    (every,) = (arm.every for arm in arms if arm.name == DEFAULT)
+
+    def over(number: int) -> bool:
+        passed_s = time.perf_counter() - began_s
+        return limits.are_met(number, passed_s, lambda: _wall_ratio(DEFAULT, turns, every=every).error)
+
+    for number in _rounds_until(over):
         for arm in order.sample(arms, len(arms)):
-            rests = arm.name.startswith(PEER) and number % _TURNS_OF_A_PEER
+            rests = arm.name not in _IN_EVERY_ROUND and number % _ROUNDS_OF_OTHERS
             turns[arm.name].append(None if rests else _turn(arm, samples=samples))
     return turns
 
 
-def _rounds_until(over: Callable[[], bool], *, fewest: int) -> Iterator[int]:
+def _rounds_until(over: Callable[[int], bool]) -> Iterator[int]:
     """Count rounds until rank 0 says that it is over."""
     number = 0
     while True:
         yield number
         number += 1
-        flag = torch.tensor([int(over())])
+        flag = torch.tensor([int(over(number))])
         dist.broadcast(flag, src=0)
-        if number >= fewest and flag.item():
+        if flag.item():
             return
 
 
@@ -273,9 +294,9 @@ def _event() -> torch.cuda.Event:
 
 
 def _row(arm: Arm, *, turns: Turns, case: Case, num_parameters: int) -> dict[str, Any]:
-    wall = _Ratio.of(arm.name, turns=turns, every=arm.every, seconds=lambda turn: turn.wall_s)
+    wall = _wall_ratio(arm.name, turns, every=arm.every)
     cpu = _Ratio.of(arm.name, turns=turns, every=arm.every, seconds=lambda turn: turn.cpu_s)
-    floor = _Ratio.of(AGAIN, turns=turns, seconds=lambda turn: turn.wall_s)
+    floor = _wall_ratio(AGAIN, turns)
     step_s = statistics.median(turn.wall_s for turn in turns[BARE] if turn is not None)
     row = {
         "case": case.name,
@@ -344,6 +365,10 @@ class _Ratio:
             quartiles=(low, high),
             num_rounds=num_rounds,
         )
+
+
+def _wall_ratio(name: str, turns: Turns, *, every: int = 1) -> _Ratio:
+    return _Ratio.of(name, turns=turns, every=every, seconds=lambda turn: turn.wall_s)
 
 
 def _error(ratios: Sequence[float]) -> float:

@@ -88,6 +88,24 @@ def test_steps_that_are_measured_count_by_their_share():
     assert (ratio.median, ratio.error, ratio.num_rounds) == (1.25, 0, 8)
 
 
+@pytest.mark.parametrize(
+    ("num_rounds", "passed_s", "error", "met"),
+    [
+        (3, 500, 0, False),
+        (16, 39, 0, False),
+        (16, 41, 0.1, False),
+        (17, 41, 0, False),
+        (16, 41, 0, True),
+        (5, 601, 1, True),
+    ],
+)
+def test_a_case_goes_on_until_its_error_is_small(num_rounds, passed_s, error, met):
+    """After the least time, until the ratio of the default is known well enough or the most time is over."""
+    limits = arms.Limits(seconds=40, error=0.01, longest_s=600)
+    assert limits.are_met(num_rounds, passed_s, lambda: error) == met
+    assert arms.Limits(seconds=40).are_met(num_rounds, passed_s, lambda: error) == (num_rounds > 3 and passed_s > 40)
+
+
 def row(case, arm, ratio):
     return {"case": case, "arm": arm, "ratio": ratio, "ratio_error": 0.001}
 
