@@ -18,6 +18,10 @@ _MOST_IN_VAIN = 6
 _STEPS_BETWEEN_EVALUATIONS = 4
 _PATIENCE = 1.25
 """A run is given up once it took that many times the steps of the best one of its search."""
+_RIVAL = 1.2
+"""Rates that come that near to the best one, which is as far as seeds scatter, are run with a second seed."""
+SEARCH_SEEDS = (0, 1000)
+"""Of all searches: no arm is judged by the runs that chose its rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,15 +132,17 @@ class Search:
     Attributes:
         best: the rate that was best.
         finishes: of each rate that was tried.
+        seconds_of_rivals: spent with the second seed.
     """
 
     best: float
     finishes: Mapping[float, Finish]
+    seconds_of_rivals: float = 0.0
 
     @property
     def seconds(self) -> float:
         """Seconds of training in all of it, runs that were given up included."""
-        return sum(finish.marks[-1].seconds for finish in self.finishes.values() if finish.marks)
+        return sum(map(_seconds, self.finishes.values())) + self.seconds_of_rivals
 
     @property
     def end(self) -> Mark:
@@ -147,14 +153,15 @@ class Search:
 
 
 def search_rate(
-    race_at: Callable[[float, float], Race], *, start: float, run: Run, cost: Callable[[Mark], float]
+    race_at: Callable[[float, float, int], Race], *, start: float, run: Run, cost: Callable[[Mark], float]
 ) -> Search | None:
     """Find the learning rate of least cost to the target, on a grid of factors of two that widens at its edge.
 
-    At least four rates are tried, and the best one has a worse one on both sides.
+    At least four rates are tried, and the best one has a worse one on both sides. Where another comes near to it, both
+    are run with a second seed, and the mean cost decides.
 
     Args:
-        race_at: (rate, steps after which to give up) → race.
+        race_at: (rate, steps after which to give up, seed) → race.
         start: the first rate.
         run: runs it.
         cost: of an arrival.
@@ -164,15 +171,28 @@ def search_rate(
     """
     finishes: dict[int, Finish] = {}
     costs: dict[int, float] = {}
-    while (at := _next_rate(costs)) is not None:
+
+    def run_at(at: int, seed: int) -> tuple[Finish, float]:
         ends = [finish.end.steps for finish in finishes.values() if finish.end is not None]
-        finishes[at] = run(race_at(start * 2.0**at, _PATIENCE * min(ends, default=math.inf)))
-        end = finishes[at].end
-        costs[at] = math.inf if end is None else cost(end)
-    best = _cheapest(costs)
+        finish = run(race_at(start * 2.0**at, _PATIENCE * min(ends, default=math.inf), seed))
+        return finish, math.inf if finish.end is None else cost(finish.end)
+
+    while (at := _next_rate(costs)) is not None:
+        finishes[at], costs[at] = run_at(at, SEARCH_SEEDS[0])
+    best, seconds = _cheapest(costs), 0.0
     if costs[best] == math.inf:
         return None
-    return Search(best=start * 2.0**best, finishes={start * 2.0**at: finish for at, finish in finishes.items()})
+    rivals = {at: first for at, first in costs.items() if first <= _RIVAL * costs[best]}
+    if len(rivals) > 1:
+        again = {at: run_at(at, SEARCH_SEEDS[1]) for at in sorted(rivals)}
+        seconds = sum(_seconds(finish) for finish, _ in again.values())
+        means = {at: first + again[at][1] for at, first in rivals.items()}
+        best = best if min(means.values()) == math.inf else _cheapest(means)
+    return Search(
+        best=start * 2.0**best,
+        finishes={start * 2.0**at: finish for at, finish in finishes.items()},
+        seconds_of_rivals=seconds,
+    )
 
 
 def _next_rate(costs: Mapping[int, float]) -> int | None:
@@ -190,6 +210,10 @@ def _next_rate(costs: Mapping[int, float]) -> int | None:
         return None
     low, high = min(costs), max(costs)
     return low - 1 if costs[low] <= costs[high] else high + 1
+
+
+def _seconds(finish: Finish) -> float:
+    return finish.marks[-1].seconds if finish.marks else 0.0
 
 
 def _cheapest(costs: Mapping[int, float]) -> int:

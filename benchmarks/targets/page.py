@@ -99,7 +99,8 @@ _RUNS = """\
 dptrain {dptrain} on torch {torch} and Python {python}: two gloo replicas of one thread each on {cpu_count} cores of
 {processor}. Task `{task}` ({options}), target: a held-out loss of {target:g}. The fixed batches are plain runs in
 which nothing is measured (`control.mode=off`), each at its own learning rate: the best of at least four on a grid of
-factors of two, widened until the best one has a worse one on both sides, with seed 0. The adaptive runs have
+factors of two, widened until the best one has a worse one on both sides, with a seed of its own; rates that come within
+20 % of the best are run with a second seed, and the mean decides. The adaptive runs have
 dptrain's default law and rule. They have one search among them, from the task's default batch ({default_batch}); 16
 times below and above the best fixed one of the searches they start with the rate found there, as
 `optimizer.reference_batch_size` hands it over. Runs of a search are given up at 1.25 times the steps of its best one,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.targets import adaptdl_policy
-from benchmarks.targets.contest import Contest, Run, Search, search_rate
+from benchmarks.targets.contest import SEARCH_SEEDS, Contest, Run, Search, search_rate
 from benchmarks.targets.racing import Finish, Mark, Pair, Race
 from benchmarks.targets.results import (
     ADAPTDL,
@@ -50,11 +50,15 @@ class Arm:
 def hold(contest: Contest, *, num_seeds: int, tell: Tell) -> Outcome:
     """Run a whole contest on a pair of replicas.
 
-    The searches are with seed 0, the races with the seeds after it: no arm is judged by the run that chose its rate.
+    The searches have seeds of their own: no arm is judged by a run that chose its rate.
     """
     with Pair() as pair:
         run = _told(pair.run, tell)
-        run(contest.fixed(contest.batches[0], learning_rate=contest.guess(contest.batches[0]), seed=0, most_steps=50))
+        run(
+            contest.fixed(
+                contest.batches[0], learning_rate=contest.guess(contest.batches[0]), seed=SEARCH_SEEDS[0], most_steps=50
+            )
+        )
         searches = {batch: found for batch in contest.batches if (found := _search_fixed(contest, batch, run=run))}
         best = min(searches, key=lambda batch: searches[batch].end.seconds)
         starts = {
@@ -100,8 +104,8 @@ def _told(run: Run, tell: Tell) -> Run:
 
 
 def _search_fixed(contest: Contest, batch: int, *, run: Run) -> Search | None:
-    def race_at(rate: float, most_steps: float) -> Race:
-        return contest.fixed(batch, learning_rate=rate, seed=0, most_steps=most_steps)
+    def race_at(rate: float, most_steps: float, seed: int) -> Race:
+        return contest.fixed(batch, learning_rate=rate, seed=seed, most_steps=most_steps)
 
     return search_rate(race_at, start=contest.guess(batch), run=run, cost=_steps)
 
@@ -109,9 +113,9 @@ def _search_fixed(contest: Contest, batch: int, *, run: Run) -> Search | None:
 def _search_adaptive(contest: Contest, *, run: Run) -> Search:
     start = contest.default_batch
 
-    def race_at(rate: float, most_steps: float) -> Race:
+    def race_at(rate: float, most_steps: float, seed: int) -> Race:
         # Steps are no measure of an adaptive run: one at larger batches takes fewer.
-        return contest.adaptive(start, learning_rate=rate, seed=0, most_steps=2 * most_steps)
+        return contest.adaptive(start, learning_rate=rate, seed=seed, most_steps=2 * most_steps)
 
     found = search_rate(race_at, start=contest.guess(start), run=run, cost=_seconds)
     if found is None:

@@ -77,7 +77,8 @@ def test_a_search_widens_until_the_best_rate_is_inside(best, tried):
     """Four rates at least, and a worse one on both sides of the best."""
     asked = []
 
-    def race_at(rate, most_steps):
+    def race_at(rate, most_steps, seed):
+        assert seed == 0
         asked.append((rate, most_steps))
         return rate
 
@@ -91,11 +92,29 @@ def test_a_search_widens_until_the_best_rate_is_inside(best, tried):
     assert asked[-1][1] == 125  # of the best so far
 
 
+@pytest.mark.parametrize(("second", "best"), [({1.0: 110, 2.0: 100}, 1.0), ({1.0: 200, 2.0: 100}, 2.0), ({}, 1.0)])
+def test_near_rates_are_judged_by_two_seeds(second, best):
+    """The mean of both decides between rates that are within a fifth of the best, and the second runs are paid for."""
+    first, asked = {0.25: 300, 0.5: 150, 1.0: 100, 2.0: 119, 4.0: 150}, []
+
+    def run(race):
+        rate, _, seed = race
+        asked.append((rate, seed))
+        steps = first[rate] if seed == 0 else second.get(rate)
+        mark = Mark(steps=steps or 125, samples=1.0, seconds=1.0, loss=1.0)
+        return Finish(end=mark if steps else None, reason="", marks=[mark], rows=[], step_s={})
+
+    search = search_rate(lambda *race: race, start=1.0, run=run, cost=lambda end: end.steps)
+    assert search.best == best
+    assert [rate for rate, seed in asked if seed] == [1.0, 2.0]
+    assert search.seconds == len(asked)
+
+
 def test_a_search_in_vain_ends():
     """Rates that never arrive are given up after a few, on both sides of the first."""
     asked = []
     lost = Finish(end=None, reason="lost", marks=[], rows=[], step_s={})
-    assert search_rate(lambda rate, _: asked.append(rate), start=1.0, run=lambda _: lost, cost=float) is None
+    assert search_rate(lambda rate, *_: asked.append(rate), start=1.0, run=lambda _: lost, cost=float) is None
     assert asked == [1.0, 2.0, 0.5, 4.0, 0.25, 8.0]
 
 
