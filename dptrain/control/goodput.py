@@ -57,7 +57,6 @@ class FastestLaw(IntervalLaw):
         """Return the smallest batch that is right for `noise_scale` or for a larger one."""
         if not noise_scale > 0:
             return noise_scale  # 0, or NaN
-
         wanted = math.log2(min(noise_scale, _LARGEST))
 
         def miss(exponent: float) -> float:

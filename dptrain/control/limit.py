@@ -240,7 +240,7 @@ class MaxChange(_Limit):
     """Holds the change of one decision to a factor, and where the batch is far too large to half of the way.
 
     Each step at a batch that is far too large costs as many times more, while one that has become too small costs
-    little, and is soon put right. Half of the way, in log space, is where a measurement of two steps may be wrong.
+    little, and is soon put right. Half of the way, in log space, leaves a measurement of two steps room to err.
 
     Attributes:
         factor: largest ratio of the batches before and after, at least 2: no less leads from rung to rung.
@@ -258,13 +258,14 @@ class MaxChange(_Limit):
     def limit(self, asked: Decision, measurement: Measurement) -> Decision:
         """Return the batch nearest to the one asked for that lies within the factor."""
         present = measurement.global_batch_size
-        half_way = math.sqrt(present * asked.global_batch_size)
-        lowest, highest = min(present / self.factor, half_way), present * self.factor
+        lowest, highest = present / self.factor, present * self.factor
+        why = f"at most a factor of {self.factor:g} at once"
+        if (half_way := math.sqrt(present * asked.global_batch_size)) < lowest:
+            lowest, why = half_way, "at most half of the way down at once"
         if self.ladder is not None:
             lowest, highest = self.ladder.above(lowest), self.ladder.below(highest)
         batch = min(max(asked.global_batch_size, lowest), highest)
-        why = f"at most a factor of {self.factor:g} at once"
-        return _changed(asked, batch, why=why if lowest > half_way else f"{why}, or half of the way down")
+        return _changed(asked, batch, why=why)
 
 
 _NEAR = 2.0
