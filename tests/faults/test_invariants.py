@@ -106,7 +106,7 @@ def test_invariant_3_a_sample_depends_on_its_position_alone(num_samples, seed, c
 @EXAMPLES
 @given(pairs=st.lists(st.tuples(any_float, any_float), max_size=12), present=st.sampled_from([4, 8, 64, 1024]))
 def test_invariant_7_no_measurement_breaks_the_estimator_or_the_controller(pairs, present):
-    """NaN, infinities, zeros and subnormals: the record stays finite, the batch moves by a rung, or half of the way down."""
+    """NaN, infinities, zeros and subnormals: the record stays finite, the batch moves a rung or half way down."""
     law = limited(NoiseLaw(ratio=1.0, z=1.0), quantum=4, limits=Limits(smallest=4, largest=1024))
     smoothing, sums, state, batch = Smoothing(), MomentSums(), law.init(), present
     for number, (grad_sq_norm, noise_trace) in enumerate(pairs):
