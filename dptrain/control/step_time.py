@@ -31,8 +31,10 @@ _FEWEST_SECONDS = 3
 _SKIPPED_OF_A_PROCESS = 3
 """Steps left out at first: compilation, allocation, the wrapper's second layout of buckets."""
 _SKIPPED_OF_A_CHANGE = 1
-"""Steps left out when the shape changes, to one that is new as well: compiled and allocated anew is in its first step.
-The median passes over a second slow one."""
+"""Steps left out when the shape changes, to one that is new as well."""
+_SLOWEST_LEFT_OUT = 2
+"""Durations that do not count for a shape's median: a shape that is new may be compiled and allocated over three steps,
+and where a batch is soon left again all that is known of it are three durations."""
 _HALF_LIFE_STEPS = 100
 """Steps in which what is known of a shape that is not run any more loses half of its weight: machines have slow spells,
 and a shape that was timed in one alone would keep the batch from it for ever. At 5 % of scatter the assumed split takes
@@ -142,8 +144,8 @@ class TimedShape:
 
     @property
     def median_s(self) -> float:
-        """The median of its durations."""
-        return median(self.seconds)
+        """The median of its durations but for the slowest two."""
+        return median(sorted(self.seconds)[:-_SLOWEST_LEFT_OUT])
 
 
 @dataclass(frozen=True, kw_only=True)

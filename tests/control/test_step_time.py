@@ -98,6 +98,17 @@ def test_the_first_step_after_a_change_is_left_out():
     assert again.timed(shape(4, 1), 7.0).shapes[-1].seconds[-1] == 7.0
 
 
+def test_a_new_shape_is_known_after_four_steps_of_which_three_are_slow():
+    """Compiling it may take that long, and a batch that is far off is left again as soon."""
+    times = timed(line(1, 0, 0.1), [shape(4, 1)])
+    for slow in (1e3, 20.0, 20.0):
+        times = times.timed(shape(8, 1), slow)
+        assert not times.model().is_split_known
+    model = times.timed(shape(8, 1), 1.8).model()
+    assert model.is_split_known
+    assert model.seconds(shape(8, 1)) == pytest.approx(1.8, rel=0.02)
+
+
 @settings(deadline=None)
 @given(st.lists(st.sampled_from([1e-3, 0.5, 50.0, 1e6]), max_size=7))
 def test_less_than_half_of_odd_durations_move_nothing(odd):

@@ -30,6 +30,19 @@ def test_a_step_is_taken_in():
     assert (estimate.state.steps_measured, estimate.steps_dropped) == (1, 0)
 
 
+def test_what_is_read_is_never_older_than_what_was_taken_in():
+    """A reading stands until the next step is taken in, or another state."""
+    estimate = Estimate(world_size=1)
+    assert estimate.read().num_steps == 0
+    estimate.absorb(sums(small=3.0, large=2.0))
+    one, state = estimate.read(), estimate.state
+    assert estimate.read() is one
+    estimate.absorb(sums(small=5.0, large=2.0))
+    assert (one.num_steps, estimate.read().num_steps) == (1, 2)
+    estimate.restore(state)
+    assert estimate.read() == one
+
+
 @pytest.mark.parametrize(
     ("small", "large"),
     [(math.nan, 2.0), (3.0, math.inf), (3e101, 2e101), (3e-105, 2e-105)],
