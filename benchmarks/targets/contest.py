@@ -17,10 +17,11 @@ _FEWEST_RATES = 4
 _MOST_IN_VAIN = 6
 _STEPS_BETWEEN_EVALUATIONS = 4
 _PATIENCE = 1.25
-"""A run is given up once it took that many times the steps of the best one of its search."""
+"""A run is given up once it took that many times the steps of the best one of its search, with a further seed twice as
+many, since seeds scatter."""
 _RIVAL = 1.2
-"""Rates that come that near to the best one, which is as far as seeds scatter, are run with a second seed."""
-SEARCH_SEEDS = (0, 1000)
+"""Rates that come that near to the best one, which is as far as seeds scatter, are run with further seeds."""
+SEARCH_SEEDS = (0, 1000, 2000)
 """Of all searches: no arm is judged by the runs that chose its rate."""
 
 
@@ -130,12 +131,12 @@ class Search:
     """A search for the learning rate of an arm.
 
     Attributes:
-        best: the rate that was best.
+        best: the rate that was best; None where none reached the target.
         finishes: of each rate that was tried.
-        seconds_of_rivals: spent with the second seed.
+        seconds_of_rivals: spent with further seeds.
     """
 
-    best: float
+    best: float | None
     finishes: Mapping[float, Finish]
     seconds_of_rivals: float = 0.0
 
@@ -147,18 +148,24 @@ class Search:
     @property
     def end(self) -> Mark:
         """Where the best rate arrived."""
-        end = self.finishes[self.best].end
+        end = self.finishes[self.rate].end
         assert end is not None, "the best rate is one that arrived"
         return end
+
+    @property
+    def rate(self) -> float:
+        """The best rate of a search that was not in vain."""
+        assert self.best is not None
+        return self.best
 
 
 def search_rate(
     race_at: Callable[[float, float, int], Race], *, start: float, run: Run, cost: Callable[[Mark], float]
-) -> Search | None:
+) -> Search:
     """Find the learning rate of least cost to the target, on a grid of factors of two that widens at its edge.
 
     At least four rates are tried, and the best one has a worse one on both sides. Where another comes near to it, both
-    are run with a second seed, and the mean cost decides.
+    are run with further seeds, and the mean cost decides.
 
     Args:
         race_at: (rate, steps after which to give up, seed) → race.
@@ -167,32 +174,32 @@ def search_rate(
         cost: of an arrival.
 
     Returns:
-        What was found; None where no rate reaches the target.
+        What was found.
     """
     finishes: dict[int, Finish] = {}
     costs: dict[int, float] = {}
 
     def run_at(at: int, seed: int) -> tuple[Finish, float]:
         ends = [finish.end.steps for finish in finishes.values() if finish.end is not None]
-        finish = run(race_at(start * 2.0**at, _PATIENCE * min(ends, default=math.inf), seed))
+        patience = _PATIENCE if seed == SEARCH_SEEDS[0] else 2 * _PATIENCE
+        finish = run(race_at(start * 2.0**at, patience * min(ends, default=math.inf), seed))
         return finish, math.inf if finish.end is None else cost(finish.end)
 
     while (at := _next_rate(costs)) is not None:
         finishes[at], costs[at] = run_at(at, SEARCH_SEEDS[0])
     best, seconds = _cheapest(costs), 0.0
+    tried = {start * 2.0**at: finish for at, finish in finishes.items()}
     if costs[best] == math.inf:
-        return None
+        return Search(best=None, finishes=tried)
     rivals = {at: first for at, first in costs.items() if first <= _RIVAL * costs[best]}
     if len(rivals) > 1:
-        again = {at: run_at(at, SEARCH_SEEDS[1]) for at in sorted(rivals)}
-        seconds = sum(_seconds(finish) for finish, _ in again.values())
-        means = {at: first + again[at][1] for at, first in rivals.items()}
-        best = best if min(means.values()) == math.inf else _cheapest(means)
-    return Search(
-        best=start * 2.0**best,
-        finishes={start * 2.0**at: finish for at, finish in finishes.items()},
-        seconds_of_rivals=seconds,
-    )
+        sums = dict(rivals)
+        for seed in SEARCH_SEEDS[1:]:
+            for at in sorted(rivals):
+                finish, again = run_at(at, seed)
+                seconds, sums[at] = seconds + _seconds(finish), sums[at] + again
+        best = best if min(sums.values()) == math.inf else _cheapest(sums)
+    return Search(best=start * 2.0**best, finishes=tried, seconds_of_rivals=seconds)
 
 
 def _next_rate(costs: Mapping[int, float]) -> int | None:

@@ -77,6 +77,7 @@ def of_contest(outcome: Outcome, figures: Mapping[str, float], *, task: str) -> 
         _rules_table(outcome),
         "## What the searches cost",
         _table(["arm", "rates tried", "seconds"], searches),
+        _SEARCH_COST,
         "## AdaptDL",
         _about_adaptdl(outcome, figures),
         "## What the numbers do not show",
@@ -89,6 +90,11 @@ Each cell is the median with the least and the most over seeds. *To best fixed*:
 batch, seed by seed, the median. *Product*: (S/S_min − 1)(E/E_min − 1) on the fitted frontier: 1 on it, less where
 both steps and samples were saved."""
 
+_SEARCH_COST = """\
+`search_cost_ratio` is what all the searches of fixed batches took, with one run at the best, over what the one search
+of the adaptive arm and one of its runs took. A search in vain counts, because nobody knows before that it is; without
+those it is `search_cost_ratio_not_in_vain`."""
+
 _NOT_SHOWN = """\
 - **GPUs**, where the time of a step is flat up to saturation, and **more than two replicas**.
 - **Another target.** The best batch grows with the noise scale, and so with a lower target.
@@ -100,12 +106,12 @@ dptrain {dptrain} on torch {torch} and Python {python}: two gloo replicas of one
 {processor}. Task `{task}` ({options}), target: a held-out loss of {target:g}. The fixed batches are plain runs in
 which nothing is measured (`control.mode=off`), each at its own learning rate: the best of at least four on a grid of
 factors of two, widened until the best one has a worse one on both sides, with a seed of its own; rates that come within
-20 % of the best are run with a second seed, and the mean decides. The adaptive runs have
+20 % of the best are run with two further seeds, and the mean decides. The adaptive runs have
 dptrain's default law and rule. They have one search among them, from the task's default batch ({default_batch}); 16
 times below and above the best fixed one of the searches they start with the rate found there, as
 `optimizer.reference_batch_size` hands it over. Runs of a search are given up at 1.25 times the steps of its best one,
-an adaptive one at 2.5 times. All arms are then run with {num_seeds} further seeds, seed by seed, in an
-order that changes, those whose batch is not fixed for at most 3 times the seconds of the best search.
+an adaptive one at 2.5 times, and with a further seed at twice that. All arms are then run with {num_seeds} more seeds,
+seed by seed, in an order that changes, those whose batch is not fixed for at most twice the seconds of the best search.
 
 The rate is constant after a warm-up of {warmup_samples:,} samples. Seconds are those of training, without start and
 evaluation; steps and samples are exact. The target is reached at the first evaluation at or below it, and between two
@@ -140,10 +146,10 @@ def _about_the_runs(outcome: Outcome, *, task: str) -> str:
 
 def _in_vain(outcome: Outcome) -> str:
     """Name the fixed batches of the sweep that no learning rate brought to the target."""
-    batches = [str(batch) for batch in outcome.contest.batches if batch not in outcome.searches]
+    batches = [str(batch) for batch in outcome.searches_in_vain]
     if not batches:
         return ""
-    most = f"{outcome.contest.most_steps:,} steps, whose seconds count for nothing here"
+    most = f"{outcome.contest.most_steps:,} steps"
     return f" Not at the target with any rate that was tried, in up to {most}: fixed {' and '.join(batches)}."
 
 

@@ -39,6 +39,7 @@ class Outcome:
     Attributes:
         contest: the task and its range.
         searches: of the fixed batches' learning rates.
+        searches_in_vain: those of fixed batches that no rate brought to the target.
         adaptive_search: of the adaptive runs, from the default batch; all starts take what it found.
         finishes: by arm and seed.
         rates: learning rate of each arm, at the batch that it is for.
@@ -47,6 +48,7 @@ class Outcome:
 
     contest: Contest
     searches: Mapping[int, Search]
+    searches_in_vain: Mapping[int, Search]
     adaptive_search: Search
     finishes: Mapping[str, Mapping[int, Finish]]
     rates: Mapping[str, float]
@@ -97,6 +99,7 @@ def figures(outcome: Outcome) -> dict[str, float]:
         "adaptive_from_small_over_best_fixed": outcome.ratio(FROM_SMALL, "seconds", over=best),
         "adaptive_from_large_over_best_fixed": outcome.ratio(FROM_LARGE, "seconds", over=best),
         "search_cost_ratio": search_cost_ratio(outcome),
+        "search_cost_ratio_not_in_vain": search_cost_ratio(outcome, in_vain=False),
         "steps_ratio": outcome.ratio(ADAPTIVE, "steps", over=best),
         "samples_ratio": outcome.ratio(ADAPTIVE, "samples", over=best),
         "best_fixed_steps": outcome.median(best, "steps"),
@@ -149,9 +152,14 @@ def predicted_gamma(outcome: Outcome) -> float:
     return statistics.median(found) if found else math.inf
 
 
-def search_cost_ratio(outcome: Outcome) -> float:
-    """Return the seconds of the whole way with fixed batches, searches and a run, to those with the adaptive one."""
+def search_cost_ratio(outcome: Outcome, *, in_vain: bool = True) -> float:
+    """Return the seconds of the whole way with fixed batches, searches and a run, to those with the adaptive one.
+
+    The searches at batches that no rate brought to the target count, too, unless told otherwise: nobody knows before.
+    """
     fixed = sum(search.seconds for search in outcome.searches.values())
+    if in_vain:
+        fixed += sum(search.seconds for search in outcome.searches_in_vain.values())
     fixed += outcome.median(fixed_name(outcome.best), "seconds")
     return fixed / (outcome.adaptive_search.seconds + outcome.median(ADAPTIVE, "seconds"))
 
@@ -252,7 +260,8 @@ def spread(values: Sequence[float]) -> str:
 
 def search_rows(outcome: Outcome) -> list[dict[str, Any]]:
     """Return a row for each search: the rates that were tried, with what they took."""
-    named = {f"search, {fixed_name(batch)}": search for batch, search in outcome.searches.items()}
+    swept = {**outcome.searches, **outcome.searches_in_vain}
+    named = {f"search, {fixed_name(batch)}": swept[batch] for batch in sorted(swept)}
     adaptive = {f"search, {ADAPTIVE}": outcome.adaptive_search}
     return [_search_row(name, search) for name, search in {**named, **adaptive}.items()]
 
@@ -269,6 +278,6 @@ def _search_row(name: str, search: Search) -> dict[str, Any]:
         "steps_by_rate": tried,
         "seconds": search.seconds,
         "at_edge": at_edge,
-        "shown_steps": f"best {search.best:.3g} of {len(tried)} rates",
+        "shown_steps": f"{'none' if search.best is None else f'best {search.best:.3g}'} of {len(tried)} rates",
         "shown_seconds": f"{search.seconds:,.4g}",
     }

@@ -27,7 +27,7 @@ _FAR = 16
 """How many times too small and too large the batches are at which adaptive runs begin."""
 _SMALLEST_START = 4
 _SMITH_STAGES = 4
-_PATIENCE = 3
+_PATIENCE = 2
 """A run whose batch is not fixed is given up once it took that many times the seconds of the best fixed one."""
 
 Tell = Callable[[str], None]
@@ -59,7 +59,8 @@ def hold(contest: Contest, *, num_seeds: int, tell: Tell) -> Outcome:
                 contest.batches[0], learning_rate=contest.guess(contest.batches[0]), seed=SEARCH_SEEDS[0], most_steps=50
             )
         )
-        searches = {batch: found for batch in contest.batches if (found := _search_fixed(contest, batch, run=run))}
+        swept = {batch: _search_fixed(contest, batch, run=run) for batch in contest.batches}
+        searches = {batch: found for batch, found in swept.items() if found.best is not None}
         best = min(searches, key=lambda batch: searches[batch].end.seconds)
         starts = {
             ADAPTIVE: contest.default_batch,
@@ -83,6 +84,7 @@ def hold(contest: Contest, *, num_seeds: int, tell: Tell) -> Outcome:
     return Outcome(
         contest=contest,
         searches=searches,
+        searches_in_vain={batch: found for batch, found in swept.items() if found.best is None},
         adaptive_search=adaptive,
         finishes=finishes,
         rates={name: arm.learning_rate for name, arm in arms.items()},
@@ -103,7 +105,7 @@ def _told(run: Run, tell: Tell) -> Run:
     return told
 
 
-def _search_fixed(contest: Contest, batch: int, *, run: Run) -> Search | None:
+def _search_fixed(contest: Contest, batch: int, *, run: Run) -> Search:
     def race_at(rate: float, most_steps: float, seed: int) -> Race:
         return contest.fixed(batch, learning_rate=rate, seed=seed, most_steps=most_steps)
 
@@ -118,7 +120,7 @@ def _search_adaptive(contest: Contest, *, run: Run) -> Search:
         return contest.adaptive(start, learning_rate=rate, seed=seed, most_steps=2 * most_steps)
 
     found = search_rate(race_at, start=contest.guess(start), run=run, cost=_seconds)
-    if found is None:
+    if found.best is None:
         raise RuntimeError(f"from a batch of {start} no learning rate leads to the target: choose another one")
     return found
 
@@ -145,12 +147,12 @@ def _arms(
     starts: Mapping[str, int],
     best: int,
 ) -> tuple[dict[str, Arm], dict[str, str]]:
-    rate = adaptive.best
-    arms = {fixed_name(batch): _fixed(contest, batch, found.best) for batch, found in searches.items()}
+    rate = adaptive.rate
+    arms = {fixed_name(batch): _fixed(contest, batch, found.rate) for batch, found in searches.items()}
     arms |= {name: _adaptive(contest, start, rate) for name, start in starts.items()}
     arms |= {rule_name(rule): _adaptive(contest, contest.default_batch, rate, rule=rule) for rule in RULES_COMPARED}
     expected = searches[best].end.samples
-    arms[SMITH] = _scheduled(contest, _doublings(best, expected), searches[best].best, rule="none")
+    arms[SMITH] = _scheduled(contest, _doublings(best, expected), searches[best].rate, rule="none")
     ramp = _ramp(contest.default_batch, best, expected)
     arms[RAMP] = _scheduled(contest, ramp, rate, rule="square_root")
     reason = adaptdl_policy.absent()

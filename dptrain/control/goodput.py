@@ -32,7 +32,7 @@ class FastestLaw(IntervalLaw):
 
     Attributes:
         seconds: T, in any unit, for a global batch that may lie between those that run.
-        critical_ratio: κ, critical batch size over noise scale: `derived.CRITICAL_RATIOS`.
+        critical_ratio: κ, critical batch size over noise scale: `derived.CRITICAL_RATIOS`, with a margin.
     """
 
     seconds: Callable[[float], float]

@@ -30,7 +30,7 @@ from dptrain.control import (
 from dptrain.data import choose_micro_batch_size
 from dptrain.errors import ConfigError
 from dptrain.noise import Smoothing
-from dptrain.noise.derived import CRITICAL_RATIOS
+from dptrain.noise.derived import CRITICAL_RATIOS, MARGINS
 from dptrain.tasks.base import Suggestion
 from dptrain.train.domain import Range, check_ranges, check_types
 
@@ -69,6 +69,9 @@ class ControlConfig:
     critical_ratio: float | None = None
     """Critical batch size, at which a run needs twice the samples, over the noise scale, for law=goodput and for plans.
     Default: 3 for adamw, 1 for sgd."""
+    margin: float | None = None
+    """Factor on the critical batch for law=goodput: a batch too small for its rate lowers the noise scale that is
+    measured, and so confirms itself. Default: 2 for adamw, 1 for sgd."""
     samples_per_step: float | None = None
     """Samples that one optimizer step fewer is worth, for law=exchange_rate."""
     tolerance: float | None = None
@@ -270,6 +273,7 @@ _RANGES: Mapping[str, Range] = {
     "drift_check_every_steps": _AT_LEAST_0,
     "control.ratio": _POSITIVE,
     "control.critical_ratio": _POSITIVE,
+    "control.margin": _POSITIVE,
     "control.samples_per_step": _POSITIVE,
     "control.tolerance": _POSITIVE,
     "control.overlap": Range(text="from 1 to 10", holds=lambda value: 1 <= value <= 10),  # noqa: PLR2004 - as it says
@@ -410,6 +414,7 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
         control=replace(
             control,
             critical_ratio=control.critical_ratio or CRITICAL_RATIOS[optimizer.name],
+            margin=control.margin or MARGINS[optimizer.name],
             smallest=control.smallest or smallest,
             largest=control.largest or largest,
             dead_band=control.dead_band or (_DEAD_BAND if control.powers_of_two and measures else None),
@@ -536,7 +541,7 @@ _BY_HAND = ("schedule", "ramp", "seesaw")
 def _law(config: TrainConfig, *, world_size: int) -> Controller:
     control, batch = config.control, given(config.global_batch_size)
     if control.law in ("goodput", "pollux"):
-        goodput = partial(GoodputLaw, critical_ratio=given(control.critical_ratio))
+        goodput = partial(GoodputLaw, critical_ratio=given(control.margin) * given(control.critical_ratio))
         kind = goodput if control.law == "goodput" else partial(PolluxLaw, overlap=control.overlap)
         return kind(
             largest_micro_batch_size=largest_micro_batch_size(config),

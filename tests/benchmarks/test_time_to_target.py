@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,21 +93,21 @@ def test_a_search_widens_until_the_best_rate_is_inside(best, tried):
     assert asked[-1][1] == 125  # of the best so far
 
 
-@pytest.mark.parametrize(("second", "best"), [({1.0: 110, 2.0: 100}, 1.0), ({1.0: 200, 2.0: 100}, 2.0), ({}, 1.0)])
-def test_near_rates_are_judged_by_two_seeds(second, best):
-    """The mean of both decides between rates that are within a fifth of the best, and the second runs are paid for."""
+@pytest.mark.parametrize(("further", "best"), [({1.0: 109, 2.0: 100}, 1.0), ({1.0: 150, 2.0: 100}, 2.0), ({}, 1.0)])
+def test_near_rates_are_judged_by_more_seeds(further, best):
+    """The mean of all decides between rates that are within a fifth of the best, and the further runs are paid for."""
     first, asked = {0.25: 300, 0.5: 150, 1.0: 100, 2.0: 119, 4.0: 150}, []
 
     def run(race):
         rate, _, seed = race
         asked.append((rate, seed))
-        steps = first[rate] if seed == 0 else second.get(rate)
+        steps = first[rate] if seed == 0 else further.get(rate)
         mark = Mark(steps=steps or 125, samples=1.0, seconds=1.0, loss=1.0)
         return Finish(end=mark if steps else None, reason="", marks=[mark], rows=[], step_s={})
 
     search = search_rate(lambda *race: race, start=1.0, run=run, cost=lambda end: end.steps)
     assert search.best == best
-    assert [rate for rate, seed in asked if seed] == [1.0, 2.0]
+    assert [rate for rate, seed in asked if seed] == [1.0, 2.0, 1.0, 2.0]
     assert search.seconds == len(asked)
 
 
@@ -114,7 +115,8 @@ def test_a_search_in_vain_ends():
     """Rates that never arrive are given up after a few, on both sides of the first."""
     asked = []
     lost = Finish(end=None, reason="lost", marks=[], rows=[], step_s={})
-    assert search_rate(lambda rate, *_: asked.append(rate), start=1.0, run=lambda _: lost, cost=float) is None
+    search = search_rate(lambda rate, *_: asked.append(rate), start=1.0, run=lambda _: lost, cost=float)
+    assert search.best is None
     assert asked == [1.0, 2.0, 0.5, 4.0, 0.25, 8.0]
 
 
@@ -127,7 +129,10 @@ def test_what_is_best_is_judged_seed_by_seed():
     assert figures["steps_ratio"] == pytest.approx(0.9)
     fixed, adaptive = 2.0, 2.0 * 0.9
     searched = sum(STEPS[batch] / 1000 * (1 if batch == 128 else 2) for batch in STEPS)
-    assert figures["search_cost_ratio"] == pytest.approx((searched + fixed) / (1.0 + adaptive), rel=0.05)
+    in_vain = outcome.searches_in_vain[16].seconds
+    assert in_vain > 0
+    for name, seconds in (("search_cost_ratio", searched + in_vain), ("search_cost_ratio_not_in_vain", searched)):
+        assert figures[name] == pytest.approx((seconds + fixed) / (1.0 + adaptive), rel=0.05)
     assert "10% fewer seconds than the best fixed batch (128)" in page.note(outcome, figures)
 
 
@@ -148,7 +153,7 @@ def test_a_run_that_does_not_arrive_is_not_hidden():
     assert "the adaptive run did NOT ARRIVE" in text
     assert "2 of 2 not: lost" in text
     assert "Absent: not installed." in text
-    assert "up to 6,000 steps, whose seconds count for nothing here: fixed 16 and 32 and 512 and" in text
+    assert "with any rate that was tried, in up to 6,000 steps: fixed 16." in text
 
 
 def arrived(steps, *, batch=1, seconds=None):
@@ -179,6 +184,7 @@ def make_outcome(*, adaptive):
     return Outcome(
         contest=contests(quick=False)["digits"],
         searches=searches,
+        searches_in_vain={16: Search(best=None, finishes={0.1: replace(arrived(6_000), end=None)})},
         adaptive_search=Search(best=0.1, finishes={0.1: arrived(1_000)}),
         finishes=finishes,
         rates=dict.fromkeys(finishes, 0.1),

@@ -66,6 +66,7 @@ VALID = {
     "control.mode": st.sampled_from(["off", "measure", "advise", "adapt"]),
     "control.ratio": POSITIVE,
     "control.critical_ratio": POSITIVE,
+    "control.margin": POSITIVE,
     "control.overlap": st.floats(1, 10),
     "control.ramp_shape": st.sampled_from(["linear", "doubling"]),
     "control.z": st.floats(1e-3, 1e3),
@@ -109,7 +110,8 @@ COUNTS = [
 ]
 COUNTS_FROM_0 = ["seed", "num_workers", "drift_check_every_steps", "control.dwell_samples", "control.dwell_decisions"]
 POSITIVES = [
-    *("control.ratio", "control.critical_ratio", "control.z", "control.max_change", "control.dead_band"),
+    *("control.ratio", "control.critical_ratio", "control.margin"),
+    *("control.z", "control.max_change", "control.dead_band"),
     *("noise.memory", "noise.half_life_samples", "optimizer.learning_rate", "optimizer.max_grad_norm"),
     *("checkpoint.hours_between_failures", "log.price_per_device_hour"),
 ]
