@@ -157,7 +157,11 @@ def _about_adaptdl(outcome: Outcome, figures: Mapping[str, float]) -> str:
     if ADAPTDL in outcome.absent:
         return f"Absent: {outcome.absent[ADAPTDL]}."
     ratio = figures.get("adaptdl_ratio")
-    return _ADAPTDL if ratio is None else f"{_ADAPTDL} The adaptive run needs {ratio:.2f} times its seconds."
+    if ratio is None:
+        return _ADAPTDL
+    num_lost = sum(finish.end is None for finish in outcome.finishes[ADAPTDL].values())
+    until_then = f", counted until it was given up where it did not arrive ({num_lost} seeds)" if num_lost else ""
+    return f"{_ADAPTDL} The adaptive run needs {ratio:.2f} times its seconds{until_then}."
 
 
 def _rules_table(outcome: Outcome) -> str:

@@ -106,7 +106,7 @@ def figures(outcome: Outcome) -> dict[str, float]:
         "best_fixed_batch": float(outcome.best),
         "step_time_error": statistics.median(errors) if (errors := step_time_errors(outcome)) else math.inf,
         "step_time_error_max": max(errors, default=math.inf),
-        "adaptdl_ratio": outcome.ratio(ADAPTIVE, "seconds", over=ADAPTDL),
+        "adaptdl_ratio": adaptdl_ratio(outcome),
     }
     gaps, spread = loss_gaps(outcome), loss_spread(outcome)
     found |= {"final_loss_gap": statistics.median(gaps) if gaps else math.inf, "final_loss_spread": spread}
@@ -162,6 +162,20 @@ def search_cost_ratio(outcome: Outcome, *, in_vain: bool = True) -> float:
         fixed += sum(search.seconds for search in outcome.searches_in_vain.values())
     fixed += outcome.median(fixed_name(outcome.best), "seconds")
     return fixed / (outcome.adaptive_search.seconds + outcome.median(ADAPTIVE, "seconds"))
+
+
+def adaptdl_ratio(outcome: Outcome) -> float:
+    """Return the median over seeds of the adaptive run's seconds to AdaptDL's.
+
+    Where AdaptDL was given up, they are to its seconds until then: the true ratio is smaller.
+    """
+    others = outcome.finishes.get(ADAPTDL, {})
+    ratios = [
+        math.inf if finish.end is None else finish.end.seconds / (other.end or other.marks[-1]).seconds
+        for seed, finish in outcome.finishes.get(ADAPTIVE, {}).items()
+        if (other := others.get(seed)) is not None
+    ]
+    return statistics.median(ratios) if ratios else math.inf
 
 
 def step_time_errors(outcome: Outcome) -> list[float]:
