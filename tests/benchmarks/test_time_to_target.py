@@ -15,7 +15,7 @@ from benchmarks.targets import page, results
 from benchmarks.targets.contest import Search, contests, search_rate
 from benchmarks.targets.quadratics import DAMPED, SampledDamped, drive, first_batch, law_of, timed
 from benchmarks.targets.racing import Finish, Mark
-from benchmarks.targets.results import ADAPTIVE, Outcome, fixed_name
+from benchmarks.targets.results import ADAPTDL, ADAPTIVE, Outcome, fixed_name
 
 ROOT = Path(__file__).parents[2]
 STEPS = {64: 3_000.0, 128: 2_000.0, 256: 1_500.0}
@@ -136,6 +136,19 @@ def test_what_is_best_is_judged_seed_by_seed():
     assert "10% fewer seconds than the best fixed batch (128)" in page.note(outcome, figures)
 
 
+def test_adaptdl_that_was_given_up_counts_up_to_there():
+    """Its seconds until then are the least that it would have needed: the ratio to them is the most that it can be."""
+    outcome = make_outcome(adaptive=0.9)
+    assert "adaptdl_ratio" not in results.figures(outcome)
+    given_up = {seed: replace(arrived(1_000, seconds=4.5), end=None) for seed in (1, 2)}
+    finishes, rates = {**outcome.finishes, ADAPTDL: given_up}, {**outcome.rates, ADAPTDL: 0.1}
+    outcome = replace(outcome, finishes=finishes, rates=rates, absent={})
+    figures = results.figures(outcome)
+    assert figures["adaptdl_ratio"] == pytest.approx(2.0 * 0.9 / 4.5)
+    text = page.of_contest(outcome, figures, task="digits")
+    assert "needs 0.40 times its seconds, counted until it was given up where it did not arrive (2 seeds)" in text
+
+
 def test_no_gain_is_said():
     """A ratio of one, or worse, is called no gain, and a bound that does not hold is called broken."""
     outcome = make_outcome(adaptive=1.2)
@@ -188,5 +201,5 @@ def make_outcome(*, adaptive):
         adaptive_search=Search(best=0.1, finishes={0.1: arrived(1_000)}),
         finishes=finishes,
         rates=dict.fromkeys(finishes, 0.1),
-        absent={results.ADAPTDL: "not installed"},
+        absent={ADAPTDL: "not installed"},
     )
