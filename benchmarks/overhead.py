@@ -38,7 +38,7 @@ _JUDGED = "12M heavy"
 """Where `every=1` and the peers are compared."""
 
 
-FULL = Limits(seconds=40, error=0.0025, longest_s=180)
+FULL = Limits(seconds=40, error=0.0025, longest_s=150)
 QUICK = Limits(seconds=1, fewest_rounds=2, longest_warm_up=16)
 
 
