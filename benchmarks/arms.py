@@ -24,9 +24,6 @@ BARE, AGAIN, DEFAULT = "bare", "bare again", "default"
 EVERY_STEP, EVERY_STEP_HOOK = "every=1, parameters", "every=1, hook"
 PEER = "peer "
 _IN_EVERY_ROUND = (BARE, AGAIN, DEFAULT)
-_ROUNDS_OF_OTHERS = 5
-"""The others have a turn in each fifth round: their costs are far above the floor, and the time better spent on what is
-near to it."""
 _ROUNDS_BETWEEN_LOOKS = 16
 _WARM_STEPS = 2
 _PACED_STEPS = 12
@@ -78,6 +75,8 @@ class Limits:
         longest_s: seconds of turns at most.
         fewest_rounds: more time is taken for these in any case.
         longest_warm_up: steps after which the default keeps the interval that it has.
+        others_every: in every how many rounds arms other than bare DDP and the default have a turn. Where nothing
+            hangs on them the time is better spent on what is near to the floor.
     """
 
     seconds: float
@@ -85,6 +84,7 @@ class Limits:
     longest_s: float = math.inf
     fewest_rounds: int = 4
     longest_warm_up: int = 80
+    others_every: int = 5
 
     def are_met(self, num_rounds: int, passed_s: float, error: Callable[[], float]) -> bool:
         """Return whether enough was measured; the error, which takes its time to tell, is asked for now and then."""
@@ -241,7 +241,7 @@ def _turns(arms: Sequence[Arm], *, samples: Tensor, limits: Limits) -> Turns:
 
     for number in _rounds_until(over):
         for arm in order.sample(arms, len(arms)):
-            rests = arm.name not in _IN_EVERY_ROUND and number % _ROUNDS_OF_OTHERS
+            rests = arm.name not in _IN_EVERY_ROUND and number % limits.others_every
             turns[arm.name].append(None if rests else _turn(arm, samples=samples))
     return turns
 

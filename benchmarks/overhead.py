@@ -38,16 +38,18 @@ _JUDGED = "12M heavy"
 """Where `every=1` and the peers are compared."""
 
 
-FULL = Limits(seconds=40, error=0.0025, longest_s=150)
+FULL = Limits(seconds=40, error=0.0025, longest_s=300)
+WHERE_JUDGED = Limits(seconds=480, error=0.0025, longest_s=600, others_every=2)
 QUICK = Limits(seconds=1, fewest_rounds=2, longest_warm_up=16)
 
 
 def measure(quick: bool) -> harness.Findings:  # noqa: FBT001 - the harness's own signature
     """Measure every case, one launch of processes each."""
-    cases, limits = (QUICK_CASES, QUICK) if quick else (CASES, FULL)
+    cases = QUICK_CASES if quick else CASES
     rows: list[dict[str, Any]] = []
     console = Console(stderr=True)
     for case in cases:
+        limits = QUICK if quick else WHERE_JUDGED if case.name == _JUDGED else FULL
         with console.status(case.name), tempfile.TemporaryDirectory() as folder:
             rows += run_replicas(measure_case, world_size=case.world_size, args=(case, limits, folder))
     return findings(rows, quick=quick)

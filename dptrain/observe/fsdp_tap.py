@@ -16,6 +16,7 @@ from dptrain.observe.geometry import Geometry, PlainGeometry
 from dptrain.observe.groups import Groups
 from dptrain.observe.micro_batches import MicroBatchNorms
 from dptrain.observe.stopwatch import Stopwatch
+from dptrain.observe.tap import unhook
 
 
 class FsdpTap:
@@ -68,7 +69,7 @@ class FsdpTap:
         if known is not None and known[0] is parameter:
             return
         if known is not None:
-            known[1].remove()
+            unhook(*known)
         handle = parameter.register_hook(functools.partial(self._norms.see, index))  # type: ignore[no-untyped-call]
         self._handles[index] = (parameter, handle)
 
@@ -76,8 +77,8 @@ class FsdpTap:
         """Put the hooks on at the next forward pass, or take them off."""
         self._listening = on
         if not on:
-            for _, handle in self._handles.values():
-                handle.remove()
+            for watched in self._handles.values():
+                unhook(*watched)
             self._handles.clear()
 
     def begin(self, *, ignore: bool = False) -> bool:

@@ -28,8 +28,14 @@ class Geometry(Protocol):
     def open(self) -> None:
         """Take what stays in force for one optimizer step; called before its first gradient is seen."""
 
-    def norm(self, index: int, grad: Tensor) -> Tensor:
-        """Return the norm of the gradient of parameter `index`, a scalar of at least single precision."""
+    def norm(self, index: int, grad: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Return the norm of the gradient of parameter `index`, a scalar of at least single precision.
+
+        Args:
+            index: of the parameter.
+            grad: its gradient.
+            out: what was returned for such a gradient before, to write it to.
+        """
 
 
 class PlainGeometry:
@@ -40,12 +46,16 @@ class PlainGeometry:
     def open(self) -> None:
         """Nothing to take."""
 
-    def norm(self, index: int, grad: Tensor) -> Tensor:  # noqa: ARG002 - all parameters are measured alike
+    def norm(self, index: int, grad: Tensor, *, out: Tensor | None = None) -> Tensor:  # noqa: ARG002 - all alike
         """Return ‖g‖."""
-        # Reduced precision would lose the very difference that is measured. To name the dtype costs 2 µs a call.
-        if grad.dtype in _PRECISE:
-            return _norm(grad)
-        return _norm(grad, dtype=torch.float32)
+        return _precise_norm(grad, out=out)
+
+
+def _precise_norm(grad: Tensor, *, out: Tensor | None) -> Tensor:
+    # Reduced precision would lose the very difference that is measured. To name the dtype costs 2 µs a call.
+    if grad.dtype in _PRECISE:
+        return _norm(grad, out=out)
+    return _norm(grad, dtype=torch.float32, out=out)
 
 
 class AdamGeometry:
@@ -88,13 +98,13 @@ class AdamGeometry:
         settings = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
         self._second_moments = [_second_moment(self._optimizer.state.get(p), settings[id(p)]) for p in self._parameters]
 
-    def norm(self, index: int, grad: Tensor) -> Tensor:
+    def norm(self, index: int, grad: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Return ‖Pg‖, or not a number where Adam has no state for this parameter."""
         moment = self._second_moments[index]
         if moment is None:
-            return torch.full((), torch.nan, device=grad.device)
+            return _precise_norm(grad * torch.nan, out=out)
         second, correction, epsilon = moment
-        return _norm(grad / ((second / correction).sqrt() + epsilon))
+        return _precise_norm(grad / ((second / correction).sqrt() + epsilon), out=out)
 
 
 def _second_moment(

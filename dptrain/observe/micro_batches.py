@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dptrain.errors import ObservationError
@@ -11,7 +12,11 @@ from dptrain.observe.stopwatch import Stopwatch
 
 
 class MicroBatchNorms:
-    """One norm for each parameter and micro-batch since the last optimizer step.
+    """One norm for each parameter of the micro-batch under way, one sum of squares for each before it in the step.
+
+    Norms are written to the same places again and again. Fresh scalars would be allocated among the gradients and
+    outlive them; the C allocator, which cannot move them, then returns the memory round them to the system and has to
+    fetch it anew in each backward pass, which costs as much as the norms.
 
     Args:
         groups: which parameter belongs where.
@@ -25,7 +30,9 @@ class MicroBatchNorms:
         self._norm = geometry.norm
         self._stopwatch = stopwatch
         self._zero = zero
-        self._micro_batches: list[dict[int, Tensor]] = []
+        self._places: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._squares: list[Tensor] = []
+        self._last: dict[int, Tensor] | None = None
         self._current: dict[int, Tensor] | None = None
         self._overlap = False
 
@@ -38,11 +45,13 @@ class MicroBatchNorms:
         if ignore:
             self._current = None
             return True
-        if self._micro_batches and not self._micro_batches[-1]:
-            self._current = self._micro_batches[-1]
+        if self._last is not None and not self._last:
+            self._current = self._last
             return False
-        self._current = {}
-        self._micro_batches.append(self._current)
+        began = self._stopwatch.start()
+        self._close_last()
+        self._current = self._last = {}
+        self._stopwatch.stop(began)
         return True
 
     def see(self, index: int, grad: Tensor) -> None:
@@ -55,9 +64,16 @@ class MicroBatchNorms:
             self._overlap = True
         if grad.is_sparse:
             grad = grad.coalesce().values()
+        key = index, grad.dtype
         # A gradient knows its history only under create_graph; elsewhere a detach would cost 1 µs for nothing.
-        norms[index] = self._norm(index, grad.detach() if grad.requires_grad else grad)
+        norm = self._norm(index, grad.detach() if grad.requires_grad else grad, out=self._places.get(key))
+        norms[index] = self._places[key] = norm
         self._stopwatch.stop(began)
+
+    def _close_last(self) -> None:
+        if self._last:
+            self._squares.append(self._groups.squares(self._last, zero=self._zero))
+        self._last = None
 
     def collect(self, weights: list[float]) -> Tensor:
         """Return Σ ‖seen‖²/v over the micro-batches of the step, by group, and forget them.
@@ -65,7 +81,8 @@ class MicroBatchNorms:
         Raises:
             ObservationError: where what was seen cannot be told apart into micro-batches.
         """
-        seen, overlap = self._micro_batches, self._overlap
+        self._close_last()
+        seen, overlap = self._squares, self._overlap
         self.forget()
         if overlap:
             raise ObservationError(
@@ -73,16 +90,16 @@ class MicroBatchNorms:
                 "forward), so the squares cannot be added up: measure with method='hook' under DDP, or add the "
                 "losses and call backward() once"
             )
-        if len(seen) != len(weights) or not all(seen):
+        if len(seen) != len(weights):
             raise ObservationError(
-                f"{len(weights)} micro-batches were announced but gradients of {sum(map(bool, seen))} were seen: "
+                f"{len(weights)} micro-batches were announced but gradients of {len(seen)} were seen: "
                 "each forward pass in training mode needs its backward pass before the step is closed"
             )
         total = self._zero.expand(self._groups.num_entries)
-        for norms, weight in zip(seen, weights, strict=True):
-            total = total + self._groups.squares(norms, zero=self._zero) / weight
+        for squares, weight in zip(seen, weights, strict=True):
+            total = total + squares / weight
         return total
 
     def forget(self) -> None:
         """Drop what was seen."""
-        self._micro_batches, self._current, self._overlap = [], None, False
+        self._squares, self._last, self._current, self._overlap = [], None, None, False

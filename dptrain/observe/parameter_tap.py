@@ -14,6 +14,7 @@ from dptrain.observe.geometry import Geometry, PlainGeometry
 from dptrain.observe.groups import Groups
 from dptrain.observe.micro_batches import MicroBatchNorms
 from dptrain.observe.stopwatch import Stopwatch
+from dptrain.observe.tap import unhook
 
 
 class ParameterTap:
@@ -51,8 +52,8 @@ class ParameterTap:
     def listen(self, *, on: bool) -> None:
         """Put the hooks on the parameters, or take them off."""
         began = self.stopwatch.start()
-        for handle in self._handles:
-            handle.remove()
+        for parameter, handle in zip(self._watched, self._handles, strict=False):
+            unhook(parameter, handle)
         self._handles.clear()
         if on:
             self._handles = [

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dptrain.observe.stopwatch import Stopwatch
 
@@ -51,3 +52,13 @@ class Tap(Protocol):
 
     def remove(self) -> None:
         """Let go of the model."""
+
+
+def unhook(parameter: nn.Parameter, handle: RemovableHandle) -> None:
+    """Take a tensor hook off a parameter, and with the last one torch's call into Python, which it would leave behind.
+
+    Over an empty set of hooks that call still costs 1.5 µs per parameter and backward pass.
+    """
+    handle.remove()
+    if not parameter._backward_hooks:  # noqa: SLF001 - torch has no other way to get rid of it
+        parameter._backward_hooks = None  # noqa: SLF001 - as above

@@ -15,6 +15,7 @@ from dptrain.errors import ObservationError
 from dptrain.noise import Smoothing, SquaredNorms, noise_scale, smoothed, unbiased_moments
 from dptrain.noise.smoothing import MomentSums
 from dptrain.observe import DdpTap, Meter, ParameterTap
+from dptrain.observe.geometry import PlainGeometry
 from tests.replicas import run_replicas
 
 STEPS, ACCUMULATION, MICRO = 6, 3, 5
@@ -339,8 +340,73 @@ def test_remove_leaves_the_model_as_it_was():
     one_process_steps(meter, model, [(4, 4)])
     meter.remove()
     assert not model._forward_pre_hooks
-    assert all(not p._backward_hooks for p in model.parameters())
+    assert all(p._backward_hooks is None for p in model.parameters())
     assert meter.read().num_steps == 1
+
+
+def test_between_measured_steps_only_the_users_hooks_are_left():
+    """A step that is not measured calls no Python in its backward pass but what the user put there, which stays."""
+    model = make_model()
+    seen = []
+    with dptrain.attach(model, every=2) as meter:
+        handle = model.head.weight.register_hook(seen.append)
+        one_process_steps(meter, model, [(4, 4)])
+        assert not meter.measuring
+        assert [name for name, p in model.named_parameters() if p._backward_hooks is not None] == ["head.weight"]
+        one_process_steps(meter, model, [(4, 4), (4, 4)])
+        assert len(seen) == 2 + 2 + 2
+        assert meter.read().num_steps == 2
+        handle.remove()
+
+
+class RecordingGeometry(PlainGeometry):
+    """Notes where norms are written."""
+
+    def __init__(self):
+        self.places = []
+
+    def norm(self, index, grad, *, out=None):
+        norm = super().norm(index, grad, out=out)
+        self.places.append((index, norm.data_ptr()))
+        return norm
+
+
+def test_norms_are_written_to_the_same_places():
+    """No scalar is allocated among the gradients of a backward pass once there is one for each parameter."""
+    model, geometry = make_model(), RecordingGeometry()
+    tap = ParameterTap(model.parameters(), geometry=geometry)
+    meter = Meter(model.parameters(), tap=tap, geometry=geometry)
+    for step in range(3):
+        for micro_step in range(2):
+            meter.begin(num_samples=MICRO)
+            (mean_loss(model, *micro_batch(step, micro_step, 0)) / 2).backward()
+        meter.step()
+        model.zero_grad()
+    # The tied weight, the bias of the second layer, and two parameters of the head.
+    assert len(geometry.places) == 3 * 2 * 4
+    assert len(set(geometry.places)) == 4
+
+
+def test_a_model_may_change_its_precision_under_the_meter():
+    """Norms in double precision get places of their own, and are those that a meter of a double model tells."""
+    model = make_model()
+    with dptrain.attach(model, every=1) as meter:
+        fresh = meter.state_dict()
+        one_process_steps(meter, model, [(4, 4)])
+        model.double()
+        meter.load_state_dict(fresh)
+        pairs = [double_step(meter, model), double_step(dptrain.attach(model, every=1), model)]
+    assert pairs[0] == pairs[1]
+
+
+def double_step(meter, model):
+    for micro_step in range(2):
+        x, y = micro_batch(1, micro_step, 0)
+        (((model(x.double()) - y.double()) ** 2).sum(1).mean() / 2).backward()
+    meter.step()
+    model.zero_grad()
+    pair = meter.read()
+    return pair.noise_trace, pair.grad_sq_norm
 
 
 def refuse_plain_module(rank, world_size):
