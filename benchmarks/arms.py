@@ -337,8 +337,9 @@ def _absent_row(name: str, *, case: Case, reason: str) -> dict[str, Any]:
 class _Ratio:
     """Time to that of the bare arms in the same round: the median over rounds and what chance leaves of it.
 
-    Of an arm that measures every k-th of its steps it is the mean of two medians, of the steps that are measured, which
-    counts 1/k, and of the others: the median of all would never see the few.
+    Of an arm that measures every k-th of its steps it is the mean of three medians: of the steps that are measured and
+    of those before them, at whose end hooks are put on, which count 1/k each, and of the others. The median of all
+    would never see the few, and timed at a shorter interval than k it would see too much of them.
     """
 
     median: float
@@ -350,20 +351,23 @@ class _Ratio:
     def of(cls, name: str, *, turns: Turns, seconds: Callable[[Turn], float], every: int = 1) -> _Ratio:
         """Divide by the mean of both bare arms, whose chance is smaller; one of them by the other."""
         references = (BARE,) if name == AGAIN else (BARE, AGAIN)
-        ratios: dict[bool, list[float]] = {True: [], False: []}
-        for turn, *bare in zip(turns[name], *(turns[reference] for reference in references), strict=True):
+        ratios: dict[str, list[float]] = {"measured": [], "before": [], "other": []}
+        following = [*turns[name][1:], None]
+        for turn, after, *bare in zip(turns[name], following, *(turns[other] for other in references), strict=True):
             if turn is not None:
+                before = after is not None and after.measured
+                kind = "measured" if turn.measured else "before" if before else "other"
                 reference_s = statistics.fmean(seconds(other) for other in bare if other is not None)
-                ratios[turn.measured].append(seconds(turn) / reference_s)
-        kinds = [found for found in ratios.values() if found]
-        num_rounds = sum(map(len, kinds))
-        shares = [1 / every, 1 - 1 / every] if len(kinds) > 1 else [1.0]
-        low, _, high = _quartiles([ratio for found in kinds for ratio in found])
+                ratios[kind].append(seconds(turn) / reference_s)
+        shares = {kind: 1 / every for kind in ("measured", "before") if ratios[kind]}
+        shares["other"] = 1 - sum(shares.values())
+        kinds = [(shares[kind], found) for kind, found in ratios.items() if found]
+        low, _, high = _quartiles([ratio for _, found in kinds for ratio in found])
         return cls(
-            median=sum(share * statistics.median(found) for share, found in zip(shares, kinds, strict=True)),
-            error=math.hypot(*(share * _error(found) for share, found in zip(shares, kinds, strict=True))),
+            median=sum(share * statistics.median(found) for share, found in kinds),
+            error=math.hypot(*(share * _error(found) for share, found in kinds)),
             quartiles=(low, high),
-            num_rounds=num_rounds,
+            num_rounds=sum(len(found) for _, found in kinds),
         )
 
 

@@ -39,7 +39,7 @@ _JUDGED = "12M heavy"
 
 
 FULL = Limits(seconds=40, error=0.0025, longest_s=300)
-WHERE_JUDGED = Limits(seconds=480, error=0.0025, longest_s=600, others_every=2)
+WHERE_JUDGED = Limits(seconds=600, error=0.0025, longest_s=1200, others_every=2)
 QUICK = Limits(seconds=1, fewest_rounds=2, longest_warm_up=16)
 
 

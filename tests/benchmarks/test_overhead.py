@@ -88,6 +88,14 @@ def test_steps_that_are_measured_count_by_their_share():
     assert (ratio.median, ratio.error, ratio.num_rounds) == (1.25, 0, 8)
 
 
+def test_the_step_before_a_measured_one_counts_by_its_share():
+    """Hooks are put on at its end: half a step more, once in ten steps, and a step more for the measured one: 1.15."""
+    bare = [turn(1.0)] * 16
+    turns = {"bare": bare, "bare again": bare, "x": [turn(2.0, measured=True), turn(1), turn(1), turn(1.5)] * 4}
+    ratio = arms._Ratio.of("x", turns=turns, every=10, seconds=lambda turn: turn.wall_s)
+    assert ratio.median == pytest.approx(1.15)
+
+
 @pytest.mark.parametrize(
     ("num_rounds", "passed_s", "error", "met"),
     [
