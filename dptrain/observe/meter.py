@@ -29,7 +29,7 @@ LossScale = Callable[[], float | Tensor]
 _NUM_TIMINGS = 3
 _UNSEEN = {"cpu": 1.2}
 """What measuring costs to what its own clock shows, by kind of device: on a CPU the norms push from the caches what the
-model's kernels then fetch again (1.04 to 1.22 over the models of `benchmarks.overhead` in one process)."""
+model's kernels then fetch again. In trials over the models of `benchmarks.overhead` it was 1.04 to 1.22."""
 _MAX_SIZE_VECTORS = 64
 
 

@@ -11,6 +11,7 @@ import dptrain
 from dptrain.errors import ObservationError
 from dptrain.noise import Smoothing, SquaredNorms, noise_scale, smoothed, unbiased_moments
 from dptrain.noise.smoothing import MomentSums
+from dptrain.observe.geometry import AdamGeometry
 from dptrain.observe.groups import REST, resolve_groups
 from tests.observe.plain import (
     ACCUMULATION,
@@ -161,6 +162,25 @@ def test_adams_geometry_is_that_of_its_state_before_the_step(amsgrad):
         assert dropped == 2
         assert geometry == "adam"
         assert all(name.startswith("gns/adam/") for name in names)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_adams_norm_has_at_least_single_precision(dtype):
+    """With parameters, gradients and Adam's state in any precision, before it has a state and after."""
+    model = make_model().to(dtype)
+    optimizer = torch.optim.AdamW(trained(model), lr=0.01)
+    geometry = AdamGeometry(trained(model), optimizer=optimizer)
+    grad = torch.ones_like(trained(model)[0])
+    out = None
+    for _ in range(2):
+        geometry.open()
+        out = geometry.norm(0, grad, out=out)
+        assert out.dtype == torch.promote_types(dtype, torch.float32)
+        for p in trained(model):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    # The bias-corrected second moment of ones is 1.
+    assert float(out) == pytest.approx(grad.numel() ** 0.5, rel=0.02)
 
 
 def test_adams_geometry_needs_adam():
