@@ -19,10 +19,8 @@ _STEPS_BETWEEN_EVALUATIONS = 4
 _PATIENCE = 1.25
 """A run is given up once it took that many times the steps of the best one of its search, with a further seed twice as
 many, since seeds scatter."""
-_RIVAL = 1.2
-"""Rates that come that near to the best one, which is as far as seeds scatter, are run with further seeds."""
 SEARCH_SEEDS = (0, 1000, 2000)
-"""Of all searches: no arm is judged by the runs that chose its rate."""
+"""Of all searches, on the best rate and its neighbours: no arm is judged by the runs that chose its rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,17 +131,17 @@ class Search:
     Attributes:
         best: the rate that was best; None where none reached the target.
         finishes: of each rate that was tried.
-        seconds_of_rivals: spent with further seeds.
+        seconds_of_further_seeds: spent on the best rate and its neighbours.
     """
 
     best: float | None
     finishes: Mapping[float, Finish]
-    seconds_of_rivals: float = 0.0
+    seconds_of_further_seeds: float = 0.0
 
     @property
     def seconds(self) -> float:
         """Seconds of training in all of it, runs that were given up included."""
-        return sum(map(_seconds, self.finishes.values())) + self.seconds_of_rivals
+        return sum(map(_seconds, self.finishes.values())) + self.seconds_of_further_seeds
 
     @property
     def end(self) -> Mark:
@@ -164,8 +162,9 @@ def search_rate(
 ) -> Search:
     """Find the learning rate of least cost to the target, on a grid of factors of two that widens at its edge.
 
-    At least four rates are tried, and the best one has a worse one on both sides. Where another comes near to it, both
-    are run with further seeds, and the mean cost decides.
+    At least four rates are tried, and the best one has a worse one on both sides. Those of the three that arrived are
+    run with further seeds, and the one whose slowest seed costs least is taken: a rate on the brink of failing is as
+    fast as any with most seeds, so that neither one run nor a mean tells it from a good one.
 
     Args:
         race_at: (rate, steps after which to give up, seed) → race.
@@ -191,15 +190,13 @@ def search_rate(
     tried = {start * 2.0**at: finish for at, finish in finishes.items()}
     if costs[best] == math.inf:
         return Search(best=None, finishes=tried)
-    rivals = {at: first for at, first in costs.items() if first <= _RIVAL * costs[best]}
-    if len(rivals) > 1:
-        sums = dict(rivals)
-        for seed in SEARCH_SEEDS[1:]:
-            for at in sorted(rivals):
-                finish, again = run_at(at, seed)
-                seconds, sums[at] = seconds + _seconds(finish), sums[at] + again
-        best = best if min(sums.values()) == math.inf else _cheapest(sums)
-    return Search(best=start * 2.0**best, finishes=tried, seconds_of_rivals=seconds)
+    slowest = {at: costs[at] for at in (best - 1, best, best + 1) if costs[at] < math.inf}
+    for seed in SEARCH_SEEDS[1:] if len(slowest) > 1 else ():
+        for at in [at for at, most in slowest.items() if most < math.inf]:
+            finish, again = run_at(at, seed)
+            seconds, slowest[at] = seconds + _seconds(finish), max(slowest[at], again)
+    best = best if min(slowest.values()) == math.inf else _cheapest(slowest)
+    return Search(best=start * 2.0**best, finishes=tried, seconds_of_further_seeds=seconds)
 
 
 def _next_rate(costs: Mapping[int, float]) -> int | None:

@@ -105,10 +105,10 @@ _RUNS = """\
 dptrain {dptrain} on torch {torch} and Python {python}: two gloo replicas of one thread each on {cpu_count} cores of
 {processor}. Task `{task}` ({options}), target: a held-out loss of {target:g}. The fixed batches are plain runs in
 which nothing is measured (`control.mode=off`), each at its own learning rate: the best of at least four on a grid of
-factors of two, widened until the best one has a worse one on both sides, with a seed of its own; rates that come within
-20 % of the best are run with two further seeds, and the mean decides. The adaptive runs have
-dptrain's default law and rule. They have one search among them, from the task's default batch ({default_batch}); 16
-times below and above the best fixed one of the searches they start with the rate found there, as
+factors of two, widened until the best one has a worse one on both sides, with a seed of its own; the best one and its
+neighbours, where they arrived, are run with two further seeds, and the one whose slowest seed is fastest is taken. The
+adaptive runs have dptrain's default law and rule. They have one search among them, from the task's default batch
+({default_batch}); 16 times below and above the best fixed one of the searches they start with the rate found there, as
 `optimizer.reference_batch_size` hands it over. Runs of a search are given up at 1.25 times the steps of its best one,
 an adaptive one at 2.5 times, and with a further seed at twice that. All arms are then run with {num_seeds} more seeds,
 seed by seed, in an order that changes, those whose batch is not fixed for at most twice the seconds of the best search.

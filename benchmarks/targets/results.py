@@ -204,12 +204,17 @@ def _shape(shape: tuple[int, int]) -> StepShape:
 
 
 def loss_gaps(outcome: Outcome) -> list[float]:
-    """Return by how much the adaptive run's loss is above the target where the best fixed run of the seed has it."""
+    """Return by how much the adaptive run's loss is above the target where the best fixed run of the seed has it.
+
+    A run that was over by then, at the target with fewer samples, counts by its last loss, which is no better than what
+    it would have had; one that was given up before both counts as infinitely far.
+    """
     found = []
     for seed, end in outcome.ends(fixed_name(outcome.best)).items():
         finish = outcome.finishes.get(ADAPTIVE, {}).get(seed)
-        if finish is not None and finish.end is not None and finish.marks[-1].samples >= end.samples:
-            found.append(loss_at(finish, end.samples) - outcome.contest.target)
+        if finish is not None:
+            is_known = finish.end is not None or any(mark.samples >= end.samples for mark in finish.marks)
+            found.append(loss_at(finish, end.samples) - outcome.contest.target if is_known else math.inf)
     return found
 
 
