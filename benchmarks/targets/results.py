@@ -42,6 +42,7 @@ class Outcome:
         searches_in_vain: those of fixed batches that no rate brought to the target.
         adaptive_search: of the adaptive runs, from the default batch; all starts take what it found.
         finishes: by arm and seed.
+        step_s: the time of a step of the fixed batches, by (micro-batch, accumulation steps), timed in turns.
         rates: learning rate of each arm, at the batch that it is for.
         absent: arms that could not run, and why.
     """
@@ -51,6 +52,7 @@ class Outcome:
     searches_in_vain: Mapping[int, Search]
     adaptive_search: Search
     finishes: Mapping[str, Mapping[int, Finish]]
+    step_s: Mapping[tuple[int, int], float]
     rates: Mapping[str, float]
     absent: Mapping[str, str]
 
@@ -179,14 +181,9 @@ def adaptdl_ratio(outcome: Outcome) -> float:
 
 
 def step_time_errors(outcome: Outcome) -> list[float]:
-    """Return how far off the time of each shape of the fixed runs is predicted from all the other shapes."""
-    times: dict[tuple[int, int], list[float]] = {}
-    for batch in outcome.searches:
-        for finish in outcome.finishes.get(fixed_name(batch), {}).values():
-            for shape, seconds in finish.step_s.items():
-                times.setdefault(shape, []).append(statistics.median(seconds))
-    typical = {shape: statistics.median(seconds) for shape, seconds in times.items()}
-    return [abs(_predicted(shape, typical) / seconds - 1) for shape, seconds in typical.items()]
+    """Return how far off the time of each shape of the fixed batches is predicted from all the other shapes."""
+    times = outcome.step_s
+    return [abs(_predicted(shape, times) / seconds - 1) for shape, seconds in times.items()]
 
 
 def _predicted(unseen: tuple[int, int], typical: Mapping[tuple[int, int], float]) -> float:

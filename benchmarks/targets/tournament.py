@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from benchmarks.targets import adaptdl_policy
 from benchmarks.targets.contest import SEARCH_SEEDS, Contest, Run, Search, search_rate
@@ -27,9 +30,12 @@ _FAR = 16
 """How many times too small and too large the batches are at which adaptive runs begin."""
 _SMALLEST_START = 4
 _SMITH_STAGES = 4
+_TURNS_PER_SEED = 3
+_STEPS_OF_A_TURN = 80
 _PATIENCE = 2
 """A run whose batch is not fixed is given up once it took that many times the seconds of the best fixed one."""
 
+_T = TypeVar("_T")
 Tell = Callable[[str], None]
 """Is told how far the work is."""
 
@@ -81,15 +87,36 @@ def hold(contest: Contest, *, num_seeds: int, tell: Tell) -> Outcome:
                 if name not in map(fixed_name, searches):
                     race = dataclasses.replace(race, most_seconds=_PATIENCE * searches[best].end.seconds)
                 finishes[name][seed] = run(race)
+        tell("the time of a step")
+        step_s = _step_times(contest, searches, num_turns=_TURNS_PER_SEED * num_seeds, run=pair.run)
     return Outcome(
         contest=contest,
         searches=searches,
         searches_in_vain={batch: found for batch, found in swept.items() if found.best is None},
         adaptive_search=adaptive,
         finishes=finishes,
+        step_s=step_s,
         rates={name: arm.learning_rate for name, arm in arms.items()},
         absent=absent,
     )
+
+
+def _step_times(
+    contest: Contest, searches: Mapping[int, Search], *, num_turns: int, run: Run
+) -> dict[tuple[int, int], float]:
+    """Return the time of a step by (micro-batch, accumulation steps), the median over short turns of all batches.
+
+    In the races a shape is run for minutes on end, and on a machine whose speed wanders by tens of per cent each of
+    them would be timed at another speed.
+    """
+    times: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for turn in range(num_turns):
+        for batch in _turned(list(searches), turn):
+            rate = searches[batch].rate
+            finish = run(contest.fixed(batch, learning_rate=rate, seed=turn, most_steps=_STEPS_OF_A_TURN))
+            for shape, seconds in finish.step_s.items():
+                times[shape].append(statistics.median(seconds))
+    return {shape: statistics.median(seconds) for shape, seconds in times.items()}
 
 
 def _told(run: Run, tell: Tell) -> Run:
@@ -133,8 +160,8 @@ def _seconds(end: Mark) -> float:
     return end.seconds
 
 
-def _turned(names: Sequence[str], seed: int) -> list[str]:
-    """Return the names in an order that changes from seed to seed."""
+def _turned(names: Sequence[_T], seed: int) -> list[_T]:
+    """Return the names, or batches, in an order that changes from seed to seed."""
     shift = seed * len(names) // 3 % max(len(names), 1)
     return [*names[shift:], *names[:shift]]
 

@@ -71,7 +71,7 @@ class ControlConfig:
     Default: 3 for adamw, 1 for sgd."""
     margin: float | None = None
     """Factor on the critical batch for law=goodput: a batch too small for its rate lowers the noise scale that is
-    measured, and so confirms itself. Default: 2 for adamw, 1 for sgd."""
+    measured, and so confirms itself. Default: 1.5 for adamw, 1 for sgd."""
     samples_per_step: float | None = None
     """Samples that one optimizer step fewer is worth, for law=exchange_rate."""
     tolerance: float | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.targets import page, results
+from benchmarks.targets import page, results, tournament
 from benchmarks.targets.contest import Search, contests, search_rate
 from benchmarks.targets.quadratics import DAMPED, SampledDamped, drive, first_batch, law_of, timed
 from benchmarks.targets.racing import Finish, Mark
@@ -160,6 +160,24 @@ def test_what_is_best_is_judged_seed_by_seed():
     assert "10% fewer seconds than the best fixed batch (128)" in page.note(outcome, figures)
 
 
+def test_steps_are_timed_in_turns():
+    """A slow spell of the machine is shorter than the turns of all batches together, and does not count."""
+    outcome, asked = make_outcome(adaptive=0.9), []
+
+    def run(race):
+        batch = race.settings["global_batch_size"]
+        asked.append(batch)
+        slowness = 3.0 if 4 <= len(asked) < 7 else 1.0
+        seconds = slowness * (0.001 + 1e-5 * batch)
+        return Finish(end=None, reason="", marks=[], rows=[], step_s={(batch // 2, 1): [seconds, seconds, 9.0]})
+
+    step_s = tournament._step_times(outcome.contest, outcome.searches, num_turns=6, run=run)
+    assert step_s == pytest.approx(outcome.step_s)
+    assert asked[:3] != asked[3:6]
+    assert set(asked[:3]) == set(asked[3:6]) == set(STEPS)
+    assert results.figures(replace(outcome, step_s=step_s))["step_time_error"] < 0.01
+
+
 def test_adaptdl_that_was_given_up_counts_up_to_there():
     """Its seconds until then are the least that it would have needed: the ratio to them is the most that it can be."""
     outcome = make_outcome(adaptive=0.9)
@@ -207,8 +225,7 @@ def test_a_run_that_does_not_arrive_is_not_hidden():
 def arrived(steps, *, batch=1, seconds=None):
     end = Mark(steps=steps, samples=steps * batch, seconds=steps / 1000 if seconds is None else seconds, loss=0.017)
     row = {"step": 1, "progress/samples": batch, "batch/global": batch, "train/lr": 0.1, "gns/b_simple": 100.0}
-    times = {(batch // 2, 1): [0.001 + 1e-5 * batch] * 3}
-    return Finish(end=end, reason="", marks=[end], rows=[row, row], step_s=times)
+    return Finish(end=end, reason="", marks=[end], rows=[row, row], step_s={})
 
 
 def make_outcome(*, adaptive):
@@ -235,6 +252,7 @@ def make_outcome(*, adaptive):
         searches_in_vain={16: Search(best=None, finishes={0.1: replace(arrived(6_000), end=None)})},
         adaptive_search=Search(best=0.1, finishes={0.1: arrived(1_000)}),
         finishes=finishes,
+        step_s={(batch // 2, 1): 0.001 + 1e-5 * batch for batch in STEPS},
         rates=dict.fromkeys(finishes, 0.1),
         absent={ADAPTDL: "not installed"},
     )
