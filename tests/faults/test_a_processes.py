@@ -270,7 +270,8 @@ def fail_in_loss(fault):
 
 def crash(folder, faults):
     config = settings_file(folder, task=f"{__file__}:faulty", max_samples=600)
-    with running(folder / "log", "--config", config, micro_step_s=0.01, TEST_FAULTS=faults) as run:
+    # Each attempt ends after nine micro-steps, in which a new checkpoint must have been written on a busy machine, too.
+    with running(folder / "log", "--config", config, micro_step_s=0.03, TEST_FAULTS=faults) as run:
         return run.end()
 
 
