@@ -246,10 +246,10 @@ def fail_in_model(*_):
 
 
 def faulty_loss(model, batch):
-    """Be slow_loss for nine times."""
+    """Be slow_loss for so long that two saves are due: the second waits until the first is written, however slow."""
     attempt_number = int(os.environ["DPTRAIN_ATTEMPT"])
     armed["calls"] += model.training
-    if os.environ["TEST_FAULTS"] == "each" and os.environ["RANK"] == "1" and armed["calls"] > 9:
+    if os.environ["TEST_FAULTS"] == "each" and os.environ["RANK"] == "1" and armed["calls"] > 17:
         armed["fault"] = FAULTS[attempt_number] if attempt_number < len(FAULTS) else None
         fail_in_loss(armed["fault"])
     return slow_loss(model, batch)
@@ -270,8 +270,7 @@ def fail_in_loss(fault):
 
 def crash(folder, faults):
     config = settings_file(folder, task=f"{__file__}:faulty", max_samples=600)
-    # Each attempt ends after nine micro-steps, in which a new checkpoint must have been written on a busy machine, too.
-    with running(folder / "log", "--config", config, micro_step_s=0.03, TEST_FAULTS=faults) as run:
+    with running(folder / "log", "--config", config, micro_step_s=0.01, TEST_FAULTS=faults) as run:
         return run.end()
 
 
