@@ -20,6 +20,8 @@ from dptrain.control.limit import (
     Ladder,
     Limits,
     MaxChange,
+    Probe,
+    ProbeState,
     Rounding,
     limited,
 )
@@ -54,6 +56,8 @@ __all__ = [
     "NoiseLaw",
     "NormTestLaw",
     "PolluxLaw",
+    "Probe",
+    "ProbeState",
     "Ramp",
     "Rounding",
     "RuleName",

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from dptrain.control.base import Controller, Decision, Measurement, State
 from dptrain.errors import CheckpointError, ConfigError
@@ -33,15 +33,18 @@ class Limits:
     """Samples that must pass after the start or a change before the next one."""
     dwell_decisions: int = 0
     """Measured decisions that must pass after the start or a change before the next one."""
+    probe_steps: int = 0
+    """Measured steps for which the double is tried, at least, where the batch has stayed for four times as many; 0: it
+    is not tried."""
 
 
 def limited(law: Controller, *, quantum: int, limits: Limits) -> Controller:
     """Wrap `law` in all of `limits`, in the order in which they may overrule each other.
 
-    Law → dead band → growth alone → dwell → rounding → largest change → bounds: the further out, the harder.
+    Law → dead band → probe → growth alone → dwell → rounding → largest change → bounds: the further out, the harder.
     So the result is always a rung of the ladder within the bounds, and what is wise yields to what runs. From a batch
     on the ladder and within the bounds, every limit holds at once; from one that is not (a run resumed on other
-    hardware), the outer ones go first. On a measurement that stays the same the batch never turns back.
+    hardware), the outer ones go first. On a measurement that stays the same the batch turns back from a probe alone.
 
     Args:
         law: what to limit.
@@ -62,6 +65,8 @@ def limited(law: Controller, *, quantum: int, limits: Limits) -> Controller:
     controller = law
     if limits.dead_band is not None:
         controller = DeadBand(controller, ratio=limits.dead_band)
+    if limits.probe_steps:
+        controller = Probe(controller, steps=limits.probe_steps, largest=largest)
     if limits.grow_only_samples:
         controller = GrowOnly(controller, samples=limits.grow_only_samples)
     if limits.dwell_samples or limits.dwell_decisions:
@@ -268,6 +273,20 @@ class MaxChange(_Limit):
         return _changed(asked, batch, why=why)
 
 
+Remembering = TypeVar("Remembering", bound="DwellState | ProbeState")
+
+
+def _restored(kind: type[Remembering], record: Mapping[str, Any], *, inner: Controller, memory: str) -> Remembering:
+    """Return the saved state of a limit that remembers something of its own round that of `inner`."""
+    names = {field.name for field in fields(kind)}
+    if set(record) != names:
+        raise CheckpointError(
+            f"the saved controller does not remember {memory} ({', '.join(sorted(names ^ set(record)))}): "
+            "resume with the controller settings of the saved run"
+        )
+    return kind(**{**record, "inner": inner.restore(record["inner"])})
+
+
 _NEAR = 2.0
 """Ratio of batches up to which a change waits for all of its decisions."""
 _FEWEST_TO_SHRINK = 2
@@ -325,13 +344,7 @@ class DwellTime:
 
     def restore(self, record: Mapping[str, Any]) -> DwellState:
         """Return the saved state."""
-        names = {field.name for field in fields(DwellState)}
-        if set(record) != names:
-            raise CheckpointError(
-                f"the saved controller does not remember its dwell time ({', '.join(sorted(names ^ set(record)))}): "
-                "resume with the controller settings of the saved run"
-            )
-        return DwellState(**{**record, "inner": self.inner.restore(record["inner"])})
+        return _restored(DwellState, record, inner=self.inner, memory="its dwell time")
 
     def update(self, state: State, measurement: Measurement) -> tuple[DwellState, Decision]:
         """Ask the controller inside, and keep the present batch while it is too new."""
@@ -360,3 +373,83 @@ class DwellTime:
         if ratio > 1:
             return math.ceil(max(share, _LEAST_TO_GROW) * self.decisions)
         return max(math.ceil(share * self.decisions), min(_FEWEST_TO_SHRINK, self.decisions))
+
+
+_SHARE_OF_THE_RUN = 1 / 6
+"""Of the steps before a probe: as long as it lasts, after which the memory is mostly of the double."""
+_PAUSE = 4
+"""Lengths of a probe for which a batch stays before the first one."""
+_LONGER = 3
+"""Factor on the pause after a probe in vain: where all are, they take a tenth to a fifth of a long run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeState(State):
+    """What `Probe` remembers.
+
+    Attributes:
+        inner: state of the controller inside.
+        pause: measured steps at one batch before the next probe.
+        global_batch_size: batch in force at the last decision; None before the first.
+        since: measured steps of the run at the first decision with that batch.
+        origin: batch whose double was asked for, while it is in force or not granted yet; else None.
+    """
+
+    inner: State
+    pause: int
+    global_batch_size: int | None = None
+    since: int = 0
+    origin: int | None = None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Tries the double where a batch has stayed for long, and keeps it if the controller is content there, too.
+
+    The noise scale that is measured grows with the batch, for a part of |G|² is what the last steps have shaken up
+    (McCandlish et al. 2018, appendix C). So more than one batch can be right by its own measurement, and a run that
+    comes from below stays at the lowest. A probe is held for as long as the memory of the noise scale needs to be
+    mostly of the double; then the controller decides. Where it turns back, then or later, the next pause is three times
+    as long, so that probes in vain grow ever more seldom. Tried in docs/decisions/0023-a-probe-of-the-double.md.
+
+    Attributes:
+        inner: the controller that decides whether to stay.
+        steps: measured steps that a probe lasts, at least; the first one begins after four times as many at one batch.
+        largest: batch that no probe goes beyond.
+    """
+
+    inner: Controller
+    _: KW_ONLY
+    steps: int
+    largest: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"probe_steps must be at least 1, or 0 for no probes, got {self.steps}")
+
+    def init(self) -> ProbeState:
+        """Return the state before the first decision."""
+        return ProbeState(inner=self.inner.init(), pause=_PAUSE * self.steps)
+
+    def restore(self, record: Mapping[str, Any]) -> ProbeState:
+        """Return the saved state."""
+        return _restored(ProbeState, record, inner=self.inner, memory="its probes")
+
+    def update(self, state: State, measurement: Measurement) -> tuple[ProbeState, Decision]:
+        """Ask the controller inside; where it has long been content, ask for the double, and hold that for a while."""
+        assert isinstance(state, ProbeState), f"Probe was given a {type(state).__name__}"
+        present, measured = measurement.global_batch_size, measurement.noise_scale.num_steps
+        inner, asked = self.inner.update(state.inner, measurement)
+        since = state.since if present == state.global_batch_size else measured
+        steps = measured - since
+        origin = state.origin if state.origin is not None and present == 2 * state.origin else None
+        after = replace(state, inner=inner, global_batch_size=present, since=since, origin=origin)
+        if origin is not None:
+            if asked.global_batch_size <= present and steps < max(self.steps, round(_SHARE_OF_THE_RUN * since)):
+                return after, _changed(asked, present, why=f"step {steps} of a probe of the double of {origin}")
+            if asked.global_batch_size < present:
+                return replace(after, pause=_LONGER * state.pause, origin=None), asked
+        if asked.global_batch_size != present or steps < state.pause or 2 * present > self.largest:
+            return after, asked
+        why = f"{steps} steps at {present}, so a probe of the double"
+        return replace(after, origin=present), _changed(asked, 2 * present, why=why)

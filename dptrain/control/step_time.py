@@ -183,6 +183,11 @@ class StepTimes:
         after = replace(known.timed(seconds), latest=num_steps)
         return StepTimes(shapes=(*others, after)[-_MOST_SHAPES:], num_steps=num_steps)
 
+    @property
+    def has_just_settled(self) -> bool:
+        """Whether the present shape counts from the latest step on."""
+        return bool(self.shapes) and len(self.shapes[-1].seconds) == _FEWEST_SECONDS
+
     def model(self) -> StepTimeModel | None:
         """Return what the steps on the present number of replicas say; None before a shape has settled."""
         return self._model(self.shapes[-1].shape.world_size) if self.shapes else None

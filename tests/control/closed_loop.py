@@ -29,7 +29,7 @@ def draw(rng, *, phi, batch, num_small=2, dimensions=50):
     return Moments(noise_trace=trace, grad_sq_norm=grad, num_samples=batch)
 
 
-def closed_loop(law, *, phi_at, batch, seed, steps=600, every=10, num_small=2, limits=LIMITS, seconds=None):
+def closed_loop(law, *, phi_at, batch, seed, steps=600, every=10, num_small=2, limits=LIMITS, seconds=None, heat=None):
     """Return the batch after each step of a run under `law`.
 
     Args:
@@ -42,6 +42,7 @@ def closed_loop(law, *, phi_at, batch, seed, steps=600, every=10, num_small=2, l
         num_small: small batches of a step.
         limits: round the law.
         seconds: true time of a step's shape, to which 10 % of noise and 5 % of stragglers are added; None: not timed.
+        heat: factor on the true noise scale at a batch; None: it does not depend on the batch.
     """
     rng = random.Random(seed)  # noqa: S311 - a simulation
     smoothing, sums, times = Smoothing(), MomentSums(), StepTimes()
@@ -50,6 +51,7 @@ def closed_loop(law, *, phi_at, batch, seed, steps=600, every=10, num_small=2, l
     for step in range(steps):
         phi = phi_at(step)
         if phi is not None:
+            phi *= 1 if heat is None else heat(batch)
             sums = smoothing.update(sums, draw(rng, phi=phi, batch=batch, num_small=num_small))
         if seconds is not None:
             shape = layout(batch)

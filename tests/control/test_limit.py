@@ -2,8 +2,8 @@
 
 import json
 import math
-from dataclasses import replace
-from itertools import chain, pairwise
+from dataclasses import dataclass, field, replace
+from itertools import chain, groupby, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -14,22 +14,27 @@ from dptrain.control import (
     Bounds,
     Constant,
     DeadBand,
+    Decision,
     DwellTime,
     Ladder,
     Limits,
     MaxChange,
     Measurement,
     NoiseLaw,
+    Probe,
     Rounding,
     limited,
     state_to_json,
 )
-from dptrain.errors import ConfigError
+from dptrain.control.base import Law
+from dptrain.errors import CheckpointError, ConfigError
 from dptrain.noise import SmoothedMoments, noise_scale
 
 
-def measured(batch, *, lower=0.0, samples_seen=0):
-    phi = SimpleNamespace(bounds=lambda _z: (lower, math.inf), contrast=lambda phi: 2.0 * (phi < lower))
+def measured(batch, *, lower=0.0, samples_seen=0, num_steps=0):
+    phi = SimpleNamespace(
+        bounds=lambda _z: (lower, math.inf), contrast=lambda phi: 2.0 * (phi < lower), num_steps=num_steps
+    )
     return Measurement(samples_seen=samples_seen, global_batch_size=batch, noise_scale=phi)
 
 
@@ -148,6 +153,100 @@ def test_a_run_may_begin_with_growth_alone():
         assert ("first 100 samples" in decision.reason) == (present == expected)
 
 
+@dataclass(frozen=True)
+class ByBatch(Law):
+    """Asks for what is written down for the batch in force; is content with one of which nothing is."""
+
+    asked: dict = field(default_factory=dict)
+
+    def decide(self, measurement):
+        present = measurement.global_batch_size
+        return Decision(global_batch_size=self.asked.get(present, present), reason="as written")
+
+
+def stays(controller, batch, *, decisions, before=0):
+    """Return [(batch, decisions for which it stays)] of a run that obeys, and that had measured `before` steps."""
+    state, batches = controller.init(), []
+    for step in range(decisions):
+        batches.append(batch)
+        state, decision = controller.update(state, measured(batch, num_steps=before + step))
+        batch = decision.global_batch_size
+    return [(batch, len(list(group))) for batch, group in groupby(batches)]
+
+
+def test_a_probe_in_vain_is_repeated_ever_more_seldom():
+    """The double is held for its time whatever the law says, and each pause is three times the last."""
+    controller = Probe(ByBatch({32: 16}), steps=29, largest=256)
+    expected = [(16, 117), (32, 30), (16, 349), (32, 84), (16, 1045), (32, 1)]
+    assert stays(controller, 16, decisions=1626) == expected
+
+
+def test_a_probe_that_finds_the_law_content_is_kept():
+    """What a probe has found stays, and the next one begins after the same pause, from there."""
+    controller = Probe(ByBatch({64: 32}), steps=5, largest=256)
+    assert stays(controller, 16, decisions=111) == [(16, 21), (32, 21), (64, 8), (32, 61)]
+    assert stays(Probe(ByBatch({32: 64}), steps=5, largest=64), 16, decisions=99) == [(16, 21), (32, 1), (64, 77)]
+
+
+def test_what_is_given_up_later_was_found_in_vain():
+    """Otherwise a law that is content with two batches for a while each would be taken to and fro for ever."""
+    law = ByBatch({})
+    controller = Probe(law, steps=5, largest=32)
+    state, batch, asked = controller.init(), 16, []
+    for step in range(200):
+        law.asked.update({32: 16} if step == 100 else {})
+        state, decision = controller.update(state, measured(batch, num_steps=step))
+        batch = decision.global_batch_size
+        asked.append(batch)
+    # Found at the 20th decision, left at the 100th, and tried again 60 decisions after the first one back at 16.
+    assert asked == [16] * 20 + [32] * 80 + [16] * 61 + [32] * 28 + [16] * 11
+
+
+def test_a_probe_lasts_until_the_memory_is_of_the_double():
+    """At least its steps, and a sixth of those that the run had measured when it began."""
+    for before, length in [(0, 5), (9, 5), (15, 6), (579, 100)]:
+        expected = [(16, 21), (32, length + 1), (16, 1)]
+        assert (
+            stays(Probe(ByBatch({32: 16}), steps=5, largest=256), 16, decisions=23 + length, before=before) == expected
+        )
+
+
+def test_no_probe_beyond_the_largest_batch_or_of_a_law_that_wants_another():
+    """Nothing is tried that would not run; a law that is held back by others is not content."""
+    assert stays(Probe(ByBatch(), steps=1, largest=31), 16, decisions=99) == [(16, 99)]
+    controller = Probe(ByBatch({16: 12}), steps=1, largest=256)
+    state = controller.init()
+    for step in range(99):
+        state, decision = controller.update(state, measured(16, num_steps=step))
+        assert decision.global_batch_size == 12
+
+
+def test_no_probe_where_nothing_is_measured():
+    """Steps that were not measured do not count: a probe would say nothing, and last for ever."""
+    controller = Probe(ByBatch(), steps=1, largest=256)
+    state = controller.init()
+    for _ in range(99):
+        state, decision = controller.update(state, measured(16, num_steps=7))
+        assert decision.global_batch_size == 16
+
+
+def test_a_probe_that_is_not_granted_is_asked_for_again():
+    """While the run stays where it is the double is asked for; once it is elsewhere, that is over."""
+    controller = Probe(ByBatch(), steps=2, largest=256)
+    state, asked = controller.init(), []
+    for step, batch in enumerate([16] * 10 + [24] * 10):
+        state, decision = controller.update(state, measured(batch, num_steps=step))
+        asked.append(decision.global_batch_size)
+    assert asked == [16] * 8 + [32] * 2 + [24] * 8 + [48] * 2
+
+
+def test_a_state_without_its_probes_is_refused():
+    """A checkpoint of other settings is not half read."""
+    controller = Probe(ByBatch(), steps=2, largest=256)
+    with pytest.raises(CheckpointError, match="does not remember its probes"):
+        controller.restore(state_to_json(DwellTime(ByBatch(), decisions=2).init()))
+
+
 @pytest.mark.parametrize(
     ("quantum", "limits", "complaint"),
     [
@@ -157,6 +256,7 @@ def test_a_run_may_begin_with_growth_alone():
         (8, {"largest": 64, "max_change": 1.5}, "at least 2"),
         (8, {"largest": 64, "dead_band": 1.0}, "above 1"),
         (8, {"largest": 64, "dwell_samples": -1}, "negative"),
+        (8, {"largest": 64, "probe_steps": -1}, "probe_steps must be at least 1"),
     ],
 )
 def test_limits_out_of_range(quantum, limits, complaint):
@@ -221,6 +321,7 @@ limit_settings = st.builds(
     dead_band=st.one_of(st.none(), st.floats(1.1, 3)),
     dwell_samples=st.integers(0, 3000),
     dwell_decisions=st.integers(0, 4),
+    probe_steps=st.integers(0, 3),
 )
 
 
@@ -233,11 +334,12 @@ def stack(quantum, limits):
     return controller, controller.smallest
 
 
-def walk(controller, batch, path, *, state=None, seen=0):
+def walk(controller, batch, path, *, state=None, seen=0, num_steps=0):
     """Return [(samples seen, batch before, state before, decision)] along a path of estimates."""
     state, log = controller.init() if state is None else state, []
-    for moments in path:
-        measurement = Measurement(samples_seen=seen, global_batch_size=batch, noise_scale=noise_scale(moments))
+    for step, moments in enumerate(path, start=num_steps):
+        phi = replace(noise_scale(moments), num_steps=step)
+        measurement = Measurement(samples_seen=seen, global_batch_size=batch, noise_scale=phi)
         before = state
         state, decision = controller.update(state, measurement)
         log.append((seen, batch, before, decision))
@@ -275,12 +377,20 @@ def test_every_limit_holds_at_once(quantum, limits, path):
 @settings(deadline=None)
 @given(quantum=quanta, limits=limit_settings, moments=estimates, rung=st.integers(0, 30))
 def test_no_limit_cycle(quantum, limits, moments, rung):
-    """On an estimate that stays the same the batch goes one way, if anywhere."""
-    controller, start = stack(quantum, limits)
-    start = Ladder(quantum=quantum, powers_of_two=limits.powers_of_two).below(min(start << rung, controller.largest))
-    log = walk(controller, start, [moments] * 30)
-    steps = [decision.global_batch_size - before for _, before, _, decision in log]
-    assert all(step >= 0 for step in steps) or all(step <= 0 for step in steps)
+    """On an estimate that stays the same the batch goes one way, if anywhere, and turns back from probes alone.
+
+    There are fewer and fewer of them. Probes at equal distances would make 40 turns in these 100 decisions.
+    """
+    for probe_steps, most_turns in [(0, 0), (limits.probe_steps, 8)]:
+        controller, start = stack(quantum, replace(limits, probe_steps=probe_steps))
+        ladder = Ladder(quantum=quantum, powers_of_two=limits.powers_of_two)
+        log = walk(controller, ladder.below(min(start << rung, controller.largest)), [moments] * 100)
+        grows = [
+            decision.global_batch_size > before
+            for _, before, _, decision in log
+            if before != decision.global_batch_size
+        ]
+        assert sum(one != other for one, other in pairwise(grows)) <= most_turns
 
 
 @settings(deadline=None)
@@ -292,7 +402,7 @@ def test_replay_from_any_saved_state(quantum, limits, path, data):
     cut = data.draw(st.integers(0, len(path) - 1))
     seen, batch, state, _ = log[cut]
     restored = controller.restore(json.loads(json.dumps(state_to_json(state))))
-    again = walk(controller, batch, path[cut:], state=restored, seen=seen)
+    again = walk(controller, batch, path[cut:], state=restored, seen=seen, num_steps=cut)
     assert [decision for *_, decision in again] == [decision for *_, decision in log[cut:]]
 
 
@@ -300,7 +410,7 @@ def test_replay_from_any_saved_state(quantum, limits, path, data):
 @given(quantum=quanta, limits=limit_settings, phi=st.floats(1, 1e5))
 def test_shrinks_as_well_as_grows(quantum, limits, phi):
     """From the smallest batch up and from the largest down the stack comes near the same noise scale."""
-    limits = replace(limits, dwell_samples=0)
+    limits = replace(limits, dwell_samples=0, probe_steps=0)
     controller, start = stack(quantum, limits)
     up = walk(controller, start, [clean(phi)] * 200)[-1][3].global_batch_size
     down = walk(controller, controller.largest, [clean(phi)] * 200)[-1][3].global_batch_size

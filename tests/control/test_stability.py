@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import statistics
 from dataclasses import replace
 from itertools import chain
 
@@ -31,8 +32,8 @@ from dptrain.noise import MomentSums, Smoothing, noise_scale, smoothed
 from tests.control.closed_loop import closed_loop, draw, layout, reversals
 
 SMALLEST, LARGEST = 8, 8192
-LIMITS = Limits(smallest=SMALLEST, largest=LARGEST, dwell_decisions=10)
-"""What `dptrain train` puts round a law, with a decision after each step."""
+LIMITS = Limits(smallest=SMALLEST, largest=LARGEST, dead_band=1.6, dwell_decisions=10, probe_steps=50)
+"""What `dptrain train` puts round its default law, with a decision after each step."""
 
 MEASURING = [
     NoiseLaw(),
@@ -147,6 +148,42 @@ def test_no_limit_cycle(law, phi):
     assert reversals(batches) <= 10
     assert reversals(late) <= 4
     assert max(late) <= 4 * min(late)
+
+
+@pytest.mark.parametrize("law", MEASURING, ids=repr)
+def test_probes_are_no_limit_cycle(law):
+    """On a constant noise scale a long run turns back from ever fewer probes. Every 250 steps one makes 28 turns."""
+    batches = closed_loop(
+        law, phi_at=lambda _: 1000, batch=128, seed=0, limits=LIMITS, every=1, seconds=seconds, steps=4000
+    )
+    assert 0 < reversals(batches[400:]) <= 8
+    assert reversals(batches[2000:]) <= 4
+    assert max(batches[400:]) <= 4 * min(batches[400:])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_probe_leads_out_of_a_batch_that_confirms_itself(seed):
+    """Where a small batch measures a small noise scale, a run from below finds the larger batch that is right, too.
+
+    The law is content with 64 by the noise scale that is measured there, with 128, and with 256 or 512. From above no
+    run needs a probe.
+    """
+    settled = {}
+    for start, probe_steps in [(64, 0), (64, 50), (2048, 0)]:
+        batches = closed_loop(
+            NoiseLaw(),
+            phi_at=lambda _: 1,
+            heat=lambda batch: 64 if batch <= 64 else 100 if batch <= 128 else 350,
+            batch=start,
+            seed=seed,
+            limits=replace(LIMITS, probe_steps=probe_steps),
+            every=1,
+            steps=1200,
+        )
+        settled[start, probe_steps] = statistics.mode(batches[800:])
+    assert settled[64, 0] == 64
+    assert settled[64, 50] in (256, 512)
+    assert settled[2048, 0] in (256, 512)
 
 
 @pytest.mark.parametrize("law", MEASURING, ids=repr)

@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, asdict, replace
 
 import pytest
 
-from dptrain.control import Constant, GoodputLaw, Measurement
+from dptrain.control import Constant, GoodputLaw, Measurement, Probe
 from dptrain.errors import ConfigError
 from dptrain.noise import MomentSums, noise_scale, smoothed
 from dptrain.tasks import Suggestion
@@ -66,6 +66,7 @@ def test_a_value_out_of_range_is_refused_by_name(build, name):
         ControlConfig(max_change=1.5),
         ControlConfig(dead_band=0.5),
         ControlConfig(dwell_samples=-1),
+        ControlConfig(probe_steps=-1),
         ControlConfig(smallest=64, largest=32),
         ControlConfig(largest=1),
     ],
@@ -112,7 +113,7 @@ def test_the_settings_of_a_run_are_settings(world_size, micro):
 @pytest.mark.parametrize(
     ("optimizer", "control", "expected"),
     [
-        ("adamw", {}, 4.5),
+        ("adamw", {}, 2.0),
         ("adamw", {"margin": 1.0}, 3.0),
         ("sgd", {}, 1.0),
         ("sgd", {"critical_ratio": 2.0, "margin": 3.0}, 6.0),
@@ -120,12 +121,33 @@ def test_the_settings_of_a_run_are_settings(world_size, micro):
     ],
 )
 def test_how_often_the_noise_scale_counts(optimizer, control, expected):
-    """4.5 times for Adam, once for SGD, as the user has it, and once in Pollux' law, which is as published."""
+    """Twice for Adam, once for SGD, as the user has it, and once in Pollux' law, which is as published."""
     config = filled(control=ControlConfig(powers_of_two=False, **control), optimizer=OptimizerConfig(name=optimizer))
     law = controller(config)
     while not isinstance(law, GoodputLaw):
         law = law.inner
     assert law.critical_ratio == expected
+
+
+@pytest.mark.parametrize(
+    ("control", "expected"),
+    [
+        ({}, 50),
+        ({"probe_steps": 7}, 7),
+        ({"probe_steps": 0}, None),
+        ({"mode": "advise"}, None),
+        ({"law": "noise"}, None),
+        ({"law": "noise", "probe_steps": 7}, 7),
+        ({"law": "pollux"}, None),
+        ({"law": "schedule", "schedule": "0:8 64:16", "probe_steps": 7}, None),
+    ],
+)
+def test_which_laws_probe(control, expected):
+    """The default law where it adapts, others where they are told to; never a batch written down, nor advice."""
+    law = controller(filled(control=ControlConfig(**control)))
+    while not isinstance(law, Probe) and hasattr(law, "inner"):
+        law = law.inner
+    assert getattr(law, "steps", None) == expected
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,21 @@ def test_the_time_belongs_to_the_shape_of_the_step_before():
     assert seconds == {2: {1.0}, 8: {4.0}}
 
 
+def test_a_new_shape_is_heeded_as_soon_as_it_is_known():
+    """A batch that grows three times in twenty steps must not do so by what was known before the first of them."""
+    tempo, models = Tempo(world_size=2), []
+    batches = [8] * 24 + [16] * 22 + [64] * 6
+    for step, batch in enumerate(batches, start=1):
+        tempo.began(record(step, float(step), batch=batch))
+        if step > 1:
+            tempo.learn(record(step, float(step), batch=batch), outcome(2.0 if batches[step - 2] < 64 else 8.0))
+        models.append(tempo.model)
+    # The first step at 64 is left out, and three are timed; each is known when the next one begins.
+    seconds_at_64 = [model.step_s(micro_batch_size=2, accumulation_steps=16) for model in models[-6:]]
+    assert max(seconds_at_64[:4]) < 2.1
+    assert min(seconds_at_64[4:]) > 4
+
+
 def test_what_not_all_replicas_timed_is_not_learned():
     """Without a time from each the mean would be another thing."""
     tempo = Tempo(world_size=2)
