@@ -70,8 +70,8 @@ class ControlConfig:
     """Critical batch size, at which a run needs twice the samples, over the noise scale, for law=goodput and for plans.
     Default: 3 for adamw, 1 for sgd."""
     margin: float | None = None
-    """Factor on the critical batch for law=goodput: below 1 it saves samples at nearly the same speed. Default: 2/3 for
-    adamw, 1 for sgd."""
+    """Factor on the critical batch for law=goodput: a batch too small for its rate lowers the noise scale that is
+    measured, and so confirms itself. Below 1 it saves samples. Default: 1.5 for adamw, 1 for sgd."""
     samples_per_step: float | None = None
     """Samples that one optimizer step fewer is worth, for law=exchange_rate."""
     tolerance: float | None = None
@@ -108,9 +108,9 @@ class ControlConfig:
     dwell_decisions: int = 10
     """Steps that must be measured from the start, or a change, to the next change by a factor of two; fewer where the
     batch is wrong by more."""
-    probe_steps: int | None = None
-    """Steps for which the double is tried, at least, where the batch has stayed for four times as many; it is kept
-    where the law is content with it, too. 0: never. Default: 50 for law=goodput where it adapts, else 0."""
+    probe_steps: int = 0
+    """Measured steps for which the double is tried, at least, where the batch has stayed for four times as many; it is
+    kept where the law is content with it, too. 0: never. 50 where a hot rate may hold the batch small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,7 +422,6 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
             smallest=control.smallest or smallest,
             largest=control.largest or largest,
             dead_band=control.dead_band or (_DEAD_BAND if control.powers_of_two and measures else None),
-            probe_steps=_default_probe_steps(control) if control.probe_steps is None else control.probe_steps,
         ),
         optimizer=replace(
             optimizer,
@@ -437,12 +436,6 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
 
 
 _DEAD_BAND = 1.6
-
-
-def _default_probe_steps(control: ControlConfig) -> int:
-    """Return the least length of a probe by default: advice changes no batch, and can try none."""
-    return 50 if control.law == "goodput" and control.mode == "adapt" else 0
-
 
 _DEFAULT_RULES: Mapping[tuple[str, bool], RuleName] = {
     ("adamw", False): "root_gain",
@@ -533,7 +526,8 @@ def controller(config: TrainConfig, *, world_size: int | None = None) -> Control
         grow_only_samples=0 if given_by_hand else given(config.optimizer.warmup_samples),
         dwell_samples=control.dwell_samples,
         dwell_decisions=0 if given_by_hand else control.dwell_decisions,
-        probe_steps=0 if given_by_hand else given(control.probe_steps),
+        # Advice changes no batch, and so can try none.
+        probe_steps=control.probe_steps if control.mode == "adapt" and not given_by_hand else 0,
     )
     return limited(law, quantum=_quantum(batch, replicas, powers_of_two=limits.powers_of_two), limits=limits)
 

@@ -33,7 +33,7 @@ from tests.control.closed_loop import closed_loop, draw, layout, reversals
 
 SMALLEST, LARGEST = 8, 8192
 LIMITS = Limits(smallest=SMALLEST, largest=LARGEST, dead_band=1.6, dwell_decisions=10, probe_steps=50)
-"""What `dptrain train` puts round its default law, with a decision after each step."""
+"""What `dptrain train` puts round a law, with a decision after each step, and probes."""
 
 MEASURING = [
     NoiseLaw(),

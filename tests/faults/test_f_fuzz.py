@@ -75,7 +75,7 @@ VALID = {
     "control.dead_band": st.none() | st.floats(1.001, 1e6),
     "control.dwell_samples": st.integers(0, 2**40),
     "control.dwell_decisions": st.integers(0, 2**40),
-    "control.probe_steps": st.none() | st.integers(0, 2**40),
+    "control.probe_steps": st.integers(0, 2**40),
     "noise.observer": st.sampled_from(["parameters", "hook"]),
     "noise.memory": st.floats(1e-6, 1e6),
     "noise.half_life_samples": st.none() | POSITIVE,
@@ -109,7 +109,10 @@ COUNTS = [
     *("layout_replicas", "optimizer.max_skipped_steps", "checkpoint.every_samples", "checkpoint.keep"),
     *("log.every_steps", "log.print_every_steps", "log.eval_every_samples"),
 ]
-COUNTS_FROM_0 = ["seed", "num_workers", "drift_check_every_steps", "control.dwell_samples", "control.dwell_decisions"]
+COUNTS_FROM_0 = [
+    *("seed", "num_workers", "drift_check_every_steps"),
+    *("control.dwell_samples", "control.dwell_decisions", "control.probe_steps"),
+]
 POSITIVES = [
     *("control.ratio", "control.critical_ratio", "control.margin"),
     *("control.z", "control.max_change", "control.dead_band"),
@@ -141,7 +144,6 @@ OUTSIDE = {
     "control.tokens_per_sample": [0, 128, 1.5],
     "control.ramp_to": [0, 64, 1.5],
     "control.ramp_samples": [0, 64, 1.5],
-    "control.probe_steps": [-1, 2**63, 1.5, "3", True],
     "control.overlap": [0.9, 10.1, math.nan, None],
     "optimizer.decay_fraction": [0.0, 0.5, 1.1, "1"],
     "control.samples_per_step": [3.0, "3"],
