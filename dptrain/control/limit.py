@@ -27,6 +27,8 @@ class Limits:
     of that, it shrinks by half of the way, in log space."""
     dead_band: float | None = None
     """Ratio of batches, above 1, below which a change is not worth making."""
+    shrink_band: float | None = None
+    """The same for a batch that is to shrink; None: `dead_band`."""
     grow_only_samples: int = 0
     """Samples from the start in which the batch does not shrink."""
     dwell_samples: int = 0
@@ -63,8 +65,12 @@ def limited(law: Controller, *, quantum: int, limits: Limits) -> Controller:
             f"batches that can are {ladder}; largest must be at least {smallest}"
         )
     controller = law
-    if limits.dead_band is not None:
-        controller = DeadBand(controller, ratio=limits.dead_band)
+    if limits.dead_band is not None or limits.shrink_band is not None:
+        controller = DeadBand(
+            controller,
+            grow=limits.dead_band,
+            shrink=limits.dead_band if limits.shrink_band is None else limits.shrink_band,
+        )
     if limits.probe_steps:
         controller = Probe(controller, steps=limits.probe_steps, largest=largest)
     if limits.grow_only_samples:
@@ -193,25 +199,32 @@ class Rounding(_Limit):
 
 @dataclass(frozen=True)
 class DeadBand(_Limit):
-    """Ignores changes smaller than a ratio: each change costs a new shape and a restart of the prefetch.
+    """Ignores changes smaller than a ratio of batches: each costs a new shape and a restart of the prefetch.
+
+    A batch that is too small lowers the noise scale that is measured (McCandlish et al. 2018, appendix C), and so
+    confirms itself, where one that is too large does not. So a way down may have to be longer than a way up.
 
     Attributes:
-        ratio: of the larger to the smaller batch, above 1.
+        grow: ratio from which on the batch grows, above 1; None: always.
+        shrink: ratio from which on it shrinks, above 1; None: always.
     """
 
     _: KW_ONLY
-    ratio: float
+    grow: float | None
+    shrink: float | None
 
     def __post_init__(self) -> None:
-        if not 1 < self.ratio < math.inf:
-            raise ConfigError(f"dead_band must be a ratio of batches above 1, such as 1.5, got {self.ratio}")
+        for name, ratio in (("dead_band", self.grow), ("shrink_band", self.shrink)):
+            if ratio is not None and not 1 < ratio < math.inf:
+                raise ConfigError(f"{name} must be a ratio of batches above 1, such as 1.5, got {ratio}")
 
     def limit(self, asked: Decision, measurement: Measurement) -> Decision:
         """Return the present batch where the one asked for is too near to it."""
         wanted, present = asked.global_batch_size, measurement.global_batch_size
-        if max(wanted / present, present / wanted) >= self.ratio:
+        ratio = self.grow if wanted > present else self.shrink
+        if ratio is None or max(wanted / present, present / wanted) >= ratio:
             return asked
-        return _changed(asked, present, why=f"a change below a factor of {self.ratio:g} is ignored")
+        return _changed(asked, present, why=f"a change below a factor of {ratio:g} is ignored")
 
 
 @dataclass(frozen=True)

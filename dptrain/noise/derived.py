@@ -19,13 +19,12 @@ B = 3φ. So φ counts threefold for such an optimizer, in the form that has a fe
 the root rule must end, and where is not known. On our tasks a factor of 3 to 6 was right (`benchmarks.plan`).
 """
 
-MARGINS: Mapping[str, float] = MappingProxyType({"sgd": 1.0, "adamw": 1.5})
+MARGINS: Mapping[str, float] = MappingProxyType({"sgd": 1.0, "adamw": 2 / 3})
 """How many times the critical batch a controller had better count on, by optimizer.
 
-In a run at a rate that is good for time, part of |G|² is what the last steps have shaken up, and the noise scale is
-measured too small, the more the smaller the batch (McCandlish et al. 2018, appendix C: it goes with the inverse of rate
-over batch). A batch that is too small so confirms itself, one that is too large does not.
-Why there is one: docs/decisions/0021-the-goodput-law-counts-on-twice-the-critical-batch.md; why this one: 0022.
+Of the batches that are about as fast the smaller ones take fewer samples: a third less of the noise scale costs 1 % of
+the progress per second at most. Where a batch that is too small confirms itself, the limits of a run lead out of it.
+Tried in docs/decisions/0024-a-longer-way-down.md.
 """
 
 

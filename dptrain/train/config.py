@@ -71,7 +71,7 @@ class ControlConfig:
     Default: 3 for adamw, 1 for sgd."""
     margin: float | None = None
     """Factor on the critical batch for law=goodput: a batch too small for its rate lowers the noise scale that is
-    measured, and so confirms itself. Below 1 it saves samples. Default: 1.5 for adamw, 1 for sgd."""
+    measured, and so confirms itself. Below 1 it saves samples. Default: 2/3 for adamw, 1 for sgd."""
     samples_per_step: float | None = None
     """Samples that one optimizer step fewer is worth, for law=exchange_rate."""
     tolerance: float | None = None
@@ -103,14 +103,17 @@ class ControlConfig:
     dead_band: float | None = None
     """Ratio of batches below which a change is not worth making. Default, with powers_of_two and a law that measures:
     1.6. Half-way between two rungs, at 1.41, both are as good, and the batch would go to and fro."""
+    shrink_band: float | None = None
+    """Ratio by which a batch must be too large before it shrinks. Default: for law=goodput 2.25, or dead_band if
+    that is more, for a batch too small confirms itself and one too large does not; for other laws dead_band."""
     dwell_samples: int = 0
     """Samples that must pass from the start, or a change, to the next change."""
     dwell_decisions: int = 10
     """Steps that must be measured from the start, or a change, to the next change by a factor of two; fewer where the
     batch is wrong by more."""
-    probe_steps: int = 0
+    probe_steps: int | None = None
     """Measured steps for which the double is tried, at least, where the batch has stayed for four times as many; it is
-    kept where the law is content with it, too. 0: never. 50 where a hot rate may hold the batch small."""
+    kept where the law is content with it, too. 0: never. Default: 50 for law=goodput where it adapts, else 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +255,7 @@ _MOST_WORKERS = 1024  # more is a slip of the finger, and as many processes woul
 _AT_LEAST_1 = Range(text="at least 1", holds=lambda value: value >= 1)
 _AT_LEAST_0 = Range(text="at least 0", holds=lambda value: value >= 0)
 _POSITIVE = Range(text="positive", holds=lambda value: value > 0)
+_RATIO = Range(text="a ratio of batches above 1, such as 1.5", holds=lambda value: value > 1)
 _DECAY = Range(text="in [0, 1)", holds=lambda value: 0 <= value < 1)
 _NAME = Range(text="a text without control characters", holds=lambda value: value != "" and value.isprintable())
 _PATH = Range(
@@ -287,7 +291,8 @@ _RANGES: Mapping[str, Range] = {
     "control.smallest": _AT_LEAST_1,
     "control.largest": _AT_LEAST_1,
     "control.max_change": Range(text="a factor of at least 2", holds=lambda value: value >= 2),  # noqa: PLR2004 - as it says
-    "control.dead_band": Range(text="a ratio of batches above 1, such as 1.5", holds=lambda value: value > 1),
+    "control.dead_band": _RATIO,
+    "control.shrink_band": _RATIO,
     "control.dwell_samples": _AT_LEAST_0,
     "control.dwell_decisions": _AT_LEAST_0,
     "control.probe_steps": _AT_LEAST_0,
@@ -405,7 +410,11 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
     control, optimizer = config.control, config.optimizer
     smallest = min(scheduled, default=min(batch, micro * replicas))
     largest = max(scheduled, default=max(batch, config.control.ramp_to or 0, min(64 * batch, max_samples // 50)))
-    measures = control.law not in ("constant", *_BY_HAND)
+    measures, is_default = control.law not in ("constant", *_BY_HAND), control.law == "goodput"
+    dead_band = control.dead_band or (_DEAD_BAND if control.powers_of_two and measures else None)
+    shrink_band = max(_SHRINK_BAND, dead_band) if is_default and dead_band is not None else dead_band
+    # Advice changes no batch, and so can try none.
+    probe_steps = _PROBE_STEPS if is_default and control.mode == "adapt" else 0
     falls = optimizer.schedule != "constant"
     final = optimizer.final_fraction if optimizer.final_fraction is not None else (0.1 if falls else 0.0)
     warmup = optimizer.warmup_samples if optimizer.warmup_samples is not None else max_samples // 50
@@ -421,7 +430,9 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
             margin=control.margin or MARGINS[optimizer.name],
             smallest=control.smallest or smallest,
             largest=control.largest or largest,
-            dead_band=control.dead_band or (_DEAD_BAND if control.powers_of_two and measures else None),
+            dead_band=dead_band,
+            shrink_band=control.shrink_band or shrink_band,
+            probe_steps=probe_steps if control.probe_steps is None else control.probe_steps,
         ),
         optimizer=replace(
             optimizer,
@@ -436,6 +447,8 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
 
 
 _DEAD_BAND = 1.6
+_SHRINK_BAND = 2.25
+_PROBE_STEPS = 50
 
 _DEFAULT_RULES: Mapping[tuple[str, bool], RuleName] = {
     ("adamw", False): "root_gain",
@@ -523,11 +536,11 @@ def controller(config: TrainConfig, *, world_size: int | None = None) -> Control
         powers_of_two=control.powers_of_two and control.law != "schedule",
         max_change=None if given_by_hand else control.max_change,
         dead_band=control.dead_band,
+        shrink_band=control.shrink_band,
         grow_only_samples=0 if given_by_hand else given(config.optimizer.warmup_samples),
         dwell_samples=control.dwell_samples,
         dwell_decisions=0 if given_by_hand else control.dwell_decisions,
-        # Advice changes no batch, and so can try none.
-        probe_steps=control.probe_steps if control.mode == "adapt" and not given_by_hand else 0,
+        probe_steps=given(control.probe_steps) if control.mode == "adapt" and not given_by_hand else 0,
     )
     return limited(law, quantum=_quantum(batch, replicas, powers_of_two=limits.powers_of_two), limits=limits)
 

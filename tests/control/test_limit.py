@@ -72,8 +72,8 @@ def test_ladder_rungs_are_fixed():
         (lambda law: Bounds(law, smallest=16, largest=64), 32, 100, 64),
         (lambda law: Bounds(law, smallest=16, largest=64), 32, 5, 16),
         (lambda law: Rounding(law, ladder=Ladder(quantum=8)), 32, 100, 128),
-        (lambda law: DeadBand(law, ratio=1.5), 32, 47, 32),
-        (lambda law: DeadBand(law, ratio=1.5), 32, 22, 32),
+        (lambda law: DeadBand(law, grow=1.5, shrink=2.5), 32, 47, 32),
+        (lambda law: DeadBand(law, grow=1.5, shrink=2.5), 32, 13, 32),
         (MaxChange, 32, 100, 64),
         (MaxChange, 32, 8, 16),
         (MaxChange, 128, 2, 16),
@@ -94,7 +94,7 @@ def test_a_wrapper_overrules_and_says_why(wrap, present, asked, stands):
     [
         lambda law: Bounds(law, smallest=16, largest=64),
         lambda law: Rounding(law, ladder=Ladder(quantum=8)),
-        lambda law: DeadBand(law, ratio=1.5),
+        lambda law: DeadBand(law, grow=1.5, shrink=2.5),
         MaxChange,
         lambda law: DwellTime(law, decisions=1),
     ],
@@ -254,7 +254,8 @@ def test_a_state_without_its_probes_is_refused():
         (8, {"smallest": 33, "largest": 63}, "8, 16, 32"),
         (0, {"largest": 64}, "quantum"),
         (8, {"largest": 64, "max_change": 1.5}, "at least 2"),
-        (8, {"largest": 64, "dead_band": 1.0}, "above 1"),
+        (8, {"largest": 64, "dead_band": 1.0}, "dead_band must be a ratio of batches above 1"),
+        (8, {"largest": 64, "shrink_band": 1.0}, "shrink_band must be a ratio of batches above 1"),
         (8, {"largest": 64, "dwell_samples": -1}, "negative"),
         (8, {"largest": 64, "probe_steps": -1}, "probe_steps must be at least 1"),
     ],
@@ -319,6 +320,7 @@ limit_settings = st.builds(
     powers_of_two=st.booleans(),
     max_change=st.one_of(st.none(), st.floats(2, 10)),
     dead_band=st.one_of(st.none(), st.floats(1.1, 3)),
+    shrink_band=st.one_of(st.none(), st.floats(1.1, 3)),
     dwell_samples=st.integers(0, 3000),
     dwell_decisions=st.integers(0, 4),
     probe_steps=st.integers(0, 3),
@@ -415,8 +417,8 @@ def test_shrinks_as_well_as_grows(quantum, limits, phi):
     up = walk(controller, start, [clean(phi)] * 200)[-1][3].global_batch_size
     down = walk(controller, controller.largest, [clean(phi)] * 200)[-1][3].global_batch_size
     target = min(max(phi, controller.smallest), controller.largest)
-    # One rung beside the interval (a factor 1.5 at ten per cent of error), or the width of the dead band.
-    slack = 1.5 * max(limits.dead_band or 1, 2)
+    # One rung beside the interval (a factor 1.5 at ten per cent of error), or the width of a dead band.
+    slack = 1.5 * max(limits.dead_band or 1, limits.shrink_band or 1, 2)
     assert target / slack <= up <= down * 1.0001 <= target * slack
 
 

@@ -32,8 +32,8 @@ from dptrain.noise import MomentSums, Smoothing, noise_scale, smoothed
 from tests.control.closed_loop import closed_loop, draw, layout, reversals
 
 SMALLEST, LARGEST = 8, 8192
-LIMITS = Limits(smallest=SMALLEST, largest=LARGEST, dead_band=1.6, dwell_decisions=10, probe_steps=50)
-"""What `dptrain train` puts round a law, with a decision after each step, and probes."""
+LIMITS = Limits(smallest=SMALLEST, largest=LARGEST, dead_band=1.6, shrink_band=2.25, dwell_decisions=10, probe_steps=50)
+"""What `dptrain train` puts round its default law, with a decision after each step."""
 
 MEASURING = [
     NoiseLaw(),

@@ -73,9 +73,10 @@ VALID = {
     "control.powers_of_two": st.booleans(),
     "control.max_change": st.floats(2, 1e6),
     "control.dead_band": st.none() | st.floats(1.001, 1e6),
+    "control.shrink_band": st.none() | st.floats(1.001, 1e6),
     "control.dwell_samples": st.integers(0, 2**40),
     "control.dwell_decisions": st.integers(0, 2**40),
-    "control.probe_steps": st.integers(0, 2**40),
+    "control.probe_steps": st.none() | st.integers(0, 2**40),
     "noise.observer": st.sampled_from(["parameters", "hook"]),
     "noise.memory": st.floats(1e-6, 1e6),
     "noise.half_life_samples": st.none() | POSITIVE,
@@ -111,11 +112,11 @@ COUNTS = [
 ]
 COUNTS_FROM_0 = [
     *("seed", "num_workers", "drift_check_every_steps"),
-    *("control.dwell_samples", "control.dwell_decisions", "control.probe_steps"),
+    *("control.dwell_samples", "control.dwell_decisions"),
 ]
 POSITIVES = [
     *("control.ratio", "control.critical_ratio", "control.margin"),
-    *("control.z", "control.max_change", "control.dead_band"),
+    *("control.z", "control.max_change", "control.dead_band", "control.shrink_band"),
     *("noise.memory", "noise.half_life_samples", "optimizer.learning_rate", "optimizer.max_grad_norm"),
     *("checkpoint.hours_between_failures", "log.price_per_device_hour"),
 ]
@@ -144,6 +145,7 @@ OUTSIDE = {
     "control.tokens_per_sample": [0, 128, 1.5],
     "control.ramp_to": [0, 64, 1.5],
     "control.ramp_samples": [0, 64, 1.5],
+    "control.probe_steps": [-1, 2**63, 1.5, "3", True],
     "control.overlap": [0.9, 10.1, math.nan, None],
     "optimizer.decay_fraction": [0.0, 0.5, 1.1, "1"],
     "control.samples_per_step": [3.0, "3"],

@@ -65,6 +65,7 @@ def test_a_value_out_of_range_is_refused_by_name(build, name):
     [
         ControlConfig(max_change=1.5),
         ControlConfig(dead_band=0.5),
+        ControlConfig(shrink_band=1.0),
         ControlConfig(dwell_samples=-1),
         ControlConfig(probe_steps=-1),
         ControlConfig(smallest=64, largest=32),
@@ -113,7 +114,7 @@ def test_the_settings_of_a_run_are_settings(world_size, micro):
 @pytest.mark.parametrize(
     ("optimizer", "control", "expected"),
     [
-        ("adamw", {}, 4.5),
+        ("adamw", {}, 2.0),
         ("adamw", {"margin": 1.0}, 3.0),
         ("sgd", {}, 1.0),
         ("sgd", {"critical_ratio": 2.0, "margin": 3.0}, 6.0),
@@ -121,7 +122,7 @@ def test_the_settings_of_a_run_are_settings(world_size, micro):
     ],
 )
 def test_how_often_the_noise_scale_counts(optimizer, control, expected):
-    """4.5 times for Adam, once for SGD, as the user has it, and once in Pollux' law, which is as published."""
+    """Twice for Adam, once for SGD, as the user has it, and once in Pollux' law, which is as published."""
     config = filled(control=ControlConfig(powers_of_two=False, **control), optimizer=OptimizerConfig(name=optimizer))
     law = controller(config)
     while not isinstance(law, GoodputLaw):
@@ -132,15 +133,19 @@ def test_how_often_the_noise_scale_counts(optimizer, control, expected):
 @pytest.mark.parametrize(
     ("control", "expected"),
     [
-        ({}, None),
+        ({}, 50),
         ({"probe_steps": 7}, 7),
+        ({"probe_steps": 0}, None),
+        ({"mode": "advise"}, None),
+        ({"law": "pollux"}, None),
+        ({"law": "noise"}, None),
         ({"probe_steps": 7, "law": "noise"}, 7),
         ({"probe_steps": 7, "mode": "advise"}, None),
         ({"probe_steps": 7, "law": "schedule", "schedule": "0:8 64:16"}, None),
     ],
 )
 def test_which_laws_probe(control, expected):
-    """Those that are told to; never a batch written down, nor advice."""
+    """The default law where it adapts, others where they are told to; never a batch written down, nor advice."""
     law = controller(filled(control=ControlConfig(**control)))
     while not isinstance(law, Probe) and hasattr(law, "inner"):
         law = law.inner
@@ -150,17 +155,26 @@ def test_which_laws_probe(control, expected):
 @pytest.mark.parametrize(
     ("control", "expected"),
     [
-        ({}, 1.6),
-        ({"law": "noise"}, 1.6),
-        ({"dead_band": 1.1}, 1.1),
-        ({"powers_of_two": False}, None),
-        ({"law": "constant"}, None),
-        ({"law": "schedule", "schedule": "0:8 100:16"}, None),
+        ({}, (1.6, 2.25)),
+        ({"mode": "advise"}, (1.6, 2.25)),
+        ({"law": "noise"}, (1.6, 1.6)),
+        ({"law": "noise", "shrink_band": 3.0}, (1.6, 3.0)),
+        ({"dead_band": 1.1}, (1.1, 2.25)),
+        ({"dead_band": 3.0}, (3.0, 3.0)),
+        ({"shrink_band": 1.1}, (1.6, 1.1)),
+        ({"powers_of_two": False}, (None, None)),
+        ({"powers_of_two": False, "shrink_band": 3.0}, (None, 3.0)),
+        ({"law": "constant"}, (None, None)),
+        ({"law": "schedule", "schedule": "0:8 100:16"}, (None, None)),
     ],
 )
 def test_half_way_between_rungs_the_batch_stays(control, expected):
-    """Laws that measure have a dead band wider than the way to the next rung in log space; those by hand have none."""
-    assert filled(control=ControlConfig(**control)).control.dead_band == expected
+    """Laws that measure have a dead band wider than the way to the next rung in log space; those by hand have none.
+
+    The default law has a longer way down: a batch too small confirms itself, and one too large does not.
+    """
+    control = filled(control=ControlConfig(**control)).control
+    assert (control.dead_band, control.shrink_band) == expected
 
 
 def test_what_is_set_stays():
