@@ -12,21 +12,11 @@ from dptrain.control.learning_rate import (
     RuleName,
     adam_betas,
 )
-from dptrain.control.limit import (
-    Bounds,
-    DeadBand,
-    DwellState,
-    DwellTime,
-    Ladder,
-    Limits,
-    MaxChange,
-    Probe,
-    ProbeState,
-    Rounding,
-    limited,
-)
+from dptrain.control.limit import Bounds, DeadBand, Ladder, MaxChange, Rounding
+from dptrain.control.limits import Limits, limited
 from dptrain.control.noise import ExchangeRateLaw, NoiseLaw
 from dptrain.control.norm_test import NormTestLaw
+from dptrain.control.patience import DwellState, DwellTime, Probe, ProbeState
 from dptrain.control.pollux import PolluxLaw
 from dptrain.control.ramp import Ramp
 from dptrain.control.schedule import Schedule
