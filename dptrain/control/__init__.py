@@ -12,7 +12,7 @@ from dptrain.control.learning_rate import (
     RuleName,
     adam_betas,
 )
-from dptrain.control.limit import Bounds, DeadBand, Ladder, MaxChange, Rounding
+from dptrain.control.limit import Bounds, DeadBand, Ladder, MaxChange, Rounding, ShrinkBand
 from dptrain.control.limits import Limits, limited
 from dptrain.control.noise import ExchangeRateLaw, NoiseLaw
 from dptrain.control.norm_test import NormTestLaw
@@ -53,6 +53,7 @@ __all__ = [
     "RuleName",
     "Schedule",
     "SeesawLaw",
+    "ShrinkBand",
     "StaircaseSchedule",
     "State",
     "StepShape",

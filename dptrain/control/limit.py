@@ -128,32 +128,52 @@ class Rounding(Limit):
 
 @dataclass(frozen=True)
 class DeadBand(Limit):
-    """Ignores changes smaller than a ratio of batches: each costs a new shape and a restart of the prefetch.
-
-    A batch that is too small lowers the noise scale that is measured (McCandlish et al. 2018, appendix C), and so
-    confirms itself, where one that is too large does not. So a way down may have to be longer than a way up.
+    """Ignores changes smaller than a ratio: each change costs a new shape and a restart of the prefetch.
 
     Attributes:
-        grow: ratio from which on the batch grows, above 1; None: always.
-        shrink: ratio from which on it shrinks, above 1; None: always.
+        ratio: of the larger to the smaller batch, above 1.
     """
 
     _: KW_ONLY
-    grow: float | None
-    shrink: float | None
+    ratio: float
 
     def __post_init__(self) -> None:
-        for name, ratio in (("dead_band", self.grow), ("shrink_band", self.shrink)):
-            if ratio is not None and not 1 < ratio < math.inf:
-                raise ConfigError(f"{name} must be a ratio of batches above 1, such as 1.5, got {ratio}")
+        if not 1 < self.ratio < math.inf:
+            raise ConfigError(f"dead_band must be a ratio of batches above 1, such as 1.5, got {self.ratio}")
 
     def limit(self, asked: Decision, measurement: Measurement) -> Decision:
         """Return the present batch where the one asked for is too near to it."""
         wanted, present = asked.global_batch_size, measurement.global_batch_size
-        ratio = self.grow if wanted > present else self.shrink
-        if ratio is None or max(wanted / present, present / wanted) >= ratio:
+        if max(wanted / present, present / wanted) >= self.ratio:
             return asked
-        return changed(asked, present, why=f"a change below a factor of {ratio:g} is ignored")
+        return changed(asked, present, why=f"a change below a factor of {self.ratio:g} is ignored")
+
+
+@dataclass(frozen=True)
+class ShrinkBand(Limit):
+    """Keeps a batch that is a little too large, by a ratio up to which a small one would be let grow.
+
+    A batch that is too small lowers the noise scale that is measured (McCandlish et al. 2018, appendix C), and so
+    confirms itself, where one that is too large does not. So the way down is longer than the way up. Tried in
+    docs/decisions/0024-a-longer-way-down.md.
+
+    Attributes:
+        ratio: of the batch in force to the one asked for, from which on it shrinks; above 1.
+    """
+
+    _: KW_ONLY
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if not 1 < self.ratio < math.inf:
+            raise ConfigError(f"shrink_band must be a ratio of batches above 1, such as 2, got {self.ratio}")
+
+    def limit(self, asked: Decision, measurement: Measurement) -> Decision:
+        """Return the present batch where the one asked for is smaller, by less than the ratio."""
+        wanted, present = asked.global_batch_size, measurement.global_batch_size
+        if not wanted < present < self.ratio * wanted:
+            return asked
+        return changed(asked, present, why=f"too large by less than {self.ratio:g}, it stays")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dptrain.control.base import Controller
-from dptrain.control.limit import Bounds, DeadBand, GrowOnly, Ladder, MaxChange, Rounding
+from dptrain.control.limit import Bounds, DeadBand, GrowOnly, Ladder, MaxChange, Rounding, ShrinkBand
 from dptrain.control.patience import DwellTime, Probe
 from dptrain.errors import ConfigError
 
@@ -26,7 +26,7 @@ class Limits:
     dead_band: float | None = None
     """Ratio of batches, above 1, below which a change is not worth making."""
     shrink_band: float | None = None
-    """The same for a batch that is to shrink; None: `dead_band`."""
+    """Ratio, above 1, below which a batch that is too large does not shrink."""
     grow_only_samples: int = 0
     """Samples from the start in which the batch does not shrink."""
     dwell_samples: int = 0
@@ -41,7 +41,8 @@ class Limits:
 def limited(law: Controller, *, quantum: int, limits: Limits) -> Controller:
     """Wrap `law` in all of `limits`, in the order in which they may overrule each other.
 
-    Law → dead band → probe → growth alone → dwell → rounding → largest change → bounds: the further out, the harder.
+    Law → dead band → probe → shrink band → growth alone → dwell → rounding → largest change → bounds: the further out,
+    the harder. A probe begins where the law behind its dead band is content, not where a batch too large for it stays.
     So the result is always a rung of the ladder within the bounds, and what is wise yields to what runs. From a batch
     on the ladder and within the bounds, every limit holds at once; from one that is not (a run resumed on other
     hardware), the outer ones go first. On a measurement that stays the same the batch turns back from a probe alone.
@@ -63,14 +64,12 @@ def limited(law: Controller, *, quantum: int, limits: Limits) -> Controller:
             f"batches that can are {ladder}; largest must be at least {smallest}"
         )
     controller = law
-    if limits.dead_band is not None or limits.shrink_band is not None:
-        controller = DeadBand(
-            controller,
-            grow=limits.dead_band,
-            shrink=limits.dead_band if limits.shrink_band is None else limits.shrink_band,
-        )
+    if limits.dead_band is not None:
+        controller = DeadBand(controller, ratio=limits.dead_band)
     if limits.probe_steps:
         controller = Probe(controller, steps=limits.probe_steps, largest=largest)
+    if limits.shrink_band is not None:
+        controller = ShrinkBand(controller, ratio=limits.shrink_band)
     if limits.grow_only_samples:
         controller = GrowOnly(controller, samples=limits.grow_only_samples)
     if limits.dwell_samples or limits.dwell_decisions:

@@ -104,8 +104,8 @@ class ControlConfig:
     """Ratio of batches below which a change is not worth making. Default, with powers_of_two and a law that measures:
     1.6. Half-way between two rungs, at 1.41, both are as good, and the batch would go to and fro."""
     shrink_band: float | None = None
-    """Ratio by which a batch must be too large before it shrinks. Default: for law=goodput 2.25, or dead_band if
-    that is more, for a batch too small confirms itself and one too large does not; for other laws dead_band."""
+    """Ratio by which a batch must be too large before it shrinks. Default, with powers_of_two and law=goodput: 2.25,
+    for a batch too small confirms itself and one too large does not."""
     dwell_samples: int = 0
     """Samples that must pass from the start, or a change, to the next change."""
     dwell_decisions: int = 10
@@ -412,7 +412,7 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
     largest = max(scheduled, default=max(batch, config.control.ramp_to or 0, min(64 * batch, max_samples // 50)))
     measures, is_default = control.law not in ("constant", *_BY_HAND), control.law == "goodput"
     dead_band = control.dead_band or (_DEAD_BAND if control.powers_of_two and measures else None)
-    shrink_band = max(_SHRINK_BAND, dead_band) if is_default and dead_band is not None else dead_band
+    shrink_band = control.shrink_band or (_SHRINK_BAND if control.powers_of_two and is_default else None)
     # Advice changes no batch, and so can try none.
     probe_steps = _PROBE_STEPS if is_default and control.mode == "adapt" else 0
     falls = optimizer.schedule != "constant"
@@ -431,7 +431,7 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
             smallest=control.smallest or smallest,
             largest=control.largest or largest,
             dead_band=dead_band,
-            shrink_band=control.shrink_band or shrink_band,
+            shrink_band=shrink_band,
             probe_steps=probe_steps if control.probe_steps is None else control.probe_steps,
         ),
         optimizer=replace(

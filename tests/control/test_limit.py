@@ -23,6 +23,7 @@ from dptrain.control import (
     NoiseLaw,
     Probe,
     Rounding,
+    ShrinkBand,
     limited,
     state_to_json,
 )
@@ -72,8 +73,9 @@ def test_ladder_rungs_are_fixed():
         (lambda law: Bounds(law, smallest=16, largest=64), 32, 100, 64),
         (lambda law: Bounds(law, smallest=16, largest=64), 32, 5, 16),
         (lambda law: Rounding(law, ladder=Ladder(quantum=8)), 32, 100, 128),
-        (lambda law: DeadBand(law, grow=1.5, shrink=2.5), 32, 47, 32),
-        (lambda law: DeadBand(law, grow=1.5, shrink=2.5), 32, 13, 32),
+        (lambda law: DeadBand(law, ratio=1.5), 32, 47, 32),
+        (lambda law: DeadBand(law, ratio=1.5), 32, 22, 32),
+        (lambda law: ShrinkBand(law, ratio=2.5), 32, 13, 32),
         (MaxChange, 32, 100, 64),
         (MaxChange, 32, 8, 16),
         (MaxChange, 128, 2, 16),
@@ -94,7 +96,8 @@ def test_a_wrapper_overrules_and_says_why(wrap, present, asked, stands):
     [
         lambda law: Bounds(law, smallest=16, largest=64),
         lambda law: Rounding(law, ladder=Ladder(quantum=8)),
-        lambda law: DeadBand(law, grow=1.5, shrink=2.5),
+        lambda law: DeadBand(law, ratio=1.5),
+        lambda law: ShrinkBand(law, ratio=2.5),
         MaxChange,
         lambda law: DwellTime(law, decisions=1),
     ],
@@ -219,6 +222,23 @@ def test_no_probe_beyond_the_largest_batch_or_of_a_law_that_wants_another():
     for step in range(99):
         state, decision = controller.update(state, measured(16, num_steps=step))
         assert decision.global_batch_size == 12
+
+
+def test_no_probe_of_the_double_of_a_batch_that_is_too_large():
+    """What stays because it is too large by little is not doubled: the double would have to go back at once."""
+    asked = {16: 16, 32: 16, 64: 64}
+    for batch, largest in [(16, 32), (32, 32)]:
+        controller = limited(
+            ByBatch(asked), quantum=8, limits=Limits(largest=64, dead_band=1.6, shrink_band=2.25, probe_steps=5)
+        )
+        assert max(batch for batch, _ in stays(controller, batch, decisions=400)) == largest
+
+
+@pytest.mark.parametrize(("asked", "stands"), [(15, 32), (14, 16), (32, 32), (33, 32), (52, 64)])
+def test_the_way_down_is_longer_than_the_way_up(asked, stands):
+    """A batch too large by less than the shrink band stays, one too small by more than the dead band grows."""
+    controller = limited(Constant(asked), quantum=8, limits=Limits(largest=64, dead_band=1.6, shrink_band=2.25))
+    assert decided(controller, 32).global_batch_size == stands
 
 
 def test_no_probe_where_nothing_is_measured():

@@ -157,10 +157,10 @@ def test_which_laws_probe(control, expected):
     [
         ({}, (1.6, 2.25)),
         ({"mode": "advise"}, (1.6, 2.25)),
-        ({"law": "noise"}, (1.6, 1.6)),
+        ({"law": "noise"}, (1.6, None)),
         ({"law": "noise", "shrink_band": 3.0}, (1.6, 3.0)),
         ({"dead_band": 1.1}, (1.1, 2.25)),
-        ({"dead_band": 3.0}, (3.0, 3.0)),
+        ({"law": "pollux"}, (1.6, None)),
         ({"shrink_band": 1.1}, (1.6, 1.1)),
         ({"powers_of_two": False}, (None, None)),
         ({"powers_of_two": False, "shrink_band": 3.0}, (None, 3.0)),
