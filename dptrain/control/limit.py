@@ -126,6 +126,11 @@ class Rounding(Limit):
         return changed(asked, self.ladder.nearest(asked.global_batch_size), why="nearest that runs")
 
 
+def _check_ratio(ratio: float, *, name: str) -> None:
+    if not 1 < ratio < math.inf:
+        raise ConfigError(f"{name} must be a ratio of batches above 1, such as 1.5, got {ratio}")
+
+
 @dataclass(frozen=True)
 class DeadBand(Limit):
     """Ignores changes smaller than a ratio: each change costs a new shape and a restart of the prefetch.
@@ -138,8 +143,7 @@ class DeadBand(Limit):
     ratio: float
 
     def __post_init__(self) -> None:
-        if not 1 < self.ratio < math.inf:
-            raise ConfigError(f"dead_band must be a ratio of batches above 1, such as 1.5, got {self.ratio}")
+        _check_ratio(self.ratio, name="dead_band")
 
     def limit(self, asked: Decision, measurement: Measurement) -> Decision:
         """Return the present batch where the one asked for is too near to it."""
@@ -151,7 +155,7 @@ class DeadBand(Limit):
 
 @dataclass(frozen=True)
 class ShrinkBand(Limit):
-    """Keeps a batch that is a little too large, by a ratio up to which a small one would be let grow.
+    """Keeps a batch that is too large by less than a ratio.
 
     A batch that is too small lowers the noise scale that is measured (McCandlish et al. 2018, appendix C), and so
     confirms itself, where one that is too large does not. So the way down is longer than the way up. Tried in
@@ -165,8 +169,7 @@ class ShrinkBand(Limit):
     ratio: float
 
     def __post_init__(self) -> None:
-        if not 1 < self.ratio < math.inf:
-            raise ConfigError(f"shrink_band must be a ratio of batches above 1, such as 2, got {self.ratio}")
+        _check_ratio(self.ratio, name="shrink_band")
 
     def limit(self, asked: Decision, measurement: Measurement) -> Decision:
         """Return the present batch where the one asked for is smaller, by less than the ratio."""

@@ -147,8 +147,8 @@ class Probe:
     The noise scale that is measured grows with the batch, for a part of |G|² is what the last steps have shaken up
     (McCandlish et al. 2018, appendix C). So more than one batch can be right by its own measurement, and a run that
     comes from below stays at the lowest. A probe is held for as long as the memory of the noise scale needs to be
-    mostly of the double; then the controller decides. Where it turns back, then or later, the next pause is three times
-    as long, so that probes in vain grow ever more seldom. Tried in docs/decisions/0023-a-probe-of-the-double.md.
+    mostly of the double; then the controller decides. Where it asks for less, then or later, the next pause is three
+    times as long, so that probes in vain grow ever more seldom. Tried in docs/decisions/0023-a-probe-of-the-double.md.
 
     Attributes:
         inner: the controller that decides whether to stay.

@@ -113,7 +113,8 @@ class ControlConfig:
     batch is wrong by more."""
     probe_steps: int | None = None
     """Measured steps for which the double is tried, at least, where the batch has stayed for four times as many; it is
-    kept where the law is content with it, too. 0: never. Default: 50 for law=goodput where it adapts, else 0."""
+    kept where the law is content with it, too, or finds it too large by less than shrink_band. 0: never. Default: 50
+    for law=goodput where it adapts, else 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
