@@ -18,6 +18,9 @@ _LARGEST = 1e300
 """Stands for an infinite noise scale."""
 _CLOSE = 1e-9
 """Octaves from which on a batch, or its noise scale, is met."""
+_LARGEST_DOUBT = 0.5
+"""Share of the mean time of a sample that a further one is taken to need at least where the step-time model is off by
+more, or where that is not known yet: as in the split that is assumed while one batch was timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +104,11 @@ class GoodputLaw(Law):
     double and not the half, because a run often begins at the smallest batch that runs. In the part of a run in
     which the batch is not to shrink it asks for the double in place of less, too.
 
+    A model that is off by a tenth cannot tell a sample that takes no time from one that takes a tenth of the mean: so
+    at the present batch a further sample is taken to need that share of the mean at least, or a half where the model is
+    off by more. Else a few noisy steps make a step worth infinitely many samples, and the batch is soon too large.
+    Where the batch ends, the doubt costs that share of the progress per second at most.
+
     Attributes:
         largest_micro_batch_size: in samples.
         least_accumulation_steps: passes of a replica in a step, however small the batch.
@@ -126,10 +134,12 @@ class GoodputLaw(Law):
         batch, model = measurement.global_batch_size, measurement.step_time
         if model is None or not model.is_split_known:
             return self._without_split(measurement)
-        law = self._fastest(self.step_time(model, present=batch))
+        fitted = self.step_time(model, present=batch)
+        doubted = _doubted(fitted, present=batch, error=model.error)
+        law = self._fastest(doubted)
         decision = law.decide(measurement)
-        worth = f"a step is worth {law.samples_per_step(batch):.3g} samples ({_split(model)})"
-        return replace(decision, reason=f"{worth}; {decision.reason}")
+        samples = f"{law.samples_per_step(batch):.3g} samples{'' if doubted is fitted else ' at most'}"
+        return replace(decision, reason=f"a step is worth {samples} ({_split(model)}); {decision.reason}")
 
     def _without_split(self, measurement: Measurement) -> Decision:
         """Decide while steps of one batch were timed at most."""
@@ -161,6 +171,14 @@ class GoodputLaw(Law):
         share = batch / model.world_size
         accumulation_steps = max(share / self.largest_micro_batch_size, self.least_accumulation_steps)
         return {"micro_batch_size": share / accumulation_steps, "accumulation_steps": accumulation_steps}
+
+
+def _doubted(seconds: Callable[[float], float], *, present: float, error: float | None) -> Callable[[float], float]:
+    """Return T, with more per sample where a further one at `present` needs less than `error` of the mean's time."""
+    further = seconds(present * math.sqrt(2)) - seconds(present / math.sqrt(2))
+    mean = seconds(present) / present
+    missing = min(_LARGEST_DOUBT if error is None else error, _LARGEST_DOUBT) * mean - math.sqrt(2) * further / present
+    return (lambda batch: seconds(batch) + missing * batch) if missing > 0 else seconds
 
 
 def _split(model: StepTimeModel) -> str:

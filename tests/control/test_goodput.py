@@ -1,6 +1,7 @@
 """The goodput law: against the closed form, against every batch tried one by one, and in a closed loop."""
 
 import math
+from itertools import pairwise
 from statistics import median
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ times = st.floats(1e-3, 1e1)
 phis = st.floats(1e-2, 1e7)
 
 
-def model(per_step=0.0, per_pass=0.0, per_sample=0.0, *, full_at=0.0, world=1, is_split_known=True):
+def model(per_step=0.0, per_pass=0.0, per_sample=0.0, *, full_at=0.0, world=1, is_split_known=True, error=0.0):
     return StepTimeModel(
         per_step_s=per_step,
         per_pass_s=per_pass,
@@ -25,7 +26,7 @@ def model(per_step=0.0, per_pass=0.0, per_sample=0.0, *, full_at=0.0, world=1, i
         full_at_samples=full_at,
         world_size=world,
         is_split_known=is_split_known,
-        error=None,
+        error=error,
     )
 
 
@@ -107,6 +108,48 @@ def test_it_is_the_best_of_all_rungs(per_step, per_pass, per_sample, knee, phi):
     assert goodput[rung] == pytest.approx(max(goodput.values()), rel=1e-6)
 
 
+def settled(law, phi, *, step_time):
+    """The batch at which the law stays, from a batch of 1 on, without limits."""
+    batch = 1.0
+    for _ in range(200):
+        batch, before = decided(law, phi, batch=batch, step_time=step_time).global_batch_size, batch
+        if batch == pytest.approx(before, rel=1e-9):
+            break
+    return batch
+
+
+@settings(deadline=None)
+@given(alpha=times, beta=st.floats(0, 1e-3), phi=st.floats(10, 1e7), error=st.floats(1e-3, 1))
+def test_doubt_costs_as_much_as_the_model_is_off(alpha, beta, phi, error):
+    """Where the batch ends, to doubt a model that is right by e costs e of the progress per second at most."""
+    law = GoodputLaw(largest_micro_batch_size=10**12)
+    batch = settled(law, known(phi), step_time=model(alpha, 0.0, beta, error=error))
+    goodput = batch / (batch + phi) / (alpha + beta * batch)
+    greatest = 1 / (math.sqrt(alpha) + math.sqrt(beta * phi)) ** 2
+    assert goodput >= greatest / (1 + min(error, 0.5)) * (1 - 1e-6)
+
+
+def test_on_a_flat_time_doubt_bounds_the_batch():
+    """Where samples cost nothing, as far as the model tells, the batch ends at κφ over its error, not at infinity."""
+    law, phi = GoodputLaw(largest_micro_batch_size=10**12, critical_ratio=2.0), known(10.0)
+    assert settled(law, phi, step_time=model(1.0, error=0.1)) == pytest.approx(200)
+    assert settled(law, phi, step_time=model(1.0, error=1e-4)) == pytest.approx(2e5)
+
+
+@settings(deadline=None)
+@given(per_step=times, per_pass=times, per_sample=times, phi=phis, batch=st.integers(1, 10**5))
+def test_doubt_asks_for_less_and_never_more(per_step, per_pass, per_sample, phi, batch):
+    """The larger the error the smaller the batch; from a half on, and where nothing was predicted yet, it stays."""
+    law = GoodputLaw(largest_micro_batch_size=32)
+    asked = [
+        decided(law, known(phi), batch=batch, step_time=model(per_step, per_pass, per_sample, error=error))
+        for error in (0.0, 0.1, 0.3, 0.5, 2.0, None)
+    ]
+    batches = [decision.global_batch_size for decision in asked]
+    assert all(larger >= smaller * (1 - 1e-6) for larger, smaller in pairwise(batches))
+    assert batches[3:] == pytest.approx([batches[3]] * 3)
+
+
 def test_micro_batches_rise_before_accumulation():
     """Up to the largest micro-batch a pass more costs nothing; beyond, each costs its constant too."""
     law, step_time = GoodputLaw(largest_micro_batch_size=32, least_accumulation_steps=2), model(1.0, 10.0, 0.1, world=2)
@@ -179,9 +222,17 @@ def test_reason_has_the_split():
     law = GoodputLaw(largest_micro_batch_size=1024)
     reason = decided(law, known(310, 500), step_time=model(8e-3, 2e-3, 1e-4)).reason
     assert reason == (
-        "a step is worth 100 samples (8 ms a step, 2 ms a pass, 100 µs a sample); "
+        "a step is worth 100 samples (8 ms a step, 2 ms a pass, 100 µs a sample, off by 0%); "
         "noise scale is above 310, the batch of 64 is right for 41 (z = +2.0): grow to 176.1"
     )
+
+
+def test_reason_says_that_the_split_is_doubted():
+    """Where the error bounds what a step is worth, the reason says so: a sample needs half of 256 µs, not 100 µs."""
+    law = GoodputLaw(largest_micro_batch_size=1024)
+    reason = decided(law, known(310, 500), step_time=model(8e-3, 2e-3, 1e-4, error=0.6)).reason
+    split = "8 ms a step, 2 ms a pass, 100 µs a sample, off by 60%"
+    assert reason.startswith(f"a step is worth 78 samples at most ({split}); noise scale is above")
 
 
 @pytest.mark.parametrize("interval", [(math.nan, 3.0), (1.0, math.nan), (100.0, 2.0), (0.0, math.inf)])

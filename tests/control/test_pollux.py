@@ -20,7 +20,7 @@ def model(per_step, per_pass, per_sample, *, full_at=0.0):
         full_at_samples=full_at,
         world_size=2,
         is_split_known=True,
-        error=None,
+        error=0.0,
     )
 
 
