@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,26 +201,35 @@ def _shape(shape: tuple[int, int]) -> StepShape:
 
 
 def loss_gaps(outcome: Outcome) -> list[float]:
-    """Return by how much the adaptive run's loss is above the target where the best fixed run of the seed has it.
+    """Return by how much the adaptive run's loss is above the target where the best fixed run of the seed has it."""
+    finishes = outcome.finishes.get(ADAPTIVE, {})
+    return [
+        loss_gap(finishes[seed], samples=end.samples, target=outcome.contest.target)
+        for seed, end in outcome.ends(fixed_name(outcome.best)).items()
+        if seed in finishes
+    ]
+
+
+def loss_gap(finish: Finish, *, samples: float, target: float) -> float:
+    """Return by how much a run's loss is above the target after some samples.
 
     A run that was over by then, at the target with fewer samples, counts by its last loss, which is no better than what
     it would have had; one that was given up before both counts as infinitely far.
     """
-    found = []
-    for seed, end in outcome.ends(fixed_name(outcome.best)).items():
-        finish = outcome.finishes.get(ADAPTIVE, {}).get(seed)
-        if finish is not None:
-            is_known = finish.end is not None or any(mark.samples >= end.samples for mark in finish.marks)
-            found.append(loss_at(finish, end.samples) - outcome.contest.target if is_known else math.inf)
-    return found
+    is_known = finish.end is not None or any(mark.samples >= samples for mark in finish.marks)
+    return loss_at(finish, samples) - target if is_known else math.inf
 
 
 def loss_spread(outcome: Outcome) -> float:
     """Return the standard deviation over seeds of the best fixed run's loss, where the first seed is at the target."""
-    arm = fixed_name(outcome.best)
-    earliest = min(end.samples for end in outcome.ends(arm).values())
-    losses = [loss_at(finish, earliest) for finish in outcome.finishes[arm].values()]
-    return statistics.stdev(losses) if len(losses) > 1 else math.inf
+    finishes = outcome.finishes[fixed_name(outcome.best)].values()
+    return spread_of_losses(finishes) if len(finishes) > 1 else math.inf
+
+
+def spread_of_losses(finishes: Collection[Finish]) -> float:
+    """Return the standard deviation of the losses of some runs where the first of them is at the target."""
+    earliest = min(finish.end.samples for finish in finishes if finish.end is not None)
+    return statistics.stdev(loss_at(finish, earliest) for finish in finishes)
 
 
 def loss_at(finish: Finish, samples: float) -> float:

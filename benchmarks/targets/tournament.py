@@ -59,7 +59,7 @@ def hold(contest: Contest, *, num_seeds: int, tell: Tell) -> Outcome:
     The searches have seeds of their own: no arm is judged by a run that chose its rate.
     """
     with Pair() as pair:
-        run = _told(pair.run, tell)
+        run = told(pair.run, tell)
         run(
             contest.fixed(
                 contest.batches[0], learning_rate=contest.guess(contest.batches[0]), seed=SEARCH_SEEDS[0], most_steps=50
@@ -119,8 +119,10 @@ def _step_times(
     return {shape: statistics.median(seconds) for shape, seconds in times.items()}
 
 
-def _told(run: Run, tell: Tell) -> Run:
-    def told(race: Race) -> Finish:
+def told(run: Run, tell: Tell) -> Run:
+    """Return `run`, which tells how each race ended, too."""
+
+    def running(race: Race) -> Finish:
         finish = run(race)
         end = finish.end or finish.marks[-1]
         place = f"{end.steps:,.0f} steps, {end.samples:,.0f} samples, {end.seconds:.1f} s"
@@ -129,7 +131,7 @@ def _told(run: Run, tell: Tell) -> Run:
         tell(f"  from {race.settings['global_batch_size']}, {rate}: {finish.reason or place}")
         return finish
 
-    return told
+    return running
 
 
 def _search_fixed(contest: Contest, batch: int, *, run: Run) -> Search:
