@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dptrain.explain.position import resolved_share
-from dptrain.explain.record import SAMPLES, Row, column, is_resolved, known_lower
+from dptrain.explain.record import SAMPLES, Row, column, is_applied, is_resolved, known_lower
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,14 +140,14 @@ def about_groups(record: RunRecord) -> str:
 
 
 def about_learning_rate(record: RunRecord) -> str:
-    """Say where the learning rate went, and the part of it that the batch changes asked for."""
+    """Say where the learning rate went, and the part of it that was its rule's, for the batch and the noise scale."""
     rates = column(record.train, "train/lr")
     rates = rates[np.isfinite(rates)]
     if not len(rates):
         return "No learning rate was logged"
-    factors = column(record.batch_changes, "lr_factor/after")
+    factors = column([row for row in record.decisions if is_applied(row)], "lr_factor/after")
     factor = factors[-1] if len(factors) else 1.0
-    because = f" (batch changes: × {short(factor)})" if np.isfinite(factor) and factor != 1 else ""
+    because = f" (its rule: × {short(factor)})" if np.isfinite(factor) and factor != 1 else ""
     peak = rates.max()
     if peak > max(rates[0], rates[-1]) * 1.01:
         return f"The learning rate rose to {short(peak)} and ended at {short(rates[-1])}{because}"

@@ -32,7 +32,8 @@ kind="eval", one per evaluation
     eval/loss                   mean held-out loss per sample
     eval/<metric>               each further figure of the task, such as eval/bits_per_byte
 
-`decisions.jsonl` holds one row per decision of the controller that differs from the one before:
+`decisions.jsonl` holds one row per decision on the batch that differs from the one before, and one where, at a batch
+that stays, the rule of the learning rate has moved it by a tenth since the latest row:
     step, progress/samples      when it was taken
     batch/before, batch/after   global batch in samples
     lr_factor/before, lr_factor/after

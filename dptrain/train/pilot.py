@@ -35,6 +35,9 @@ _MAX_IDS = 16
 _MAX_FAILED_SAVES = 3
 _LOSS_HALF_LIFE = 0.02
 """Of the running mean of the loss, as a part of the run; a matter of taste."""
+_TOLD_RATE_CHANGE = 1.1
+"""Ratio by which its rule has moved the learning rate, at a batch that stays, when that is told as a decision; the rate
+of each step is a column of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,7 @@ class Progress:
         position: samples seen.
         global_batch_size: for the next step.
         learning_rate_factor: of the rule, for the next step.
+        told_factor: the one that was told last, with its reason; None before the first decision.
         steps_dropped: updates skipped for a gradient that was not finite.
         skipped_in_row: how many of the latest steps were.
         num_batch_changes: how often the batch changed.
@@ -62,6 +66,7 @@ class Progress:
     position: int = 0
     global_batch_size: int
     learning_rate_factor: float
+    told_factor: float | None = None
     steps_dropped: int = 0
     skipped_in_row: int = 0
     num_batch_changes: int = 0
@@ -292,32 +297,40 @@ class Pilot:
         batch = round(decision.global_batch_size)
         if applied and is_on_record:
             batch = self._on_record.get(record.step, before.global_batch_size)
-        factor = self._learning_rate_factor(scale, batch)
+        factor, told = self._learning_rate_factor(scale, batch), before.told_factor or before.learning_rate_factor
+        present = before.global_batch_size if applied else before.advised or before.global_batch_size
+        is_told, reason = batch != present, decision.reason
         if applied:
-            changed = batch != before.global_batch_size
+            if not is_told and not told / _TOLD_RATE_CHANGE < factor < told * _TOLD_RATE_CHANGE:
+                is_told, reason = True, self._rate_reason(scale, batch)
             self._progress = replace(
                 before,
                 global_batch_size=batch,
                 learning_rate_factor=factor,
-                num_batch_changes=before.num_batch_changes + changed,
+                told_factor=factor if is_told else told,
+                num_batch_changes=before.num_batch_changes + (batch != present),
             )
         else:
-            changed = batch != (before.advised or before.global_batch_size)
             self._progress = replace(before, advised=batch)
-        if changed and not is_on_record:
+        if is_told and not is_on_record:
             log.decision(
                 {
                     "step": record.step,
                     "progress/samples": record.end,
                     "batch/before": before.global_batch_size,
                     "batch/after": batch,
-                    "lr_factor/before": before.learning_rate_factor,
+                    "lr_factor/before": before.learning_rate_factor if batch != before.global_batch_size else told,
                     "lr_factor/after": factor,
                     "applied": applied,
-                    "reason": decision.reason,
+                    "reason": reason,
                     **noise_columns(scale),
                 }
             )
+
+    def _rate_reason(self, scale: NoiseScale, batch: int) -> str:
+        optimizer = self._config.optimizer
+        tuned = f"rule {optimizer.rule}, from a rate for a batch of {given(optimizer.reference_batch_size)}"
+        return f"the batch stays at {batch}, the noise scale is {scale} now ({tuned})"
 
     def _loss_mean(self, record: StepRecord, outcome: StepOutcome) -> float | None:
         """Return the running mean of the loss, with a half-life of a part of the run."""

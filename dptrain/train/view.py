@@ -337,12 +337,14 @@ def noise_scale_text(row: Row, *, level: float | None = None) -> str:
 
 
 def decision_text(row: Row) -> str:
-    """Say a row of `decisions.jsonl` in a line: the batch, the learning rate if it moves, and the reason."""
-    change = f"batch {_integer(row, 'batch/before')} → {_integer(row, 'batch/after')}"
+    """Say a row of `decisions.jsonl` in a line: the batch and the rate, as far as they move, and the reason."""
+    changes = []
+    if row.get("batch/before") != row.get("batch/after"):
+        changes.append(f"batch {_integer(row, 'batch/before')} → {_integer(row, 'batch/after')}")
     before, after = _number(row, "lr_factor/before"), _number(row, "lr_factor/after")
     if before and after and before != after:
-        change += f", learning rate × {after / before:.3g}"
-    return f"{change}: {tellable(str(row.get('reason', '')))}"
+        changes.append(f"learning rate × {after / before:.3g}")
+    return f"{', '.join(changes)}: {tellable(str(row.get('reason', '')))}"
 
 
 def _compact(value: float, *, like: float) -> str:

@@ -38,7 +38,7 @@ def test_each_figure_says_what_it_found(tmp_path):
     assert title["noise-against-loss"].startswith("While the training loss fell from ")
     assert title["frontier"].startswith("The run took ")
     assert title["learning-rate"].startswith("The learning rate rose to 0.0027")
-    assert title["learning-rate"].endswith("ended at 0.0006 (batch changes: × 2.83)")
+    assert title["learning-rate"].endswith("ended at 0.0006 (its rule: × 2.83)")
     assert title["throughput"].startswith("A batch of 16 ran at 40")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -97,6 +99,34 @@ def test_a_rate_is_tuned_at_one_batch_and_used_at_others(tmp_path):
     rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
     rates = {row["batch/global"]: row["train/lr"] for row in rows[:-1]}  # the last step has what is left
     assert rates == {4: pytest.approx(0.01 / 4), 16: pytest.approx(0.01 / 2)}
+
+
+def test_each_tenth_of_the_rate_that_is_the_rules_is_told(tmp_path):
+    """At no step is the rate further than a tenth from the one told last; each row goes on from the one before it."""
+    train(
+        tmp_path / "run",
+        law="schedule",
+        schedule="0:4 40:16",
+        smallest=None,
+        largest=None,
+        optimizer=OptimizerConfig(learning_rate=0.01, rule="gain", schedule="constant", warmup_samples=0),
+    )
+    decisions = read_rows(tmp_path / "run" / "decisions.jsonl")
+    at_a_batch_that_stays = [row for row in decisions if row["batch/before"] == row["batch/after"]]
+    assert at_a_batch_that_stays
+    for row in at_a_batch_that_stays:
+        assert "the batch stays at 16, the noise scale is " in row["reason"]
+        assert row["reason"].endswith("now (rule gain, from a rate for a batch of 4)")
+        assert abs(math.log(row["lr_factor/after"] / row["lr_factor/before"])) >= math.log(1.1)
+    told = {row["step"] + 1: row["lr_factor/after"] for row in decisions}  # the step after it was under way already
+    latest = 1.0
+    for row in read_rows(tmp_path / "run" / "metrics.jsonl"):
+        if row["kind"] == "train":
+            latest = told.get(row["step"] - 1, latest)
+            assert abs(math.log(row["train/lr"] / 0.01 / latest)) < math.log(1.1)
+    befores = [row["lr_factor/before"] for row in decisions]
+    for row, before in zip(decisions, befores[1:], strict=False):
+        assert abs(math.log(before / row["lr_factor/after"])) < math.log(1.1)
 
 
 def test_betas_follow_the_batch_and_come_back(tmp_path):

@@ -219,12 +219,13 @@ def test_the_samples_of_a_step_do_not_depend_on_the_world_size(by_world_size, wo
 
 
 def test_the_batches_of_a_schedule_do_not_depend_on_the_world_size(by_world_size):
-    """The same batch at the same position, and the same decisions with the same reasons."""
+    """The same batch at the same position, and the same decisions on it with the same reasons."""
     batches, decisions = [], []
     for _, folder in by_world_size.values():
         batches.append([row["batch/global"] for row in rows_of(folder / "schedule", "train")])
         rows = read_rows(folder / "schedule" / "decisions.jsonl")
-        decisions.append([(row["step"], row["batch/before"], row["batch/after"], row["reason"]) for row in rows])
+        moves = [row for row in rows if row["batch/before"] != row["batch/after"]]  # the rate goes by what is measured
+        decisions.append([(row["step"], row["batch/before"], row["batch/after"], row["reason"]) for row in moves])
     assert batches[0] == batches[1] == batches[2]
     assert decisions[0] == decisions[1] == decisions[2]
     assert len(decisions[0]) == 3
@@ -252,9 +253,9 @@ def test_decisions_say_why(by_world_size):
     _, folder = by_world_size[2]
     batches = {row["step"]: row["batch/global"] for row in rows_of(folder / "schedule", "train")}
     for row in read_rows(folder / "schedule" / "decisions.jsonl"):
-        assert row["batch/before"] != row["batch/after"]
         assert row["batch/after"] == batches[row["step"] + 2]
-        assert row["reason"].startswith("schedule: ")
+        stays = row["batch/before"] == row["batch/after"]
+        assert row["reason"].startswith("the batch stays at " if stays else "schedule: ")
 
 
 def test_the_summary_has_the_figures_of_the_run(by_world_size):

@@ -107,6 +107,14 @@ def test_the_plain_view_prints_one_line_for_each_thing():
     )
 
 
+def test_a_rate_that_moves_at_a_batch_that_stays():
+    """Then the rate alone is told."""
+    stream, shown = plain()
+    with shown:
+        shown.decision({**DECISION, "batch/after": 32})
+    assert stream.getvalue() == "step 120  learning rate × 1.41: the noise scale is above 64\n"
+
+
 def test_the_plain_view_prints_every_so_many_steps():
     """The first step and each multiple are printed, and no other."""
     stream, shown = plain(print_every_steps=50)
