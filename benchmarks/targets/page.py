@@ -61,22 +61,23 @@ def of_contest(outcome: Outcome, figures: Mapping[str, float], *, task: str) -> 
     """Return the page of digits or pysource."""
     frontier = outcome.frontier()
     searches = [[row["arm"], row["shown_steps"], row["shown_seconds"]] for row in results.search_rows(outcome)]
-    return _joined(
+    return joined(
         f"# {QUESTION}",
         f"    python -m benchmarks.time_to_target --task {task} --results benchmarks/results",
         f"On `{task}`: {note(outcome, figures)}.",
-        _figures_table(figures),
+        figures_table(figures),
         "## What was run",
         _about_the_runs(outcome, task=task),
+        *_other_far_starts(outcome),
         _CELLS,
-        _table(list(COLUMNS), [_cells(row) for row in results.rows(outcome)]),
+        table(list(COLUMNS), [_cells(row) for row in results.rows(outcome)]),
         f"**The frontier** of the fixed batches: {frontier or 'none, too few batches arrived'}.{_in_vain(outcome)}",
         f"![The plane of steps and samples](time_to_target_{task}.png)",
         "## Learning-rate rules",
         "The adaptive law with each rule from the default start, all at the base rate found for `root_gain`.",
         _rules_table(outcome),
         "## What the searches cost",
-        _table(["arm", "rates tried", "seconds"], searches),
+        table(["arm", "rates tried", "seconds"], searches),
         _SEARCH_COST,
         "## AdaptDL",
         _about_adaptdl(outcome, figures),
@@ -118,7 +119,7 @@ evaluation; steps and samples are exact. The target is reached at the first eval
 evaluations by the logarithm of the loss. After the races the fixed batches take turns of some 80 steps, three for each
 of those seeds: `step_time_error` is how far off the model is, in the median over shapes, on one it was not told of."""
 
-_ABOUT_TASKS = {
+ABOUT_TASKS = {
     "digits": "an autoencoder of layers 64-96-48-8-48-96-64, the mean squared error of a pixel",
     "pysource": "a model of 30,000 parameters, 16 bytes of context, 512 held-out windows",
 }
@@ -137,12 +138,23 @@ def _about_the_runs(outcome: Outcome, *, task: str) -> str:
     return _RUNS.format(
         **harness.environment(device="cpu"),
         task=task,
-        options=_ABOUT_TASKS[task],
+        options=ABOUT_TASKS[task],
         target=contest.target,
         default_batch=contest.default_batch,
         num_seeds=len(outcome.finishes[fixed_name(outcome.best)]),
         warmup_samples=contest.warmup_samples,
     )
+
+
+def _other_far_starts(outcome: Outcome) -> list[str]:
+    """Say how far off the far starts were where the seeds have another batch first than the searches had."""
+    searched, best = results.best_searched(outcome.searches), outcome.best
+    if searched == best:
+        return []
+    small, large = results.far_starts(searched).values()
+    starts = f"**The far starts** are {small:,} and {large:,}, for the searches had {searched:,} first."
+    off = f"they are {best / small:g} times too small and {large / best:g} times too large"
+    return [f"{starts} Of {best:,}, which the further seeds have first, {off}."]
 
 
 def _in_vain(outcome: Outcome) -> str:
@@ -168,7 +180,7 @@ def _about_adaptdl(outcome: Outcome, figures: Mapping[str, float]) -> str:
 def _rules_table(outcome: Outcome) -> str:
     names = {"root_gain (default)": ADAPTIVE} | {rule: rule_name(rule) for rule in RULES_COMPARED}
     rows = {row["arm"]: row for row in results.rows(outcome)}
-    return _table(
+    return table(
         ["rule", *list(COLUMNS)[1:]], [[rule, *_cells(rows[name])[1:]] for rule, name in names.items() if name in rows]
     )
 
@@ -176,14 +188,14 @@ def _rules_table(outcome: Outcome) -> str:
 def of_quadratic(theory: Theory) -> str:
     """Return the page of the quadratic problems."""
     columns, rows = theory.findings.columns, theory.findings.rows
-    return _joined(
+    return joined(
         f"# {QUESTION}",
         "    python -m benchmarks.time_to_target --task quadratic --results benchmarks/results",
         f"On problems whose answer is known: {theory.findings.note}.",
-        _figures_table(theory.findings.figures),
+        figures_table(theory.findings.figures),
         "## What was run",
         _PROBLEMS,
-        _table(list(columns), [[cell.format_map(row) for cell in columns.values()] for row in rows]),
+        table(list(columns), [[cell.format_map(row) for cell in columns.values()] for row in rows]),
         "![The planes of both problems](time_to_target_quadratic.png)",
         "## What the numbers do not show",
         _NOT_SHOWN_BY_THEORY,
@@ -214,18 +226,21 @@ _NOT_SHOWN_BY_THEORY = """\
 - **Time.** The exchange rate r, the samples that one step fewer is worth, is given here; on hardware it is measured."""
 
 
-def _joined(*parts: str) -> str:
+def joined(*parts: str) -> str:
+    """Return a page of these paragraphs."""
     return "\n\n".join(parts) + "\n"
 
 
-def _figures_table(figures: Mapping[str, float]) -> str:
-    return _table(["figure", "value"], [[f"`{name}`", f"{value:.4g}"] for name, value in figures.items()])
+def figures_table(figures: Mapping[str, float]) -> str:
+    """Return the figures as a table in Markdown."""
+    return table(["figure", "value"], [[f"`{name}`", f"{value:.4g}"] for name, value in figures.items()])
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     return [template.format_map(row) for template in COLUMNS.values()]
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

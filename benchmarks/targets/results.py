@@ -20,6 +20,9 @@ _TIMED_STEPS = 10
 ADAPTIVE, FROM_SMALL, FROM_LARGE = "adaptive", "adaptive from small", "adaptive from large"
 ADAPTDL, SMITH, RAMP = "AdaptDL", "batch doubles (Smith)", "linear ramp"
 RULES_COMPARED = ("none", "linear", "square_root", "gain", "surge")
+_FAR = 16
+"""How many times too small and too large the batches are at which adaptive runs begin."""
+_SMALLEST_START = 4
 
 
 def fixed_name(batch: int) -> str:
@@ -30,6 +33,16 @@ def fixed_name(batch: int) -> str:
 def rule_name(rule: str) -> str:
     """Return the name of the adaptive arm with another learning-rate rule."""
     return f"adaptive, rule {rule}"
+
+
+def best_searched(searches: Mapping[int, Search]) -> int:
+    """Return the batch that is first by the runs of the searches, none of which was in vain."""
+    return min(searches, key=lambda batch: searches[batch].end.seconds)
+
+
+def far_starts(best: int) -> dict[str, int]:
+    """Return the batches at which the adaptive runs begin that are to find their way to `best`."""
+    return {FROM_SMALL: max(best // _FAR, _SMALLEST_START), FROM_LARGE: best * _FAR}
 
 
 @dataclass(frozen=True, kw_only=True)

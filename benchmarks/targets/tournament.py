@@ -16,19 +16,16 @@ from benchmarks.targets.racing import Finish, Mark, Pair, Race
 from benchmarks.targets.results import (
     ADAPTDL,
     ADAPTIVE,
-    FROM_LARGE,
-    FROM_SMALL,
     RAMP,
     RULES_COMPARED,
     SMITH,
     Outcome,
+    best_searched,
+    far_starts,
     fixed_name,
     rule_name,
 )
 
-_FAR = 16
-"""How many times too small and too large the batches are at which adaptive runs begin."""
-_SMALLEST_START = 4
 _SMITH_STAGES = 4
 _TURNS_PER_SEED = 3
 _STEPS_OF_A_TURN = 80
@@ -67,12 +64,8 @@ def hold(contest: Contest, *, num_seeds: int, tell: Tell) -> Outcome:
         )
         swept = {batch: _search_fixed(contest, batch, run=run) for batch in contest.batches}
         searches = {batch: found for batch, found in swept.items() if found.best is not None}
-        best = min(searches, key=lambda batch: searches[batch].end.seconds)
-        starts = {
-            ADAPTIVE: contest.default_batch,
-            FROM_SMALL: max(best // _FAR, _SMALLEST_START),
-            FROM_LARGE: best * _FAR,
-        }
+        best = best_searched(searches)
+        starts = {ADAPTIVE: contest.default_batch, **far_starts(best)}
         adaptive = _search_adaptive(contest, run=run)
         arms, absent = _arms(contest, searches=searches, adaptive=adaptive, starts=starts, best=best)
         finishes: dict[str, dict[int, Finish]] = {name: {} for name in arms}

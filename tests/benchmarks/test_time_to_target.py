@@ -222,6 +222,17 @@ def test_a_run_that_does_not_arrive_is_not_hidden():
     assert "with any rate that was tried, in up to 6,000 steps: fixed 16." in text
 
 
+def test_the_page_says_how_far_off_the_far_starts_were():
+    """Where the further seeds have another batch first than the searches had; else they are 16 times off, as said."""
+    outcome = make_outcome(adaptive=0.5)
+    assert "The far starts" not in page.of_contest(outcome, results.figures(outcome), task="digits")
+    quick = Search(best=0.1, finishes={0.1: arrived(1, batch=256, seconds=0.001)})
+    outcome = replace(outcome, searches={**outcome.searches, 256: quick})
+    text = page.of_contest(outcome, results.figures(outcome), task="digits")
+    assert "are 16 and 4,096, for the searches had 256 first. Of 128, which the further seeds have first, " in text
+    assert "they are 8 times too small and 32 times too large." in text
+
+
 def arrived(steps, *, batch=1, seconds=None):
     end = Mark(steps=steps, samples=steps * batch, seconds=steps / 1000 if seconds is None else seconds, loss=0.017)
     row = {"step": 1, "progress/samples": batch, "batch/global": batch, "train/lr": 0.1, "gns/b_simple": 100.0}
