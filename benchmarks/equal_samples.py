@@ -9,6 +9,7 @@ import statistics
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,28 +88,23 @@ def measure(task: str, *, samples: int, quick: bool, num_seeds: int) -> Mapping[
     arms: dict[str, int | None] = {f"fixed {batch}": batch for batch in batches}
     arms |= {f"adaptive{where}": None for where in list(_STARTS)[: 1 if quick else None]}
 
-    def race(name: str, rate: float, seed: int) -> Race:
+    def race(name: str, rate: float, _most_steps: float, seed: int) -> Race:
         batch = arms[name]
         return _race(contest, samples=samples, name=name, batch=batch, learning_rate=rate, seed=seed)
 
     with Pair() as pair:
         run = _to_the_end(pair.run)
-        run(race(next(iter(arms)), contest.guess(batches[0]), 0))  # the first race of a process is slow
+        run(race(next(iter(arms)), contest.guess(batches[0]), math.inf, 0))  # the first race of a process is slow
         searches: dict[str, Search] = {}
         for name, batch in arms.items():
             start = contest.guess(batch or contest.default_batch)
-            searches[name] = search_rate(
-                lambda rate, _, seed, name=name: race(name, rate, seed),  # type: ignore[misc]
-                start=start,
-                run=run,
-                cost=lambda end: end.loss,
-            )
+            searches[name] = search_rate(partial(race, name), start=start, run=run, cost=lambda end: end.loss)
             print(f"{name}: rate {searches[name].rate:.3g}", file=sys.stderr, flush=True)
         finishes: dict[str, dict[int, Finish]] = {name: {} for name in arms}
         for seed in range(1, num_seeds + 1):
             for place in range(len(arms)):
                 name = list(arms)[(place + seed) % len(arms)]
-                finishes[name][seed] = run(race(name, searches[name].rate, seed))
+                finishes[name][seed] = run(race(name, searches[name].rate, math.inf, seed))
     return {name: _ended(searches[name], found) for name, found in finishes.items()}
 
 

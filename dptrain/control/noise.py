@@ -11,6 +11,8 @@ from dptrain.errors import ConfigError
 
 _LARGEST = 1e60
 """Stands for an infinite noise scale, of which only |G|² speaks, and whose square is finite."""
+_ROUNDED = 1 + 1e-6
+"""Some laws find a batch to nine digits: the ends of an interval without width may come out turned round."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +55,11 @@ class IntervalLaw(Law):
         # be dear to find, so it is not asked where nothing moves.
         if sureness > self.z:
             smallest, largest = self.batch_for(lower), self.batch_for(upper)
-            if smallest <= largest:
+            if smallest <= largest * _ROUNDED:
                 asked = asked if math.isfinite(largest) else 2.0 * batch
                 asked = max(asked, smallest) if math.isfinite(smallest) else asked
                 known, verb = f"above {max(lower, right):.3g}", "grow to"
-        elif sureness < -self.z and self.batch_for(lower) <= (largest := self.batch_for(upper)) < batch:
+        elif sureness < -self.z and self.batch_for(lower) / _ROUNDED <= (largest := self.batch_for(upper)) < batch:
             # The estimate of φ may be 0; a batch has at least one sample.
             asked = max(largest, 1.0)
             known, verb = f"below {upper:.3g}", "shrink to"

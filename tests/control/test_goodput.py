@@ -6,7 +6,7 @@ from statistics import median
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dptrain.control import ExchangeRateLaw, FastestLaw, GoodputLaw, Measurement, StepTimeModel
@@ -45,6 +45,8 @@ def decided(law, phi, *, batch=64, step_time=None, samples_seen=0):
 
 @settings(deadline=None)
 @given(alpha=times, beta=times, lower=phis, width=st.floats(1, 1e3), batch=st.integers(1, 10**5))
+@example(alpha=1.5, beta=1.0, lower=2.0, width=1.0000000000000002, batch=1)
+@example(alpha=1.5, beta=1.0, lower=2.0, width=1.0000000000000002, batch=10)
 def test_on_a_line_it_is_the_exchange_rate_law(alpha, beta, lower, width, batch):
     """With T = α + βB it asks for the batch that the exchange rate r = α/β asks for, from any batch and interval."""
     fastest = FastestLaw(seconds=lambda b: alpha + beta * b)
