@@ -331,13 +331,20 @@ class Meter(Joinable):
         """Have `close` called by `remove`."""
         self._closers.append(close)
 
-    def remove(self) -> None:
-        """Take everything off the model; the meter can still be read."""
+    def remove(self, *, wait: bool = True) -> None:
+        """Take everything off the model; the meter can still be read.
+
+        Args:
+            wait: for the sums under way. A rank that then ends, or destroys its process group, takes none of them away
+                from those that still read. Not after an error, for other ranks may never come.
+        """
         while self._closers:
             self._closers.pop()()
+        if wait and dist.is_available() and dist.is_initialized():  # else there is nobody left to wait for
+            self._absorb_up_to(0)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.remove()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.remove(wait=kind is None)

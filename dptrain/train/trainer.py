@@ -217,7 +217,7 @@ class Trainer:
         log = self._open_log(saved)
         with ExitStack() as stack:
             stack.callback(log.close)
-            stack.callback(self._meter.remove)
+            stack.callback(self._meter.remove, wait=False)  # its sums travel with those of the step
             if saved is not None:
                 self._restore(saved, log)
             elif self._branch is not None:

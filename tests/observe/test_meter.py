@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 
 import pytest
 import torch
@@ -342,6 +343,44 @@ def test_remove_leaves_the_model_as_it_was():
     assert not model._forward_pre_hooks
     assert all(p._backward_hooks is None for p in model.parameters())
     assert meter.read().num_steps == 1
+
+
+def leave_one_by_one(rank, world_size):
+    """Rank 1 is done with its last step before rank 0 begins to close it, and leaves."""
+    model = DistributedDataParallel(make_model(), find_unused_parameters=True)
+    with dptrain.attach(model, every=1) as meter:
+        for step in range(STEPS):
+            mean_loss(model, *micro_batch(step, 0, rank)).backward()
+            if rank == 0 and step == STEPS - 1:
+                time.sleep(0.5)
+            meter.step()
+            model.zero_grad()
+        num_steps = meter.read().num_steps if rank == 0 else STEPS
+    torch.distributed.destroy_process_group()
+    return num_steps
+
+
+def test_a_rank_that_leaves_takes_no_sum_away_from_the_others():
+    """Remove waits for the sums under way: who never reads may destroy the process group after it."""
+    assert run_replicas(leave_one_by_one, world_size=2) == [STEPS, STEPS]
+
+
+def leave_after_an_error(rank, world_size):
+    model, waited = make_model(), []
+    for error in (True, False):
+        with contextlib.suppress(KeyError), dptrain.attach(model, every=1) as meter:
+            meter._absorb_up_to = waited.append
+            if error:
+                raise KeyError
+    with dptrain.attach(model, every=1) as meter:
+        meter._absorb_up_to = waited.append
+        torch.distributed.destroy_process_group()
+    return waited
+
+
+def test_remove_waits_for_nobody_after_an_error():
+    """Where a loop failed, or the process group is gone, the sums under way may never come."""
+    assert run_replicas(leave_after_an_error, world_size=1) == [[0]]
 
 
 def test_between_measured_steps_only_the_users_hooks_are_left():

@@ -100,12 +100,12 @@ class GradientNoiseScaleMonitor(Callback):
         self._remove()
 
     def on_exception(self, *_: object) -> None:
-        """Do as at the end."""
-        self._remove()
+        """Do as at the end, but wait for nobody."""
+        self._remove(wait=False)
 
-    def _remove(self) -> None:
+    def _remove(self, *, wait: bool = True) -> None:
         if self.meter is not None:
-            self.meter.remove()
+            self.meter.remove(wait=wait)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold."""
