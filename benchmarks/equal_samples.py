@@ -273,7 +273,7 @@ def page(found: harness.Findings, *, task: str, samples: int, num_seeds: int) ->
     """Return the page of a task."""
     rows = [[cell.format_map(row) for cell in found.columns.values()] for row in found.rows]
     return joined(
-        f"# {QUESTION}",
+        f"# {__doc__}",
         f"    python -m benchmarks.equal_samples --task {task} --results benchmarks/results",
         f"On `{task}`: {verdict(found.figures)}.",
         figures_table(found.figures),
@@ -290,7 +290,6 @@ def page(found: harness.Findings, *, task: str, samples: int, num_seeds: int) ->
     )
 
 
-QUESTION = "At equal samples under a falling rate, do adaptive runs end where fixed batches of their speed do?"
 _RUNS = """\
 dptrain {dptrain} on torch {torch} and Python {python}: two gloo replicas of one thread each on {cpu_count} cores of
 {processor}. Task `{task}` ({options}), {samples:,} samples, at a rate that falls along a cosine to a tenth. The

@@ -338,12 +338,10 @@ def noise_scale_text(row: Row, *, level: float | None = None) -> str:
 
 def decision_text(row: Row) -> str:
     """Say a row of `decisions.jsonl` in a line: the batch and the rate, as far as they move, and the reason."""
-    changes = []
-    if row.get("batch/before") != row.get("batch/after"):
-        changes.append(f"batch {_integer(row, 'batch/before')} → {_integer(row, 'batch/after')}")
     before, after = _number(row, "lr_factor/before"), _number(row, "lr_factor/after")
-    if before and after and before != after:
-        changes.append(f"learning rate × {after / before:.3g}")
+    changes = [f"learning rate × {after / before:.3g}"] if before and after and before != after else []
+    if row.get("batch/before") != row.get("batch/after") or not changes:  # advice that is taken back moves neither
+        changes.insert(0, f"batch {_integer(row, 'batch/before')} → {_integer(row, 'batch/after')}")
     return f"{', '.join(changes)}: {tellable(str(row.get('reason', '')))}"
 
 

@@ -108,11 +108,15 @@ def test_the_plain_view_prints_one_line_for_each_thing():
 
 
 def test_a_rate_that_moves_at_a_batch_that_stays():
-    """Then the rate alone is told."""
+    """Then the rate alone is told; where neither moves, as for advice that is taken back, the batch is."""
     stream, shown = plain()
     with shown:
         shown.decision({**DECISION, "batch/after": 32})
-    assert stream.getvalue() == "step 120  learning rate × 1.41: the noise scale is above 64\n"
+        shown.decision({**DECISION, "batch/after": 32, "lr_factor/after": 1.0})
+    assert stream.getvalue() == (
+        "step 120  learning rate × 1.41: the noise scale is above 64\n"
+        "step 120  batch 32 → 32: the noise scale is above 64\n"
+    )
 
 
 def test_the_plain_view_prints_every_so_many_steps():
