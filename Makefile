@@ -13,7 +13,7 @@ BIN := .venv/bin
 READY := .venv/ready-$(if $(CONSTRAINTS),$(notdir $(CONSTRAINTS)),newest)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format lint types env clean
+.PHONY: help train test check format lint types tree env clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## */\1|/p' Makefile | while IFS='|' read -r name text; do printf 'make %-8s %s\n' "$$name" "$$text"; done
@@ -40,6 +40,9 @@ lint: $(READY)  ## show what the linter has to say
 
 types: $(READY)  ## check the types, strictly
 	$(BIN)/mypy
+
+tree:  ## write the tree of docs/architecture.md from the files
+	$(PYTHON) docs/tree.py
 
 env: $(READY)  ## make the environment alone (.venv)
 

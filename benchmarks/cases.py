@@ -216,12 +216,12 @@ class _Measurement:
             problem=problem,
             wrapper=self._case.wrapper.name,
             layout=self._case.layout.name,
-            observer=meter.seam,
+            observer=meter.method,
             truth=truth,
             scales=[reading.groups[name] for reading in readings for name in names],
         )
         row["groups_sum_error"] = max(reading.sum_error for reading in readings)
-        if self._case.counts_negative and meter.seam != "hook":
+        if self._case.counts_negative and meter.method != "hook":
             row["negative"] = self._num_negative / (row["num_repetitions"] * row["num_steps"])
         return row
 

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from dptrain.checkpoint.store import load_newest
 from dptrain.data import SampleStream, slots
 from dptrain.tasks import Suggestion, Task
+from dptrain.tracking.jsonl import read_rows
+from dptrain.tracking.run_folder import write_config
 from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, OptimizerConfig, TrainConfig
-from dptrain.train.checkpoint import load_newest
-from dptrain.train.metrics import read_rows
-from dptrain.train.run_folder import write_config
 
 NUM_SAMPLES = 997
 SAMPLES_PER_EVENT = 1200

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness
-from dptrain.explain.adaptive import AdaptiveSide, adaptive_side
-from dptrain.explain.frontier import Frontier, Point, fit_frontier
-from dptrain.tasks.curves import NOISE_COURSES, Course, DampedQuadratic, Schedule
+from benchmarks.curves import NOISE_COURSES, Course, DampedQuadratic, Schedule
+from dptrain.explain.model.adaptive import AdaptiveSide, adaptive_side
+from dptrain.explain.model.frontier import Frontier, Point, fit_frontier
 
 LARGEST_ERROR = 0.02
 SMALLEST_COVERAGE = 0.9

@@ -25,8 +25,8 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import dptrain
-from benchmarks.arms import Case, Limits, measure_arms
 from benchmarks.problems import Problem, linear, quadratic
+from benchmarks.variants import Case, Limits, measure_arms
 from dptrain.noise import SmoothedMoments, smoothed
 
 Row = dict[str, Any]
@@ -183,7 +183,7 @@ def _check_wrapper(setting: Setting, *, data: list[list[tuple[Tensor, Tensor]]],
         with_meter.step(micro_batches)
         without.step(micro_batches)
     identical = all(map(torch.equal, with_meter.weights(), without.weights()))
-    row: Row = {"seam": with_meter.meter.seam, "identical": identical}
+    row: Row = {"method": with_meter.meter.method, "identical": identical}
     if first is None:
         # One replica is one small batch there: nothing to compare, which the meter must notice.
         return row | {

@@ -14,17 +14,17 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.replicas import run_replicas
+from dptrain.checkpoint.async_writer import AsyncWriter
+from dptrain.checkpoint.interval import young_daly_s
+from dptrain.checkpoint.settings import CheckpointConfig
+from dptrain.checkpoint.state import pack_model, pack_optimizer
 from dptrain.observe import NUM_SUMS
 from dptrain.observe.reduction import PendingSum
+from dptrain.runtime.replica_check import ReplicaCheck
+from dptrain.runtime.step_reduction import RankReport, StepRecord, receive, send
+from dptrain.runtime.watchdog import Watchdog
 from dptrain.train import OptimizerConfig
-from dptrain.train.config import CheckpointConfig
-from dptrain.train.consensus import StepRecord, Word, receive, send
-from dptrain.train.drift import DriftCheck
-from dptrain.train.interval import young_daly_s
 from dptrain.train.optimizer import build_optimizer
-from dptrain.train.saver import Saver
-from dptrain.train.state import pack_model, pack_optimizer
-from dptrain.train.watchdog import Watchdog
 
 _DRIFT_EVERY = 100
 _TOKENS = 64
@@ -47,7 +47,7 @@ def _guard_share(rank: int, world_size: int, repetitions: int) -> float:  # noqa
     ddp = nn.parallel.DistributedDataParallel(model)
     samples = torch.randn(4, _TOKENS, _WIDTH)
     step_s = _median_s(lambda: ddp(samples).square().mean().backward(), repetitions=repetitions)
-    drift = DriftCheck(model.named_parameters(), every_steps=1)
+    drift = ReplicaCheck(model.named_parameters(), every_steps=1)
 
     def compare() -> None:
         drift.start(1)
@@ -56,7 +56,8 @@ def _guard_share(rank: int, world_size: int, repetitions: int) -> float:  # noqa
     record = StepRecord(step=1, position=0, global_batch_size=8, micro_batch_size=4, learning_rate=0.1, wall_s=0.0)
     sums = torch.ones(NUM_SUMS, dtype=torch.float64)
     full_s = _median_s(
-        lambda: receive(send(record, word=Word(), loss_sum=torch.zeros(()), meter_sums=sums), record), repetitions=300
+        lambda: receive(send(record, report=RankReport(), loss_sum=torch.zeros(()), meter_sums=sums), record),
+        repetitions=300,
     )
     bare_s = _median_s(lambda: PendingSum(sums.clone()).read(), repetitions=300)
     watchdog = Watchdog(world_size=world_size)
@@ -80,15 +81,15 @@ def stall_share(*, quick: bool) -> float:
     optimizer.step()
     names = {parameter: name for name, parameter in model.named_parameters()}
     stalls: list[float] = []
-    with tempfile.TemporaryDirectory() as folder, Saver(Path(folder), keep=1) as saver:
+    with tempfile.TemporaryDirectory() as folder, AsyncWriter(Path(folder), keep=1) as writer:
         for step in range(1, 4 if quick else 10):
             began_s = time.perf_counter()
             tensors, state = pack_optimizer(optimizer, names=names)
             packed: dict[str, Any] = {"model": pack_model(model), "optimizer": tensors}
-            saver.save(step=step, tensors=packed, state={"optimizer": state})
+            writer.save(step=step, tensors=packed, state={"optimizer": state})
             stalls.append(time.perf_counter() - began_s)
-            saver.wait()
-        write_s = saver.status().write_s
+            writer.wait()
+        write_s = writer.status().write_s
     stall_s = statistics.median(stalls[1:])
     failures_s = 3600 * CheckpointConfig().hours_between_failures
     return stall_s / young_daly_s(stall_s=stall_s, write_s=write_s, mean_time_between_failures_s=failures_s)

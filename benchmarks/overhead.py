@@ -13,8 +13,8 @@ import torch.distributed as dist
 from rich.console import Console
 
 from benchmarks import harness
-from benchmarks.arms import AGAIN, DEFAULT, EVERY_STEP, EVERY_STEP_HOOK, PEER, Case, Limits, measure_arms
 from benchmarks.replicas import run_replicas
+from benchmarks.variants import AGAIN, DEFAULT, EVERY_STEP, EVERY_STEP_HOOK, PEER, Case, Limits, measure_arms
 
 LARGEST_DEFAULT_RATIO = 1.01
 LARGEST_EVERY_STEP_RATIO = 1.03

@@ -16,8 +16,8 @@ from rich.console import Console
 from benchmarks import harness
 from benchmarks.timed_runs import Took, took, train
 from dptrain.control import StepShape
-from dptrain.explain.devices import devices
-from dptrain.explain.planner import Planner, Point
+from dptrain.explain.model.devices import devices
+from dptrain.explain.model.planner import Planner, Point
 from dptrain.explain.record import RunRecord
 from dptrain.tasks import resolve_task
 

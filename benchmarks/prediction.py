@@ -17,7 +17,7 @@ from rich.console import Console
 
 from benchmarks import harness
 from benchmarks.atlas import STAGES, absent, atlas, chart, draw, is_placed, tasks_of
-from dptrain.explain.frontier import Verdict
+from dptrain.explain.model.frontier import Verdict
 
 SMALLEST_R2 = 0.84
 LARGEST_RMS_DECADES = 0.5

@@ -50,7 +50,7 @@ def judged_row(
         problem: its name.
         wrapper: how the replicas are put together.
         layout: replicas × accumulation, or the shards in samples.
-        observer: the meter's seam.
+        observer: the meter's method.
         truth: what should have been found.
         scales: one for each repetition.
     """

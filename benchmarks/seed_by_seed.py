@@ -15,9 +15,9 @@ import torch
 
 from benchmarks import harness
 from benchmarks.targets import results
-from benchmarks.targets.contest import Contest, contests
-from benchmarks.targets.racing import Finish, Mark, Pair, Race
-from benchmarks.targets.tournament import told
+from benchmarks.targets.benchmark_case import BenchmarkCase, contests
+from benchmarks.targets.comparison import told
+from benchmarks.targets.timed_run import Finish, Mark, Pair, Race
 
 _PATIENCE = 4
 """Times the seconds of the first arm after which another is given up."""
@@ -69,15 +69,15 @@ class Arm:
             control={name: _value(value) for name, value in pairs},
         )
 
-    def race(self, contest: Contest, **more: Any) -> Race:  # noqa: ANN401 - handed on
+    def race(self, case: BenchmarkCase, **more: Any) -> Race:  # noqa: ANN401 - handed on
         """Return its race."""
         more["learning_rate"] = self.learning_rate
         if self.kind == "written":
-            return contest.scheduled(self.batches, rule="none", **more)
+            return case.scheduled(self.batches, rule="none", **more)
         batch = self.batches[0][1]
         if self.kind == "fixed":
-            return contest.fixed(batch, **more)
-        race = contest.adaptive(batch, **more)
+            return case.fixed(batch, **more)
+        race = case.adaptive(batch, **more)
         race.settings["control"].update(self.control)
         return race
 
@@ -99,23 +99,23 @@ def main() -> None:
     harness.tell(found, options, question=__doc__, name=command, device="cpu")
 
 
-def measure(contest: Contest, arms: Sequence[Arm], *, seeds: Sequence[int]) -> harness.Findings:
+def measure(case: BenchmarkCase, arms: Sequence[Arm], *, seeds: Sequence[int]) -> harness.Findings:
     """Run all arms with one seed after another, the first one first, the others in an order that changes."""
     finishes: list[dict[int, Finish]] = [{} for _ in arms]
     with Pair() as pair:
         run = told(pair.run, lambda text: print(text, file=sys.stderr, flush=True))
-        run(arms[0].race(contest, seed=seeds[0], most_steps=50))  # the first race of a process is slow
+        run(arms[0].race(case, seed=seeds[0], most_steps=50))  # the first race of a process is slow
         for turn, seed in enumerate(seeds):
-            reference = run(arms[0].race(contest, seed=seed))
+            reference = run(arms[0].race(case, seed=seed))
             if reference.end is None:
                 raise RuntimeError(f"{arms[0].name} is not at the target with seed {seed}: {reference.reason}")
             end, finishes[0][seed] = reference.end, reference
             for place in range(1, len(arms)):
                 number = 1 + (place + turn) % (len(arms) - 1)
                 most_seconds = _PATIENCE * end.seconds
-                race = arms[number].race(contest, seed=seed, least_samples=end.samples, most_seconds=most_seconds)
+                race = arms[number].race(case, seed=seed, least_samples=end.samples, most_seconds=most_seconds)
                 finishes[number][seed] = run(race)
-    return findings([arm.name for arm in arms], finishes, target=contest.target)
+    return findings([arm.name for arm in arms], finishes, target=case.target)
 
 
 def findings(names: Sequence[str], finishes: Sequence[Mapping[int, Finish]], *, target: float) -> harness.Findings:

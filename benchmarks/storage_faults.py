@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from dptrain.checkpoint.store import load_checkpoint, load_newest, save_checkpoint
 from dptrain.errors import CheckpointError
-from dptrain.train.checkpoint import load_checkpoint, load_newest, save_checkpoint
 
 _KEEP = 2
 

@@ -12,9 +12,9 @@ import torch
 
 from benchmarks import harness
 from benchmarks.targets import page, results, theory
-from benchmarks.targets.contest import contests
+from benchmarks.targets.benchmark_case import contests
+from benchmarks.targets.comparison import hold
 from benchmarks.targets.picture import draw_outcome
-from benchmarks.targets.tournament import hold
 
 _TASKS = ("digits", "pysource", "quadratic")
 
@@ -45,11 +45,11 @@ def _quadratic(options: argparse.Namespace) -> harness.Findings:
 
 
 def _trained(options: argparse.Namespace) -> harness.Findings:
-    contest = contests(quick=options.quick)[options.task]
+    case = contests(quick=options.quick)[options.task]
     if options.quick:
-        contest = dataclasses.replace(contest, batches=contest.batches[1:6:2])
+        case = dataclasses.replace(case, batches=case.batches[1:6:2])
     num_seeds = options.seeds or (1 if options.quick else 5)
-    outcome = hold(contest, num_seeds=num_seeds, tell=lambda text: print(text, file=sys.stderr, flush=True))
+    outcome = hold(case, num_seeds=num_seeds, tell=lambda text: print(text, file=sys.stderr, flush=True))
     figures = results.figures(outcome)
     findings = harness.Findings(
         figures=figures,
@@ -59,7 +59,7 @@ def _trained(options: argparse.Namespace) -> harness.Findings:
     )
     if options.results is not None:
         path = options.results / f"time_to_target_{options.task}"
-        title = f"{options.task}: held-out loss of {contest.target:g} on two replicas"
+        title = f"{options.task}: held-out loss of {case.target:g} on two replicas"
         draw_outcome(outcome, title=title, path=path.with_suffix(".png"))
         path.with_suffix(".md").write_text(page.of_contest(outcome, figures, task=options.task), encoding="utf-8")
     return findings

@@ -1,7 +1,7 @@
 """`python -m dptrain`, which is what launchers start."""
 
 from dptrain.cli.main import main
-from dptrain.cli.replicas import end_replica, is_replica
+from dptrain.runtime.launcher import end_replica, is_replica
 
 if __name__ == "__main__":
     code = main()

@@ -29,7 +29,7 @@ class AbortedError(DptrainError):
     """Another replica failed in what was done on behalf of all; its own error says why."""
 
 
-class MeetingError(DptrainError):
+class RendezvousError(DptrainError):
     """The replicas did not all come together, or cannot reach one another: the text names who is missing."""
 
 

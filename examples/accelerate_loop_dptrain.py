@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dptrain.control import Limits, NoiseLaw
-from dptrain.integrations.accelerate import AdaptiveBatch
+from dptrain.integrations.accelerate import BatchAdapter
 
 micro_batch_size, epochs, learning_rate = 8, 4, 0.05
 
@@ -23,7 +23,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
 loader = DataLoader(data, batch_size=micro_batch_size, shuffle=True)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 law, limits = NoiseLaw(), Limits(largest=512, dwell_decisions=10)
-adaptive = AdaptiveBatch(
+adaptive = BatchAdapter(
     accelerator, model, optimizer, law=law, limits=limits, micro_batch_size=micro_batch_size, rule="gain"
 )
 

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
 from dptrain.control import Limits, NoiseLaw
-from dptrain.integrations.transformers import AdaptiveBatchMixin
+from dptrain.integrations.transformers import BatchAdapterMixin
 
 vocabulary, length = 32, 16
 
@@ -26,8 +26,8 @@ class Sentences(Dataset):
         return {"input_ids": tokens, "labels": tokens.where(torch.arange(length) < end, -100)}
 
 
-class AdaptiveTrainer(AdaptiveBatchMixin, Trainer):
-    """The Trainer, with the batch in dptrain's hands; to measure alone, GradientNoiseScaleCallback is enough."""
+class AdaptiveTrainer(BatchAdapterMixin, Trainer):
+    """The Trainer, with the batch in dptrain's hands; to measure alone, NoiseScaleMonitor is enough."""
 
 
 set_seed(0)

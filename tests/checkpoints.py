@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dptrain.train.checkpoint import save_checkpoint
+from dptrain.checkpoint.store import save_checkpoint
 
 STATE = {"cursor": 3, "loss": 0.1, "betas": (0.9, float("inf"))}
 

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from dptrain.checkpoint.store import load_newest
 from dptrain.data import SampleStream, slots
 from dptrain.tasks import Suggestion, Task
+from dptrain.tracking.jsonl import read_rows
 from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, OptimizerConfig, TrainConfig, Trainer
-from dptrain.train.checkpoint import load_newest
-from dptrain.train.metrics import read_rows
 from dptrain.train.step import Stepper
 
 EVERY = 25
@@ -98,8 +98,8 @@ def attempt(folder, *, kill_at=None, kill=kill, keep=3, config=None, task=noisy)
     """Train from the newest checkpoint, if there is one, and die in the step `kill_at`."""
     take_step = Stepper.step
 
-    def step_or_die(stepper, record, *, word):
-        pending = take_step(stepper, record, word=word)
+    def step_or_die(stepper, record, *, report):
+        pending = take_step(stepper, record, report=report)
         if record.step == kill_at:
             kill()
         return pending
@@ -122,7 +122,7 @@ def result_of(folder):
     folder = Path(folder)
     saved = load_newest(folder / "checkpoints")
     state = {**saved.state, "progress": without_clock(saved.state["progress"])}
-    del state["tempo"], state["ledger"]
+    del state["step_timer"], state["ledger"]
     state["undecided"] = without_clock(state["undecided"])
     state["config"] = {key: value for key, value in state["config"].items() if key not in ("run_dir", "checkpoint")}
     return {

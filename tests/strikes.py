@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dptrain.train import checkpoint as checkpoint_module
-from dptrain.train import saver as saver_module
+from dptrain.checkpoint import async_writer as saver_module
+from dptrain.checkpoint import store as checkpoint_module
 from tests.runs import Noisy, noisy, slow_loss
 
 INSIDE_A_STEP = ("data", "forward", "backward", "reduction", "update")

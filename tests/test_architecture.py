@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -13,24 +14,36 @@ PACKAGE = ROOT / "dptrain"
 
 BOTTOM = {"errors", "version"}
 PURE_FLOOR = BOTTOM | {"batch", "noise"}
-MIDDLE = PURE_FLOOR | {"control", "observe", "data", "tasks"}
+MODELS = {"models", "data", "errors"}
+MIDDLE = PURE_FLOOR | {"control", "observe", "exchange", "data", "models", "tasks"}
+SERVICES = {"config", "checkpoint", "tracking", "cost", "runtime"}
 
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
     "batch": {"errors"},
-    "tasks": {"errors"},
     "noise": {"batch", "errors"},
+    "data": {"batch", "errors"},
     "control": {"noise", "batch", "errors"},
     "observe": {"noise", "batch", "errors"},
-    "data": {"batch", "errors"},
-    "train": MIDDLE,
-    "explain": MIDDLE,
-    "integrations": PURE_FLOOR | {"control", "observe"},
-    "cli": MIDDLE | {"train", "explain"},
+    "exchange": {"observe", "noise", "batch", "errors"},
+    "models": {"errors"},
+    "tasks": MODELS,
+    # The services stand on each other in this order, from the settings up.
+    "config": MIDDLE,
+    "checkpoint": MIDDLE | {"config"},
+    "tracking": MIDDLE | {"config", "checkpoint"},
+    "cost": MIDDLE | {"config", "checkpoint", "tracking"},
+    "runtime": MIDDLE | SERVICES - {"runtime"},
+    "integrations": MIDDLE | SERVICES,
+    "train": MIDDLE | SERVICES,
+    "explain": MIDDLE | SERVICES,
+    "sweep": MIDDLE | SERVICES | {"explain", "train"},
+    "cli": MIDDLE | SERVICES | {"integrations", "train", "explain", "sweep"},
 }
 """Which other rooms each room may import. The package's own `__init__` may import all: it is the shop window."""
 
+MOST_FILES, MOST_LINES = 14, 450
 PURE = {"noise", "control", "batch", "errors"}
 UNSEEN = {
     "torch.distributed": "a process group",
@@ -179,6 +192,14 @@ def test_shop_windows_hold_no_code():
     } == {}
 
 
+def test_folders_and_files_are_small():
+    """A folder holds at most 14 Python files, and a file at most 450 lines."""
+    counts = Counter(path.parent.relative_to(ROOT) for path in _files())
+    assert {str(folder): count for folder, count in counts.items() if count > MOST_FILES} == {}
+    lines = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in _files()}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
 def test_no_file_is_a_drawer():
     """A file is named after what it does."""
     assert [str(path) for path in _files() if is_drawer(path.relative_to(ROOT))] == []
@@ -196,8 +217,11 @@ def test_no_file_is_a_drawer():
         ("dptrain.noise.__init__", "from ..train import Trainer"),
         ("dptrain.train.step", "from dptrain.explain.report import draw_report"),
         ("dptrain.explain.report", "if TYPE_CHECKING:\n    from dptrain.train import Trainer"),
-        ("dptrain.tasks.digits", "from dptrain.data import Stream"),
+        ("dptrain.data.stream", "from dptrain.tasks import Task"),
         ("dptrain.observe.meter", "from dptrain.control import Controller"),
+        ("dptrain.checkpoint.store", "from dptrain.tracking.jsonl import read_rows"),
+        ("dptrain.tracking.run_log", "from dptrain.runtime.signals import EXIT_RESUMABLE"),
+        ("dptrain.explain.report", "from dptrain.sweep import SweepSpec"),
         ("dptrain.data.stream", "from dptrain.noise import NoiseScale"),
         ("dptrain.integrations.lightning", "from dptrain.train import Trainer"),
         ("dptrain.errors", "from dptrain.batch import BatchPlan"),

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dptrain.cli.main import _EXIT_CODES
-from dptrain.train.preemption import EXIT_HUNG, EXIT_RESUMABLE
-from dptrain.train.settings_file import setting_names
+from dptrain.config.settings_file import setting_names
+from dptrain.runtime.signals import EXIT_HUNG, EXIT_RESUMABLE
 
 ROOT = Path(__file__).parents[1]
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("SECURITY.md", "docs/reliability.md")}

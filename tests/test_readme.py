@@ -1,42 +1,26 @@
-"""The README says of each file what lives there, and shows only files that exist."""
+"""What the pages say of the tree is so, and their links lead somewhere."""
 
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
-def tree():
-    """Return the paths under dptrain/ that the README's tree lists."""
-    block = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- tree -->")[1].split("<!-- /tree -->")[0]
-    found, folder = [], ""
-    for line in block.splitlines():
-        if match := re.match(r"^(?P<indent> *)(?P<name>[\w./]+)(?:\s\s+\S|$)", line):
-            name = match["name"]
-            if name.endswith("/"):
-                folder = name if match["indent"] == "" else f"dptrain/{name}"
-            else:
-                found.append((folder if match["indent"] == "    " else "dptrain/") + name)
-    return found
+def test_every_file_stands_in_the_tree():
+    """docs/architecture.md has one line for each file, its first one; `make tree` writes them."""
+    tree = runpy.run_path(str(ROOT / "docs" / "tree.py"))
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert tree["page"](text) == text, "run `make tree`"
 
 
-def test_every_file_stands_in_the_tree_once():
-    """A file that is added, moved or deleted changes the README in the same commit."""
-    files = {
-        str(path.relative_to(ROOT)) for path in (ROOT / "dptrain").rglob("*.py") if "__pycache__" not in path.parts
-    }
-    listed = tree()
-    assert len(listed) == len(set(listed))
-    shown_by_their_folder = {name for name in files if name.endswith("/__init__.py") and name.count("/") > 1}
-    assert set(listed) == files - shown_by_their_folder
-
-
-def test_links_and_pictures_exist():
-    """Every relative link of the README leads somewhere."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
-    assert targets
-    missing = [target for target in targets if not (ROOT / target).exists()]
-    assert not missing
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_exist(page):
+    """Every relative link of a page leads somewhere."""
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if "://" not in target and not (page.parent / target).exists()] == []

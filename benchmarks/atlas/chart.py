@@ -10,8 +10,8 @@ from typing import Any
 from benchmarks.atlas.average import RunAverage, run_average
 from benchmarks.atlas.problem import Learner, Problem, first_crossings
 from benchmarks.atlas.search import Searched, search
-from dptrain.explain.frontier import Frontier, Point, Verdict, fit_frontier
-from dptrain.explain.hyperbola import Curves, Runs
+from dptrain.explain.model.frontier import Frontier, Point, Verdict, fit_frontier
+from dptrain.explain.model.hyperbola import Curves, Runs
 from dptrain.noise import SquaredNorms
 
 STAGES = ("early", "late")

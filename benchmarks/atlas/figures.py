@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.atlas.chart import STAGES
-from dptrain.explain.panel import log_axis, number
-from dptrain.explain.theme import BLUE, GREEN, GREY, INK, STYLE, VERMILLION
+from dptrain.explain.figures.figure import log_axis, number
+from dptrain.explain.figures.theme import BLUE, GREEN, GREY, INK, STYLE, VERMILLION
 
 Row = Mapping[str, Any]
 

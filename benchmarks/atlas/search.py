@@ -60,16 +60,18 @@ def search(problem: Problem) -> list[Searched]:
 
 def _climb(problem: Problem, *, batch_size: int, first: float, limits: Sequence[int]) -> Searched:
     tried: dict[int, Array] = {}
-    while rungs := _wanted(tried):
-        rates = [first * _RUNG**rung for rung in rungs]
-        tried |= zip(rungs, problem.crossings(batch_size=batch_size, rates=rates, limits=limits), strict=True)
+    while grid_points := _wanted(tried):
+        rates = [first * _RUNG**grid_point for grid_point in grid_points]
+        tried |= zip(grid_points, problem.crossings(batch_size=batch_size, rates=rates, limits=limits), strict=True)
         limits = [_limit(tried, target, known=limit) for target, limit in enumerate(limits)]
     best = [_best(tried, target) for target in range(len(limits))]
     return Searched(
         batch_size=batch_size,
-        tried={first * _RUNG**rung: tried[rung] for rung in sorted(tried)},
-        best=tuple(None if rung is None else first * _RUNG**rung for rung in best),
-        inside=tuple(rung is not None and {rung - 1, rung + 1} <= tried.keys() for rung in best),
+        tried={first * _RUNG**grid_point: tried[grid_point] for grid_point in sorted(tried)},
+        best=tuple(None if grid_point is None else first * _RUNG**grid_point for grid_point in best),
+        inside=tuple(
+            grid_point is not None and {grid_point - 1, grid_point + 1} <= tried.keys() for grid_point in best
+        ),
         limits=tuple(limits),
     )
 
@@ -87,8 +89,12 @@ def _wanted(tried: Mapping[int, Array]) -> list[int]:
     for distance in (2, 1):
         wanted: set[int] = set()
         for target in range(num_targets):
-            rung = _best(tried, target)
-            around = {min(tried) - 2, max(tried) + 2} if rung is None else {rung - distance, rung + distance}
+            grid_point = _best(tried, target)
+            around = (
+                {min(tried) - 2, max(tried) + 2}
+                if grid_point is None
+                else {grid_point - distance, grid_point + distance}
+            )
             wanted |= {one for one in around - tried.keys() if abs(one) <= _FARTHEST}
         if wanted:
             return sorted(wanted)
@@ -97,7 +103,7 @@ def _wanted(tried: Mapping[int, Array]) -> list[int]:
 
 def _best(tried: Mapping[int, Array], target: int) -> int | None:
     """The rung with the fewest steps in the geometric mean over seeds; None where each one failed a seed."""
-    means = {rung: _mean(steps[:, target]) for rung, steps in tried.items()}
+    means = {grid_point: _mean(steps[:, target]) for grid_point, steps in tried.items()}
     best = min(means, key=means.__getitem__)
     return best if math.isfinite(means[best]) else None
 

@@ -134,15 +134,15 @@ each group of parameters; here there is one group."""
 
 
 def _about_the_runs(outcome: Outcome, *, task: str) -> str:
-    contest = outcome.contest
+    case = outcome.case
     return _RUNS.format(
         **harness.environment(device="cpu"),
         task=task,
         options=ABOUT_TASKS[task],
-        target=contest.target,
-        default_batch=contest.default_batch,
+        target=case.target,
+        default_batch=case.default_batch,
         num_seeds=len(outcome.finishes[fixed_name(outcome.best)]),
-        warmup_samples=contest.warmup_samples,
+        warmup_samples=case.warmup_samples,
     )
 
 
@@ -162,7 +162,7 @@ def _in_vain(outcome: Outcome) -> str:
     batches = [str(batch) for batch in outcome.searches_in_vain]
     if not batches:
         return ""
-    most = f"{outcome.contest.most_steps:,} steps"
+    most = f"{outcome.case.most_steps:,} steps"
     return f" Not at the target with any rate that was tried, in up to {most}: fixed {' and '.join(batches)}."
 
 

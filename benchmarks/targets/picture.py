@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from benchmarks.targets.results import ADAPTDL, ADAPTIVE, FROM_LARGE, FROM_SMALL, RAMP, SMITH, Outcome, fixed_name
-from dptrain.explain.frontier import Frontier
+from dptrain.explain.model.frontier import Frontier
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

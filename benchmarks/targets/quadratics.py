@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from benchmarks.curves import DampedQuadratic, noisy_quadratic_steps
 from dptrain.control import (
     RULES,
     Constant,
@@ -33,7 +34,6 @@ from dptrain.noise import (
     smoothed,
     unbiased_moments,
 )
-from dptrain.tasks.curves import DampedQuadratic, noisy_quadratic_steps
 
 DAMPED = DampedQuadratic(damping=0.002)
 """Problem 5."""

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.targets.contest import Contest, Search
-from benchmarks.targets.racing import WORLD_SIZE, Finish, Mark
+from benchmarks.targets.benchmark_case import BenchmarkCase, Search
+from benchmarks.targets.timed_run import WORLD_SIZE, Finish, Mark
 from dptrain.control import StepShape, StepTimes
-from dptrain.explain.adaptive import adaptive_side
-from dptrain.explain.frontier import Frontier, Point, fit_frontier
+from dptrain.explain.model.adaptive import adaptive_side
+from dptrain.explain.model.frontier import Frontier, Point, fit_frontier
 
 _TIMED_STEPS = 10
 ADAPTIVE, FROM_SMALL, FROM_LARGE = "adaptive", "adaptive from small", "adaptive from large"
@@ -60,7 +60,7 @@ class Outcome:
         absent: arms that could not run, and why.
     """
 
-    contest: Contest
+    case: BenchmarkCase
     searches: Mapping[int, Search]
     searches_in_vain: Mapping[int, Search]
     adaptive_search: Search
@@ -157,10 +157,10 @@ def predicted_gamma(outcome: Outcome) -> float:
     """Return γ by the noise scale along the adaptive runs: the least product that any choice of batches allows."""
     found = []
     for finish in outcome.finishes.get(ADAPTIVE, {}).values():
-        rows = [row for row in finish.rows if row["gns/b_simple"]]
+        rows = [row for row in finish.rows if row["noise_scale/value"]]
         if rows:
             side = adaptive_side(
-                noise_scales=[row["gns/b_simple"] for row in rows],
+                noise_scales=[row["noise_scale/value"] for row in rows],
                 global_batch_sizes=[row["batch/global"] for row in rows],
             )
             found.append(side.gamma)
@@ -217,7 +217,7 @@ def loss_gaps(outcome: Outcome) -> list[float]:
     """Return by how much the adaptive run's loss is above the target where the best fixed run of the seed has it."""
     finishes = outcome.finishes.get(ADAPTIVE, {})
     return [
-        loss_gap(finishes[seed], samples=end.samples, target=outcome.contest.target)
+        loss_gap(finishes[seed], samples=end.samples, target=outcome.case.target)
         for seed, end in outcome.ends(fixed_name(outcome.best)).items()
         if seed in finishes
     ]

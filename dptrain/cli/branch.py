@@ -15,16 +15,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dptrain.cli.arms import ArmProcess, Site
-from dptrain.cli.replicas import GRACE_S
+from dptrain.checkpoint.store import load_checkpoint
+from dptrain.config.built import learning_rate_schedule
+from dptrain.config.filled_in import given
+from dptrain.config.settings_file import build_config, read_settings
+from dptrain.config.train_config import TrainConfig
 from dptrain.errors import CheckpointError, ConfigError
-from dptrain.explain.branching import Branched, branched
-from dptrain.train.checkpoint import load_checkpoint
-from dptrain.train.config import TrainConfig, given, learning_rate_schedule
-from dptrain.train.metrics import read_rows
-from dptrain.train.preemption import EXIT_RESUMABLE
-from dptrain.train.run_folder import checkpoints_in, holds_run
-from dptrain.train.settings_file import build_config, read_settings
+from dptrain.explain.model.branching import Branched, branched
+from dptrain.runtime.launcher import GRACE_S
+from dptrain.runtime.signals import EXIT_RESUMABLE
+from dptrain.sweep.child_runs import ArmProcess, Site
+from dptrain.tracking.jsonl import read_rows
+from dptrain.tracking.run_folder import checkpoints_in, holds_run
 
 _DESCRIPTION = """Find the critical batch size at a moment of a run by trying it: from its checkpoints, train on for a
 window of samples with multiples of the batch, and compare the held-out losses. The largest batch that is no worse is
@@ -146,7 +148,7 @@ def _trunk(path: Path, *, row: Mapping[str, Any], config: TrainConfig) -> _Trunk
         position=position,
         global_batch_size=batch,
         learning_rate=rate * progress["learning_rate_factor"],
-        noise_scale={name: row.get(f"gns/{name}") for name in ("b_simple", "lower", "upper")},
+        noise_scale={name: row.get(f"noise_scale/{name}") for name in ("value", "lower", "upper")},
     )
 
 
@@ -267,7 +269,7 @@ def _tell(found: Sequence[tuple[_Trunk, Branched]], *, out: Path) -> None:
 
 
 def _shown(noise_scale: Mapping[str, Any]) -> str:
-    value, lower, upper = (noise_scale[name] for name in ("b_simple", "lower", "upper"))
+    value, lower, upper = (noise_scale[name] for name in ("value", "lower", "upper"))
     if value is not None:
         return f"{value:.3g} ({lower:.3g}–{'∞' if upper is None else format(upper, '.3g')})"
     return f"at least {lower:.3g}" if lower else "not resolved"

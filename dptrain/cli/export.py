@@ -8,10 +8,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from dptrain.checkpoint.manifest import MANIFEST
+from dptrain.checkpoint.store import Checkpoint, load_checkpoint, load_newest
 from dptrain.errors import CheckpointError, ConfigError
-from dptrain.train.checkpoint import Checkpoint, load_checkpoint, load_newest
-from dptrain.train.manifest import MANIFEST
-from dptrain.train.run_folder import checkpoints_in
+from dptrain.tracking.run_folder import checkpoints_in
 
 _DESCRIPTION = """Write the bare weights of a checkpoint to one safetensors file, which needs no dptrain to be read.
 Every byte is verified first. Weights that are tied stand under the first of their names."""

@@ -14,7 +14,7 @@ from dptrain.errors import (
     DesyncError,
     DivergedError,
     DptrainError,
-    MeetingError,
+    RendezvousError,
     TaskError,
 )
 
@@ -44,7 +44,7 @@ _EXIT_CODES: tuple[tuple[type[DptrainError], int], ...] = (
     (ConfigError, 2),
     (TaskError, 2),
     (DivergedError, 65),
-    (MeetingError, 69),
+    (RendezvousError, 69),
     (CheckpointError, 74),
     (DesyncError, 76),
     (DptrainError, 70),
@@ -86,27 +86,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _tell(error, command=arguments[0])
         return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
     except Exception as error:
-        from dptrain.cli.last_words import leave_words
+        from dptrain.runtime.failure_report import write_failure
 
-        if not leave_words(error):
+        if not write_failure(error):
             raise
         return 1
 
 
 def _tell(error: DptrainError, *, command: str) -> None:
     """Tell the launcher of the replicas, if there is one that listens, or else the user."""
-    from dptrain.cli.last_words import leave_words
-    from dptrain.cli.replicas import is_silent_replica
+    from dptrain.runtime.failure_report import write_failure
+    from dptrain.runtime.launcher import is_silent_replica
 
-    if leave_words(error):
+    if write_failure(error):
         return
     if is_silent_replica():
         # Were this one to end first, torchrun would end the others before rank 0 has told what is wrong. In general
         # rank 0 then ends, and with it this one; it speaks only where it is alone in its trouble.
         time.sleep(_PATIENCE_S)
-    from dptrain.train.disclosure import tellable
+    from dptrain.tracking.redact import printable
 
-    sys.stderr.write(f"dptrain {command}: {tellable(str(error))}\n")
+    sys.stderr.write(f"dptrain {command}: {printable(str(error))}\n")
 
 
 def _fill_closed_streams() -> None:

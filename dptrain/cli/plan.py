@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from dptrain.errors import ConfigError
-from dptrain.explain import plan_words as words
-from dptrain.explain.devices import LATENCY_S, devices
-from dptrain.explain.findings import short
-from dptrain.explain.plan import OptimalSize, Plan, make_plan
-from dptrain.explain.plan_figure import draw_plan
-from dptrain.explain.planner import Point
+from dptrain.explain.figures.plan_figure import draw_plan
+from dptrain.explain.model.devices import LATENCY_S, devices
+from dptrain.explain.model.plan import OptimalSize, Plan, make_plan
+from dptrain.explain.model.planner import Point
 from dptrain.explain.record import read_run
+from dptrain.explain.text import plan_text as words
+from dptrain.explain.text.findings import short
 
 _ALL = "1,2,4,...,4096"
 _MOST_NUMBERS = 100

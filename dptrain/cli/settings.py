@@ -13,11 +13,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader, set_parsing_settings
 
-from dptrain.errors import ConfigError
-from dptrain.train.config import TrainConfig
-from dptrain.train.disclosure import refuse_secrets
-from dptrain.train.domain import shown
-from dptrain.train.settings_file import (
+from dptrain.config.settings_file import (
     build_config,
     nearest,
     read_settings,
@@ -25,6 +21,10 @@ from dptrain.train.settings_file import (
     settings_text,
     value_in,
 )
+from dptrain.config.train_config import TrainConfig
+from dptrain.config.validation import shown
+from dptrain.errors import ConfigError
+from dptrain.tracking.redact import refuse_secrets
 
 _DESCRIPTION = """Train a task on all replicas, measure the gradient noise scale on the way, and adapt the batch to it.
 Settings come from the --config files in their order, then from the command line; the later one wins. The environment

@@ -5,14 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 
-from dptrain.cli.arms import Site
-from dptrain.cli.replicas import is_replica, load_for_all
-from dptrain.cli.sweep_folder import SweepFolder
-from dptrain.cli.sweep_loop import Ending, SweepLoop
 from dptrain.cli.sweep_request import read_request
-from dptrain.cli.sweep_view import SweepView
+from dptrain.config.filled_in import given
 from dptrain.errors import ConfigError
-from dptrain.explain.sweep import (
+from dptrain.runtime.launcher import is_replica, load_for_all
+from dptrain.runtime.signals import EXIT_RESUMABLE
+from dptrain.sweep import (
     Outcome,
     SweepSpec,
     fits_record,
@@ -22,8 +20,10 @@ from dptrain.explain.sweep import (
     write_csv,
     write_parquet,
 )
-from dptrain.train.config import given
-from dptrain.train.preemption import EXIT_RESUMABLE
+from dptrain.sweep.child_runs import Site
+from dptrain.sweep.folder import SweepFolder
+from dptrain.sweep.loop import Ending, SweepLoop
+from dptrain.sweep.view import SweepView
 
 
 def sweep(arguments: Sequence[str]) -> int:

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dptrain.cli.settings import parse
-from dptrain.cli.sweep_folder import saved_sweep
+from dptrain.config.filled_in import filled_in, given
+from dptrain.config.train_config import TrainConfig
+from dptrain.control.settings import ControlConfig
 from dptrain.errors import ConfigError, DptrainError, TaskError
-from dptrain.explain.sweep import SweepSpec
+from dptrain.sweep import SweepSpec
+from dptrain.sweep.folder import saved_sweep
 from dptrain.tasks.base import Suggestion
-from dptrain.train.config import ControlConfig, TrainConfig, filled_in, given
-from dptrain.train.run_folder import default_run_dir
+from dptrain.tracking.run_folder import default_run_dir
 
 _DESCRIPTION = """Train a grid of global batches, each with the learning rate that is best for it, and fit the frontier
 of steps against samples to each target. Every setting of `dptrain train` is taken as well, as an option or in a

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dptrain.cli.replicas import GRACE_S, count_gpus, is_replica, start_replicas
 from dptrain.cli.settings import parse
+from dptrain.config.train_config import TrainConfig
 from dptrain.errors import ConfigError
-from dptrain.train.config import TrainConfig
-from dptrain.train.preemption import EXIT_RESUMABLE
-from dptrain.train.run_folder import default_run_dir, holds_run, write_config
+from dptrain.runtime.launcher import GRACE_S, count_gpus, is_replica, start_replicas
+from dptrain.runtime.signals import EXIT_RESUMABLE
+from dptrain.tracking.run_folder import default_run_dir, holds_run, write_config
 
 _kept: list[object] = []
 """What must not go before the process does, see `end_replica`."""
@@ -70,13 +70,13 @@ def _refuse_in_many_tasks() -> None:
 def _train_here(config: TrainConfig, *, resume: bool, allow_fresh: bool) -> int:
     import torch.distributed as dist
 
+    from dptrain.runtime.rendezvous import rendezvous
+    from dptrain.runtime.step_reduction import translate_peer_errors
     from dptrain.train import Trainer
-    from dptrain.train.consensus import lost_peers_named
-    from dptrain.train.meeting import meet
 
     try:
-        meet(device=config.device)
-        with lost_peers_named(lambda: 0):
+        rendezvous(device=config.device)
+        with translate_peer_errors(lambda: 0):
             trainer = Trainer(config, resume=resume, allow_fresh=allow_fresh)
             _kept.append(trainer)
             summary = trainer.run()

@@ -2,8 +2,10 @@
 
 from dptrain.control.base import Controller, Decision, Measurement, State, state_to_json
 from dptrain.control.constant import Constant
+from dptrain.control.contrib.kaplan import KaplanLaw, critical_batch_tokens
+from dptrain.control.contrib.pollux import PolluxLaw
+from dptrain.control.contrib.seesaw import SeesawLaw, StaircaseSchedule
 from dptrain.control.goodput import FastestLaw, GoodputLaw
-from dptrain.control.kaplan import KaplanLaw, critical_batch_tokens
 from dptrain.control.learning_rate import (
     RULES,
     BetaRuleName,
@@ -12,19 +14,18 @@ from dptrain.control.learning_rate import (
     RuleName,
     adam_betas,
 )
-from dptrain.control.limit import Bounds, DeadBand, Ladder, MaxChange, Rounding, ShrinkBand
+from dptrain.control.limit import BatchSizeGrid, Bounds, DeadBand, MaxChange, Rounding, ShrinkBand
 from dptrain.control.limits import Limits, limited
-from dptrain.control.noise import ExchangeRateLaw, NoiseLaw
-from dptrain.control.norm_test import NormTestLaw
+from dptrain.control.noise_law import ExchangeRateLaw, NoiseLaw
+from dptrain.control.norm_tolerance import NormTestLaw
 from dptrain.control.patience import DwellState, DwellTime, Probe, ProbeState
-from dptrain.control.pollux import PolluxLaw
 from dptrain.control.ramp import Ramp
 from dptrain.control.schedule import Schedule
-from dptrain.control.seesaw import SeesawLaw, StaircaseSchedule
 from dptrain.control.step_time import StepShape, StepTimeModel, StepTimes
 
 __all__ = [
     "RULES",
+    "BatchSizeGrid",
     "BetaRuleName",
     "Bounds",
     "Constant",
@@ -37,7 +38,6 @@ __all__ = [
     "FastestLaw",
     "GoodputLaw",
     "KaplanLaw",
-    "Ladder",
     "LearningRateRule",
     "LearningRateSchedule",
     "Limits",

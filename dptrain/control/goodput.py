@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from dptrain.control.base import Decision, Law, Measurement
-from dptrain.control.noise import IntervalLaw
+from dptrain.control.noise_law import IntervalLaw
 from dptrain.control.step_time import StepTimeModel
 from dptrain.errors import ConfigError
 

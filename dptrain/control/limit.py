@@ -13,7 +13,7 @@ from dptrain.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ladder:
+class BatchSizeGrid:
     """The batches that the hardware runs, its rungs.
 
     Attributes:
@@ -35,8 +35,8 @@ class Ladder:
 
     def above(self, batch: float) -> int:
         """Return the lowest rung that is not below `batch`."""
-        rung = self.below(batch)
-        return rung if rung >= batch else self._next(rung)
+        grid_point = self.below(batch)
+        return grid_point if grid_point >= batch else self._next(grid_point)
 
     def nearest(self, batch: float) -> int:
         """Return the rung at the smallest ratio to `batch`."""
@@ -44,8 +44,8 @@ class Ladder:
         upper = self._next(lower)
         return lower if (batch / lower) ** 2 <= upper / lower else upper
 
-    def _next(self, rung: int) -> int:
-        return 2 * rung if self.powers_of_two else rung + self.quantum
+    def _next(self, grid_point: int) -> int:
+        return 2 * grid_point if self.powers_of_two else grid_point + self.quantum
 
     def __str__(self) -> str:
         quantum = self.quantum
@@ -119,11 +119,11 @@ class Rounding(Limit):
     """
 
     _: KW_ONLY
-    ladder: Ladder
+    grid: BatchSizeGrid
 
     def limit(self, asked: Decision, measurement: Measurement) -> Decision:  # noqa: ARG002 - rungs are always the same
         """Return the rung nearest to the batch asked for."""
-        return changed(asked, self.ladder.nearest(asked.global_batch_size), why="nearest that runs")
+        return changed(asked, self.grid.nearest(asked.global_batch_size), why="nearest that runs")
 
 
 def _check_ratio(ratio: float, *, name: str) -> None:
@@ -219,7 +219,7 @@ class MaxChange(Limit):
 
     _: KW_ONLY
     factor: float = 2.0
-    ladder: Ladder | None = None
+    grid: BatchSizeGrid | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.factor < math.inf:  # noqa: PLR2004 - a ladder's first two rungs differ by 2
@@ -232,7 +232,7 @@ class MaxChange(Limit):
         why = f"at most a factor of {self.factor:g} at once"
         if (half_way := math.sqrt(present * asked.global_batch_size)) < lowest:
             lowest, why = half_way, "at most half of the way down at once"
-        if self.ladder is not None:
-            lowest, highest = self.ladder.above(lowest), self.ladder.below(highest)
+        if self.grid is not None:
+            lowest, highest = self.grid.above(lowest), self.grid.below(highest)
         batch = min(max(asked.global_batch_size, lowest), highest)
         return changed(asked, batch, why=why)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dptrain.control.base import Controller
-from dptrain.control.limit import Bounds, DeadBand, GrowOnly, Ladder, MaxChange, Rounding, ShrinkBand
+from dptrain.control.limit import BatchSizeGrid, Bounds, DeadBand, GrowOnly, MaxChange, Rounding, ShrinkBand
 from dptrain.control.patience import DwellTime, Probe
 from dptrain.errors import ConfigError
 
@@ -55,13 +55,13 @@ def limited(law: Controller, *, quantum: int, limits: Limits) -> Controller:
     Raises:
         ConfigError: where a setting is out of range, or no rung lies within the bounds.
     """
-    ladder = Ladder(quantum=quantum, powers_of_two=limits.powers_of_two)
-    smallest = ladder.above(quantum if limits.smallest is None else limits.smallest)
-    largest = ladder.below(limits.largest)
+    grid = BatchSizeGrid(quantum=quantum, powers_of_two=limits.powers_of_two)
+    smallest = grid.above(quantum if limits.smallest is None else limits.smallest)
+    largest = grid.below(limits.largest)
     if not smallest <= largest <= limits.largest:
         raise ConfigError(
             f"no batch between smallest {limits.smallest or quantum} and largest {limits.largest} can run: the "
-            f"batches that can are {ladder}; largest must be at least {smallest}"
+            f"batches that can are {grid}; largest must be at least {smallest}"
         )
     controller = law
     if limits.dead_band is not None:
@@ -74,7 +74,7 @@ def limited(law: Controller, *, quantum: int, limits: Limits) -> Controller:
         controller = GrowOnly(controller, samples=limits.grow_only_samples)
     if limits.dwell_samples or limits.dwell_decisions:
         controller = DwellTime(controller, samples=limits.dwell_samples, decisions=limits.dwell_decisions)
-    controller = Rounding(controller, ladder=ladder)
+    controller = Rounding(controller, grid=grid)
     if limits.max_change is not None:
-        controller = MaxChange(controller, factor=limits.max_change, ladder=ladder)
+        controller = MaxChange(controller, factor=limits.max_change, grid=grid)
     return Bounds(controller, smallest=smallest, largest=largest)

@@ -99,10 +99,10 @@ def choose_micro_batch_size(*, global_batch_size: int, world_size: int, largest:
         ConfigError: where a size is below 1.
     """
     share = accumulation_steps(global_batch_size=global_batch_size, micro_batch_size=1, world_size=world_size)
-    rungs = [rung for rung in micro_batch_ladder(largest) if rung <= share]
+    grid_points = [grid_point for grid_point in micro_batch_ladder(largest) if grid_point <= share]
     full = [
-        rung
-        for rung in rungs
-        if is_full(global_batch_size=global_batch_size, micro_batch_size=rung, world_size=world_size)
+        grid_point
+        for grid_point in grid_points
+        if is_full(global_batch_size=global_batch_size, micro_batch_size=grid_point, world_size=world_size)
     ]
-    return max(full or rungs)
+    return max(full or grid_points)

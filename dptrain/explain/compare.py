@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dptrain.explain.account import duration
-from dptrain.explain.findings import first_and_last_batch, noise_scale_text, short, task
-from dptrain.explain.panel import letter
+from dptrain.explain.figures.figure import letter
 from dptrain.explain.record import SAMPLES, Row, RunRecord, column, known_lower
+from dptrain.explain.text.account import duration
+from dptrain.explain.text.findings import first_and_last_batch, noise_scale_text, short, task
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

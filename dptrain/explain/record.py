@@ -30,15 +30,15 @@ _NEEDED = {
 }
 """Figures without which a row stands nowhere."""
 
-_TEXTS = {"kind", "reason", "gns/state", "task", "backend", "device"}
+_TEXTS = {"kind", "reason", "noise_scale/state", "task", "backend", "device"}
 """Fields that are read as text; every other one is read as a number."""
 
 SMOOTHING_SHARE = 0.02
 """Part of the run, in samples, that each point of a smoothed line averages over; a matter of taste."""
 
-_INTERVAL = ("b_simple", "lower", "upper")
+_INTERVAL = ("value", "lower", "upper")
 _KNOWN = (str(Resolution.RESOLVED), str(Resolution.AT_LEAST))
-_GROUP = re.compile(r"gns/(.+)/b_simple")
+_GROUP = re.compile(r"noise_scale/(.+)/value")
 
 MOST_ROWS = 10_000
 """Of a log that are taken, evenly spaced: more than a page can show. What rows count up to there is lost with none."""
@@ -113,9 +113,11 @@ class RunRecord:
         for row in self.train:
             for key in row:
                 if (match := _GROUP.fullmatch(key)) is not None:
-                    found[match[1]] = {f"gns/{field}": row.get(f"gns/{match[1]}/{field}") for field in _INTERVAL}
+                    found[match[1]] = {
+                        f"noise_scale/{field}": row.get(f"noise_scale/{match[1]}/{field}") for field in _INTERVAL
+                    }
         for row in found.values():
-            row["gns/state"] = _state(row, said=Resolution.RESOLVED)
+            row["noise_scale/state"] = _state(row, said=Resolution.RESOLVED)
         return found
 
     def first_and_last_known(self) -> tuple[Row, Row] | None:
@@ -138,12 +140,12 @@ def is_applied(row: Row) -> bool:
 
 def is_resolved(row: Row) -> bool:
     """Tell whether the noise scale of a row and both ends of its interval are known."""
-    return row.get("gns/state") == Resolution.RESOLVED
+    return row.get("noise_scale/state") == Resolution.RESOLVED
 
 
 def known_lower(row: Row) -> float | None:
     """Return the lower end of the row's interval, None where nothing is known of the noise scale."""
-    return row.get("gns/lower") if row.get("gns/state") in _KNOWN else None
+    return row.get("noise_scale/lower") if row.get("noise_scale/state") in _KNOWN else None
 
 
 def read_run(run_dir: Path) -> RunRecord:
@@ -180,14 +182,14 @@ def _standing(rows: Sequence[Row], *, kind: str) -> list[Row]:
     every = [*rows[:-2:spacing], *rows[-2:]]
     found = [row for row in map(_clean, every) if all(_stands(row, key, kind=kind) for key in _NEEDED[kind])]
     for row in found:
-        if "gns/state" in row:
-            row["gns/state"] = _state(row, said=row["gns/state"])
+        if "noise_scale/state" in row:
+            row["noise_scale/state"] = _state(row, said=row["noise_scale/state"])
     return sorted(found, key=lambda row: float(row[SAMPLES]))
 
 
 def _state(row: Row, *, said: str | None) -> str:
     """Return what is known of a noise scale: what the row says, but never more than its figures tell."""
-    value, lower, upper = (row.get(f"gns/{field}") for field in _INTERVAL)
+    value, lower, upper = (row.get(f"noise_scale/{field}") for field in _INTERVAL)
     if said not in _KNOWN or lower is None or lower < 0:
         return str(Resolution.NOT_RESOLVED)
     if said == Resolution.RESOLVED and value is not None and upper is not None and value >= 0 and lower < upper:
@@ -286,9 +288,11 @@ def noise_scales(record: RunRecord, end: str) -> NDArray[np.float64]:
 
     Args:
         record: at least one row of it is resolved.
-        end: "b_simple", "lower" or "upper".
+        end: "value", "lower" or "upper".
     """
-    values = np.array([row[f"gns/{end}"] if is_resolved(row) else np.nan for row in record.train], dtype=np.float64)
+    values = np.array(
+        [row[f"noise_scale/{end}"] if is_resolved(row) else np.nan for row in record.train], dtype=np.float64
+    )
     known = np.flatnonzero(np.isfinite(values))
     latest = known[np.maximum(np.searchsorted(known, np.arange(len(values)), side="right") - 1, 0)]
     return np.maximum(values[latest], np.finfo(np.float64).tiny)

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dptrain.errors import ConfigError
-from dptrain.explain import findings, tables
-from dptrain.explain.advice import CAUTION, advise
-from dptrain.explain.overlay import overlays
-from dptrain.explain.page import Answer, Figures, Table, html
-from dptrain.explain.panel import MOST_RUNS, Panel, label, legend_entries
-from dptrain.explain.panels import panels
+from dptrain.explain.figures.figure import MOST_RUNS, RunFigure, label, legend_entries
+from dptrain.explain.figures.overlay import overlays
+from dptrain.explain.figures.run_figures import figures
+from dptrain.explain.figures.theme import SOFT, STYLE
 from dptrain.explain.record import SMOOTHING_SHARE, RunRecord, read_run
-from dptrain.explain.theme import SOFT, STYLE
+from dptrain.explain.text import findings, tables
+from dptrain.explain.text.page import Answer, Figures, Table, html
+from dptrain.explain.text.recommendation import CAUTION, advise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,13 +50,13 @@ def draw_report(*run_dirs: Path, out: Path | None = None) -> Path:
     records = _named([read_run(path) for path in run_dirs], run_dirs)
     several = len(records) > 1
     folder = out or (run_dirs[0].resolve().parent if several else run_dirs[0])
-    drawn = overlays(records) if several else panels(records[0])
+    drawn = overlays(records) if several else figures(records[0])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "report.html", _page(records, drawn).encode())
         _write(folder / "report.png", _png(_stacked(records, drawn)))
-        for panel in drawn:
-            _write_picture(panel, folder)
+        for figure in drawn:
+            _write_picture(figure, folder)
     except OSError as error:
         raise ConfigError(
             f"cannot write the report to {folder}: {error.strerror or error}; give another --out"
@@ -64,7 +64,7 @@ def draw_report(*run_dirs: Path, out: Path | None = None) -> Path:
     return folder / "report.html"
 
 
-def _page(records: Sequence[RunRecord], drawn: Sequence[Panel]) -> str:
+def _page(records: Sequence[RunRecord], drawn: Sequence[RunFigure]) -> str:
     several = len(records) > 1
     return html(
         title=", ".join(record.name for record in records),
@@ -83,20 +83,20 @@ def _named(records: Sequence[RunRecord], run_dirs: Sequence[Path]) -> list[RunRe
     ]
 
 
-def _alone(record: RunRecord, drawn: Sequence[Panel]) -> list[Answer | Figures | Table]:
+def _alone(record: RunRecord, drawn: Sequence[RunFigure]) -> list[Answer | Figures | Table]:
     return [
         Answer(title="What batch to use", sentences=advise(record)),
-        Figures(panels=drawn),
+        Figures(figures=drawn),
         tables.decisions([record]),
         tables.costs(record),
         tables.settings(record),
     ]
 
 
-def _several(records: Sequence[RunRecord], drawn: Sequence[Panel]) -> list[Answer | Figures | Table]:
+def _several(records: Sequence[RunRecord], drawn: Sequence[RunFigure]) -> list[Answer | Figures | Table]:
     return [
         tables.comparison(records),
-        Figures(panels=drawn),
+        Figures(figures=drawn),
         *(
             Answer(
                 title=f"What batch to use, by {label(index, record)}",
@@ -108,23 +108,23 @@ def _several(records: Sequence[RunRecord], drawn: Sequence[Panel]) -> list[Answe
     ]
 
 
-def _stacked(records: Sequence[RunRecord], drawn: Sequence[Panel]) -> Figure:
+def _stacked(records: Sequence[RunRecord], drawn: Sequence[RunFigure]) -> Figure:
     """Draw the curves over samples above each other, on one axis."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    stack = [panel for panel in drawn if panel.legend is not None and panel.draw is not None]
+    stack = [part for part in drawn if part.legend is not None and part.draw is not None]
     with rc_context({**STYLE, "font.size": 9.5}):
-        heights = [panel.height_in for panel in stack]
+        heights = [part.height_in for part in stack]
         figure = Figure(figsize=(9, 0.9 * sum(heights)), layout="constrained")
         axes = figure.subplots(len(stack), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
-        for panel, ax in zip(stack, axes, strict=True):
-            assert panel.draw is not None
-            panel.draw(ax)
-            ax.set_title(textwrap.fill(panel.title, _LETTERS_WIDE))
+        for part, ax in zip(stack, axes, strict=True):
+            assert part.draw is not None
+            part.draw(ax)
+            ax.set_title(textwrap.fill(part.title, _LETTERS_WIDE))
             ax.label_outer()
-            if panel.legend and (entries := legend_entries(ax)):
-                ax.legend(entries.values(), entries.keys(), **panel.legend)
+            if part.legend and (entries := legend_entries(ax)):
+                ax.legend(entries.values(), entries.keys(), **part.legend)
         figure.align_ylabels(axes)
         facts = " · ".join(label(index, record) for index, record in enumerate(records))
         about = findings.about_run(records[0]) if len(records) == 1 else facts
@@ -142,13 +142,13 @@ def _caption(records: Sequence[RunRecord]) -> str:
     return "\n".join(line.strip() for line in lines if line)
 
 
-def _write_picture(panel: Panel, folder: Path) -> None:
+def _write_picture(figure: RunFigure, folder: Path) -> None:
     """Write a figure that the stacked picture does not hold; an earlier one of it does not stay where there is none."""
-    path = folder / f"report-{panel.name}.png"
-    if panel.draw is None:
+    path = folder / f"report-{figure.name}.png"
+    if figure.draw is None:
         path.unlink(missing_ok=True)
-    elif panel.legend is None:
-        _write(path, _png(panel.figure(titled=True)))
+    elif figure.legend is None:
+        _write(path, _png(figure.figure(titled=True)))
 
 
 def _png(figure: Figure) -> bytes:

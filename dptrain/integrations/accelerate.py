@@ -99,7 +99,7 @@ class NoiseScaleMonitor:
         return reading
 
     def as_metrics(self) -> dict[str, float]:
-        """Return flat floats under `gns/…` for `accelerator.log` (synchronises the device)."""
+        """Return flat floats under `noise_scale/…` for `accelerator.log` (synchronises the device)."""
         return Reading(self.meter).as_metrics()
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class NoiseScaleMonitor:
         self.meter.remove()
 
 
-class AdaptiveBatch(NoiseScaleMonitor):
+class BatchAdapter(NoiseScaleMonitor):
     """Measures, and lets the number of accumulation steps follow: `accelerator.accumulate` does the rest.
 
     The window changes only while gradients are synchronised, and accelerate's counter starts anew with it, so
@@ -179,7 +179,7 @@ class AdaptiveBatch(NoiseScaleMonitor):
             self._accelerator.step = 0
 
     def as_metrics(self) -> dict[str, float]:
-        """Return flat floats under `gns/…` and `batch/…` for `accelerator.log` (synchronises the device)."""
+        """Return flat floats under `noise_scale/…` and `batch/…` for `accelerator.log` (synchronises the device)."""
         return {**super().as_metrics(), **self.adaptation.as_metrics()}
 
     def state_dict(self) -> dict[str, Any]:

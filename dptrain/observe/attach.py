@@ -12,16 +12,16 @@ from torch.optim import Optimizer
 
 from dptrain.errors import ObservationError
 from dptrain.noise import Smoothing
-from dptrain.observe.ddp_tap import CommHook, DdpTap
+from dptrain.observe.duplicate_data_check import DuplicateDataCheck
 from dptrain.observe.geometry import AdamGeometry, Geometry, GeometryName, PlainGeometry
 from dptrain.observe.groups import Groups, GroupsLike, resolve_groups
-from dptrain.observe.guard import Guard
-from dptrain.observe.joining import check_model
+from dptrain.observe.hooks.base import GradientHook
+from dptrain.observe.hooks.ddp import CommHook, DdpCommHook
+from dptrain.observe.hooks.join import check_model
+from dptrain.observe.hooks.parameter import ParameterHook
+from dptrain.observe.hooks.wrapping import Wrapping, identify
+from dptrain.observe.measurement_interval import MeasurementInterval
 from dptrain.observe.meter import LossScale, Meter
-from dptrain.observe.pace import Pace
-from dptrain.observe.parameter_tap import ParameterTap
-from dptrain.observe.tap import Tap
-from dptrain.observe.wrapping import Wrapping, identify
 
 Method = Literal["auto", "parameters", "hook"]
 Loss = Literal["mean", "sum"]
@@ -90,11 +90,11 @@ def attach(
     norm = _geometry(geometry, optimizer=optimizer, parameters=parameters, wrapping=wrapping)
     if loss not in ("mean", "sum"):
         raise ObservationError(f"loss must be 'mean' or 'sum' over the samples of a micro-batch, got {loss!r}")
-    # All that may be refused comes before the tap, which puts hooks on the model.
-    pace = Pace(every=every, budget=budget)
+    # All that may be refused comes before the hook, which puts hooks on the model.
+    interval_rule = MeasurementInterval(every=every, budget=budget)
     meter = Meter(
         parameters,
-        tap=_tap(wrapping, method, groups=resolved, geometry=norm, inner=inner, inner_state=inner_state),
+        hook=_hook(wrapping, method, groups=resolved, geometry=norm, inner=inner, inner_state=inner_state),
         group=wrapping.group,
         loss_scale=loss_scale,
         smoothing=smoothing,
@@ -103,8 +103,8 @@ def attach(
         groups=resolved,
         geometry=norm,
         num_shards=wrapping.num_shards,
-        pace=pace,
-        guard=Guard(wrapping.group),
+        interval_rule=interval_rule,
+        guard=DuplicateDataCheck(wrapping.group),
     )
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ def _geometry(
     return AdamGeometry(parameters, optimizer=optimizer)
 
 
-def _tap(
+def _hook(
     wrapping: Wrapping,
     method: Method,
     *,
@@ -151,23 +151,23 @@ def _tap(
     geometry: Geometry,
     inner: CommHook | None,
     inner_state: object,
-) -> Tap:
+) -> GradientHook:
     model = wrapping.model
     if method not in ("auto", "parameters", "hook"):
         raise ObservationError(f"method must be 'auto', 'parameters' or 'hook', got {method!r}")
     if method == "hook":
         if not isinstance(model, DistributedDataParallel):
             raise ObservationError(f"method='hook' needs a DistributedDataParallel module, got {type(model).__name__}")
-        return DdpTap(model, inner=inner, inner_state=inner_state, groups=groups, geometry=geometry)
+        return DdpCommHook(model, inner=inner, inner_state=inner_state, groups=groups, geometry=geometry)
     if inner is not None:
         raise ObservationError(
             "`inner` is for method='hook': with the parameters, register your communication hook with DDP as ever"
         )
     if wrapping.kind == "fsdp":
-        from dptrain.observe.fsdp_tap import FsdpTap
+        from dptrain.observe.hooks.fsdp import FsdpHook
 
-        return FsdpTap(model, groups=groups, geometry=geometry)
-    return ParameterTap(model.parameters(), groups=groups, geometry=geometry)
+        return FsdpHook(model, groups=groups, geometry=geometry)
+    return ParameterHook(model.parameters(), groups=groups, geometry=geometry)
 
 
 def _first_dimension(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

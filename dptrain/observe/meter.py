@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from dptrain.noise import NoiseScale, Smoothing, SquaredNorms
-from dptrain.observe.combined import CombinedGradient
+from dptrain.observe.duplicate_data_check import DuplicateDataCheck
 from dptrain.observe.estimate import NUM_SIZES, Estimate, MeterState, from_record, to_record
 from dptrain.observe.geometry import Geometry, PlainGeometry
+from dptrain.observe.global_gradient import GlobalGradient
 from dptrain.observe.groups import Groups
-from dptrain.observe.guard import Guard
-from dptrain.observe.joining import StandIn, check_divisor, check_step
-from dptrain.observe.pace import LAG, Pace
+from dptrain.observe.hooks.base import GradientHook
+from dptrain.observe.hooks.join import JoinedRank, check_divisor, check_step
+from dptrain.observe.measurement_interval import LAG, MeasurementInterval
 from dptrain.observe.reading import Reading
 from dptrain.observe.reduction import PendingSum
 from dptrain.observe.sizes import MicroBatchSizes
-from dptrain.observe.tap import Tap
 
 LossScale = Callable[[], float | Tensor]
 
@@ -42,7 +42,7 @@ class Meter(Joinable):
 
     Args:
         parameters: those that are trained; their `.grad` at `step` is the combined gradient.
-        tap: where the replica's own gradient is seen.
+        hook: where the replica's own gradient is seen.
         group: process group over which gradients are averaged; None for the default one.
         loss_scale: factor on the loss at the time of `step`, such as a GradScaler's, or None for 1; a tensor is
             used on its device without a sync.
@@ -60,7 +60,7 @@ class Meter(Joinable):
         self,
         parameters: Iterable[nn.Parameter],
         *,
-        tap: Tap,
+        hook: GradientHook,
         group: dist.ProcessGroup | None = None,
         loss_scale: LossScale | None = None,
         smoothing: Smoothing | None = None,
@@ -69,16 +69,16 @@ class Meter(Joinable):
         groups: Groups | None = None,
         geometry: Geometry | None = None,
         num_shards: int = 1,
-        pace: Pace | None = None,
-        guard: Guard | None = None,
+        interval_rule: MeasurementInterval | None = None,
+        guard: DuplicateDataCheck | None = None,
     ) -> None:
         super().__init__()
         trained = [p for p in parameters if p.requires_grad]
         groups, self._geometry = groups or Groups(), geometry or PlainGeometry()
-        self._combined = CombinedGradient(trained, groups=groups, geometry=self._geometry, num_shards=num_shards)
+        self._combined = GlobalGradient(trained, groups=groups, geometry=self._geometry, num_shards=num_shards)
         self._device = trained[0].device
         self._num_entries = groups.num_entries
-        self._tap = tap
+        self._hook = hook
         self._group = group
         self._world_size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
         self._loss_scale = loss_scale
@@ -89,16 +89,16 @@ class Meter(Joinable):
             level=level,
             population=population,
         )
-        self._pace = pace or Pace(every=1)
+        self._interval_rule = interval_rule or MeasurementInterval(every=1)
         self._guard = guard
         self._sizes = MicroBatchSizes()
         self._size_vectors: dict[tuple[float, ...], Tensor] = {}
-        self._measuring = self._pace.next_is_measured()
+        self._measuring = self._interval_rule.next_is_measured()
         self._num_closed = 0
         self._by_hand = False
         self._divides_by_active = False
         self._pending: deque[tuple[PendingSum, PendingSum | None]] = deque()
-        self._closers: list[Callable[[], None]] = [tap.remove]
+        self._closers: list[Callable[[], None]] = [hook.remove]
 
     # One micro-batch
 
@@ -126,7 +126,7 @@ class Meter(Joinable):
             return
         if not self._sizes.num_samples:
             self._geometry.open()
-        opened = self._tap.begin(ignore=weight == 0)
+        opened = self._hook.begin(ignore=weight == 0)
         if weight == 0:
             return
         if not opened:
@@ -136,7 +136,7 @@ class Meter(Joinable):
     def discard_step(self) -> None:
         """Forget the micro-batches of the step under way: it begins anew, because its gradients were lost."""
         self._sizes = MicroBatchSizes()
-        self._tap.discard()
+        self._hook.discard()
 
     # One step
 
@@ -152,7 +152,7 @@ class Meter(Joinable):
                 computed from `.grad`.
         """
         sizes, self._sizes = self._sizes, MicroBatchSizes()
-        small = self._tap.collect(sizes.resolved_weights())
+        small = self._hook.collect(sizes.resolved_weights())
         squares = torch.cat([small, self._combined.squares(grad_norm=grad_norm)])
         if self._loss_scale is not None:
             squares = squares / torch.as_tensor(self._loss_scale(), dtype=torch.float64, device=self._device) ** 2
@@ -160,7 +160,7 @@ class Meter(Joinable):
 
     def _size_vector(self, sizes: MicroBatchSizes) -> Tensor:
         # Sizes rarely change, so their copy to the device is kept: a fresh one each step would be a transfer each.
-        values = sizes.sums(accumulated=self._tap.accumulated)
+        values = sizes.sums(accumulated=self._hook.accumulated)
         if values not in self._size_vectors:
             if len(self._size_vectors) >= _MAX_SIZE_VECTORS:
                 self._size_vectors.clear()
@@ -186,19 +186,19 @@ class Meter(Joinable):
         check_step(self, num_micro_batches=len(self._sizes.num_samples))
         measured = self._measuring
         if measured:
-            began = self._tap.stopwatch.start()
+            began = self._hook.stopwatch.start()
             vector = self.local_sums(grad_norm=grad_norm)
-            self._tap.stopwatch.stop(began)
+            self._hook.stopwatch.stop(began)
             self._reduce(vector)
         self._turn()
         return Reading(self, measured=measured)
 
     def _reduce(self, vector: Tensor) -> None:
         """Start the one reduction of a measured step, and take in those that are long under way."""
-        stopwatch = self._tap.stopwatch
+        stopwatch = self._hook.stopwatch
         own = vector[: self._num_entries].sum()
         cost_s = stopwatch.take() * _UNSEEN.get(self._device.type, 1.0)
-        timing = torch.tensor(self._pace.timing(cost_s), dtype=torch.float64)
+        timing = torch.tensor(self._interval_rule.timing(cost_s), dtype=torch.float64)
         began = stopwatch.start()
         pending = PendingSum(torch.cat([vector, timing.to(self._device, non_blocking=True)]), group=self._group)
         self._num_closed += 1
@@ -206,22 +206,22 @@ class Meter(Joinable):
         self._pending.append((pending, squares))
         self._absorb_up_to(LAG)
         stopwatch.stop(began)
-        self._pace.close()
+        self._interval_rule.close()
 
     def _turn(self) -> None:
         """Go over to the next step, which is measured or not."""
-        measured, self._measuring = self._measuring, self._pace.next_is_measured()
+        measured, self._measuring = self._measuring, self._interval_rule.next_is_measured()
         if not measured:
-            self._pace.skip()
+            self._interval_rule.skip()
         if measured != self._measuring:
-            self._tap.listen(on=self._measuring)
+            self._hook.listen(on=self._measuring)
 
     def _absorb_up_to(self, num_left: int) -> None:
         while len(self._pending) > num_left:
             pending, squares = self._pending.popleft()
             values = pending.read()
             self.absorb(values[:-_NUM_TIMINGS])
-            self._pace.note(values[-_NUM_TIMINGS:])
+            self._interval_rule.note(values[-_NUM_TIMINGS:])
             if squares is not None and self._guard is not None:
                 self._guard.judge(squares.read())
 
@@ -248,9 +248,9 @@ class Meter(Joinable):
         return self._by_hand
 
     @property
-    def seam(self) -> str:
+    def method(self) -> str:
         """Where gradients are seen: "parameters", "unsharded parameters" or "hook"."""
-        return self._tap.name
+        return self._hook.name
 
     @property
     def geometry(self) -> str:
@@ -260,12 +260,12 @@ class Meter(Joinable):
     @property
     def every(self) -> int:
         """Every how many steps one is measured, at present."""
-        return self._pace.every
+        return self._interval_rule.every
 
     @property
     def share(self) -> float | None:
         """The share of the step time that measuring took so far, over all ranks; None before it is known."""
-        return self._pace.share
+        return self._interval_rule.share
 
     @property
     def identical_ranks(self) -> tuple[tuple[int, ...], ...]:
@@ -304,8 +304,8 @@ class Meter(Joinable):
     def join_hook(self, **kwargs: Any) -> JoinHook:  # noqa: ANN401 - torch hands every joinable the same arguments
         """Return what answers for a rank that ran out of samples."""
         self._divides_by_active = not kwargs.get("divide_by_initial_world_size", True)
-        check_divisor(by_active=self._divides_by_active, accumulated=self._tap.accumulated)
-        return StandIn(self)
+        check_divisor(by_active=self._divides_by_active, accumulated=self._hook.accumulated)
+        return JoinedRank(self)
 
     @property
     def join_device(self) -> torch.device:
@@ -320,7 +320,7 @@ class Meter(Joinable):
     def step_joined(self) -> None:
         """Answer the step of the ranks that go on; a collective on measured steps."""
         if self._measuring:
-            self._tap.collect([])
+            self._hook.collect([])
             num_values = 2 * self._num_entries + NUM_SIZES
             self._reduce(torch.zeros(num_values, dtype=torch.float64, device=self._device))
         self._turn()

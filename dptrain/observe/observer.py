@@ -13,7 +13,7 @@ from torch import Tensor
 from dptrain.errors import ObservationError
 from dptrain.noise import NoiseScale, Smoothing
 from dptrain.observe.estimate import Estimate, from_record, to_record
-from dptrain.observe.pace import LAG
+from dptrain.observe.measurement_interval import LAG
 from dptrain.observe.reading import Reading
 from dptrain.observe.reduction import PendingSum
 from dptrain.observe.sizes import MicroBatchSizes

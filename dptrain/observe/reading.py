@@ -60,10 +60,10 @@ class Reading:
     def as_metrics(self) -> dict[str, float]:
         """Return flat floats for any logger, ends that are open left out.
 
-        They stand under `gns/…`, those of a group under `gns/<group>/…`; under `gns/adam/…` where the geometry is
-        Adam's, so that numbers of different kinds never share a name.
+        They stand under `noise_scale/…`, those of a group under `noise_scale/<group>/…`; under `noise_scale/adam/…`
+        where the geometry is Adam's, so that numbers of different kinds never share a name.
         """
-        prefix = "gns" if self.geometry == "sgd" else f"gns/{self.geometry}"
+        prefix = "noise_scale" if self.geometry == "sgd" else f"noise_scale/{self.geometry}"
         found = _metrics(prefix, self.noise_scale)
         for name, scale in self.groups.items():
             found |= _metrics(f"{prefix}/{name}", scale)
@@ -72,7 +72,7 @@ class Reading:
 
 def _metrics(prefix: str, scale: NoiseScale) -> dict[str, float]:
     found = {
-        f"{prefix}/b_simple": scale.value,
+        f"{prefix}/value": scale.value,
         f"{prefix}/lower": scale.lower,
         f"{prefix}/upper": scale.upper,
         f"{prefix}/grad_sq": scale.grad_sq_norm,

@@ -1,13 +1,9 @@
 """APPLY: a task trained on all replicas, with the batch that the measured noise asks for."""
 
-from dptrain.train.config import (
-    CheckpointConfig,
-    ControlConfig,
-    LogConfig,
-    NoiseConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from dptrain.checkpoint.settings import CheckpointConfig
+from dptrain.config.train_config import LogConfig, OptimizerConfig, TrainConfig
+from dptrain.control.settings import ControlConfig
+from dptrain.observe.settings import NoiseConfig
 from dptrain.train.trainer import Trainer
 
 __all__ = [

@@ -64,10 +64,14 @@ def find_micro_batch_size(
         OutOfMemoryError: where a single sample does not fit.
     """
     task.model.to(device)
-    rungs = micro_batch_ladder(min(largest, len(task.train_data)))  # type: ignore[arg-type]
+    grid_points = micro_batch_ladder(min(largest, len(task.train_data)))  # type: ignore[arg-type]
     with _as_it_was(task.model):
         reserve = [torch.empty_like(p) for _ in range(num_states) for p in task.model.parameters() if p.requires_grad]
-        fitting = list(itertools.takewhile(lambda rung: _fits(task, rung, device=device, precision=precision), rungs))
+        fitting = list(
+            itertools.takewhile(
+                lambda grid_point: _fits(task, grid_point, device=device, precision=precision), grid_points
+            )
+        )
         del reserve
     release_memory(device)
     found = torch.tensor(len(fitting), device=device)
@@ -75,7 +79,7 @@ def find_micro_batch_size(
         dist.all_reduce(found, op=dist.ReduceOp.MIN)
     if not found:
         raise OutOfMemoryError(f"the memory of {device} does not suffice for a single sample at a time")
-    return rungs[int(found) - 1]
+    return grid_points[int(found) - 1]
 
 
 def _fits(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from dptrain.train.config import OptimizerConfig, given
+from dptrain.config.filled_in import given
+from dptrain.config.train_config import OptimizerConfig
 
 NUM_STATES: Mapping[str, int] = MappingProxyType({"adamw": 2, "sgd": 1})
 """Tensors of the size of the parameters that an optimizer keeps, by its name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dptrain.cost.flops import FlopCounter
 from dptrain.data import MicroBatchLoader
 from dptrain.errors import OutOfMemoryError
 from dptrain.observe import Meter, PendingSum
 from dptrain.observe.stopwatch import Stopwatch
+from dptrain.runtime.step_reduction import RankReport, StepRecord, send
 from dptrain.tasks.base import Batch, LossFunction
-from dptrain.train.consensus import StepRecord, Word, send
-from dptrain.train.flops import FlopCounter
 from dptrain.train.memory import release_memory, split
 from dptrain.train.optimizer import set_rate, step_if_finite
 
@@ -73,12 +74,12 @@ class Stepper:
         """Return the mean FLOPs per sample of this replica's passes since the last call; None where there were none."""
         return self._flops.take_per_sample()
 
-    def step(self, record: StepRecord, *, word: Word) -> PendingSum:
+    def step(self, record: StepRecord, *, report: RankReport) -> PendingSum:
         """Take one optimizer step on the samples at the record's position; no host sync.
 
         Args:
             record: position, batch and learning rate.
-            word: what this replica has to tell the others.
+            report: what this replica has to tell the others.
 
         Returns:
             What the replicas tell each other of the step, under way.
@@ -86,7 +87,7 @@ class Stepper:
         loss_sum, halved = self._backward(record)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         sums = self._meter.local_sums(grad_norm=grad_norm)
-        pending = send(record, word=word, loss_sum=loss_sum, meter_sums=sums, halved=halved)
+        pending = send(record, report=report, loss_sum=loss_sum, meter_sums=sums, halved=halved)
         if self._max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, grad_norm)
         set_rate(self._optimizer, record.learning_rate, betas=record.betas)
@@ -191,3 +192,13 @@ def _seed_forward(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
+
+
+def forward_seed(seed: int, position: int) -> int:
+    """Return the seed of the forward pass on the micro-batch that begins at `position`.
+
+    Dropout and the like depend on the position in the stream, and so not on restarts, and not on which replica runs
+    the micro-batch.
+    """
+    digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -3,58 +3,56 @@
 from __future__ import annotations
 
 import datetime as dt
-import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from dptrain.checkpoint.state import infinite_buffers
+from dptrain.checkpoint.store import Checkpoint, load_checkpoint, load_newest, set_aside
+from dptrain.config.built import smoothing
+from dptrain.config.filled_in import as_saved, filled_in, given, largest_micro_batch_size
+from dptrain.config.settings_file import settings_text
+from dptrain.config.train_config import LogConfig, TrainConfig
+from dptrain.cost.device_peaks import matmul_precision, peak_flops_per_s
+from dptrain.cost.energy import EnergyCounter
+from dptrain.cost.ledger import Ledger
 from dptrain.data import MicroBatchLoader, SampleStream
-from dptrain.errors import CheckpointError, ConfigError
-from dptrain.observe import DdpTap, Meter, ParameterTap
+from dptrain.errors import ConfigError
+from dptrain.observe import DdpCommHook, Meter, ParameterHook
 from dptrain.observe.groups import Groups, resolve_groups
-from dptrain.observe.silent_tap import SilentTap
-from dptrain.observe.tap import Tap
-from dptrain.tasks import Task, check_task, resolve_task
-from dptrain.train.agreement import check_agreement, data_fingerprint
-from dptrain.train.checkpoint import Checkpoint, load_checkpoint, load_newest, set_aside
-from dptrain.train.config import (
-    LogConfig,
-    TrainConfig,
-    as_saved,
-    filled_in,
-    given,
-    largest_micro_batch_size,
-    smoothing,
+from dptrain.observe.hooks.base import GradientHook
+from dptrain.observe.hooks.null import NullHook
+from dptrain.runtime.rendezvous import collective_timeout_s
+from dptrain.runtime.replica_check import ReplicaCheck
+from dptrain.runtime.signals import SignalHandler
+from dptrain.runtime.startup_check import check_agreement, check_device, data_fingerprint
+from dptrain.runtime.step_reduction import (
+    RankReport,
+    Result,
+    StepRecord,
+    broadcast_from_rank_0,
+    on_rank_0,
+    translate_peer_errors,
 )
-from dptrain.train.consensus import Result, StepRecord, Word, lost_peers_named, on_rank_0, told_by_rank_0
-from dptrain.train.drift import DriftCheck
-from dptrain.train.energy import EnergyCounter
+from dptrain.runtime.watchdog import Watchdog
+from dptrain.tasks import Task, check_task, resolve_task
+from dptrain.tracking.jsonl import Value
+from dptrain.tracking.run_folder import RunFolder, check_same_settings, checkpoints_in, default_run_dir
+from dptrain.tracking.run_log import RunLog, SilentLog, WritingLog
+from dptrain.train.batch_control import BatchControl
+from dptrain.train.checkpoint_schedule import CheckpointManager, crosses
 from dptrain.train.evaluation import evaluate
-from dptrain.train.keeper import Keeper, crosses
-from dptrain.train.ledger import Ledger
-from dptrain.train.manifest import JSON
-from dptrain.train.meeting import collective_timeout_s
 from dptrain.train.memory import find_micro_batch_size
-from dptrain.train.metrics import Value
 from dptrain.train.optimizer import NUM_STATES, build_optimizer, skips_on_device
-from dptrain.train.peak import matmul_precision, peak_flops_per_s
-from dptrain.train.pilot import Pilot
-from dptrain.train.preemption import StopRequest
-from dptrain.train.run_folder import RunFolder, check_same_settings, checkpoints_in, default_run_dir
-from dptrain.train.run_log import RunLog, SilentLog, WritingLog
-from dptrain.train.settings_file import settings_text
-from dptrain.train.state import infinite_buffers, pack_model, pack_optimizer, unpack_model, unpack_optimizer
-from dptrain.train.step import Stepper
-from dptrain.train.watchdog import Watchdog
+from dptrain.train.run_state import RunState
+from dptrain.train.step import Stepper, forward_seed
 from dptrain.version import __version__
 
 
@@ -83,7 +81,7 @@ class Trainer:
     ) -> None:
         self._resume = resume
         self._allow_fresh = allow_fresh
-        _check_device(config)
+        check_device(config)
         self._accelerator = Accelerator(
             # Accelerate initialises gloo only when it is told to use the CPU; it does not see by itself that it must.
             cpu=config.device == "cpu" or not torch.cuda.is_available(),
@@ -115,7 +113,7 @@ class Trainer:
         groups = resolve_groups("module" if self._config.noise.groups else None, model=self._bare_model)
         self._meter = Meter(
             self._bare_model.parameters(),
-            tap=self._tap(groups),
+            hook=self._hook(groups),
             groups=groups,
             smoothing=smoothing(self._config),
             level=self._config.noise.level,
@@ -123,12 +121,21 @@ class Trainer:
         )
         self._stream = SampleStream(self._num_samples, seed=self._config.seed)
         self._energy = EnergyCounter(self._accelerator.device)
-        self._pilot = Pilot(
+        self._batch_control = BatchControl(
             self._config,
             meter=self._meter,
             world_size=self._world_size,
             stream=self._stream,
             ledger=self._ledger(),
+        )
+        self._state = RunState(
+            self._config,
+            model=self._bare_model,
+            optimizer=self._optimizer,
+            batch_control=self._batch_control,
+            num_samples=self._num_samples,
+            fingerprint=self._fingerprint,
+            world_size=self._world_size,
         )
 
     @property
@@ -159,14 +166,14 @@ class Trainer:
             price_per_device_hour=self._config.log.price_per_device_hour,
         )
 
-    def _tap(self, groups: Groups) -> Tap:
+    def _hook(self, groups: Groups) -> GradientHook:
         if self._config.control.mode == "off":
-            return SilentTap(self._accelerator.device, num_entries=groups.num_entries)
+            return NullHook(self._accelerator.device, num_entries=groups.num_entries)
         if self._config.noise.observer == "parameters":
-            return ParameterTap(self._bare_model.parameters(), groups=groups)
+            return ParameterHook(self._bare_model.parameters(), groups=groups)
         if self._world_size == 1:  # which may be wrapped all the same
             raise ConfigError("noise.observer=hook needs at least two replicas: use noise.observer=parameters")
-        return DdpTap(self._model, groups=groups)
+        return DdpCommHook(self._model, groups=groups)
 
     def _fitting_micro_batch_size(self, config: TrainConfig) -> int:
         """Find by trying what fits into the memory of all GPUs. Without one the task's size will do: hosts swap."""
@@ -213,59 +220,62 @@ class Trainer:
             check_same_settings(self._config, saved=saved.state["config"])  # type: ignore[arg-type]
         for checkpoint in (saved, self._branch):
             if checkpoint is not None:
-                self._check_same_data(checkpoint)
+                self._state.check_same_data(checkpoint)
         log = self._open_log(saved)
         with ExitStack() as stack:
             stack.callback(log.close)
             stack.callback(self._meter.remove, wait=False)  # its sums travel with those of the step
             if saved is not None:
-                self._restore(saved, log)
+                self._state.restore(saved, log)
             elif self._branch is not None:
-                self._begin_as(self._branch, log)
+                self._state.begin_as(self._branch, log)
             self._follow_record(log)
             if not skips_on_device(self._optimizer):
                 log.note("this optimizer cannot skip a step on the device: each step waits for it once")
-            keeper = self._on_rank_0(lambda: self._keeper(log))
-            if keeper is not None:
-                stack.callback(keeper.close)
+            checkpoint_manager = self._on_rank_0(lambda: self._checkpoint_manager(log))
+            if checkpoint_manager is not None:
+                stack.callback(checkpoint_manager.close)
             loader = stack.enter_context(self._loader())
-            stop = stack.enter_context(StopRequest())
-            stack.enter_context(lost_peers_named(lambda: self._pilot.progress.step))
-            return self._train(self._stepper(loader), stop, keeper, log)
+            stop = stack.enter_context(SignalHandler())
+            stack.enter_context(translate_peer_errors(lambda: self._batch_control.progress.step))
+            return self._train(self._stepper(loader), stop, checkpoint_manager, log)
 
     def _follow_record(self, log: RunLog) -> None:
         """Have all replicas take the decisions that an earlier attempt had acted upon, up to the end of its log."""
-        told = told_by_rank_0([value for pair in log.on_record for value in pair], device=self._accelerator.device)
+        told = broadcast_from_rank_0(
+            [value for pair in log.on_record for value in pair], device=self._accelerator.device
+        )
         if told:
             *decisions, (up_to, _) = zip(told[::2], told[1::2], strict=True)
-            self._pilot.follow(dict(decisions), up_to=up_to)
+            self._batch_control.follow(dict(decisions), up_to=up_to)
 
     def _train(
-        self, stepper: Stepper, stop: StopRequest, keeper: Keeper | None, log: RunLog
+        self, stepper: Stepper, stop: SignalHandler, checkpoint_manager: CheckpointManager | None, log: RunLog
     ) -> Mapping[str, Value] | None:
-        pilot, began_s = self._pilot, time.monotonic() - self._pilot.progress.wall_s
-        drift = DriftCheck(self._bare_model.named_parameters(), every_steps=self._config.drift_check_every_steps)
+        batch_control, began_s = self._batch_control, time.monotonic() - self._batch_control.progress.wall_s
+        drift = ReplicaCheck(self._bare_model.named_parameters(), every_steps=self._config.replica_check_every_steps)
         with Watchdog(world_size=self._world_size) as watchdog:
-            while not (pilot.at_end or pilot.stop_agreed):
-                record = pilot.next_record(wall_s=time.monotonic() - began_s)
-                word = self._word(stepper, stop, keeper)
-                with self._told_where(record):
-                    pending = stepper.step(record, word=word)
+            while not (batch_control.at_end or batch_control.stop_agreed):
+                record = batch_control.next_record(wall_s=time.monotonic() - began_s)
+                report = self._report(stepper, stop, checkpoint_manager)
+                with self._located(record):
+                    pending = stepper.step(record, report=report)
                 # What the step before taught is read only now, while the device works on this one.
-                pilot.read_outcome(log)
-                pilot.decide(log)
+                batch_control.read_outcome(log)
+                batch_control.decide(log)
                 drift.finish()
                 flops = stepper.take_flops_per_sample()
-                pilot.sent(record, pending, flops_per_sample=flops, wall_s=time.monotonic() - began_s)
+                batch_control.sent(record, pending, flops_per_sample=flops, wall_s=time.monotonic() - began_s)
                 drift.start(record.step)
                 watchdog.beat()
-                if self._pause(record, keeper, log):
-                    pilot.paused(wall_s=time.monotonic() - began_s)
+                if self._pause(record, checkpoint_manager, log):
+                    batch_control.paused(wall_s=time.monotonic() - began_s)
                     watchdog.beat()
             drift.finish()
-        if not pilot.at_end:
+        if not batch_control.at_end:
             log.note(
-                f"stopped on request after step {pilot.progress.step:,}: go on with --run_dir {self._run_dir} --resume"
+                f"stopped on request after step {batch_control.progress.step:,}: "
+                f"go on with --run_dir {self._run_dir} --resume"
             )
             return None
         summary = self._summary()
@@ -273,47 +283,49 @@ class Trainer:
         return summary
 
     @contextmanager
-    def _told_where(self, record: StepRecord) -> Iterator[None]:
+    def _located(self, record: StepRecord) -> Iterator[None]:
         """Add the step and its samples to whatever the task raises."""
         try:
             yield
         except Exception as error:
-            samples = self._pilot.samples_of(record, rank=self._accelerator.process_index)
+            samples = self._batch_control.samples_of(record, rank=self._accelerator.process_index)
             error.add_note(f"in step {record.step:,}, {samples}")
             raise
 
-    def _word(self, stepper: Stepper, stop: StopRequest, keeper: Keeper | None) -> Word:
+    def _report(
+        self, stepper: Stepper, stop: SignalHandler, checkpoint_manager: CheckpointManager | None
+    ) -> RankReport:
         busy_s = stepper.take_busy_s()
-        self._pilot.stragglers.note(busy_s)
-        return Word(
+        self._batch_control.stragglers.note(busy_s)
+        return RankReport(
             stop=stop.requested,
             save=stop.take_save(),
-            failed_saves=0 if keeper is None else keeper.failed_saves(),
-            slowness=self._pilot.stragglers.slowness,
+            failed_saves=0 if checkpoint_manager is None else checkpoint_manager.failed_saves(),
+            slowness=self._batch_control.stragglers.slowness,
             busy_s=busy_s,
-            step_s=self._pilot.tempo.lap_s,
+            step_s=self._batch_control.step_timer.interval_s,
             energy_j=self._energy.take_j(),
         )
 
-    def _pause(self, record: StepRecord, keeper: Keeper | None, log: RunLog) -> bool:
+    def _pause(self, record: StepRecord, checkpoint_manager: CheckpointManager | None, log: RunLog) -> bool:
         """Evaluate and save after a step, whichever is due; both at the end of the run. Return whether any was.
 
         Both rest on the outcome of the step. To read it earlier than usual changes no decision: that is taken after
         the next step all the same.
         """
-        pilot = self._pilot
-        evaluates = pilot.at_end or crosses(record, given(self._config.log.eval_every_samples))
-        ends = pilot.at_end or pilot.stop_agreed
-        saves = keeper is not None and (pilot.take_save() or keeper.is_due(record))
+        batch_control = self._batch_control
+        evaluates = batch_control.at_end or crosses(record, given(self._config.log.eval_every_samples))
+        ends = batch_control.at_end or batch_control.stop_agreed
+        saves = checkpoint_manager is not None and (batch_control.take_save() or checkpoint_manager.is_due(record))
         if not (evaluates or ends or saves):
             return False
-        pilot.read_outcome(log)
+        batch_control.read_outcome(log)
         if evaluates:
             self._evaluate(log)
         if ends:
-            self._on_rank_0(lambda: None if keeper is None else keeper.save_and_wait())
-        elif keeper is not None and saves:
-            keeper.save()
+            self._on_rank_0(lambda: None if checkpoint_manager is None else checkpoint_manager.save_and_wait())
+        elif checkpoint_manager is not None and saves:
+            checkpoint_manager.save()
         return True
 
     def _evaluate(self, log: RunLog) -> None:
@@ -329,26 +341,26 @@ class Trainer:
             world_size=self._world_size,
             device=self._accelerator.device,
         )
-        self._pilot.evaluated(loss)
+        self._batch_control.evaluated(loss)
         log.evaluation(
             {
                 "kind": "eval",
-                "step": self._pilot.progress.step,
-                "progress/samples": self._pilot.progress.position,
+                "step": self._batch_control.progress.step,
+                "progress/samples": self._batch_control.progress.position,
                 "eval/loss": loss,
                 **{f"eval/{name}": figure(loss) for name, figure in self._task.eval_metrics.items()},
             }
         )
 
     def _summary(self) -> dict[str, Value]:
-        loss = self._pilot.progress.eval_loss
+        loss = self._batch_control.progress.eval_loss
         metrics = {} if loss is None else {name: figure(loss) for name, figure in self._task.eval_metrics.items()}
         return {
             "task": self._task.name,
             "world_size": self._world_size,
             "backend": str(dist.get_backend()) if dist.is_initialized() else "none",
             "device": str(self._accelerator.device.type),
-            **self._pilot.figures(),
+            **self._batch_control.figures(),
             "bits_per_byte": None,
             **metrics,
         }
@@ -392,117 +404,15 @@ class Trainer:
 
     # Checkpoints
 
-    def _keeper(self, log: RunLog) -> Keeper:
-        return Keeper(
+    def _checkpoint_manager(self, log: RunLog) -> CheckpointManager:
+        return CheckpointManager(
             self._config.checkpoint,
             folder=checkpoints_in(self._run_dir),
-            pack=self._pack,
+            pack=self._state.pack,
             infinite=infinite_buffers(self._bare_model),
             committed_step=0 if self._saved is None else self._saved.step,
             log=log,
         )
 
-    def _pack(self) -> tuple[int, tuple[Mapping[str, Mapping[str, torch.Tensor]], Mapping[str, JSON]]]:
-        """Return the step, and the tensors and the state that a checkpoint of this moment holds."""
-        optimizer_tensors, optimizer_state = pack_optimizer(self._optimizer, names=self._names())
-        state: dict[str, JSON] = {
-            "config": asdict(self._config),
-            "world_size": self._world_size,
-            "num_samples": self._num_samples,
-            "data": self._fingerprint,
-            "optimizer": optimizer_state,
-            **self._pilot.state(),
-        }
-        tensors = {"model": pack_model(self._bare_model), "optimizer": optimizer_tensors}
-        return self._pilot.progress.step, (tensors, state)
-
-    def _check_same_data(self, saved: Checkpoint) -> None:
-        """Refuse a checkpoint from which this data would go on in another order, or with other samples."""
-        state: dict[str, Any] = saved.state
-        if state["num_samples"] != self._num_samples:
-            raise ConfigError(
-                f"the data set had {state['num_samples']} samples when {saved.path} was saved and has "
-                f"{self._num_samples} now: the order of samples would be another one"
-            )
-        if state["data"] != self._fingerprint:
-            raise ConfigError(
-                f"the data set is another one than when {saved.path} was saved: some of its samples have changed"
-            )
-
-    def _restore(self, saved: Checkpoint, log: RunLog) -> None:
-        """Become what the saved run was when it was saved."""
-        state: dict[str, Any] = saved.state
-        for path, reason in saved.passed_over:
-            log.note(f"passed over checkpoint {path}: {reason}")
-        if saved.passed_over:
-            log.note(f"{saved.steps_lost:,} steps are taken again for it")
-        with _complete(saved):
-            self._unpack(saved)
-            self._pilot.restore(state)
-        progress = self._pilot.progress
-        log.note(f"resumed from step {progress.step:,}, {progress.position:,} samples seen")
-
-    def _begin_as(self, other: Checkpoint, log: RunLog) -> None:
-        """Begin a run of its own where another one was: with its parameters, optimizer and position, and no more."""
-        state: dict[str, Any] = other.state
-        settings = [{**group, "params": None} for group in self._optimizer.param_groups]
-        with _complete(other):
-            self._unpack(other)
-            for group, own in zip(self._optimizer.param_groups, settings, strict=True):
-                group.update({**own, "params": group["params"]})
-            position = int(state["progress"]["position"])
-        if position >= given(self._config.max_samples):
-            raise ConfigError(
-                f"max_samples {self._config.max_samples} counts from the beginning of the run that is branched from, "
-                f"which has seen {position} samples at {other.path}: give more"
-            )
-        self._pilot.begin_at(position)
-        log.note(f"branched from {other.path}, {position:,} samples seen")
-
-    def _unpack(self, checkpoint: Checkpoint) -> None:
-        unpack_model(self._bare_model, checkpoint.tensors("model"))
-        unpack_optimizer(
-            self._optimizer,
-            names=self._names(),
-            tensors=checkpoint.tensors("optimizer"),
-            state=checkpoint.state["optimizer"],
-        )
-
     def _on_rank_0(self, action: Callable[[], Result]) -> Result | None:
         return on_rank_0(action, rank=self._accelerator.process_index, device=self._accelerator.device)
-
-    def _names(self) -> dict[torch.nn.Parameter, str]:
-        return {parameter: name for name, parameter in self._bare_model.named_parameters()}
-
-
-@contextmanager
-def _complete(checkpoint: Checkpoint) -> Iterator[None]:
-    """Say of a checkpoint that lacks something that it does."""
-    try:
-        yield
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {checkpoint.path} does not hold what this version needs: {error}") from error
-
-
-def _check_device(config: TrainConfig) -> None:
-    """Refuse GPUs that are not there, in place of what accelerate and CUDA would say."""
-    if config.device == "cpu":
-        return
-    num_gpus, num_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if config.device == "cuda" and num_gpus == 0:
-        raise ConfigError("device is cuda, but torch finds no GPU: use device=auto or device=cpu")
-    if 0 < num_gpus < num_here:
-        raise ConfigError(
-            f"there are {num_here} replicas on this node, but {num_gpus} GPUs: start {num_gpus} replicas, or use "
-            f"device=cpu"
-        )
-
-
-def forward_seed(seed: int, position: int) -> int:
-    """Return the seed of the forward pass on the micro-batch that begins at `position`.
-
-    Dropout and the like depend on the position in the stream, and so not on restarts, and not on which replica runs
-    the micro-batch.
-    """
-    digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

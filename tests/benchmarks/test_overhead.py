@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import arms, overhead, peers
+from benchmarks import overhead, peers
+from benchmarks import variants as arms
 
 ROOT = Path(__file__).parents[2]
 OURS = {"default", "every=1, parameters", "every=1, hook"}

@@ -9,8 +9,8 @@ import pytest
 from benchmarks.harness import Findings
 from benchmarks.plan import CASES, _fixed, _layout, _row, findings, page
 from benchmarks.timed_runs import Took, took, train
-from dptrain.explain.devices import devices
-from dptrain.explain.planner import Planner
+from dptrain.explain.model.devices import devices
+from dptrain.explain.model.planner import Planner
 from tests.ideal_runs import ideal_record, step_s
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.seed_by_seed import Arm, findings
-from benchmarks.targets.contest import contests
-from benchmarks.targets.racing import Finish, Mark
+from benchmarks.targets.benchmark_case import contests
+from benchmarks.targets.timed_run import Finish, Mark
 
 ROOT = Path(__file__).parents[2]
 PYSOURCE = contests(quick=False)["pysource"]

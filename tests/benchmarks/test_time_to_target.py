@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.targets import page, results, tournament
-from benchmarks.targets.contest import Search, contests, search_rate
+from benchmarks.targets import comparison, page, results
+from benchmarks.targets.benchmark_case import Search, contests, search_rate
 from benchmarks.targets.quadratics import DAMPED, SampledDamped, drive, first_batch, law_of, timed
-from benchmarks.targets.racing import Finish, Mark
 from benchmarks.targets.results import ADAPTDL, ADAPTIVE, Outcome, fixed_name
+from benchmarks.targets.timed_run import Finish, Mark
 
 ROOT = Path(__file__).parents[2]
 STEPS = {64: 3_000.0, 128: 2_000.0, 256: 1_500.0}
@@ -171,7 +171,7 @@ def test_steps_are_timed_in_turns():
         seconds = slowness * (0.001 + 1e-5 * batch)
         return Finish(end=None, reason="", marks=[], rows=[], step_s={(batch // 2, 1): [seconds, seconds, 9.0]})
 
-    step_s = tournament._step_times(outcome.contest, outcome.searches, num_turns=6, run=run)
+    step_s = comparison._step_times(outcome.case, outcome.searches, num_turns=6, run=run)
     assert step_s == pytest.approx(outcome.step_s)
     assert asked[:3] != asked[3:6]
     assert set(asked[:3]) == set(asked[3:6]) == set(STEPS)
@@ -195,7 +195,7 @@ def test_the_loss_at_equal_samples_leaves_no_seed_out():
     """A run that arrived with fewer samples counts by its last loss, and one that was given up before as lost."""
     outcome = make_outcome(adaptive=0.9)
     fixed = outcome.finishes[fixed_name(128)]
-    outcome, adaptive = replace(outcome, contest=replace(outcome.contest, target=0.017)), outcome.finishes[ADAPTIVE]
+    outcome, adaptive = replace(outcome, case=replace(outcome.case, target=0.017)), outcome.finishes[ADAPTIVE]
     assert adaptive[1].marks[-1].samples < fixed[1].end.samples
     assert results.loss_gaps(outcome) == [0.0, 0.0]
     late = {seed: replace(finish, end=None) for seed, finish in adaptive.items()}
@@ -235,7 +235,7 @@ def test_the_page_says_how_far_off_the_far_starts_were():
 
 def arrived(steps, *, batch=1, seconds=None):
     end = Mark(steps=steps, samples=steps * batch, seconds=steps / 1000 if seconds is None else seconds, loss=0.017)
-    row = {"step": 1, "progress/samples": batch, "batch/global": batch, "train/lr": 0.1, "gns/b_simple": 100.0}
+    row = {"step": 1, "progress/samples": batch, "batch/global": batch, "train/lr": 0.1, "noise_scale/value": 100.0}
     return Finish(end=end, reason="", marks=[end], rows=[row, row], step_s={})
 
 
@@ -258,7 +258,7 @@ def make_outcome(*, adaptive):
         for batch, steps in STEPS.items()
     }
     return Outcome(
-        contest=contests(quick=False)["digits"],
+        case=contests(quick=False)["digits"],
         searches=searches,
         searches_in_vain={16: Search(best=None, finishes={0.1: replace(arrived(6_000), end=None)})},
         adaptive_search=Search(best=0.1, finishes={0.1: arrived(1_000)}),

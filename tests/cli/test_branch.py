@@ -9,8 +9,8 @@ import pytest
 
 from dptrain.cli.branch import _arguments, _parser, _trunks, branch
 from dptrain.errors import ConfigError
+from dptrain.tracking.jsonl import read_rows
 from dptrain.train import CheckpointConfig, ControlConfig, Trainer
-from dptrain.train.metrics import read_rows
 from tests.runs import make_config, noisy
 
 pytestmark = pytest.mark.timeout(400)

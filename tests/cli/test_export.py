@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from dptrain.checkpoint.store import save_checkpoint
 from dptrain.cli.export import export
 from dptrain.errors import CheckpointError, ConfigError
-from dptrain.train.checkpoint import save_checkpoint
 
 
 def save(run, step):

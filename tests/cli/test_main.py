@@ -20,12 +20,12 @@ from dptrain.errors import (
     DesyncError,
     DivergedError,
     DptrainError,
-    MeetingError,
     ObservationError,
     PeerLostError,
+    RendezvousError,
     TaskError,
 )
-from dptrain.train.preemption import EXIT_HUNG, EXIT_RESUMABLE
+from dptrain.runtime.signals import EXIT_HUNG, EXIT_RESUMABLE
 
 
 def test_help_names_every_command(capsys):
@@ -71,7 +71,7 @@ def test_an_unknown_command_is_refused(name, capsys):
         (AbortedError, 70),
         (PeerLostError, 70),
         (DivergedError, 65),
-        (MeetingError, 69),
+        (RendezvousError, 69),
         (DptrainError, 70),
         (CheckpointError, 74),
         (DesyncError, 76),

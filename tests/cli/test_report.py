@@ -22,7 +22,7 @@ def write_run(folder):
             "batch/global": 16,
             "batch/micro": 4,
             "batch/accumulation": 2,
-            "gns/state": "not resolved yet",
+            "noise_scale/state": "not resolved yet",
             "throughput/samples_per_sec": 100.0,
         }
         for step in range(1, 5)

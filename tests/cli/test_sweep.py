@@ -15,7 +15,7 @@ import pytest
 from dptrain.cli.sweep import _sentences, sweep
 from dptrain.cli.sweep_request import read_request
 from dptrain.errors import DptrainError
-from dptrain.explain.sweep import Outcome
+from dptrain.sweep import Outcome
 from tests import regression
 from tests.replicas import _context
 
@@ -31,7 +31,7 @@ TOY = {
     "checkpoint.every_samples": "64",
     "log.eval_every_samples": "4",
     "log.tracker": "none",
-    "drift_check_every_steps": "0",
+    "replica_check_every_steps": "0",
 }
 
 pytestmark = pytest.mark.timeout(600)  # a quarter of a minute of work, but of many processes

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dptrain.control import ExchangeRateLaw, FastestLaw, GoodputLaw, Measurement, StepTimeModel
-from dptrain.control.limit import Ladder
+from dptrain.control.limit import BatchSizeGrid
 from dptrain.errors import ConfigError
 from tests.control.closed_loop import arrival, closed_loop, layout
 
@@ -103,11 +103,11 @@ def test_a_decision_is_cheap():
 def test_it_is_the_best_of_all_rungs(per_step, per_pass, per_sample, knee, phi):
     """Rounded to a ladder of powers of two, no rung makes more progress per second, layout and knee included."""
     law, step_time = GoodputLaw(largest_micro_batch_size=32), model(per_step, per_pass, per_sample, full_at=knee)
-    rungs = [2**k for k in range(40)]
+    grid_points = [2**k for k in range(40)]
     asked = FastestLaw(seconds=law.step_time(step_time, present=64)).batch_for(phi)
-    rung = min(Ladder(quantum=1).nearest(max(asked, 1.0)), rungs[-1])
-    goodput = {b: b / (b + phi) / step_time.seconds(layout(b)) for b in rungs}
-    assert goodput[rung] == pytest.approx(max(goodput.values()), rel=1e-6)
+    grid_point = min(BatchSizeGrid(quantum=1).nearest(max(asked, 1.0)), grid_points[-1])
+    goodput = {b: b / (b + phi) / step_time.seconds(layout(b)) for b in grid_points}
+    assert goodput[grid_point] == pytest.approx(max(goodput.values()), rel=1e-6)
 
 
 def settled(law, phi, *, step_time):
@@ -168,7 +168,7 @@ def test_where_steps_are_free_batches_do_not_grow(phi):
     step_time = model(per_step=0.0, per_pass=1.0, per_sample=0.0)
     for batch in (32, 64, 1024):
         asked = decided(fills, known(phi, math.inf), batch=batch, step_time=step_time).global_batch_size
-        assert Ladder(quantum=1).nearest(asked) <= batch
+        assert BatchSizeGrid(quantum=1).nearest(asked) <= batch
     assert decided(fills, known(phi), batch=1024, step_time=step_time).global_batch_size <= 32 * math.sqrt(2)
 
 

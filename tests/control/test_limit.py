@@ -11,12 +11,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dptrain.control import (
+    BatchSizeGrid,
     Bounds,
     Constant,
     DeadBand,
     Decision,
     DwellTime,
-    Ladder,
     Limits,
     MaxChange,
     Measurement,
@@ -47,24 +47,24 @@ def decided(controller, batch):
 @given(st.floats(1e-3, 1e9), st.integers(1, 10**4), st.booleans())
 def test_ladder(batch, quantum, powers_of_two):
     """Below, above and nearest are rungs round the batch, and no rung is nearer in log space than the nearest."""
-    ladder = Ladder(quantum=quantum, powers_of_two=powers_of_two)
-    below, above, nearest = ladder.below(batch), ladder.above(batch), ladder.nearest(batch)
-    for rung in (below, above, nearest):
-        assert rung % quantum == 0
-        assert not powers_of_two or (rung // quantum).bit_count() == 1
+    grid = BatchSizeGrid(quantum=quantum, powers_of_two=powers_of_two)
+    below, above, nearest = grid.below(batch), grid.above(batch), grid.nearest(batch)
+    for grid_point in (below, above, nearest):
+        assert grid_point % quantum == 0
+        assert not powers_of_two or (grid_point // quantum).bit_count() == 1
     assert below <= max(batch, quantum)
     assert above >= batch
     assert nearest in (below, above)
-    for rung in (below, above):
-        assert abs(math.log(nearest / batch)) <= abs(math.log(rung / batch)) + 1e-12
+    for grid_point in (below, above):
+        assert abs(math.log(nearest / batch)) <= abs(math.log(grid_point / batch)) + 1e-12
 
 
 def test_ladder_rungs_are_fixed():
     """A rung is its own neighbour in every direction, and the middle between two is the geometric one."""
-    ladder = Ladder(quantum=6)
-    assert all(f(24) == 24 for f in (ladder.below, ladder.above, ladder.nearest))
-    assert (ladder.nearest(16.9), ladder.nearest(17.1)) == (12, 24)
-    assert Ladder(quantum=5, powers_of_two=False).nearest(17.4) == 20
+    grid = BatchSizeGrid(quantum=6)
+    assert all(f(24) == 24 for f in (grid.below, grid.above, grid.nearest))
+    assert (grid.nearest(16.9), grid.nearest(17.1)) == (12, 24)
+    assert BatchSizeGrid(quantum=5, powers_of_two=False).nearest(17.4) == 20
 
 
 @pytest.mark.parametrize(
@@ -72,15 +72,15 @@ def test_ladder_rungs_are_fixed():
     [
         (lambda law: Bounds(law, smallest=16, largest=64), 32, 100, 64),
         (lambda law: Bounds(law, smallest=16, largest=64), 32, 5, 16),
-        (lambda law: Rounding(law, ladder=Ladder(quantum=8)), 32, 100, 128),
+        (lambda law: Rounding(law, grid=BatchSizeGrid(quantum=8)), 32, 100, 128),
         (lambda law: DeadBand(law, ratio=1.5), 32, 47, 32),
         (lambda law: DeadBand(law, ratio=1.5), 32, 22, 32),
         (lambda law: ShrinkBand(law, ratio=2.5), 32, 13, 32),
         (MaxChange, 32, 100, 64),
         (MaxChange, 32, 8, 16),
         (MaxChange, 128, 2, 16),
-        (lambda law: MaxChange(law, factor=3, ladder=Ladder(quantum=8)), 32, 1000, 64),
-        (lambda law: MaxChange(law, factor=3, ladder=Ladder(quantum=4)), 192, 3, 32),
+        (lambda law: MaxChange(law, factor=3, grid=BatchSizeGrid(quantum=8)), 32, 1000, 64),
+        (lambda law: MaxChange(law, factor=3, grid=BatchSizeGrid(quantum=4)), 192, 3, 32),
     ],
 )
 def test_a_wrapper_overrules_and_says_why(wrap, present, asked, stands):
@@ -95,7 +95,7 @@ def test_a_wrapper_overrules_and_says_why(wrap, present, asked, stands):
     "wrap",
     [
         lambda law: Bounds(law, smallest=16, largest=64),
-        lambda law: Rounding(law, ladder=Ladder(quantum=8)),
+        lambda law: Rounding(law, grid=BatchSizeGrid(quantum=8)),
         lambda law: DeadBand(law, ratio=1.5),
         lambda law: ShrinkBand(law, ratio=2.5),
         MaxChange,
@@ -397,16 +397,16 @@ def test_every_limit_holds_at_once(quantum, limits, path):
 
 
 @settings(deadline=None)
-@given(quantum=quanta, limits=limit_settings, moments=estimates, rung=st.integers(0, 30))
-def test_no_limit_cycle(quantum, limits, moments, rung):
+@given(quantum=quanta, limits=limit_settings, moments=estimates, grid_point=st.integers(0, 30))
+def test_no_limit_cycle(quantum, limits, moments, grid_point):
     """On an estimate that stays the same the batch goes one way, if anywhere, and turns back from probes alone.
 
     There are fewer and fewer of them. Probes at equal distances would make 40 turns in these 100 decisions.
     """
     for probe_steps, most_turns in [(0, 0), (limits.probe_steps, 8)]:
         controller, start = stack(quantum, replace(limits, probe_steps=probe_steps))
-        ladder = Ladder(quantum=quantum, powers_of_two=limits.powers_of_two)
-        log = walk(controller, ladder.below(min(start << rung, controller.largest)), [moments] * 100)
+        grid = BatchSizeGrid(quantum=quantum, powers_of_two=limits.powers_of_two)
+        log = walk(controller, grid.below(min(start << grid_point, controller.largest)), [moments] * 100)
         grows = [
             decision.global_batch_size > before
             for _, before, _, decision in log

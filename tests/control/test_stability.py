@@ -96,12 +96,12 @@ ramps = st.builds(
 spikes = st.builds(lambda phi, factor: [phi * factor], scales, st.sampled_from([1e-6, 1e6]))
 gaps = lengths.map(lambda n: [None] * n)
 paths = st.lists(st.one_of(steps, ramps, spikes, gaps), min_size=1, max_size=4).map(lambda parts: list(chain(*parts)))
-rungs = st.integers(0, 10).map(lambda exponent: SMALLEST << exponent)
+grid_points = st.integers(0, 10).map(lambda exponent: SMALLEST << exponent)
 seeds = st.integers(0, 2**16)
 
 
 @settings(deadline=None, max_examples=30)
-@given(law=laws, path=paths, batch=rungs, seed=seeds)
+@given(law=laws, path=paths, batch=grid_points, seed=seeds)
 def test_bounded_on_any_path(law, path, batch, seed):
     """Whatever the noise scale does, the batch is a rung within the bounds, moves once in three steps."""
     batches = [m.global_batch_size for m, _, _ in run(law, path, batch=batch, seed=seed)]
@@ -112,7 +112,7 @@ def test_bounded_on_any_path(law, path, batch, seed):
 
 
 @settings(deadline=None, max_examples=20)
-@given(law=laws, path=paths, batch=rungs, seed=seeds, data=st.data())
+@given(law=laws, path=paths, batch=grid_points, seed=seeds, data=st.data())
 def test_the_same_numbers_make_the_same_decisions(law, path, batch, seed, data):
     """Another replica with the same numbers, and a run restored mid-way, decide the same, reasons included."""
     log = run(law, path, batch=batch, seed=seed)
@@ -126,7 +126,7 @@ def test_the_same_numbers_make_the_same_decisions(law, path, batch, seed, data):
 
 
 @settings(deadline=None, max_examples=20)
-@given(law=st.sampled_from(MEASURING), batch=rungs, seed=seeds, num=st.integers(1, 40))
+@given(law=st.sampled_from(MEASURING), batch=grid_points, seed=seeds, num=st.integers(1, 40))
 def test_nothing_measured_moves_nothing(law, batch, seed, num):
     """Before anything was measured no law that measures moves, however the steps are timed."""
     assert {decision.global_batch_size for _, _, decision in run(law, [None] * num, batch=batch, seed=seed)} == {batch}

@@ -96,17 +96,17 @@ def test_sizes_below_one_are_refused(name):
 @given(largest=st.integers(1, 10**6))
 def test_the_ladder_is_short_and_ends_where_asked(largest):
     """Rungs ascend, begin at 1, end at the largest, and at most double."""
-    ladder = micro_batch_ladder(largest)
-    assert ladder[0] == 1
-    assert ladder[-1] == largest
-    assert all(lower < upper <= 2 * lower for lower, upper in itertools.pairwise(ladder))
-    assert len(ladder) <= largest.bit_length() + 1
+    grid = micro_batch_ladder(largest)
+    assert grid[0] == 1
+    assert grid[-1] == largest
+    assert all(lower < upper <= 2 * lower for lower, upper in itertools.pairwise(grid))
+    assert len(grid) <= largest.bit_length() + 1
 
 
 @pytest.mark.parametrize(("largest", "ladder"), [(1, (1,)), (8, (1, 2, 4, 8)), (12, (1, 2, 4, 8, 12))])
-def test_known_ladders(largest, ladder):
+def test_known_ladders(largest, grid):
     """Powers of two, and the largest itself."""
-    assert micro_batch_ladder(largest) == ladder
+    assert micro_batch_ladder(largest) == grid
 
 
 def test_an_empty_ladder_is_refused():
@@ -115,15 +115,17 @@ def test_an_empty_ladder_is_refused():
         micro_batch_ladder(0)
 
 
-@given(rung=st.integers(1, 64), repeats=st.integers(1, 50), world_size=st.integers(1, 9), largest=st.integers(1, 64))
-def test_a_divisible_batch_is_laid_out_with_full_micro_batches(rung, repeats, world_size, largest):
+@given(
+    grid_point=st.integers(1, 64), repeats=st.integers(1, 50), world_size=st.integers(1, 9), largest=st.integers(1, 64)
+)
+def test_a_divisible_batch_is_laid_out_with_full_micro_batches(grid_point, repeats, world_size, largest):
     """The choice is full, and no larger rung would be."""
-    global_batch_size = rung * repeats * world_size
+    global_batch_size = grid_point * repeats * world_size
     layout = {"global_batch_size": global_batch_size, "world_size": world_size}
     chosen = choose_micro_batch_size(**layout, largest=largest)
     assert is_full(**layout, micro_batch_size=chosen)
-    larger = [rung for rung in micro_batch_ladder(largest) if rung > chosen]
-    assert not any(is_full(**layout, micro_batch_size=rung) for rung in larger)
+    larger = [grid_point for grid_point in micro_batch_ladder(largest) if grid_point > chosen]
+    assert not any(is_full(**layout, micro_batch_size=grid_point) for grid_point in larger)
 
 
 @pytest.mark.parametrize(

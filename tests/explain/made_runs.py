@@ -99,10 +99,10 @@ def _rows(*, num_steps, noise, batches, groups, seed=7):
                 **{
                     key: value
                     for name, factor in groups.items()
-                    for key, value in _interval(f"gns/{name}", phi * factor, spread, state).items()
+                    for key, value in _interval(f"noise_scale/{name}", phi * factor, spread, state).items()
                     if not key.endswith("/state")
                 },
-                "gns/effective_steps": 23.4,
+                "noise_scale/effective_steps": 23.4,
                 "throughput/samples_per_sec": 400 + batch / 4 + 30 * rng.standard_normal(),
                 "train/steps_dropped": 0,
             }
@@ -114,7 +114,7 @@ def _rows(*, num_steps, noise, batches, groups, seed=7):
 
 def _interval(prefix, phi, spread, state):
     return {
-        f"{prefix}/b_simple": phi if state == "resolved" else None,
+        f"{prefix}/value": phi if state == "resolved" else None,
         f"{prefix}/lower": 0.0 if state == "not resolved yet" else phi / spread,
         f"{prefix}/upper": phi * spread if state == "resolved" else None,
         f"{prefix}/state": state,

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dptrain.errors import ConfigError
-from dptrain.explain import findings, tables
-from dptrain.explain.advice import advise
 from dptrain.explain.record import MOST_ROWS, column, plain, read_jsonl, read_run, smooth
+from dptrain.explain.text import findings, tables
+from dptrain.explain.text.recommendation import advise
 from tests.explain.made_runs import write_rows, write_run
 
 
@@ -71,7 +71,14 @@ def test_advice_is_no_change(tmp_path):
 
 def test_what_is_of_another_type_counts_as_not_known(tmp_path):
     """A text where a number belongs, a number beyond all measure, a truth value and a list are no figures."""
-    odd = {"train/loss": "low", "train/lr": 10**400, "gns/lower": True, "gns/upper": [1], "gns/state": 7, "x": 1e300}
+    odd = {
+        "train/loss": "low",
+        "train/lr": 10**400,
+        "noise_scale/lower": True,
+        "noise_scale/upper": [1],
+        "noise_scale/state": 7,
+        "x": 1e300,
+    }
     write_rows(tmp_path / "metrics.jsonl", [row(1, **odd)])
     (found,) = read_run(tmp_path).train
     assert [found[name] for name in odd] == [None, None, None, None, "not resolved yet", None]
@@ -86,10 +93,14 @@ def test_a_row_that_stands_nowhere_is_left_out(tmp_path):
 
 def test_a_state_says_no_more_than_its_figures(tmp_path):
     """A row that calls itself resolved without an upper end is a lower bound, and without a lower one nothing."""
-    figures = {"gns/b_simple": 5.0, "gns/lower": 2.0, "gns/upper": 9.0}
-    for missing, state in (("train/lr", "resolved"), ("gns/upper", "at least"), ("gns/lower", "not resolved yet")):
-        write_rows(tmp_path / "metrics.jsonl", [row(1, **{**figures, "gns/state": "resolved", missing: None})])
-        assert read_run(tmp_path).train[0]["gns/state"] == state, missing
+    figures = {"noise_scale/value": 5.0, "noise_scale/lower": 2.0, "noise_scale/upper": 9.0}
+    for missing, state in (
+        ("train/lr", "resolved"),
+        ("noise_scale/upper", "at least"),
+        ("noise_scale/lower", "not resolved yet"),
+    ):
+        write_rows(tmp_path / "metrics.jsonl", [row(1, **{**figures, "noise_scale/state": "resolved", missing: None})])
+        assert read_run(tmp_path).train[0]["noise_scale/state"] == state, missing
 
 
 def test_groups_are_read_with_their_state(tmp_path):
@@ -97,8 +108,8 @@ def test_groups_are_read_with_their_state(tmp_path):
     record = read_run(write_run(tmp_path, groups={"encoder/layers": 2.0, "head": 0.5}))
     groups, whole = record.groups(), record.train[-1]
     assert set(groups) == {"encoder/layers", "head"}
-    assert groups["head"]["gns/state"] == "resolved"
-    assert groups["head"]["gns/b_simple"] == pytest.approx(0.5 * whole["gns/b_simple"])
+    assert groups["head"]["noise_scale/state"] == "resolved"
+    assert groups["head"]["noise_scale/value"] == pytest.approx(0.5 * whole["noise_scale/value"])
 
 
 def test_a_long_log_is_read_in_part(tmp_path):
@@ -135,7 +146,15 @@ def test_a_figure_of_the_summary_goes_before_the_last_logged_one(tmp_path):
 KEYS = [
     *("kind", "step", "progress/samples", "progress/wall_s", "train/loss", "train/lr", "train/steps_dropped"),
     *("batch/global", "batch/micro", "batch/accumulation", "batch/before", "batch/after", "applied", "reason"),
-    *("gns/state", "gns/b_simple", "gns/lower", "gns/upper", "gns/x/b_simple", "gns/x/lower", "gns/effective_steps"),
+    *(
+        "noise_scale/state",
+        "noise_scale/value",
+        "noise_scale/lower",
+        "noise_scale/upper",
+        "noise_scale/x/value",
+        "noise_scale/x/lower",
+        "noise_scale/effective_steps",
+    ),
     *("eval/loss", "eval/bits_per_byte", "lr_factor/before", "lr_factor/after", "throughput/samples_per_sec"),
     *("ledger/flops", "ledger/device_s", "world_size", "samples_seen", "task", "wall_s", "mfu", "time/world_size"),
 ]

@@ -10,16 +10,16 @@ from matplotlib.image import imread
 
 from dptrain.errors import ConfigError
 from dptrain.explain import draw_report
-from dptrain.explain.findings import CAVEAT
-from dptrain.explain.panels import panels
+from dptrain.explain.figures.run_figures import figures
 from dptrain.explain.record import read_run
 from dptrain.explain.report import _named, _stacked
+from dptrain.explain.text.findings import CAVEAT
 from tests.explain.made_runs import write_run
 
 
 def stacked(folder):
     record = read_run(folder)
-    return _stacked([record], panels(record))
+    return _stacked([record], figures(record))
 
 
 @pytest.fixture(scope="module")

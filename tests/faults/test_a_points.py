@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dptrain.train.checkpoint import load_newest
-from dptrain.train.metrics import read_rows
-from dptrain.train.run_folder import newest_step, write_config
+from dptrain.checkpoint.store import load_newest
+from dptrain.tracking.jsonl import read_rows
+from dptrain.tracking.run_folder import newest_step, write_config
 from tests import strikes
 from tests.replicas import run_replicas
 from tests.runs import attempt, make_config, trained

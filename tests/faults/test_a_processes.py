@@ -24,9 +24,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from dptrain.train.checkpoint import load_newest
-from dptrain.train.metrics import read_rows
-from dptrain.train.run_folder import RunFolder, newest_step, write_config
+from dptrain.checkpoint.store import load_newest
+from dptrain.tracking.jsonl import read_rows
+from dptrain.tracking.run_folder import RunFolder, newest_step, write_config
 from tests.replicas import run_replicas
 from tests.runs import Noisy, attempt, make_config, noisy, slow_loss, trained
 

@@ -9,11 +9,11 @@ import time
 
 import pytest
 
+from dptrain.checkpoint import async_writer as saver_module
+from dptrain.checkpoint.store import load_newest
 from dptrain.errors import AbortedError, CheckpointError
+from dptrain.tracking.run_log import WritingLog
 from dptrain.train import CheckpointConfig, Trainer
-from dptrain.train import saver as saver_module
-from dptrain.train.checkpoint import load_newest
-from dptrain.train.run_log import WritingLog
 from tests.replicas import run_replicas
 from tests.runs import Killed, attempt, kill, make_config, noisy, windows
 

@@ -1,6 +1,6 @@
 """Section B: whatever disk and processes do, an acknowledged checkpoint is there and a damaged one is never loaded.
 
-B12 needs all replicas, and stands with the trainer's. B16 is shown by tests/train/test_state.py:
+B12 needs all replicas, and stands with the trainer's. B16 is shown by tests/checkpoint/test_state.py:
 `test_an_optimizer_that_differs_is_refused_with_the_differences`,
 `test_a_model_that_differs_is_refused_with_every_difference`, `test_a_tied_checkpoint_does_not_fit_an_untied_model`.
 """
@@ -27,11 +27,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dptrain.checkpoint import store as module
+from dptrain.checkpoint.async_writer import AsyncWriter
+from dptrain.checkpoint.manifest import MANIFEST, decode_manifest, encode_manifest
+from dptrain.checkpoint.store import load_checkpoint, load_newest, save_checkpoint, set_aside
 from dptrain.errors import CheckpointError
-from dptrain.train import checkpoint as module
-from dptrain.train.checkpoint import load_checkpoint, load_newest, save_checkpoint, set_aside
-from dptrain.train.manifest import MANIFEST, decode_manifest, encode_manifest
-from dptrain.train.saver import Saver
 from tests.checkpoints import STATE, assert_holds, content, save
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", MANIFEST]
@@ -97,7 +97,7 @@ import shutil, subprocess, sys
 from pathlib import Path
 import torch
 from dptrain.errors import CheckpointError
-from dptrain.train.checkpoint import load_newest, save_checkpoint
+from dptrain.checkpoint.store import load_newest, save_checkpoint
 
 disk = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=True)
@@ -391,7 +391,7 @@ def test_b10_a_folder_without_permission_is_found_before_training():
             if os.geteuid() == 0:
                 os.setresuid(65534, 65534, 65534)  # root may write anywhere
             with pytest.raises(CheckpointError, match=r"no checkpoint can be written to .*Permission denied"):
-                Saver(folder)
+                AsyncWriter(folder)
             with pytest.raises(CheckpointError, match=r"could not be written: .*Permission denied"):
                 save(folder, 2)
 
@@ -405,16 +405,16 @@ def test_b10_a_path_that_is_a_file_is_found_before_training(tmp_path, below):
     """As the folder itself, and on the way to it."""
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="no checkpoint can be written"):
-        Saver(tmp_path / "file" / below)
+        AsyncWriter(tmp_path / "file" / below)
 
 
 def test_b10_a_folder_that_was_removed_during_the_run_is_made_again(tmp_path):
     """The save after that is a save like others."""
-    with Saver(tmp_path / "checkpoints") as saver:
+    with AsyncWriter(tmp_path / "checkpoints") as writer:
         for step in (1, 2):
-            saver.save(step=step, tensors=content(step), state={**STATE, "step": step})
-            saver.wait()
-            assert saver.status().committed_step == step
+            writer.save(step=step, tensors=content(step), state={**STATE, "step": step})
+            writer.wait()
+            assert writer.status().committed_step == step
             assert_holds(load_newest(tmp_path / "checkpoints"), step)
             shutil.rmtree(tmp_path / "checkpoints")
 
@@ -459,7 +459,7 @@ class SlowDisk:
     def __init__(self, monkeypatch):
         self.begun, self.release, self.num_writers = threading.Event(), threading.Event(), []
         self._writers, self._real = 0, module.save_checkpoint
-        monkeypatch.setattr("dptrain.train.saver.save_checkpoint", self._save)
+        monkeypatch.setattr("dptrain.checkpoint.async_writer.save_checkpoint", self._save)
 
     def _save(self, *arguments, **options):
         self._writers += 1
@@ -473,17 +473,17 @@ class SlowDisk:
 def test_b13_a_slow_disk_does_not_stall_training(tmp_path, monkeypatch):
     """While one save is under way every other is skipped and counted; training pays for copies alone."""
     disk = SlowDisk(monkeypatch)
-    with Saver(tmp_path) as saver:
+    with AsyncWriter(tmp_path) as writer:
         began = time.monotonic()
-        assert saver.save(step=1, tensors=content(1), state={**STATE, "step": 1})
+        assert writer.save(step=1, tensors=content(1), state={**STATE, "step": 1})
         assert disk.begun.wait(60)
-        assert [saver.save(step=step, tensors=content(step), state={}) for step in (2, 3)] == [False, False]
+        assert [writer.save(step=step, tensors=content(step), state={}) for step in (2, 3)] == [False, False]
         assert time.monotonic() - began < 2, "the disk is held until `release`, and nothing waited for it"
-        assert (saver.status().committed_step, saver.status().skipped) == (0, 2)
+        assert (writer.status().committed_step, writer.status().skipped) == (0, 2)
         disk.release.set()
-        assert saver.wait()
-        assert (saver.status().committed_step, saver.status().skipped) == (1, 2)
-        assert saver.save(step=4, tensors=content(4), state={})
+        assert writer.wait()
+        assert (writer.status().committed_step, writer.status().skipped) == (1, 2)
+        assert writer.save(step=4, tensors=content(4), state={})
     assert disk.num_writers == [1, 1]
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000000000001", "step-000000000004"]
 
@@ -501,13 +501,13 @@ def end_with(how):
 
 @pytest.mark.parametrize("how", ["return", "exit", "error", "interrupt"])
 def test_b14_a_save_under_way_is_waited_for_however_the_process_ends(tmp_path, how):
-    """Neither an exit nor an exception cuts it short, also where nobody closes the saver."""
+    """Neither an exit nor an exception cuts it short, also where nobody closes the writer."""
     save(tmp_path, 1)
 
     def body():
         real = module.save_file
         module.save_file = lambda *arguments: (time.sleep(0.2), real(*arguments))
-        Saver(tmp_path).save(step=2, tensors=content(2), state={**STATE, "step": 2})
+        AsyncWriter(tmp_path).save(step=2, tensors=content(2), state={**STATE, "step": 2})
         end_with(how)
 
     process = multiprocessing.get_context("fork").Process(target=body)
@@ -526,7 +526,7 @@ def test_b14_a_save_under_way_vanishes_with_a_process_that_is_ended_at_once(tmp_
 
     def body():
         module.save_file = lambda *_: end_with("SIGTERM")
-        Saver(tmp_path).save(step=2, tensors=content(2), state={})
+        AsyncWriter(tmp_path).save(step=2, tensors=content(2), state={})
         time.sleep(60)
 
     assert exit_code(forked(body)) == -signal.SIGTERM
@@ -589,19 +589,19 @@ def test_b15_with_keep_1_a_verified_checkpoint_survives_a_kill_at_any_point(tmp_
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_b17_a_state_that_is_not_finite_displaces_no_healthy_checkpoint(tmp_path, number):
     """It is refused by name and counted as a failed save, as often as it comes; the first finite one counts again."""
-    with Saver(tmp_path, keep=1) as saver:
-        saver.save(step=1, tensors=content(1), state={**STATE, "step": 1})
+    with AsyncWriter(tmp_path, keep=1) as writer:
+        writer.save(step=1, tensors=content(1), state={**STATE, "step": 1})
         for num_failed, step in enumerate((2, 3, 4), start=1):
-            saver.wait()
+            writer.wait()
             broken = content(step)
             broken["optimizer"]["exp_avg/w"][3, 1] = number
-            saver.save(step=step, tensors=broken, state={})
-            saver.wait()
-            assert saver.status().failed == num_failed
-            assert saver.status().committed_step == 1
-            assert "not finite: optimizer/exp_avg/w holds" in saver.status().error
+            writer.save(step=step, tensors=broken, state={})
+            writer.wait()
+            assert writer.status().failed == num_failed
+            assert writer.status().committed_step == 1
+            assert "not finite: optimizer/exp_avg/w holds" in writer.status().error
         assert_holds(load_newest(tmp_path), 1)
-        saver.save(step=5, tensors=content(5), state={})
-        saver.wait()
-        assert (saver.status().failed, saver.status().committed_step) == (0, 5)
+        writer.save(step=5, tensors=content(5), state={})
+        writer.wait()
+        assert (writer.status().failed, writer.status().committed_step) == (0, 5)
     assert names(tmp_path) == ["step-000000000005"]

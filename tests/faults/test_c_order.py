@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
+from dptrain.checkpoint.state import pack_model
+from dptrain.checkpoint.store import load_newest
 from dptrain.data import SampleStream
 from dptrain.errors import ConfigError, TaskError
 from dptrain.tasks import Suggestion, Task
+from dptrain.tracking.jsonl import read_rows
 from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, OptimizerConfig, TrainConfig, Trainer
-from dptrain.train.checkpoint import load_newest
-from dptrain.train.metrics import read_rows
-from dptrain.train.state import pack_model
 from tests.replicas import run_replicas
 from tests.runs import Killed, assert_same, attempt, make_config, noisy, reads, result_of, windows
 
@@ -266,7 +266,7 @@ def test_c12_a_trainer_that_is_built_twice_draws_the_same(tmp_path):
 
 def test_checkpoints_by_the_clock_change_nothing(whole, tmp_path, monkeypatch):
     """Saved at moments that a clock chose, and killed in between, a run ends with the same bytes."""
-    monkeypatch.setattr("dptrain.train.keeper._FIRST_S", 0.02)
+    monkeypatch.setattr("dptrain.train.checkpoint_schedule._FIRST_S", 0.02)
     config = make_config(tmp_path, layout_replicas=2, checkpoint=CheckpointConfig(hours_between_failures=1e-6))
     with pytest.raises(Killed):
         attempt(tmp_path, config=config, kill_at=17)

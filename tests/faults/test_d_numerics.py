@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from dptrain.checkpoint.store import load_newest
 from dptrain.data import SampleStream
 from dptrain.errors import DivergedError
 from dptrain.observe import Meter
 from dptrain.tasks import Suggestion, Task
+from dptrain.tracking.jsonl import read_rows
+from dptrain.tracking.run_log import WritingLog
 from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, OptimizerConfig, TrainConfig, Trainer
-from dptrain.train.checkpoint import load_newest
-from dptrain.train.metrics import read_rows
-from dptrain.train.run_log import WritingLog
 from tests.replicas import run_replicas
 
 NUM_SAMPLES = 64
@@ -166,7 +166,7 @@ def test_d4_a_gradient_whose_square_overflows_is_no_silent_step_of_nothing(tmp_p
     assert saved.state["progress"]["steps_dropped"] == 1
     assert saved.state["meter"]["steps_measured"] == 5
     rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
-    assert all(row["gns/grad_sq"] is None or math.isfinite(row["gns/grad_sq"]) for row in rows)
+    assert all(row["noise_scale/grad_sq"] is None or math.isfinite(row["noise_scale/grad_sq"]) for row in rows)
 
 
 def nothing_to_learn(model, batch):
@@ -185,7 +185,7 @@ def test_d5_zero_gradients_change_neither_the_batch_nor_the_run(tmp_path):
     run_replicas(learn_nothing, world_size=2, args=(tmp_path,))
     rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
     assert {row["batch/global"] for row in rows} == {BATCH}
-    assert {row["gns/b_simple"] for row in rows} == {None}
+    assert {row["noise_scale/value"] for row in rows} == {None}
 
 
 def freeze_half(rank, world_size, folder):
@@ -212,9 +212,9 @@ def decide_on_uneven_ground(rank, world_size, folder):
         sums[0] *= 1 + 1e-7 * rank
         return sums
 
-    def note(stepper, record, *, word):
+    def note(stepper, record, *, report):
         batches.append(record.global_batch_size)
-        return take_step(stepper, record, word=word)
+        return take_step(stepper, record, report=report)
 
     Meter.local_sums, Stepper.step = wrong, note
     try:

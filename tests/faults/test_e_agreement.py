@@ -16,11 +16,11 @@ import torch.distributed as dist
 
 from dptrain.errors import ConfigError, DesyncError
 from dptrain.observe import NUM_SUMS, PendingSum
+from dptrain.runtime.step_reduction import _BAD, _NUM_HOST
+from dptrain.tracking.run_folder import write_config
+from dptrain.tracking.run_log import WritingLog
 from dptrain.train import Trainer
 from dptrain.train import step as step_module
-from dptrain.train.consensus import _BAD, _NUM_HOST
-from dptrain.train.run_folder import write_config
-from dptrain.train.run_log import WritingLog
 from dptrain.train.step import Stepper
 from tests.replicas import run_replicas
 from tests.runs import attempt, make_config, noisy, wait_for_step
@@ -92,7 +92,7 @@ def test_e3_a_replica_that_holds_the_interpreter_lock_is_seen_by_its_watchdog():
     """The watchdog needs no interpreter: it shows the stack of a thread that sleeps with the lock, and ends it."""
     program = """
 import ctypes
-from dptrain.train.watchdog import Watchdog
+from dptrain.runtime.watchdog import Watchdog
 with Watchdog(world_size=2, patience_s=1.0) as watchdog:
     watchdog.beat()
     ctypes.PyDLL(None).sleep(30)
@@ -128,8 +128,8 @@ def drift(rank, world_size, folder):
     """Move one parameter of one replica by its last bit after step 6, and compare every second step."""
     take_step, messages = Stepper.step, []
 
-    def step_and_drift(stepper, record, *, word):
-        pending = take_step(stepper, record, word=word)
+    def step_and_drift(stepper, record, *, report):
+        pending = take_step(stepper, record, report=report)
         if record.step == 6 and rank == 1:  # an update after it could round the difference away
             weight = stepper._model.module[3].weight
             with torch.no_grad():
@@ -139,7 +139,7 @@ def drift(rank, world_size, folder):
     Stepper.step = step_and_drift
     try:
         with pytest.raises(DesyncError) as caught:
-            attempt_with(folder, drift_check_every_steps=2)
+            attempt_with(folder, replica_check_every_steps=2)
         messages.append(str(caught.value))
     finally:
         Stepper.step = take_step

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from dptrain.cli.main import main
-from dptrain.train.run_folder import newest_step, write_config
+from dptrain.tracking.run_folder import newest_step, write_config
 from tests.runs import make_config
 
 ROOT = Path(__file__).parents[2]

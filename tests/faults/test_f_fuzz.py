@@ -11,9 +11,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dptrain.config.settings_file import build_config, read_settings, setting_names, settings_text
 from dptrain.errors import ConfigError
 from dptrain.train import TrainConfig
-from dptrain.train.settings_file import build_config, read_settings, setting_names, settings_text
 
 # The long form of the fuzz: DPTRAIN_FUZZ_CASES=1000.
 FUZZ = settings(
@@ -62,7 +62,7 @@ VALID = {
     "device": st.sampled_from(["auto", "cpu", "cuda"]),
     "precision": st.sampled_from(["no", "bf16"]),
     "num_workers": st.integers(0, 64),
-    "drift_check_every_steps": st.integers(0, 2**40),
+    "replica_check_every_steps": st.integers(0, 2**40),
     "control.mode": st.sampled_from(["off", "measure", "advise", "adapt"]),
     "control.ratio": POSITIVE,
     "control.critical_ratio": POSITIVE,
@@ -111,7 +111,7 @@ COUNTS = [
     *("log.every_steps", "log.print_every_steps", "log.eval_every_samples"),
 ]
 COUNTS_FROM_0 = [
-    *("seed", "num_workers", "drift_check_every_steps"),
+    *("seed", "num_workers", "replica_check_every_steps"),
     *("control.dwell_samples", "control.dwell_decisions"),
 ]
 POSITIVES = [

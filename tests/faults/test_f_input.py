@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from dptrain.cli.settings import parse
+from dptrain.config.settings_file import LARGEST_BYTES, build_config, read_settings
 from dptrain.data import MicroBatchLoader, SampleStream
 from dptrain.errors import ConfigError, TaskError
+from dptrain.runtime.startup_check import check_device
 from dptrain.tasks import Suggestion, Task, check_task
 from dptrain.train import TrainConfig
-from dptrain.train.settings_file import LARGEST_BYTES, build_config, read_settings
-from dptrain.train.trainer import _check_device
 
 
 def refusal(settings_file, *arguments):
@@ -211,10 +211,10 @@ def test_f9_gpus_that_are_not_there_are_refused(monkeypatch, device, num_gpus, n
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_here))
     if part is None:
-        assert _check_device(TrainConfig(device=device)) is None
+        assert check_device(TrainConfig(device=device)) is None
     else:
         with pytest.raises(ConfigError, match=re.escape(part)):
-            _check_device(TrainConfig(device=device))
+            check_device(TrainConfig(device=device))
 
 
 # F7, what a loss returns
@@ -296,7 +296,7 @@ def test_f8_a_later_sample_that_is_no_sample_is_named(bad, words, num_workers):
         with pytest.raises((OSError, RuntimeError)) as caught:
             list(loader.window(position=0, global_batch_size=8, micro_batch_size=4))
         told = "".join(traceback.format_exception(caught.value))
-    assert all(word in told for word in words)
+    assert all(report in told for report in words)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Section G, files: what somebody planted in a run folder runs nothing, leads nowhere and takes no memory.
 
-G1, G3, G4 and G6. That a manifest of any other name is refused is shown by tests/train/test_manifest.py:
+G1, G3, G4 and G6. That a manifest of any other name is refused is shown by tests/checkpoint/test_manifest.py:
 `test_a_name_that_is_no_plain_basename_is_refused`.
 """
 
@@ -23,17 +23,17 @@ import pytest
 import torch
 import yaml
 
+from dptrain.checkpoint import store as module
+from dptrain.checkpoint.async_writer import AsyncWriter
+from dptrain.checkpoint.manifest import MANIFEST, PLAIN_NAME, FileDigest, decode_manifest, encode_manifest
+from dptrain.checkpoint.store import load_checkpoint, load_newest, save_checkpoint
 from dptrain.cli.export import export
 from dptrain.cli.settings import parse
 from dptrain.errors import CheckpointError, DptrainError
 from dptrain.explain.record import read_run
+from dptrain.tracking.jsonl import JsonlLog
+from dptrain.tracking.run_folder import write_config
 from dptrain.train import TrainConfig
-from dptrain.train import checkpoint as module
-from dptrain.train.checkpoint import load_checkpoint, load_newest, save_checkpoint
-from dptrain.train.manifest import MANIFEST, PLAIN_NAME, Seal, decode_manifest, encode_manifest
-from dptrain.train.metrics import JsonlLog
-from dptrain.train.run_folder import write_config
-from dptrain.train.saver import Saver
 
 
 def save(folder, step=1):
@@ -157,10 +157,10 @@ def plant(run, name, payload):
     if name in IN_A_RUN:
         (run / name).write_bytes(payload)
         return
-    for step, sealed in ((2, False), (3, True)):
+    for step, verified in ((2, False), (3, True)):
         path = save(run / "checkpoints", step)
         (path / name).write_bytes(payload)
-        if sealed and name != MANIFEST:
+        if verified and name != MANIFEST:
             reseal(path, **({name: module._seal(path / name)} if PLAIN_NAME.fullmatch(name) else {}))
 
 
@@ -226,7 +226,7 @@ def twice(path):
 
 
 def listed(name):
-    return lambda path: reseal(path, **{name: Seal(size_bytes=1, sha256="0" * 64)})
+    return lambda path: reseal(path, **{name: FileDigest(size_bytes=1, sha256="0" * 64)})
 
 
 ATTACKS = {
@@ -310,7 +310,7 @@ def test_g4_a_safetensors_bomb_is_refused_within_bounds_of_memory(tmp_path, bomb
 
 def test_g4_a_header_that_no_reader_would_take_is_not_written(tmp_path, monkeypatch):
     """The writer keeps the bound that the reader enforces, and an ordinary file is far from it."""
-    monkeypatch.setattr("dptrain.train.manifest.MAX_HEADER_BYTES", 1000)
+    monkeypatch.setattr("dptrain.checkpoint.manifest.MAX_HEADER_BYTES", 1000)
     save(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"header of \d+ bytes"):
         save_checkpoint(tmp_path, step=2, tensors={"model": {f"w{i}": torch.ones(1) for i in range(50)}}, state={})
@@ -361,7 +361,7 @@ def test_g6_a_folder_that_others_may_write_is_told_once(tmp_path):
     save(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Saver(folder).close()
+        AsyncWriter(folder).close()
     folder.chmod(0o777)
     with pytest.warns(RuntimeWarning) as caught:
         save_twice(folder)
@@ -371,8 +371,8 @@ def test_g6_a_folder_that_others_may_write_is_told_once(tmp_path):
 
 
 def save_twice(folder):
-    with Saver(folder) as saver:
+    with AsyncWriter(folder) as writer:
         for step in (2, 3):
-            saver.save(step=step, tensors={"model": {"w": torch.ones(1)}}, state={})
-            saver.wait()
-        assert saver.status().committed_step == 3
+            writer.save(step=step, tensors={"model": {"w": torch.ones(1)}}, state={})
+            writer.wait()
+        assert writer.status().committed_step == 3

@@ -16,7 +16,7 @@ from dptrain.cli import train as train_command
 from dptrain.cli.main import main
 from dptrain.cli.settings import parse
 from dptrain.errors import ConfigError
-from dptrain.train.run_folder import RunFolder, default_run_dir
+from dptrain.tracking.run_folder import RunFolder, default_run_dir
 from tests.replicas import run_replicas
 
 ROOT = Path(__file__).parents[2]
@@ -260,9 +260,9 @@ def resume_foreign(rank, world_size, folder):
     """Resume a run from a checkpoint whose settings name another task; return the error, and whether it ran."""
     import json
 
+    from dptrain.checkpoint.store import load_newest, save_checkpoint
+    from dptrain.tracking.run_folder import checkpoints_in
     from dptrain.train import LogConfig, TrainConfig, Trainer
-    from dptrain.train.checkpoint import load_newest, save_checkpoint
-    from dptrain.train.run_folder import checkpoints_in
 
     os.chdir(folder)
     Path("its_task.py").write_text(TASK)

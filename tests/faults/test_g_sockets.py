@@ -1,6 +1,6 @@
 """Rows G8 and G9 of the faults: what a run on one node listens on, and what it makes of strangers who call there.
 
-The warning for several nodes is in tests/train/test_meeting.py.
+The warning for several nodes is in tests/runtime/test_rendezvous.py.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from dptrain.train.metrics import read_rows
-from dptrain.train.run_folder import write_config
+from dptrain.tracking.jsonl import read_rows
+from dptrain.tracking.run_folder import write_config
 from tests.replicas import run_replicas
 from tests.runs import attempt, make_config, result_of
 

@@ -20,11 +20,11 @@ def run_for_long(rank, world_size, folder):
     """Train for 2,000 steps with 200 checkpoints, and note at some of them what the process holds."""
     take_step, held = Stepper.step, {}
 
-    def step_and_look(stepper, record, *, word):
+    def step_and_look(stepper, record, *, report):
         if record.step % 250 == 0:
             process = psutil.Process()
             held[record.step] = (process.memory_info().rss, process.num_fds(), threading.active_count())
-        return take_step(stepper, record, word=word)
+        return take_step(stepper, record, report=report)
 
     Stepper.step = step_and_look
     try:

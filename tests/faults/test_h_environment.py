@@ -1,6 +1,6 @@
 """Rows H5, H6 and H12 of the faults: ports, interfaces and variables that are not as a launcher would have them.
 
-What `meet` makes of each is in tests/train/test_meeting.py; here is what a user gets.
+What `meet` makes of each is in tests/runtime/test_rendezvous.py; here is what a user gets.
 """
 
 from __future__ import annotations

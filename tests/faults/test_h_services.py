@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from dptrain.train.tracker import FINISH_LIMIT_S, START_LIMIT_S
+from dptrain.tracking.tracker import FINISH_LIMIT_S, START_LIMIT_S
 
 ROOT = Path(__file__).parents[2]
 CANARY = "canary0123456789canary0123456789canary01"
@@ -37,7 +37,7 @@ import os, signal, sys, time
 from pathlib import Path
 import psutil
 from accelerate import PartialState
-from dptrain.train.tracker import start_tracker
+from dptrain.tracking.tracker import start_tracker
 PartialState(cpu=True)
 begun = time.monotonic()
 tracked = start_tracker(

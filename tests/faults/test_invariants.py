@@ -1,7 +1,7 @@
 """The invariants of a run under any fault: exactly once, independent of replicas and history, inert skips, agreement.
 
 Of the sixteen, 4, 5, 6, 14 and 15 stand in test_invariants_storage.py, 13 in test_f_fuzz.py, and 16 in
-tests/cli/test_restarts.py.
+tests/runtime/test_restart_policy.py.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dptrain.config.built import controller, learning_rate_schedule, micro_batch_size
+from dptrain.config.filled_in import filled_in
 from dptrain.control import Limits, Measurement, NoiseLaw, limited, state_to_json
 from dptrain.data import SampleStream, slots
 from dptrain.noise import Moments, MomentSums, Smoothing, noise_scale, smoothed, unbiased_moments
 from dptrain.noise.moments import SquaredNorms
 from dptrain.observe import NUM_SUMS, PendingSum
+from dptrain.runtime.step_reduction import RankReport, StepRecord, receive, send
 from dptrain.tasks import Suggestion
 from dptrain.train import ControlConfig, OptimizerConfig, TrainConfig
-from dptrain.train.config import controller, filled_in, learning_rate_schedule, micro_batch_size
-from dptrain.train.consensus import StepRecord, Word, receive, send
 from dptrain.train.optimizer import build_optimizer, step_if_finite
 
 EXAMPLES = settings(max_examples=300, deadline=None)
@@ -199,7 +200,7 @@ def test_invariant_10_equal_sums_are_equal_outcomes(losses, squares, stops):
     for loss, square, stop in zip(losses, squares, stops, strict=False):
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64)
         sums[0], sums[1], sums[-1] = square, square, 4.0
-        vectors.append(send(record, word=Word(stop=stop), loss_sum=torch.tensor(loss), meter_sums=sums)._vector)
+        vectors.append(send(record, report=RankReport(stop=stop), loss_sum=torch.tensor(loss), meter_sums=sums)._vector)
     total = torch.stack(vectors).sum(dim=0) / world  # one process: its group has one member, whose tags are its own
     total[0:3] = vectors[0][0:3]
     outcomes = [receive(PendingSum(total.clone()), record) for _ in range(world)]

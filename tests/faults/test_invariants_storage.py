@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from dptrain.checkpoint import store as module
+from dptrain.checkpoint.manifest import MANIFEST, PLAIN_NAME, FileDigest, decode_manifest, encode_manifest
+from dptrain.checkpoint.store import load_checkpoint, load_newest, save_checkpoint
 from dptrain.errors import CheckpointError
-from dptrain.train import checkpoint as module
-from dptrain.train.checkpoint import load_checkpoint, load_newest, save_checkpoint
-from dptrain.train.manifest import MANIFEST, PLAIN_NAME, Seal, decode_manifest, encode_manifest
-from dptrain.train.metrics import JsonlLog, read_rows
+from dptrain.tracking.jsonl import JsonlLog, read_rows
 
 # In memory where there is such a place: 300 examples sync thousands of files.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 -- every name in it is made by tempfile
@@ -349,7 +349,7 @@ def test_invariant_14_any_mutation_of_any_file_is_detected(one, spoil, more):
 )
 def test_invariant_14_a_path_that_is_no_plain_basename_is_refused(name):
     """Whatever a manifest with a right sum lists: a plain file name comes back, any other is an error."""
-    seals = {name: Seal(size_bytes=1, sha256="0" * 64)}
+    seals = {name: FileDigest(size_bytes=1, sha256="0" * 64)}
     plain = name == Path(name).name and name.isascii() and name[:1].isalnum() and name != MANIFEST
     content = encode_manifest(step=1, written_by="1", seals=seals)
     if plain and PLAIN_NAME.fullmatch(name):

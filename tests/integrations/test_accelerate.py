@@ -17,7 +17,7 @@ def train(kind, *, epochs=2, accumulation=3, clip=None, schedule=None, save_in=N
     """A plain loop on accelerate with 13 batches an epoch for each rank, so that the last window is short."""
     from accelerate import Accelerator
 
-    from dptrain.integrations.accelerate import AdaptiveBatch, NoiseScaleMonitor
+    from dptrain.integrations.accelerate import BatchAdapter, NoiseScaleMonitor
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     model = Regression()
@@ -31,7 +31,7 @@ def train(kind, *, epochs=2, accumulation=3, clip=None, schedule=None, save_in=N
         monitor = NoiseScaleMonitor(accelerator, model, every=every)
     if kind == "adapt":
         law, limits = Schedule.parse(schedule), Limits(largest=64)
-        monitor = AdaptiveBatch(
+        monitor = BatchAdapter(
             accelerator, model, optimizer, law=law, limits=limits, micro_batch_size=MICRO, rule="linear"
         )
     if resume:
@@ -89,7 +89,7 @@ def by_hand(runs, name):
 
 
 def pair(run):
-    return run["metrics"]["gns/trace"], run["metrics"]["gns/grad_sq"]
+    return run["metrics"]["noise_scale/trace"], run["metrics"]["noise_scale/grad_sq"]
 
 
 @pytest.mark.parametrize("name", ["measured", "clipped", "adaptive"])

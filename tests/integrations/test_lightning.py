@@ -68,17 +68,17 @@ def train(callbacks, *, world_size=2, folder, checkpoint=None, **settings):
 
 
 def one_after_another(rank, world_size, folder):
-    from dptrain.integrations.lightning import AdaptiveBatchSize, GradientNoiseScaleMonitor
+    from dptrain.integrations.lightning import BatchAdapter, NoiseScaleMonitor
 
     def adaptive():
         law, limits = Schedule.parse(SCHEDULE), Limits(largest=64)
-        return [AdaptiveBatchSize(micro_batch_size=MICRO, law=law, limits=limits, rule="linear")]
+        return [BatchAdapter(micro_batch_size=MICRO, law=law, limits=limits, rule="linear")]
 
     measure = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5, "folder": folder}
     found = {
         "bare": train([], **measure)[0],
-        "measured": train([GradientNoiseScaleMonitor(every=1)], **measure)[0],
-        "sparse": train([GradientNoiseScaleMonitor(every=2)], **measure)[0],
+        "measured": train([NoiseScaleMonitor(every=1)], **measure)[0],
+        "sparse": train([NoiseScaleMonitor(every=2)], **measure)[0],
         "whole": train(adaptive(), accumulate_grad_batches=2, folder=folder, max_epochs=3)[0],
     }
     found["half"], trainer = train(adaptive(), accumulate_grad_batches=2, folder=folder, max_epochs=2)
@@ -104,7 +104,7 @@ def test_the_pair_is_that_of_plain_gradients(runs, name):
     """Clipped, with short last windows and with a changing batch: as by hand, the same on both ranks."""
     expected, _ = by_hand(runs, name)
     metrics = runs[0][name]["metrics"]
-    assert (metrics["gns/trace"], metrics["gns/grad_sq"]) == pytest.approx(expected, rel=1e-4)
+    assert (metrics["noise_scale/trace"], metrics["noise_scale/grad_sq"]) == pytest.approx(expected, rel=1e-4)
     assert metrics == runs[1][name]["metrics"]
 
 
@@ -112,7 +112,7 @@ def test_steps_between_measured_ones_cost_nothing_and_count_for_nothing(runs):
     """With every=2 the pair is that of every other step, and training is the same to the bit."""
     expected, _ = measured_by_hand(Regression(), [run["sparse"]["records"] for run in runs], every=2)
     metrics = runs[0]["sparse"]["metrics"]
-    assert (metrics["gns/trace"], metrics["gns/grad_sq"]) == pytest.approx(expected, rel=1e-4)
+    assert (metrics["noise_scale/trace"], metrics["noise_scale/grad_sq"]) == pytest.approx(expected, rel=1e-4)
     assert runs[0]["sparse"]["parameters"] == runs[0]["bare"]["parameters"]
 
 
@@ -123,9 +123,9 @@ def test_training_is_bit_identical_with_and_without_the_monitor(runs):
 
 
 def test_the_trainers_logger_gets_flat_floats(runs):
-    """The keys `gns/…` and `batch/…` reach Lightning's own logging."""
-    assert {"gns/trace", "gns/grad_sq", "gns/lower"} <= set(runs[0]["measured"]["logged"])
-    assert {"gns/trace", "batch/global"} <= set(runs[0]["whole"]["logged"])
+    """The keys `noise_scale/…` and `batch/…` reach Lightning's own logging."""
+    assert {"noise_scale/trace", "noise_scale/grad_sq", "noise_scale/lower"} <= set(runs[0]["measured"]["logged"])
+    assert {"noise_scale/trace", "batch/global"} <= set(runs[0]["whole"]["logged"])
 
 
 def test_windows_change_at_aligned_boundaries_only(runs):
@@ -156,10 +156,10 @@ def test_a_checkpoint_carries_meter_and_batch(runs):
 def test_one_process_is_a_case_of_many(tmp_path):
     """Without DDP the accumulated micro-batches are the small batches."""
     pytest.importorskip("lightning")
-    from dptrain.integrations.lightning import GradientNoiseScaleMonitor
+    from dptrain.integrations.lightning import NoiseScaleMonitor
 
     run, _ = train(
-        [GradientNoiseScaleMonitor(every=1)],
+        [NoiseScaleMonitor(every=1)],
         world_size=1,
         strategy="auto",
         devices=1,
@@ -168,7 +168,9 @@ def test_one_process_is_a_case_of_many(tmp_path):
         folder=tmp_path,
     )
     expected, _ = measured_by_hand(Regression(), [run["records"]])
-    assert (run["metrics"]["gns/trace"], run["metrics"]["gns/grad_sq"]) == pytest.approx(expected, rel=1e-4)
+    assert (run["metrics"]["noise_scale/trace"], run["metrics"]["noise_scale/grad_sq"]) == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def test_refuses_what_it_cannot_see():
@@ -178,16 +180,16 @@ def test_refuses_what_it_cannot_see():
     from lightning.pytorch.callbacks import GradientAccumulationScheduler
     from lightning.pytorch.strategies import FSDPStrategy
 
-    from dptrain.integrations.lightning import AdaptiveBatchSize, GradientNoiseScaleMonitor
+    from dptrain.integrations.lightning import BatchAdapter, NoiseScaleMonitor
 
     quiet = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
     with pytest.raises(ObservationError, match="manual"):
-        GradientNoiseScaleMonitor().on_fit_start(Trainer(**quiet), lightning_module(Regression(), manual=True))
+        NoiseScaleMonitor().on_fit_start(Trainer(**quiet), lightning_module(Regression(), manual=True))
     trainer = Trainer(**quiet)
     trainer.strategy.__class__ = FSDPStrategy
     with pytest.raises(ObservationError, match="FSDPStrategy"):
-        GradientNoiseScaleMonitor().on_fit_start(trainer, lightning_module(Regression()))
+        NoiseScaleMonitor().on_fit_start(trainer, lightning_module(Regression()))
     trainer = Trainer(**quiet, callbacks=[GradientAccumulationScheduler({0: 1})])
-    adaptive = AdaptiveBatchSize(micro_batch_size=MICRO, law=Schedule.parse("0:8"), limits=Limits(largest=64))
+    adaptive = BatchAdapter(micro_batch_size=MICRO, law=Schedule.parse("0:8"), limits=Limits(largest=64))
     with pytest.raises(ConfigError, match="GradientAccumulationScheduler"):
         adaptive.on_fit_start(trainer, lightning_module(Regression()))

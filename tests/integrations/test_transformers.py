@@ -57,9 +57,9 @@ def train(folder, *, model=None, data=None, callbacks=(), adaptive=None, in_fron
     """Train and return what the model saw and what was logged."""
     from transformers import Trainer, TrainingArguments
 
-    from dptrain.integrations.transformers import AdaptiveBatchMixin
+    from dptrain.integrations.transformers import BatchAdapterMixin
 
-    class AdaptiveTrainer(AdaptiveBatchMixin, Trainer):
+    class AdaptiveTrainer(BatchAdapterMixin, Trainer):
         pass
 
     model = model or Regression()
@@ -115,7 +115,7 @@ def reporter():
 
 
 def one_after_another(rank, world_size, folder):
-    from dptrain.integrations.transformers import GradientNoiseScaleCallback
+    from dptrain.integrations.transformers import NoiseScaleMonitor
 
     report = reporter()
     accumulated = {"gradient_accumulation_steps": 3, "max_grad_norm": CLIP}
@@ -124,10 +124,10 @@ def one_after_another(rank, world_size, folder):
     saved = {**adaptive, "save_strategy": "steps", "save_steps": 5, "num_train_epochs": 3}
     return {
         "bare": train(folder, **accumulated),
-        "measured": train(folder, callbacks=[report], in_front=GradientNoiseScaleCallback(every=1), **accumulated),
+        "measured": train(folder, callbacks=[report], in_front=NoiseScaleMonitor(every=1), **accumulated),
         "reported": report.rows,
-        "sparse": train(folder, callbacks=[GradientNoiseScaleCallback(every=2)], **accumulated),
-        "tokens": train(folder, callbacks=[GradientNoiseScaleCallback(every=1)], **tokens),
+        "sparse": train(folder, callbacks=[NoiseScaleMonitor(every=2)], **accumulated),
+        "tokens": train(folder, callbacks=[NoiseScaleMonitor(every=1)], **tokens),
         "whole": train(f"{folder}/run", **saved),
         "resumed": train(f"{folder}/run", checkpoint=f"{folder}/run/checkpoint-5", **saved),
         "updates": train(folder, **adaptive, max_steps=9),
@@ -145,7 +145,7 @@ def by_hand(runs, name, *, model=None, **options):
 
 
 def pair(run):
-    return run["metrics"]["gns/trace"], run["metrics"]["gns/grad_sq"]
+    return run["metrics"]["noise_scale/trace"], run["metrics"]["noise_scale/grad_sq"]
 
 
 @pytest.mark.parametrize("name", ["measured", "whole", "updates"])
@@ -179,11 +179,11 @@ def test_training_is_bit_identical_with_and_without_the_callback(runs):
 
 
 def test_the_trainers_reporters_get_flat_floats(runs):
-    """The keys `gns/…` are in the Trainer's history, and in the rows of a reporter that comes after."""
+    """The keys `noise_scale/…` are in the Trainer's history, and in the rows of a reporter that comes after."""
     rows = [row for row in runs[0]["measured"]["log"] if "loss" in row]
     assert rows
-    assert all({"gns/trace", "gns/grad_sq"} <= set(row) for row in rows)
-    assert [row for row in runs[0]["reported"] if "gns/trace" in row]
+    assert all({"noise_scale/trace", "noise_scale/grad_sq"} <= set(row) for row in rows)
+    assert [row for row in runs[0]["reported"] if "noise_scale/trace" in row]
 
 
 def test_the_window_follows_the_decisions(runs):

@@ -64,14 +64,14 @@ def test_groups_are_right_and_add_up_in_each_seam():
     """Each group's pair is that of its plain gradients, and the pairs add up to the whole."""
     (found, keys), other = run_replicas(grouped, world_size=2)
     assert (found, keys) == other
-    for seam, (groups, whole) in found.items():
+    for method, (groups, whole) in found.items():
         assert set(groups) == {"blocks", "head", REST}
         for name, part in PARTS.items():
-            expected = reference(2, part=part, accumulated=seam == "hook")
-            assert groups[name] == pytest.approx(expected, rel=1e-4), (seam, name)
+            expected = reference(2, part=part, accumulated=method == "hook")
+            assert groups[name] == pytest.approx(expected, rel=1e-4), (method, name)
         for i in range(2):
             assert sum(group[i] for group in groups.values()) == pytest.approx(whole[i], rel=1e-9)
-    assert {"gns/trace", "gns/head/trace", "gns/rest/grad_sq"} <= keys
+    assert {"noise_scale/trace", "noise_scale/head/trace", "noise_scale/rest/grad_sq"} <= keys
 
 
 def test_groups_can_be_named_in_three_ways():
@@ -161,7 +161,7 @@ def test_adams_geometry_is_that_of_its_state_before_the_step(amsgrad):
         # The first step, and the empty one at the end.
         assert dropped == 2
         assert geometry == "adam"
-        assert all(name.startswith("gns/adam/") for name in names)
+        assert all(name.startswith("noise_scale/adam/") for name in names)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

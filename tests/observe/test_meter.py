@@ -15,7 +15,7 @@ import dptrain
 from dptrain.errors import ObservationError
 from dptrain.noise import Smoothing, SquaredNorms, noise_scale, smoothed, unbiased_moments
 from dptrain.noise.smoothing import MomentSums
-from dptrain.observe import DdpTap, Meter, ParameterTap
+from dptrain.observe import DdpCommHook, Meter, ParameterHook
 from dptrain.observe.geometry import PlainGeometry
 from tests.replicas import run_replicas
 
@@ -201,7 +201,7 @@ def sq_norm(model):
 def test_micro_batches_of_unequal_size_are_weighted():
     """4, 12 and 32 samples with the exact mean over samples give the pair of formula F3."""
     model, sizes = make_model(), (4, 12, 32)
-    meter = Meter(model.parameters(), tap=ParameterTap(model.parameters()))
+    meter = Meter(model.parameters(), hook=ParameterHook(model.parameters()))
     norms = []
     for number, size in enumerate(sizes):
         meter.begin(num_samples=size, weight=size / sum(sizes))
@@ -219,7 +219,7 @@ def test_micro_batches_of_unequal_size_are_weighted():
 def test_a_filler_of_weight_zero_is_not_looked_at():
     """A replica without samples of its own runs a filler, which must leave no trace."""
     model = make_model()
-    meter = Meter(model.parameters(), tap=ParameterTap(model.parameters()))
+    meter = Meter(model.parameters(), hook=ParameterHook(model.parameters()))
     for weight in (0.5, 0.0, 0.5):
         meter.begin(num_samples=MICRO, weight=weight)
         (mean_loss(model, *micro_batch(0, 0, int(weight * 10))) * weight).backward()
@@ -413,8 +413,8 @@ class RecordingGeometry(PlainGeometry):
 def test_norms_are_written_to_the_same_places():
     """No scalar is allocated among the gradients of a backward pass once there is one for each parameter."""
     model, geometry = make_model(), RecordingGeometry()
-    tap = ParameterTap(model.parameters(), geometry=geometry)
-    meter = Meter(model.parameters(), tap=tap, geometry=geometry)
+    hook = ParameterHook(model.parameters(), geometry=geometry)
+    meter = Meter(model.parameters(), hook=hook, geometry=geometry)
     for step in range(3):
         for micro_step in range(2):
             meter.begin(num_samples=MICRO)
@@ -452,7 +452,7 @@ def refuse_plain_module(rank, world_size):
     with pytest.raises(ObservationError, match="DistributedDataParallel"):
         dptrain.attach(make_model())
     model = DistributedDataParallel(make_model())
-    DdpTap(model)
+    DdpCommHook(model)
     with pytest.raises(ObservationError, match="taken already"):
         dptrain.attach(model, method="hook")
     return True

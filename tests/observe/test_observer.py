@@ -57,7 +57,7 @@ def test_shards_that_add_up_give_the_same_reading():
     results = run_replicas(sharded_by_hand, world_size=2)
     assert results[0] == results[1]
     assert results[0][0] == pytest.approx(reference(2), rel=1e-4)
-    assert "gns/trace" in results[0][1]
+    assert "noise_scale/trace" in results[0][1]
 
 
 def test_one_process_with_plain_numbers():

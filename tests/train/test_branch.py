@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from dptrain.errors import CheckpointError, ConfigError
+from dptrain.tracking.jsonl import read_rows
 from dptrain.train import CheckpointConfig, ControlConfig, OptimizerConfig, Trainer
-from dptrain.train.metrics import read_rows
 from tests.runs import make_config, noisy, windows
 
 CONSTANT = ControlConfig(law="constant")

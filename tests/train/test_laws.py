@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
+from dptrain.config.train_config import _BY_HAND
 from dptrain.errors import ConfigError
+from dptrain.tracking.jsonl import read_rows
 from dptrain.train import ControlConfig, OptimizerConfig, TrainConfig, Trainer
-from dptrain.train.config import _BY_HAND
-from dptrain.train.metrics import read_rows
 from tests.runs import make_config, noisy
 
 LAWS = {

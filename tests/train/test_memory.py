@@ -11,9 +11,9 @@ from torch import nn
 from dptrain.errors import ConfigError, OutOfMemoryError, TaskError
 from dptrain.tasks import Suggestion, Task
 from dptrain.tasks.digits import digits
+from dptrain.tracking.jsonl import read_rows
 from dptrain.train import ControlConfig, Trainer
 from dptrain.train.memory import find_micro_batch_size, split
-from dptrain.train.metrics import read_rows
 from tests.replicas import run_replicas
 from tests.runs import make_config, noisy
 
@@ -168,7 +168,7 @@ def test_the_noise_scale_survives_it(little):
     """A step whose micro-batches were halved on one replica is measured with the sizes that it had."""
     folder, _ = little
     last = {name: read_rows(folder / name / "metrics.jsonl")[-2] for name in ("enough", "late")}
-    assert last["late"]["gns/trace"] == pytest.approx(last["enough"]["gns/trace"], rel=0.5)
+    assert last["late"]["noise_scale/trace"] == pytest.approx(last["enough"]["noise_scale/trace"], rel=0.5)
 
 
 def test_what_cannot_be_halved_ends_the_run(tmp_path):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dptrain.errors import ConfigError
+from dptrain.tracking.jsonl import read_rows
 from dptrain.train import ControlConfig, NoiseConfig, TrainConfig, Trainer
-from dptrain.train.metrics import read_rows
 from tests.replicas import run_replicas
 from tests.runs import make_config, noisy
 
@@ -74,9 +74,9 @@ def test_advice_is_written_with_its_reason_and_once(runs):
 def test_off_measures_nothing_and_measure_decides_nothing(runs):
     """Without a meter there is no noise scale; with one and no more there are no decisions."""
     folder, found = runs
-    assert {row["gns/effective_steps"] for row in rows(folder, "off")} == {0}
+    assert {row["noise_scale/effective_steps"] for row in rows(folder, "off")} == {0}
     assert found["off"][1]["noise_scale"] is None
-    assert rows(folder, "measure")[-1]["gns/effective_steps"] > 1
+    assert rows(folder, "measure")[-1]["noise_scale/effective_steps"] > 1
     assert not any(read_rows(folder / mode / "decisions.jsonl") for mode in ("off", "measure"))
 
 
@@ -86,11 +86,14 @@ def test_parts_of_the_model_are_measured_and_add_up(tmp_path):
     grouped, _ = train(tmp_path / "groups", control=ControlConfig(law="constant"), noise=NoiseConfig(groups=True))
     assert plain == grouped
     last, whole = rows(tmp_path, "groups")[-1], rows(tmp_path, "plain")[-1]
-    names = {key.split("/")[1] for key in last if key.count("/") == 2 and key.startswith("gns/")}
+    names = {key.split("/")[1] for key in last if key.count("/") == 2 and key.startswith("noise_scale/")}
     assert names
-    assert all({f"gns/{name}/b_simple", f"gns/{name}/lower", f"gns/{name}/upper"} <= set(last) for name in names)
+    assert all(
+        {f"noise_scale/{name}/value", f"noise_scale/{name}/lower", f"noise_scale/{name}/upper"} <= set(last)
+        for name in names
+    )
     assert last["train/grad_norm"] == pytest.approx(whole["train/grad_norm"], rel=1e-6)
-    assert last["gns/trace"] == pytest.approx(whole["gns/trace"], rel=1e-6)
+    assert last["noise_scale/trace"] == pytest.approx(whole["noise_scale/trace"], rel=1e-6)
 
 
 def test_a_length_in_steps_belongs_to_a_batch_that_stays():

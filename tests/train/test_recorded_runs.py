@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from dptrain.train.metrics import read_rows
+from dptrain.tracking.jsonl import read_rows
 
 ONE_KERNEL = {
     "ATEN_CPU_CAPABILITY": "default",

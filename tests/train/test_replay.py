@@ -9,10 +9,10 @@ import pytest
 
 from dptrain.control import StepTimeModel
 from dptrain.errors import DptrainError
+from dptrain.runtime.step_timer import StepTimer
+from dptrain.tracking.jsonl import read_rows
+from dptrain.tracking.run_folder import newest_step
 from dptrain.train import CheckpointConfig, ControlConfig
-from dptrain.train.metrics import read_rows
-from dptrain.train.run_folder import newest_step
-from dptrain.train.tempo import Tempo
 from tests.runs import Killed, attempt, make_config, windows
 
 KILLED_IN = 18
@@ -29,7 +29,7 @@ def pretend(monkeypatch, *, per_step_s):
         is_split_known=True,
         error=None,
     )
-    monkeypatch.setattr(Tempo, "model", model)
+    monkeypatch.setattr(StepTimer, "model", model)
 
 
 def config(folder):

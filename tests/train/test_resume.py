@@ -12,10 +12,10 @@ import psutil
 import pytest
 import torch
 
-from dptrain.train.checkpoint import load_newest
-from dptrain.train.metrics import read_rows
-from dptrain.train.preemption import EXIT_RESUMABLE
-from dptrain.train.run_folder import write_config
+from dptrain.checkpoint.store import load_newest
+from dptrain.runtime.signals import EXIT_RESUMABLE
+from dptrain.tracking.jsonl import read_rows
+from dptrain.tracking.run_folder import write_config
 from tests.replicas import run_replicas
 from tests.runs import EVERY, Killed, assert_same, attempt, make_config, noisy, result_of, wait_for_step
 

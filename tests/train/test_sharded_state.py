@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dptrain.checkpoint.state import pack_model, pack_optimizer, unpack_model, unpack_optimizer
+from dptrain.checkpoint.store import load_newest, save_checkpoint
 from dptrain.errors import CheckpointError
-from dptrain.train.checkpoint import load_newest, save_checkpoint
-from dptrain.train.state import pack_model, pack_optimizer, unpack_model, unpack_optimizer
 from tests.replicas import run_replicas
 
 

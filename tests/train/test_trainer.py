@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 from dptrain.data import SampleStream
 from dptrain.tasks import Suggestion, Task
 from dptrain.tasks.known import linear
+from dptrain.tracking.jsonl import read_rows
 from dptrain.train import ControlConfig, LogConfig, NoiseConfig, OptimizerConfig, TrainConfig, Trainer
-from dptrain.train.metrics import read_rows
 from dptrain.train.step import Stepper
 from tests.replicas import run_replicas
 
@@ -158,9 +158,9 @@ def train_noting_samples(rank, world_size, folder):
     steps = []
     take_step = Stepper.step
 
-    def note_step(stepper, record, *, word):
+    def note_step(stepper, record, *, report):
         steps.append([])
-        return take_step(stepper, record, word=word)
+        return take_step(stepper, record, report=report)
 
     def noting_loss(model, batch):
         if model.training:
@@ -199,7 +199,7 @@ def test_replicas_equal_accumulation(by_world_size, world_size):
     rows, other_rows = rows_of(folder / "constant", "train"), rows_of(other / "constant", "train")
     assert [row["batch/accumulation"] for row in rows] == [4] * 10
     assert [row["batch/accumulation"] for row in other_rows] == [4 // world_size] * 10
-    for name in ("train/loss", "train/grad_norm", "gns/trace", "gns/grad_sq"):
+    for name in ("train/loss", "train/grad_norm", "noise_scale/trace", "noise_scale/grad_sq"):
         assert [row[name] for row in rows] == pytest.approx([row[name] for row in other_rows], rel=1e-3), name
 
 
@@ -289,9 +289,9 @@ def train_with_a_broken_sample(rank, world_size, folder, name, broken_step):
             tensors += [state[key] for key in sorted(state)]
         return torch.cat([tensor.flatten().double() for tensor in tensors])
 
-    def note_change(stepper, record, *, word):
+    def note_change(stepper, record, *, report):
         before = everything(stepper)
-        pending = take_step(stepper, record, word=word)
+        pending = take_step(stepper, record, report=report)
         after = everything(stepper)
         # AdamW makes its state in the first step: zeros, of which a skipped step must leave nothing else.
         before = functional.pad(before, (0, len(after) - len(before)))
@@ -359,5 +359,5 @@ def test_the_batch_finds_the_noise_scale(tmp_path):
     assert rows[0]["batch/global"] == TRUE_SCALE / 8
     settled = [row for row in rows if row["progress/samples"] > 4_000]
     assert all(TRUE_SCALE / 2 <= row["batch/global"] <= 2 * TRUE_SCALE for row in settled[:-1])
-    assert rows[-1]["gns/state"] == "resolved"
-    assert rows[-1]["gns/lower"] <= TRUE_SCALE <= rows[-1]["gns/upper"]
+    assert rows[-1]["noise_scale/state"] == "resolved"
+    assert rows[-1]["noise_scale/lower"] <= TRUE_SCALE <= rows[-1]["noise_scale/upper"]

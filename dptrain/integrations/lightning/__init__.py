@@ -1,6 +1,6 @@
 """The meter and the adaptive batch as callbacks of Lightning's Trainer."""
 
-from dptrain.integrations.lightning.batch_size import AdaptiveBatchSize
-from dptrain.integrations.lightning.monitor import GradientNoiseScaleMonitor
+from dptrain.integrations.lightning.batch_size import BatchAdapter
+from dptrain.integrations.lightning.monitor import NoiseScaleMonitor
 
-__all__ = ["AdaptiveBatchSize", "GradientNoiseScaleMonitor"]
+__all__ = ["BatchAdapter", "NoiseScaleMonitor"]

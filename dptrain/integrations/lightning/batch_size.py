@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 from dptrain.control import Controller, Limits, RuleName
 from dptrain.errors import ConfigError
 from dptrain.integrations.adaptation import Adaptation, scale_learning_rate
-from dptrain.integrations.lightning.monitor import GradientNoiseScaleMonitor
+from dptrain.integrations.lightning.monitor import NoiseScaleMonitor
 from dptrain.noise import NoiseScale
 
 
-class AdaptiveBatchSize(GradientNoiseScaleMonitor):
+class BatchAdapter(NoiseScaleMonitor):
     """Measures, and lets `trainer.accumulate_grad_batches` follow.
 
     Lightning steps where the number of the batch within the epoch is a multiple of the accumulation steps, so a
@@ -27,7 +27,7 @@ class AdaptiveBatchSize(GradientNoiseScaleMonitor):
         law: decides on the global batch, such as `NoiseLaw()`.
         limits: what the batch may do.
         rule: how the learning rate follows the batch; a factor on the rates that the groups hold.
-        options: further settings of `GradientNoiseScaleMonitor`. Each step is measured where `every` is not among
+        options: further settings of `NoiseScaleMonitor`. Each step is measured where `every` is not among
             them: an interval that rests on timings would make two runs take different decisions.
     """
 
@@ -90,7 +90,7 @@ class AdaptiveBatchSize(GradientNoiseScaleMonitor):
         trainer.accumulate_grad_batches = window.accumulation_steps
 
     def as_metrics(self) -> dict[str, float]:
-        """Return flat floats under `gns/…` and `batch/…` (synchronises the device)."""
+        """Return flat floats under `noise_scale/…` and `batch/…` (synchronises the device)."""
         assert self.adaptation is not None
         return {**super().as_metrics(), **self.adaptation.as_metrics()}
 

@@ -12,13 +12,13 @@ from torch.optim import Optimizer
 
 from dptrain.errors import ObservationError
 from dptrain.noise import Smoothing
-from dptrain.observe import Meter, ParameterTap, Reading
-from dptrain.observe.guard import Guard
-from dptrain.observe.pace import Pace
+from dptrain.observe import Meter, ParameterHook, Reading
+from dptrain.observe.duplicate_data_check import DuplicateDataCheck
+from dptrain.observe.measurement_interval import MeasurementInterval
 
 
-class GradientNoiseScaleMonitor(Callback):
-    """Measures the gradient noise scale and logs it as `gns/…` every `log_every_n_steps`.
+class NoiseScaleMonitor(Callback):
+    """Measures the gradient noise scale and logs it as `noise_scale/…` every `log_every_n_steps`.
 
     The loss that `training_step` returns is taken to be the mean over its batch.
 
@@ -56,10 +56,10 @@ class GradientNoiseScaleMonitor(Callback):
         parameters = list(pl_module.parameters())
         self.meter = Meter(
             parameters,
-            tap=ParameterTap(parameters),
+            hook=ParameterHook(parameters),
             loss_scale=lambda: self._scale,
-            pace=Pace(every=self._every, budget=self._budget),
-            guard=Guard(None),
+            interval_rule=MeasurementInterval(every=self._every, budget=self._budget),
+            guard=DuplicateDataCheck(None),
             **self._options,
         )
         if self._saved is not None:
@@ -91,7 +91,7 @@ class GradientNoiseScaleMonitor(Callback):
             pl_module.log_dict(self.as_metrics(), on_step=True, on_epoch=False)
 
     def as_metrics(self) -> dict[str, float]:
-        """Return flat floats under `gns/…` (synchronises the device)."""
+        """Return flat floats under `noise_scale/…` (synchronises the device)."""
         assert self.meter is not None
         return Reading(self.meter).as_metrics()
 

@@ -1,6 +1,6 @@
 """The meter (a callback) and the adaptive batch (a mixin) for the transformers Trainer."""
 
-from dptrain.integrations.transformers.callback import GradientNoiseScaleCallback
-from dptrain.integrations.transformers.window import AdaptiveBatchMixin
+from dptrain.integrations.transformers.callback import NoiseScaleMonitor
+from dptrain.integrations.transformers.window import BatchAdapterMixin
 
-__all__ = ["AdaptiveBatchMixin", "GradientNoiseScaleCallback"]
+__all__ = ["BatchAdapterMixin", "NoiseScaleMonitor"]

@@ -14,17 +14,17 @@ from transformers.trainer_callback import ExportableState
 from dptrain.errors import ObservationError
 from dptrain.integrations.transformers.tokens import token_share
 from dptrain.noise import Smoothing
-from dptrain.observe import Meter, ParameterTap, Reading
-from dptrain.observe.guard import Guard
-from dptrain.observe.pace import Pace
+from dptrain.observe import Meter, ParameterHook, Reading
+from dptrain.observe.duplicate_data_check import DuplicateDataCheck
+from dptrain.observe.measurement_interval import MeasurementInterval
 
 
-class GradientNoiseScaleCallback(TrainerCallback, ExportableState):
-    """Measures the gradient noise scale and adds `gns/…` to each row that the Trainer logs.
+class NoiseScaleMonitor(TrainerCallback, ExportableState):
+    """Measures the gradient noise scale and adds `noise_scale/…` to each row that the Trainer logs.
 
-    `Trainer(..., callbacks=[GradientNoiseScaleCallback()])` is enough for `state.log_history` and the progress
+    `Trainer(..., callbacks=[NoiseScaleMonitor()])` is enough for `state.log_history` and the progress
     bar. The Trainer puts the reporters of `report_to` in front of everybody's callbacks, so for their rows write
-    `GradientNoiseScaleCallback().add_to(trainer)` instead.
+    `NoiseScaleMonitor().add_to(trainer)` instead.
 
     It measures under DDP and in one process. Where the Trainer normalises the loss by the tokens of all replicas,
     micro-batches are weighted by theirs, and a sample is a sequence all the same. A loss from `compute_loss_func`
@@ -68,7 +68,7 @@ class GradientNoiseScaleCallback(TrainerCallback, ExportableState):
         self.meter: Meter | None = None
 
     def add_to(self, trainer: Any) -> None:  # noqa: ANN401 - any Trainer
-        """Join a Trainer in front of its reporters, so that their rows have `gns/…` too."""
+        """Join a Trainer in front of its reporters, so that their rows have `noise_scale/…` too."""
         trainer.callback_handler.callbacks.insert(0, self)
 
     # What the Trainer calls
@@ -83,13 +83,13 @@ class GradientNoiseScaleCallback(TrainerCallback, ExportableState):
         given = self._arguments
         self.meter = Meter(
             self._parameters,
-            tap=ParameterTap(self._parameters),
+            hook=ParameterHook(self._parameters),
             loss_scale=None if scaler is None else scaler.get_scale,
             smoothing=Smoothing(memory=given["memory"], half_life_samples=given["half_life_samples"]),
             level=given["level"],
             population=given["population"],
-            pace=Pace(every=given["every"], budget=given["budget"]),
-            guard=Guard(None),
+            interval_rule=MeasurementInterval(every=given["every"], budget=given["budget"]),
+            guard=DuplicateDataCheck(None),
         )
         self._weight_factor = args.world_size if args.average_tokens_across_devices else 1
         handle = model.register_forward_hook(self._on_forward, with_kwargs=True)
@@ -156,7 +156,7 @@ class GradientNoiseScaleCallback(TrainerCallback, ExportableState):
     # State
 
     def as_metrics(self) -> dict[str, float]:
-        """Return flat floats under `gns/…` (synchronises the device)."""
+        """Return flat floats under `noise_scale/…` (synchronises the device)."""
         assert self.meter is not None
         return Reading(self.meter).as_metrics()
 

@@ -34,11 +34,11 @@ else:
 _MICRO_BATCHES = "micro_batches"
 
 
-class AdaptiveBatchMixin(_Trainer):
+class BatchAdapterMixin(_Trainer):
     """Measures, and lets the number of micro-batches per update follow.
 
     ```python
-    class AdaptiveTrainer(AdaptiveBatchMixin, Trainer): ...
+    class AdaptiveTrainer(BatchAdapterMixin, Trainer): ...
 
     trainer = AdaptiveTrainer(model, args, train_dataset=data, law=NoiseLaw(), limits=Limits(largest=4096))
     ```
@@ -53,7 +53,7 @@ class AdaptiveBatchMixin(_Trainer):
         law: decides on the global batch, such as `NoiseLaw()`.
         limits: what the batch may do.
         rule: how the learning rate follows the batch; a factor on the rates that the groups hold.
-        noise: settings of the `GradientNoiseScaleCallback` that measures. Each step is measured where `every` is not
+        noise: settings of the `NoiseScaleMonitor` that measures. Each step is measured where `every` is not
             among them: an interval that rests on timings would make two runs take different decisions.
         kwargs: those of the Trainer.
     """
@@ -154,7 +154,7 @@ class AdaptiveBatchMixin(_Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return the operations of a whole window."""
-        return sum(super(AdaptiveBatchMixin, self).floating_point_ops(batch) for batch in inputs[_MICRO_BATCHES])
+        return sum(super(BatchAdapterMixin, self).floating_point_ops(batch) for batch in inputs[_MICRO_BATCHES])
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         for micro_batch in inputs[_MICRO_BATCHES]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from transformers import TrainerState, TrainingArguments
 
 from dptrain.integrations.adaptation import Adaptation, scale_learning_rate
-from dptrain.integrations.transformers.callback import GradientNoiseScaleCallback
+from dptrain.integrations.transformers.callback import NoiseScaleMonitor
 from dptrain.noise import NoiseScale
 
 
@@ -22,12 +22,12 @@ class WindowOwner(Protocol):
         """Decide on the next window, given what is known of the noise scale."""
 
 
-class WindowCallback(GradientNoiseScaleCallback):
+class WindowCallback(NoiseScaleMonitor):
     """Measures for a Trainer with the mixin, tells it when an update is done, and carries its state.
 
     Args:
         trainer: the one with the mixin.
-        options: settings of `GradientNoiseScaleCallback`.
+        options: settings of `NoiseScaleMonitor`.
     """
 
     def __init__(self, trainer: WindowOwner, **options: Any) -> None:  # noqa: ANN401 - named in the base class
@@ -56,7 +56,7 @@ class WindowCallback(GradientNoiseScaleCallback):
         self._trainer.close_window(self._known)
 
     def as_metrics(self) -> dict[str, float]:
-        """Return flat floats under `gns/…` and `batch/…` (synchronises the device)."""
+        """Return flat floats under `noise_scale/…` and `batch/…` (synchronises the device)."""
         return {**super().as_metrics(), **self._trainer.adaptation.as_metrics()}
 
     def _record(self) -> dict[str, Any] | None:

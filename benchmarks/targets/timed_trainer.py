@@ -1,0 +1,182 @@
+"""A trainer that stops where its held-out loss is low enough; runs inside a replica."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.targets.adaptdl_policy import AdaptdlPolicy
+from benchmarks.targets.timed_run import Finish, Mark, Race
+from dptrain.config.filled_in import given, largest_micro_batch_size
+from dptrain.errors import DivergedError
+from dptrain.tracking.jsonl import read_rows
+from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, OptimizerConfig, TrainConfig, Trainer
+
+_GROUPS = {
+    "control": ControlConfig,
+    "optimizer": OptimizerConfig,
+    "checkpoint": CheckpointConfig,
+    "log": LogConfig,
+}
+_LONG = 10**12
+_MOST_ROWS = 400
+_MOST_TIMES = 40
+_DIVERGED = 20.0
+
+
+class _Over(BaseException):
+    """Ends a run from within, on both replicas after the same evaluation."""
+
+
+class Racer(Trainer):
+    """Notes time and place of each evaluation, and stops at the target or when it is given up.
+
+    Args:
+        config: of the run.
+        race: where it ends.
+    """
+
+    def __init__(self, config: TrainConfig, race: Race) -> None:
+        super().__init__(config)
+        self._race = race
+        self._began_s = self._paused_s = 0.0
+        self.marks: list[Mark] = []
+        self.reason = ""
+        if race.policy == "adaptdl":
+            self._hand_over()
+
+    def _train(self, *arguments: Any) -> Any:  # noqa: ANN401 - handed on
+        dist.barrier()
+        self._began_s = time.perf_counter()
+        return super()._train(*arguments)
+
+    def _evaluate(self, log: Any) -> None:  # noqa: ANN401 - handed on
+        before_s = time.perf_counter()
+        super()._evaluate(log)
+        progress, loss = self._batch_control.progress, given(self._batch_control.progress.eval_loss)
+        mark = Mark(
+            steps=progress.step,
+            samples=progress.position,
+            seconds=before_s - self._began_s - self._paused_s,
+            loss=loss,
+        )
+        self.marks.append(mark)
+        self._paused_s += time.perf_counter() - before_s
+        reached = min(mark.loss for mark in self.marks) <= self._race.target
+        if not loss < _DIVERGED:
+            self.reason = f"diverged: held-out loss {loss:.3g} after {progress.step:,} steps"
+        elif not reached and (progress.step >= self._race.most_steps or self._is_late(mark.seconds)):
+            self.reason = f"at {loss:.4g} after {progress.step:,} steps"
+        elif not reached or progress.position < self._race.least_samples:
+            return
+        raise _Over
+
+    def _is_late(self, seconds: float) -> bool:
+        """Return whether rank 0 has trained for too long. A collective."""
+        late = torch.tensor([seconds > self._race.most_seconds])
+        dist.broadcast(late, src=0)
+        return bool(late)
+
+    def _hand_over(self) -> None:
+        """Let AdaptDL decide in the pilot's place."""
+        batch_control, config = self._batch_control, self._config
+        policy = AdaptdlPolicy(
+            self._model,
+            self._optimizer,
+            first_batch=given(config.global_batch_size),
+            largest_batch=given(config.control.largest),
+            largest_micro_batch=largest_micro_batch_size(config),
+        )
+        lay_out, decide = batch_control.next_record, batch_control.decide
+
+        def next_record(*, wall_s: float) -> Any:  # noqa: ANN401 - as the pilot's
+            record = lay_out(wall_s=wall_s)
+            policy.prepare(micro_batch_size=record.micro_batch_size, passes=record.micro_steps(dist.get_world_size()))
+            return record
+
+        def decide_as_adaptdl(log: Any) -> None:  # noqa: ANN401 - as the pilot's
+            decide(log)
+            policy.learn()
+            batch, before_s = batch_control.progress.global_batch_size, time.perf_counter()
+            if policy.is_due:
+                batch = policy.batch(batch)
+                self._paused_s += time.perf_counter() - before_s
+            factor = policy.learning_rate_factor(batch)
+            now = replace(batch_control.progress, global_batch_size=batch, learning_rate_factor=factor)
+            batch_control._progress = now  # noqa: SLF001 - takes its place
+
+        batch_control.next_record = next_record  # type: ignore[method-assign]
+        batch_control.decide = decide_as_adaptdl  # type: ignore[method-assign]
+
+
+def run_race(race: Race, *, run_dir: Path) -> Finish:
+    """Run a race as one of the replicas."""
+    timed_trainer = Racer(_config(race, run_dir), race)
+    try:
+        timed_trainer.run()
+    except _Over:
+        pass
+    except DivergedError as error:
+        timed_trainer.reason = f"diverged: {error}"
+    dist.barrier()
+    rows = (
+        [row for row in read_rows(run_dir / "metrics.jsonl") if row["kind"] == "train"] if timed_trainer.is_main else []
+    )
+    if timed_trainer.is_main:
+        shutil.rmtree(run_dir)
+    return _finish(timed_trainer, rows=rows, target=race.target)
+
+
+def _config(race: Race, run_dir: Path) -> TrainConfig:
+    settings = {
+        "device": "cpu",
+        "max_samples": _LONG,
+        **race.settings,
+        "checkpoint": {"every_samples": _LONG},
+        "log": {"tracker": "none", **race.settings.get("log", {})},
+    }
+    nested = {name: _GROUPS[name](**value) if name in _GROUPS else value for name, value in settings.items()}
+    return TrainConfig(**nested, run_dir=str(run_dir))
+
+
+def _finish(timed_trainer: Racer, *, rows: list[dict[str, Any]], target: float) -> Finish:
+    times: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for row in rows:
+        if row["time/step_s"] is not None:
+            times[row["batch/micro"], row["batch/accumulation"]].append(row["time/step_s"])
+    stride = max(1, len(rows) // _MOST_ROWS)
+    return Finish(
+        end=_end(timed_trainer.marks, target=target),
+        reason=timed_trainer.reason,
+        marks=timed_trainer.marks,
+        rows=[
+            {name: row[name] for name in ("step", "progress/samples", "batch/global", "train/lr", "noise_scale/value")}
+            for row in rows[::stride]
+        ],
+        step_s={shape: found[-_MOST_TIMES:] for shape, found in times.items()},
+    )
+
+
+def _end(marks: list[Mark], *, target: float) -> Mark | None:
+    """Return where the loss first came down to the target, between two evaluations by its logarithm."""
+    first = next((number for number, mark in enumerate(marks) if mark.loss <= target), None)
+    if first is None:
+        return None
+    late = marks[first]
+    if first == 0:
+        return late
+    early = marks[first - 1]
+    share = math.log(early.loss / target) / math.log(early.loss / late.loss)
+
+    def between(name: str) -> float:
+        return float(getattr(early, name) + share * (getattr(late, name) - getattr(early, name)))
+
+    return Mark(steps=between("steps"), samples=between("samples"), seconds=between("seconds"), loss=target)

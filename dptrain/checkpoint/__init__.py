@@ -1,0 +1,1 @@
+"""Tensors and state to disk and back: manifest, verification, asynchronous writer."""

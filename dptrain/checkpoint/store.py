@@ -1,0 +1,457 @@
+"""The files of a checkpoint: how one is committed, verified, found again and retired; nothing of models lives here.
+
+A checkpoint is a folder `step-000000000042` with one safetensors file per group of tensors, `state.json`, and
+`manifest.json`, which names every file with its size and sha256 and carries the sha256 of itself. It is written under
+a temporary name and renamed when it is safe on disk, so a reader sees all of it or nothing. The checksums find damage,
+not malice: nothing here is signed. But nothing here is code either, so a planted checkpoint cannot run any.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import threading
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+
+from dptrain.checkpoint.manifest import (
+    MANIFEST,
+    PLAIN_NAME,
+    STATE,
+    FileDigest,
+    check_header,
+    decode_manifest,
+    decode_state,
+    encode_manifest,
+    encode_state,
+    quoted,
+)
+from dptrain.checkpoint.verified_files import (
+    check_file,
+    check_limit,
+    digest_of,
+    manifest_bytes,
+    opened_folder,
+    verified_bytes,
+)
+from dptrain.errors import CheckpointError, ConfigError
+from dptrain.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch import Tensor
+
+    from dptrain.checkpoint.manifest import JSON
+
+_STEP_NAME = re.compile(r"step-([0-9]{12,})")
+_BAD_NAME = re.compile(r"\.bad-([0-9]{12,})-[0-9a-f]+")
+
+# What safetensors reads back under torch; it writes a few more (float8_e8m0fnu, say) that it then cannot load.
+_DTYPES = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool}
+    | {torch.int64, torch.int32, torch.int16, torch.int8}
+    | {torch.uint64, torch.uint32, torch.uint16, torch.uint8}
+    | {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
+)
+
+# What its reader, or ours of its header, says of other bytes.
+_NOT_SAFETENSORS = (SafetensorError, CheckpointError, AssertionError, KeyError, RuntimeError, TypeError, ValueError)
+
+# A second save of this process waits for the first, so that no save takes the other's folder for a leftover.
+_one_writer = threading.Lock()
+# What this process found of each checkpoint, with the file times at which it found it: retention asks after every
+# save, and must not hash gigabytes each time. Loading never relies on it.
+_verdicts: dict[Path, tuple[_Fingerprint, str | None]] = {}
+_Fingerprint: TypeAlias = tuple[tuple[str, int, int, int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint of which every byte was verified when it was opened.
+
+    Attributes:
+        path: its folder.
+        step: optimizer steps done when it was written.
+        state: what was given as `state`, floats equal bit for bit, tuples as tuples.
+        passed_over: newer checkpoints that could not be trusted, newest first, each with the reason.
+    """
+
+    path: Path
+    step: int
+    state: dict[str, JSON]
+    passed_over: tuple[tuple[Path, str], ...] = ()
+    _seals: Mapping[str, FileDigest] = field(repr=False)
+
+    @property
+    def steps_lost(self) -> int:
+        """Optimizer steps between this checkpoint and the newest that was passed over, going by its folder's name."""
+        return max([_step_of(path) for path, _ in self.passed_over], default=self.step) - self.step
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors saved under `name`, on the CPU.
+
+        The file is read again and hashed again, so that the bytes parsed are the bytes verified even where somebody
+        changed the file since. It costs about a second per GB once per restart, and twice the file's size in memory.
+
+        Raises:
+            CheckpointError: where there is no such file, or it is no longer what the manifest says.
+        """
+        file_name = f"{name}.safetensors"
+        if file_name not in self._seals:
+            raise CheckpointError(f"checkpoint {self.path} holds no {file_name}: it holds {', '.join(self._seals)}")
+        try:
+            with opened_folder(self.path) as folder:
+                content = verified_bytes(folder, file_name, self._seals[file_name])
+        except (CheckpointError, OSError) as error:
+            raise CheckpointError(f"checkpoint {self.path} has changed since it was verified: {error}") from error
+        try:
+            check_header(content, size_bytes=len(content))
+            return dict(load(content))
+        except _NOT_SAFETENSORS as error:
+            raise CheckpointError(f"checkpoint {self.path}: {file_name} is not safetensors: {error!r}") from error
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, JSON],
+    keep: int = 3,
+) -> Path:
+    """Commit one checkpoint to disk, then retire the oldest beyond `keep`.
+
+    When it returns, the checkpoint survives a kill of the process (and a loss of power, where the disk honours fsync).
+    When it raises, earlier checkpoints are as they were. An intact checkpoint of the same step is kept as it is; a
+    damaged one is renamed to `.bad-…` and replaced. Retention counts only verified checkpoints, and only those up to
+    `step`: it never removes the one just written. Only one process may save into a folder; the caller sees to that.
+
+    Args:
+        folder: holds the checkpoints; made (mode 0700) if it is missing.
+        step: optimizer steps done, at least 0.
+        tensors: file stem (`model`, `optimizer`) → key → tensor: contiguous, sharing no memory within one file. They
+            must not change before this returns: copy them first if training goes on meanwhile.
+        state: everything else. Strict JSON, plus tuples and non-finite floats.
+        keep: how many verified checkpoints to leave, this one included, at least 1.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        CheckpointError: where it cannot be written (disk full, say), or holds what a file cannot.
+        ConfigError: where `keep` is below 1.
+    """
+    if keep < 1:
+        raise ConfigError(f"keep must be at least 1, got {keep}: retention never removes the last checkpoint")
+    assert step >= 0, step
+    assert all(PLAIN_NAME.fullmatch(f"{name}.safetensors") for name in tensors), list(tensors)
+    final = folder / f"step-{step:012d}"
+    encoded = encode_state(state)
+    for name, group in tensors.items():
+        _check_tensors(name, group)
+    with _one_writer:
+        try:
+            _make_folder(folder)
+            _remove_leftovers(folder)
+            with suppress(OSError):
+                # A writer that died before it could prune left one too many; this save is to need room for one only.
+                _prune(folder, step=step, keep=keep)
+            if not os.path.lexists(final) or _verdict(final) is not None:
+                _commit(final, step=step, tensors=tensors, encoded_state=encoded)
+            else:
+                _fsync_folder(folder)  # its writer may have died between rename and fsync
+        except (OSError, SafetensorError) as error:
+            needed = len(encoded) + sum(t.nbytes for group in tensors.values() for t in group.values())
+            raise CheckpointError(
+                f"checkpoint {final} could not be written: {error}; it needs about {needed} bytes and "
+                f"{_free_bytes(folder)} are free there; earlier checkpoints are untouched: make room, or make the "
+                f"folder writable"
+            ) from error
+        try:
+            _verdicts[final] = (_fingerprint(final), None)
+            _prune(folder, step=step, keep=keep)
+        except OSError as error:
+            warnings.warn(
+                f"checkpoint {final} is saved, but older ones in {folder} could not be removed: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return final
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder of checkpoints where it is missing, and write a byte to it: before training, not hours later.
+
+    Raises:
+        CheckpointError: where nothing can be saved there.
+    """
+    try:
+        _make_folder(folder)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".tmp-", buffering=0) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise CheckpointError(
+            f"no checkpoint can be written to {folder}: {error}; choose a folder that is yours and has room"
+        ) from error
+
+
+def load_newest(folder: Path, *, allow_fresh: bool = False) -> Checkpoint | None:
+    """Return the newest checkpoint (by step) that is intact, or None where there is none at all.
+
+    Args:
+        folder: holds the checkpoints.
+        allow_fresh: return None also where there are checkpoints and none is intact, because the user has said that
+            the run may begin anew then. `set_aside` moves them out of its way.
+
+    Raises:
+        CheckpointError: where there are checkpoints and none is intact (the text gives each one's reason), or the
+            folder cannot be read. A run must not start afresh silently then.
+    """
+    try:
+        candidates = _committed(folder)
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint folder {folder} cannot be read: {error}") from error
+    passed_over: list[tuple[Path, str]] = []
+    for _, path in candidates:
+        try:
+            return replace(_open(path), passed_over=tuple(passed_over))
+        except CheckpointError as error:
+            passed_over.append((path, str(error)))
+    if not passed_over or allow_fresh:
+        return None
+    reasons = "; ".join(f"{path.name}: {reason}" for path, reason in passed_over)
+    raise CheckpointError(
+        f"no checkpoint in {folder} can be trusted, so there is none to resume from, unless "
+        f"--allow_fresh lets the run begin anew ({reasons})"
+    )
+
+
+def set_aside(folder: Path) -> list[Path]:
+    """Rename every checkpoint that cannot be trusted to `.bad-…`, so that no later resume meets it.
+
+    For the one process that saves into the folder. They are kept as evidence until retention has passed their step.
+
+    Returns:
+        The new names.
+
+    Raises:
+        CheckpointError: where one cannot be renamed.
+    """
+    try:
+        return [_rename_bad(path, step=step) for step, path in _committed(folder) if _verdict(path) is not None]
+    except OSError as error:
+        raise CheckpointError(f"a damaged checkpoint in {folder} cannot be set aside: {error}") from error
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Return the checkpoint in the folder `path`, whatever that folder is called.
+
+    Raises:
+        CheckpointError: where it is not intact; the text gives the reason.
+    """
+    try:
+        return _open(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be trusted: {error}") from error
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _commit(final: Path, *, step: int, tensors: Mapping[str, Mapping[str, Tensor]], encoded_state: bytes) -> None:
+    temporary = final.with_name(f".tmp-{step}-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(mode=0o700)
+        temporary.chmod(0o700)  # a umask may have taken our own rights away
+        seals = {}
+        for name, group in tensors.items():
+            path = temporary / f"{name}.safetensors"
+            # Not `save` to bytes, which would keep hash and file in one hand: it takes twice the memory, and holds
+            # the interpreter lock throughout, so that a save in a thread would stop the training loop.
+            save_file(dict(group), path)
+            with path.open("rb") as file:
+                check_header(file.read(8), size_bytes=path.stat().st_size)
+            seals[path.name] = _seal(path)
+        seals[STATE] = _write(temporary / STATE, encoded_state)
+        _write(temporary / MANIFEST, encode_manifest(step=step, written_by=__version__, seals=seals))
+        _fsync_folder(temporary)
+        if os.path.lexists(final):
+            _rename_bad(final, step=step)
+        temporary.rename(final)
+        try:
+            _fsync_folder(final.parent)
+        except BaseException:
+            # Not left to a later save of the same step: its fsync would call clean what this one may have lost.
+            final.rename(temporary)
+            raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _rename_bad(path: Path, *, step: int) -> Path:
+    return path.rename(path.with_name(f".bad-{step:012d}-{secrets.token_hex(4)}"))
+
+
+def _write(path: Path, content: bytes) -> FileDigest:
+    check_limit(path.name, size_bytes=len(content))
+    path.write_bytes(content)
+    return _seal(path)
+
+
+def _seal(path: Path) -> FileDigest:
+    """Make a file durable and private, and say what it holds."""
+    path.chmod(0o600)
+    with path.open("rb", buffering=0) as file:
+        digest = digest_of(file)
+        os.fsync(file.fileno())
+        return FileDigest(size_bytes=os.fstat(file.fileno()).st_size, sha256=digest)
+
+
+def _check_tensors(name: str, group: Mapping[str, Tensor]) -> None:
+    for key, tensor in group.items():
+        if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided or key == "__metadata__":
+            raise CheckpointError(
+                f"{name}.safetensors cannot hold {key!r} ({tensor.layout}, {tensor.dtype}): store it as a dense tensor "
+                f"of another dtype, under a name other than '__metadata__'"
+            )
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.exists():
+        folder.mkdir(mode=0o700, parents=True)
+        folder.chmod(0o700)
+        _fsync_folder(folder.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_bytes(folder: Path) -> str:
+    try:
+        return str(shutil.disk_usage(folder).free)
+    except OSError:
+        return "an unknown number"
+
+
+# --- retention -------------------------------------------------------------------------------------------------------
+
+
+def _committed(folder: Path) -> list[tuple[int, Path]]:
+    """Every committed checkpoint as (step, path), newest first, intact or not."""
+    if not folder.exists():
+        return []
+    found = [(_step_of(path), path) for path in folder.iterdir() if _STEP_NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda item: item[0], reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _prune(folder: Path, *, step: int, keep: int) -> None:
+    """Retire what is older than the `keep` newest intact checkpoints up to `step`; later ones are left alone."""
+    kept: list[int] = []
+    for found, path in _committed(folder):
+        if found > step:
+            continue
+        if len(kept) == keep:
+            _retire(path)
+        elif _verdict(path) is None:
+            kept.append(found)
+    for path in list(folder.iterdir()) if len(kept) == keep else ():
+        match = _BAD_NAME.fullmatch(path.name)
+        if match and int(match[1]) < kept[-1]:
+            _retire(path)
+
+
+def _retire(path: Path) -> None:
+    """Delete in two moves, so that a kill in between leaves a leftover and never half a checkpoint."""
+    doomed = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+    path.rename(doomed)
+    _verdicts.pop(path, None)
+    _delete(doomed)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what dead attempts left. With one writer per folder, every temporary folder seen here is dead."""
+    for path in folder.glob(".tmp-*"):
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, a link (not what it points to) or a folder; what resists is left for the next save."""
+    with suppress(OSError):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _verdict(path: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, or None: hashed once by each process, then known by its file times."""
+    try:
+        fingerprint = _fingerprint(path)
+    except OSError as error:
+        return str(error)
+    known = _verdicts.get(path)
+    if known is None or known[0] != fingerprint:
+        try:
+            _open(path)
+            reason = None
+        except CheckpointError as error:
+            reason = str(error)
+        _verdicts[path] = known = (fingerprint, reason)
+    return known[1]
+
+
+def _fingerprint(path: Path) -> _Fingerprint:
+    with os.scandir(path) as entries:
+        stats = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+    return tuple(sorted((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats))
+
+
+# --- verifying -------------------------------------------------------------------------------------------------------
+# Here, too, the text of a CheckpointError is the bare reason; the public functions say which checkpoint it is about.
+
+
+def _open(path: Path) -> Checkpoint:
+    try:
+        with opened_folder(path) as folder:
+            step, seals = decode_manifest(manifest_bytes(folder))
+            _check_names(path, step=step, seals=seals, present=os.listdir(folder))  # noqa: PTH208 -- by descriptor, not by path
+            for name, seal in seals.items():
+                if name != STATE:
+                    check_file(folder, name, seal)
+            state = decode_state(verified_bytes(folder, STATE, seals[STATE]))
+    except OSError as error:
+        raise CheckpointError(f"it cannot be read ({error})") from error
+    return Checkpoint(path=path, step=step, state=state, _seals=seals)
+
+
+def _check_names(path: Path, *, step: int, seals: Mapping[str, FileDigest], present: Iterable[str]) -> None:
+    promised_by_folder = _STEP_NAME.fullmatch(path.name)
+    if promised_by_folder and int(promised_by_folder[1]) != step:
+        raise CheckpointError(f"{MANIFEST} is of step {step}, which is not the step in the folder's name")
+    found = set(present)
+    missing = {*seals, STATE} - found
+    extra = found - {*seals, MANIFEST}
+    if missing:
+        raise CheckpointError(f"{quoted(missing)} is missing")
+    if extra:
+        raise CheckpointError(f"{quoted(extra)} is not in {MANIFEST}")

@@ -1,0 +1,1 @@
+"""The settings of a run: gathered, read, validated, and filled in."""

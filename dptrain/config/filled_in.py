@@ -1,0 +1,144 @@
+"""How the settings that a user left open are filled in: from the task, the optimizer, or a saved run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dptrain.batch import BatchPlan
+from dptrain.config.train_config import TrainConfig
+from dptrain.control import RuleName, Schedule
+from dptrain.control.settings import ControlConfig
+from dptrain.data import choose_micro_batch_size
+from dptrain.noise.derived import CRITICAL_RATIOS, MARGINS
+from dptrain.tasks.base import Suggestion
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Value = TypeVar("Value")
+Group = TypeVar("Group", bound="DataclassInstance")
+
+BY_HAND = ("schedule", "ramp", "seesaw")
+"""Laws that measure nothing: nothing has to be waited for, and no step is too large."""
+
+
+def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -> TrainConfig:
+    """Return the settings with every None that has a default replaced by it; what is filled in stays as it is.
+
+    Args:
+        config: the settings.
+        suggestion: the task's.
+        world_size: replicas for which a new run is laid out.
+
+    Raises:
+        ConfigError: where the first global batch cannot be laid out over the replicas.
+    """
+    replicas = config.layout_replicas or world_size
+    scheduled = _scheduled_batches(config.control)
+    batch = config.global_batch_size or (scheduled or [_suggested_batch(suggestion.global_batch_size, replicas)])[0]
+    max_samples = config.max_samples or (config.max_steps or 0) * batch or suggestion.max_samples
+    assert config.micro_batch_size != "auto", "found by trying before settings are filled in"
+    micro = config.micro_batch_size or _suggested_micro_batch(suggestion.micro_batch_size, batch, replicas)
+    # It is the largest one: where the first batch needs less, the replicas only have to share that equally.
+    least = micro if batch > micro * replicas else 1
+    BatchPlan.exactly(global_batch_size=batch, micro_batch_size=least, world_size=replicas)
+    control, optimizer = config.control, config.optimizer
+    smallest = min(scheduled, default=min(batch, micro * replicas))
+    largest = max(scheduled, default=max(batch, config.control.ramp_to or 0, min(64 * batch, max_samples // 50)))
+    measures, is_default = control.law not in ("constant", *BY_HAND), control.law == "goodput"
+    dead_band = control.dead_band or (_DEAD_BAND if control.powers_of_two and measures else None)
+    shrink_band = control.shrink_band or (_SHRINK_BAND if control.powers_of_two and is_default else None)
+    # Advice changes no batch, and so can try none.
+    probe_steps = _PROBE_STEPS if is_default and control.mode == "adapt" else 0
+    falls = optimizer.schedule != "constant"
+    final = optimizer.final_fraction if optimizer.final_fraction is not None else (0.1 if falls else 0.0)
+    warmup = optimizer.warmup_samples if optimizer.warmup_samples is not None else max_samples // 50
+    return replace(
+        config,
+        max_samples=max_samples,
+        global_batch_size=batch,
+        micro_batch_size=micro,
+        layout_replicas=replicas,
+        control=replace(
+            control,
+            critical_ratio=control.critical_ratio or CRITICAL_RATIOS[optimizer.name],
+            margin=control.margin or MARGINS[optimizer.name],
+            smallest=control.smallest or smallest,
+            largest=control.largest or largest,
+            dead_band=dead_band,
+            shrink_band=shrink_band,
+            probe_steps=probe_steps if control.probe_steps is None else control.probe_steps,
+        ),
+        optimizer=replace(
+            optimizer,
+            learning_rate=optimizer.learning_rate or suggestion.learning_rate,
+            reference_batch_size=optimizer.reference_batch_size or batch,
+            rule=optimizer.rule or _DEFAULT_RULES[optimizer.name, control.law == "seesaw"],
+            warmup_samples=warmup,
+            final_fraction=final,
+        ),
+        log=replace(config.log, eval_every_samples=config.log.eval_every_samples or suggestion.eval_every_samples),
+    )
+
+
+_DEAD_BAND = 1.6
+_SHRINK_BAND = 2.25
+_PROBE_STEPS = 50
+
+
+_DEFAULT_RULES: Mapping[tuple[str, bool], RuleName] = {
+    ("adamw", False): "root_gain",
+    ("sgd", False): "gain",
+    ("adamw", True): "square_root",
+    ("sgd", True): "linear",
+}
+"""By the optimizer, and whether the law is seesaw."""
+
+
+def as_saved(config: TrainConfig, *, saved: Mapping[str, Any]) -> TrainConfig:
+    """Return the settings with every None replaced by what a checkpoint says: left open, they are as they were."""
+    return _as_saved(config, saved)
+
+
+def _as_saved(settings: Group, saved: Mapping[str, Any]) -> Group:
+    found: dict[str, Any] = {}
+    for name in (setting.name for setting in fields(settings)):
+        value = getattr(settings, name)
+        if is_dataclass(value) and not isinstance(value, type) and isinstance(saved.get(name), Mapping):
+            found[name] = _as_saved(value, saved[name])
+        elif value is None and name not in ("run_dir", "branch_from"):
+            found[name] = saved.get(name)
+    return replace(settings, **found)
+
+
+def _scheduled_batches(control: ControlConfig) -> list[int]:
+    """Return the batches of a schedule in their order; none for another law."""
+    return [] if control.schedule is None else [batch for _, batch in Schedule.parse(control.schedule).stages]
+
+
+def _suggested_batch(suggested: int, world_size: int) -> int:
+    """Return the smallest batch not below the suggestion that all replicas share equally: a suggestion is soft."""
+    return -(-suggested // world_size) * world_size
+
+
+def _suggested_micro_batch(suggested: int, batch: int, world_size: int) -> int:
+    """Return the suggestion, or the next smaller that makes up the first batch: filled-in settings are valid ones."""
+    if batch <= suggested * world_size:
+        return suggested
+    if batch % world_size:
+        return 1
+    return choose_micro_batch_size(global_batch_size=batch, world_size=world_size, largest=suggested)
+
+
+def given(value: Value | None) -> Value:
+    """Return a setting that `filled_in` has filled in."""
+    assert value is not None, "read before filled_in"
+    return value
+
+
+def largest_micro_batch_size(config: TrainConfig) -> int:
+    """Return the micro-batch size of filled-in settings."""
+    assert isinstance(config.micro_batch_size, int), "read before filled_in"
+    return config.micro_batch_size

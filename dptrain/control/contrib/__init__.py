@@ -1,0 +1,1 @@
+"""Laws that are kept for comparison."""

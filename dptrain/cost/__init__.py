@@ -1,0 +1,1 @@
+"""What a run uses: FLOPs, device peaks, energy, money."""

@@ -1,0 +1,1 @@
+"""Fits and predictions from a run or a sweep: frontier, placement, plan."""

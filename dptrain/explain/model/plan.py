@@ -1,0 +1,144 @@
+"""What training to a loss would take on other numbers of devices: time, samples, compute and money, from one run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dptrain.errors import ConfigError
+from dptrain.explain.model.compute import SCALING_LAWS, Compute
+from dptrain.explain.model.planner import Planner, Point
+from dptrain.explain.model.progress import update_factor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from dptrain.explain.model.devices import Devices
+    from dptrain.explain.record import RunRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimalSize:
+    """The sizes of a language model and its data that are optimal for a budget of FLOPs.
+
+    Attributes:
+        law: whose coefficients.
+        num_parameters: of the model.
+        num_tokens: of its training.
+        loss: that the law promises, in nats per token.
+    """
+
+    law: str
+    num_parameters: float
+    num_tokens: float
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run says about others like it.
+
+    Attributes:
+        run: its name.
+        device: what its replicas ran on, one word.
+        own_devices: how many it ran on.
+        loss: which loss is meant.
+        target: its value.
+        lowest: the lowest that the run reached.
+        samples_of_run: after how many samples the run reached the target; None where it lies beyond the run.
+        target_error: relative standard error of steps and samples to a target beyond the run; 0 within it.
+        min_steps: S_min, the fewest steps, by ever larger batches.
+        min_samples: E_min, the fewest samples, by ever smaller ones.
+        twice_both: E_min/S_min, the batch that takes twice the fewest steps and twice the fewest samples.
+        twice_both_range: the same by both ends of the noise scale's interval.
+        update_factor: `twice_both` over the noise scale averaged over the way, see `derived.CRITICAL_RATIOS`.
+        points: one for each number of devices that was asked for.
+        knee: the number of devices up to which twice as many save at least 30 % of the time.
+        ceiling: the number beyond which twice as many save less than 5 %; None where it is above all asked for.
+        compute_of_run: FLOPs that the run itself took, by both methods.
+        step_time_error: of the step-time model on shapes it had not seen; None where there were none.
+        all_reduce: where its time is known from.
+        optimal_sizes: for the budget, by each law; empty without one.
+        warnings: what the plan rests on that the run does not show.
+    """
+
+    run: str
+    device: str
+    own_devices: int
+    loss: str
+    target: float
+    lowest: float
+    samples_of_run: float | None
+    target_error: float
+    min_steps: float
+    min_samples: float
+    twice_both: float
+    twice_both_range: tuple[float, float]
+    update_factor: float
+    points: tuple[Point, ...]
+    knee: int
+    ceiling: int | None
+    compute_of_run: Compute
+    step_time_error: float | None
+    all_reduce: str
+    optimal_sizes: tuple[OptimalSize, ...]
+    warnings: tuple[str, ...]
+
+
+def make_plan(
+    record: RunRecord,
+    devices: Devices,
+    *,
+    numbers: Sequence[int],
+    target: float | None = None,
+    price_per_device_hour: float | None = None,
+    flops_budget: float | None = None,
+) -> Plan:
+    """Plan from a run that measured its noise scale and its step times.
+
+    Args:
+        record: the run.
+        devices: time of a step, fitted to it.
+        numbers: of devices to plan for; for each the layout of a step with the least time to the target is taken.
+        target: loss to come to; the lowest of the run where it is None.
+        price_per_device_hour: in any currency.
+        flops_budget: to find the sizes of a language model for.
+
+    Raises:
+        ConfigError: where the run does not tell what is asked for.
+    """
+    if not numbers or min(numbers) < 1:
+        raise ConfigError(f"numbers of devices must be at least 1, got {list(numbers)}")
+    planner = Planner(record, devices, target=target, price_per_device_hour=price_per_device_hour)
+    needed, curve = planner.needed, planner.curve
+    knee, ceiling = planner.limits(most=max(numbers))
+    return Plan(
+        run=record.name,
+        device="GPU" if record.summary.get("device") == "cuda" else "replica",
+        own_devices=devices.model.world_size,
+        loss=curve.name,
+        target=planner.target,
+        lowest=curve.lowest,
+        samples_of_run=needed.samples_of_run,
+        target_error=needed.error,
+        min_steps=needed.implied.min_steps,
+        min_samples=needed.implied.min_samples,
+        twice_both=needed.implied.noise_scale,
+        twice_both_range=planner.twice_both_range,
+        update_factor=update_factor(record),
+        points=tuple(planner.at(planner.fastest(number)) for number in sorted(set(numbers))),
+        knee=knee,
+        ceiling=ceiling,
+        compute_of_run=planner.compute_of_run,
+        step_time_error=devices.model.error,
+        all_reduce=devices.all_reduce.source,
+        optimal_sizes=tuple(_optimal_sizes(flops_budget)) if flops_budget is not None else (),
+        warnings=tuple(planner.warnings()),
+    )
+
+
+def _optimal_sizes(flops_budget: float) -> Iterator[OptimalSize]:
+    for name, law in SCALING_LAWS.items():
+        num_parameters, num_tokens = law.optimum(flops_budget)
+        loss = law.loss(num_parameters=num_parameters, num_tokens=num_tokens)
+        yield OptimalSize(law=name, num_parameters=num_parameters, num_tokens=num_tokens, loss=loss)

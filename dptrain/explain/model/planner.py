@@ -1,0 +1,230 @@
+"""What any layout of a step takes to a loss, by a run's noise scale and step times: steps, samples, time, compute."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dptrain.control import StepShape
+from dptrain.errors import ConfigError
+from dptrain.explain.model.compute import Compute, flops_by_time
+from dptrain.explain.model.progress import HIGH, HISTORY, LOW, MEASURED, Assumption, Needs, course, loss_curve, needs
+from dptrain.explain.record import SAMPLES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dptrain.explain.model.devices import Devices
+    from dptrain.explain.record import RunRecord
+
+HALF_GAIN = math.sqrt(2)
+"""What twice the devices must save, as a ratio of times, up to the knee: the middle between all and nothing."""
+NO_GAIN = 1.05
+"""The same, below which nothing is said to be gained; a matter of taste."""
+
+_MOST_ACCUMULATION = 1 << 14
+_HOUR_S = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Training to the target on a number of devices, with the layout of a step that takes the least time there.
+
+    Attributes:
+        num_devices: world size.
+        micro_batch_size: samples in a pass; one that the run timed.
+        accumulation_steps: passes of each device in a step.
+        global_batch_size: the product of the three; the same through the whole training.
+        steps: optimizer steps.
+        samples: seen in training.
+        step_s: time of a step.
+        seconds: time of training, without evaluations and saves.
+        seconds_range: by the noise scale's interval, two standard errors of a target beyond the run, what the
+            all-reduce may be, and the error of the step times.
+        seconds_history: the same, were the noise scale off by a factor of six beside.
+        device_s: seconds × devices.
+        cost: for `device_s`, in the currency of the price; None without one.
+        compute: FLOPs by both methods.
+        energy_j: at the power that the run drew; None where it was not measured.
+    """
+
+    num_devices: int
+    micro_batch_size: int
+    accumulation_steps: int
+    global_batch_size: int
+    steps: float
+    samples: float
+    step_s: float
+    seconds: float
+    seconds_range: tuple[float, float]
+    seconds_history: tuple[float, float]
+    device_s: float
+    cost: float | None
+    compute: Compute
+    energy_j: float | None
+
+
+class Planner:
+    """Tells what any layout of a step takes to a target.
+
+    A fixed batch B takes S_min + E_min/B steps (see `progress`), each as long as `devices` says. Whether the learning
+    rate suits each batch is left open: the theory has a good one at each.
+
+    Args:
+        record: the run.
+        devices: time of a step, fitted to it.
+        target: loss to come to; the lowest of the run where it is None.
+        price_per_device_hour: in any currency.
+
+    Raises:
+        ConfigError: where the run does not tell what is asked for.
+
+    Attributes:
+        curve: the loss that the target is one of.
+        target: the loss to come to.
+        needed: what that takes, by the noise scale as it was measured.
+    """
+
+    def __init__(
+        self,
+        record: RunRecord,
+        devices: Devices,
+        *,
+        target: float | None = None,
+        price_per_device_hour: float | None = None,
+    ) -> None:
+        self.curve = loss_curve(record)
+        self.target = self.curve.lowest if target is None else target
+        if not math.isfinite(self.target):
+            raise ConfigError(f"a target must be a finite loss, got {target}")
+        self._record, self._devices = record, devices
+        self.needed = self._needs(MEASURED)
+        self._interval = [self.needed.implied, *(self._needs(assumption).implied for assumption in (LOW, HIGH))]
+        self._history = [self._needs(assumption).implied for assumption in HISTORY]
+        self._price_per_device_s = None if price_per_device_hour is None else price_per_device_hour / _HOUR_S
+        self._rates = _rates(record)
+
+    def _needs(self, assumption: Assumption) -> Needs:
+        return needs(course(self._record, self.curve, assumption), self.curve, target=self.target)
+
+    @property
+    def twice_both_range(self) -> tuple[float, float]:
+        """The batch that takes twice the fewest steps and samples, by both ends of the noise scale's interval."""
+        ends = [implied.noise_scale for implied in self._interval]
+        return min(ends), max(ends)
+
+    @property
+    def compute_of_run(self) -> Compute:
+        """The FLOPs that the run took, by both methods."""
+        device_s = self._record.last("ledger/device_s", in_summary="device_s")
+        return self._compute(samples=float(self._record.train[-1][SAMPLES]), device_s=device_s)
+
+    def fastest(self, num_devices: int) -> StepShape:
+        """Return the layout of a step that takes the least time to the target."""
+        return min(_layouts(self._devices.micro_batch_sizes, num_devices=num_devices), key=self._seconds)
+
+    def at(self, shape: StepShape) -> Point:
+        """Return what a layout takes."""
+        implied, step_s, batch = self.needed.implied, self._devices.seconds(shape), shape.global_batch_size
+        seconds, samples = implied.steps(batch) * step_s, implied.samples(batch)
+        ends = self._devices.seconds_range(shape)
+        interval = [other.steps(batch) * end for other in self._interval for end in ends]
+        history = [*interval, *(other.steps(batch) * end for other in self._history for end in ends)]
+        unsure = 1 + math.hypot(2 * self.needed.error, self._devices.model.error or 0.0)
+        device_s, price, watts = shape.world_size * seconds, self._price_per_device_s, self._rates.watts
+        return Point(
+            num_devices=shape.world_size,
+            micro_batch_size=shape.micro_batch_size,
+            accumulation_steps=shape.accumulation_steps,
+            global_batch_size=batch,
+            steps=implied.steps(batch),
+            samples=samples,
+            step_s=step_s,
+            seconds=seconds,
+            seconds_range=(min(interval) / unsure, max(interval) * unsure),
+            seconds_history=(min(history) / unsure, max(history) * unsure),
+            device_s=device_s,
+            cost=None if price is None else price * device_s,
+            compute=self._compute(samples=samples, device_s=device_s),
+            energy_j=None if watts is None else watts * device_s,
+        )
+
+    def limits(self, *, most: int) -> tuple[int, int | None]:
+        """Return the knee, and the number of devices beyond which nothing is gained, None where it is above `most`."""
+        powers = {round(2 ** (power / 4)) for power in range(4 * most.bit_length())}
+        numbers = sorted(number for number in powers | {most} if number <= most)
+        ratios = {number: self._least(number) / self._least(2 * number) for number in numbers}
+        knee = max((number for number in numbers if ratios[number] >= HALF_GAIN), default=1)
+        last_gain = max((number for number in numbers if ratios[number] >= NO_GAIN), default=1)
+        return knee, last_gain if last_gain < most else None
+
+    def warnings(self) -> Iterator[str]:
+        """Yield what the plan rests on that the run does not show."""
+        model = self._devices.model
+        if self.needed.samples_of_run is None:
+            further = self.needed.implied.min_steps / float(course(self._record, self.curve).progress[-1])
+            yield (
+                f"the target lies beyond the run, whose lowest {self.curve.name} is {self.curve.lowest:.4g}: "
+                f"{further:.3g} times its progress, ±{2 * self.needed.error:.0%} if its power law goes on"
+            )
+        if not model.is_split_known:
+            yield (
+                "all steps of the run had one batch, so how much of a step's time is per step and how much per sample "
+                "is assumed, half and half: let the batch move, or times at other batches mean little"
+            )
+        if model.world_size == 1 and not self._devices.all_reduce.volume_s:
+            yield (
+                "the all-reduce is not known from a run on one device, and on more of them each step takes longer than "
+                "planned: give --allreduce-gb-per-s"
+            )
+        if self._record.summary.get("device") == "cpu":
+            yield "the run was on CPUs: a further replica is a further device only while there are cores for it"
+
+    def _least(self, num_devices: int) -> float:
+        return self._seconds(self.fastest(num_devices))
+
+    def _seconds(self, shape: StepShape) -> float:
+        return self.needed.implied.steps(shape.global_batch_size) * self._devices.seconds(shape)
+
+    def _compute(self, *, samples: float, device_s: float | None) -> Compute:
+        counted, peak = self._rates.flops_per_sample, self._rates.peak_flops_per_s
+        by_count, by_time = None if counted is None else counted * samples, None
+        if peak is not None and device_s is not None:
+            by_time = flops_by_time(num_devices=1, peak_flops_per_s=peak, seconds=device_s)
+        return Compute(by_count=by_count, by_time=by_time)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rates:
+    """What a sample and a second of a device cost, as far as the run's ledger tells."""
+
+    flops_per_sample: float | None
+    peak_flops_per_s: float | None
+    watts: float | None
+
+
+def _rates(record: RunRecord) -> _Rates:
+    flops = record.last("ledger/flops", in_summary="flops")
+    device_s = record.last("ledger/device_s", in_summary="device_s")
+    energy_j = record.last("ledger/energy_j", in_summary="energy_j")
+    peak = record.summary.get("peak_flops_per_s")
+    return _Rates(
+        flops_per_sample=flops / float(record.train[-1][SAMPLES]) if flops else None,
+        peak_flops_per_s=float(peak) if isinstance(peak, int | float) else None,
+        watts=energy_j / device_s if energy_j is not None and device_s else None,
+    )
+
+
+def _layouts(micro_batch_sizes: tuple[int, int], *, num_devices: int) -> Iterator[StepShape]:
+    """Yield the layouts that are tried: timed micro-batches on the ladder, at least two of them in a step.
+
+    From a single micro-batch no noise could be told, and dptrain trains none such.
+    """
+    smallest, largest = micro_batch_sizes
+    grid = {smallest, largest, *(1 << power for power in range(smallest.bit_length(), largest.bit_length()))}
+    numbers = [base << power for power in range(_MOST_ACCUMULATION.bit_length()) for base in (1, 3)]
+    for micro in sorted(size for size in grid if smallest <= size <= largest):
+        for accumulation in sorted({1, *numbers}):
+            if num_devices * accumulation > 1:
+                yield StepShape(micro_batch_size=micro, accumulation_steps=accumulation, world_size=num_devices)

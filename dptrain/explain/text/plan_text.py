@@ -1,0 +1,137 @@
+"""A plan in words: its finding, how sure it is, and what it rests on; each sentence for a terminal or a figure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dptrain.explain.model.compute import PETAFLOP_S_DAY, UTILISATION
+from dptrain.explain.text.findings import count, short
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dptrain.explain.model.plan import Plan
+    from dptrain.explain.model.planner import Point
+
+_MINUTE_S, _HOUR_S, _DAY_S = 60.0, 3600.0, 86_400.0
+_KWH_J = 3.6e6
+
+NO_OPTIMUM = (
+    "The noise scale is no optimal batch: against the critical batch size it has been off by a typical factor of six "
+    "in published tasks. `dptrain branch` checks it on this run."
+)
+
+
+def headline(plan: Plan) -> str:
+    """Say what two numbers of devices take, and where more of them stop to pay."""
+    return "; ".join([*(_point(plan, point) for point in _telling(plan)), _end(plan)])
+
+
+def goal(plan: Plan) -> str:
+    """Say which loss is meant, and where it lies."""
+    if plan.samples_of_run is not None:
+        where = f"which the run reached after {plan.samples_of_run:,.0f} samples"
+    else:
+        where = f"beyond the run, which came to {plan.lowest:.4g}"
+    return f"To a {plan.loss} of {plan.target:.4g}, {where}"
+
+
+def doubt(plan: Plan) -> str:
+    """Say how sure the times are: by what was measured, and by how the method fared elsewhere."""
+    point = _telling(plan)[0]
+    measured, history = (f"{about(low)} to {about(high)}" for low, high in (point.seconds_range, point.seconds_history))
+    return (
+        f"On {_devices(plan, point.num_devices)}: {measured} by the noise scale's interval and the fits; {history} "
+        f"were the noise scale off by a factor of six, which in published tasks it typically was"
+    )
+
+
+def trade_off(plan: Plan) -> str:
+    """Say the fewest steps and samples, and the batch between the two, with what it is to the noise scale."""
+    low, high = (short(value, digits=2) for value in plan.twice_both_range)
+    times = "" if plan.update_factor == 1 else f"{short(plan.update_factor)} times (control.critical_ratio) "
+    return (
+        f"No batch needs fewer than {short(plan.min_steps)} steps, nor fewer than {short(plan.min_samples)} samples; a "
+        f"batch of {short(plan.twice_both, digits=2)} ({low} to {high}) takes twice both: {times}the noise scale on "
+        f"the way"
+    )
+
+
+def compute(plan: Plan) -> str:
+    """Say what the run has computed, by both methods, and how far they are apart."""
+    found = plan.compute_of_run
+    counted, timed = petaflop_s_days(found.by_count), petaflop_s_days(found.by_time)
+    by_time = f"{timed} by the time of devices at {UTILISATION:.0%} of their peak"
+    if found.disagreement is not None:
+        return f"The run took {counted} petaflop/s-days by counting and {by_time}, {found.disagreement:.2g} times apart"
+    if found.by_count is not None:
+        return f"The run took {counted} petaflop/s-days by counting; the peak of its device is not known to check it by"
+    if found.by_time is not None:
+        return f"The run took petaflop/s-days: {by_time}; it did not count its operations"
+    return "The compute is not known: the run counted no operations, and the peak of its device is not known"
+
+
+def step_times(plan: Plan) -> str:
+    """Say how good the model of step times is, and where its all-reduce is from."""
+    error = (
+        "not tested on other shapes" if plan.step_time_error is None else f"±{plan.step_time_error:.0%} on new shapes"
+    )
+    return f"Step times: fitted to the run, {error}; all-reduce: {plan.all_reduce}"
+
+
+def about(seconds: float) -> str:
+    """Write a predicted time, with no more digits than it deserves."""
+    units = ((2 * _DAY_S, _DAY_S, "days"), (_HOUR_S / 2, _HOUR_S, "h"), (2 * _MINUTE_S, _MINUTE_S, "min"))
+    for least_s, unit_s, unit in units:  # 0.6 h, since it will stand beside 3.1 h
+        if seconds >= least_s:
+            return f"{short(seconds / unit_s, digits=2)} {unit}"
+    return f"{short(seconds, digits=2)} s"
+
+
+def price(plan: Plan, point: Point) -> str:
+    """Write what a point costs: money where there is a price, else the time of devices."""
+    if point.cost is not None:
+        return f"{short(point.cost, digits=2)} $"
+    return f"{short(point.device_s / _HOUR_S, digits=2)} {plan.device}-hours"
+
+
+def energy(joules: float) -> str:
+    """Write an energy in the unit of its bill."""
+    return f"{short(joules / _KWH_J, digits=2)} kWh"
+
+
+def petaflop_s_days(flops: float | None) -> str:
+    """Write FLOPs in petaflop/s-days, a dash where they are not known."""
+    return "–" if flops is None else f"{flops / PETAFLOP_S_DAY:.2g}"
+
+
+def traded(plan: Plan, what: str, amount: Callable[[Point], float]) -> str:
+    """Say by how much time falls and something else rises, such as samples, between the points of the headline."""
+    first, last = _telling(plan)[0], _telling(plan)[-1]
+    if first is last:
+        return f"{_devices(plan, first.num_devices)} are at the knee"
+    faster, more = (
+        f"{short(ratio, digits=2)} times" for ratio in (first.seconds / last.seconds, amount(last) / amount(first))
+    )
+    return f"{first.num_devices:,} to {_devices(plan, last.num_devices)}: {faster} as fast for {more} the {what}"
+
+
+def _telling(plan: Plan) -> list[Point]:
+    """Return the points that the headline tells of: the run's own number of devices, and the one nearest the knee."""
+    own = min(plan.points, key=lambda point: abs(point.num_devices - plan.own_devices))
+    knee = min(plan.points, key=lambda point: abs(point.num_devices / plan.knee - 1))
+    return [own] if knee == own else [own, knee]
+
+
+def _point(plan: Plan, point: Point) -> str:
+    return f"on {_devices(plan, point.num_devices)} {about(point.seconds)} and {price(plan, point)}"
+
+
+def _end(plan: Plan) -> str:
+    if plan.ceiling is None:
+        return f"the time still falls at {_devices(plan, plan.points[-1].num_devices)}"
+    return f"beyond {_devices(plan, plan.ceiling)} nothing is gained"
+
+
+def _devices(plan: Plan, number: int) -> str:
+    return count(number, plan.device)

@@ -1,0 +1,164 @@
+"""The tables of the report: decisions with their reasons, what a run cost, its settings, several runs side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dptrain.explain import compare
+from dptrain.explain.figures.figure import label, letter
+from dptrain.explain.model.run_placement import position
+from dptrain.explain.record import SAMPLES, Row, RunRecord, is_applied
+from dptrain.explain.text import findings
+from dptrain.explain.text.account import account, duration
+from dptrain.explain.text.findings import count, short
+from dptrain.explain.text.page import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_MOST_DECISIONS = 400
+
+_SETTINGS = (
+    "task",
+    "seed",
+    "max_samples",
+    "global_batch_size",
+    "micro_batch_size",
+    "precision",
+    "mode",
+    "control.mode",
+    "control.law",
+    "control.ratio",
+    "control.z",
+    "control.smallest",
+    "control.largest",
+    "control.max_change",
+    "noise.observer",
+    "noise.geometry",
+    "noise.groups",
+    "noise.memory",
+    "noise.half_life_samples",
+    "noise.level",
+    "optimizer.name",
+    "optimizer.learning_rate",
+    "optimizer.rule",
+    "optimizer.schedule",
+    "optimizer.warmup_samples",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.weight_decay",
+    "optimizer.max_grad_norm",
+)
+"""What decides about batch, rate and noise, by the names that the command line knows; config.yaml has all."""
+
+
+def decisions(records: Sequence[RunRecord]) -> Table:
+    """Return every decision that moved the batch, or would have, with its reason."""
+    found = [
+        (index, row)
+        for index, record in enumerate(records)
+        for row in record.decisions
+        if row["batch/before"] != row["batch/after"]
+    ]
+    several = len(records) > 1
+    left_out = len(found) - _MOST_DECISIONS
+    rows = [[*([letter(index)] if several else []), *_decision(row)] for index, row in found[:_MOST_DECISIONS]]
+    about = "Each change of the global batch, with the factor on the learning rate that goes with it."
+    if any(not is_applied(row) for _, row in found):
+        about += " Advice was written down and not acted on."
+    if left_out > 0:
+        about += f" The last {left_out:,} are in decisions.jsonl alone."
+    return Table(
+        title="Decisions on the batch",
+        head=[*(["Run"] if several else []), "Step", "Samples seen", "Batch", "Learning rate", "Reason"],
+        rows=rows,
+        about=about if found else "No decision moved the batch.",
+        wordy=True,
+    )
+
+
+def _decision(row: Row) -> list[str]:
+    factors = row.get("lr_factor/before"), row.get("lr_factor/after")
+    rate = f"× {short(factors[1] / factors[0])}" if factors[0] and factors[1] is not None else ""
+    reason = str(row.get("reason") or "")
+    return [
+        f"{row['step']:,.0f}",
+        f"{row[SAMPLES]:,.0f}",
+        f"{row['batch/before']:,.0f} → {row['batch/after']:,.0f}",
+        rate,
+        reason if is_applied(row) else f"(advice, not applied) {reason}",
+    ]
+
+
+def costs(record: RunRecord) -> Table:
+    """Return what the run cost."""
+    entries = [[entry.name, entry.value, entry.note] for entry in account(record)]
+    return Table(
+        title="What it cost",
+        head=["What", "How much", "How it was counted, or why not"],
+        rows=entries,
+        about="So far, through all attempts; what was not measured is not guessed.",
+        wordy=True,
+    )
+
+
+def settings(record: RunRecord) -> Table:
+    """Return the settings that matter here."""
+    known = ((name, record.setting(name)) for name in _SETTINGS)
+    return Table(
+        title="Settings",
+        head=["Name", "Value"],
+        rows=[[name, str(value)] for name, value in known if value is not None],
+        about=" ".join(["Those that decide about batch, rate and noise.", _sentence(findings.about_geometry(record))]),
+    )
+
+
+def _sentence(text: str) -> str:
+    return f"{text}." if text else ""
+
+
+def comparison(records: Sequence[RunRecord]) -> Table:
+    """Return what each run was, found and cost, a column for each."""
+    target = compare.common_target(records)
+    columns = [_found(record, target) | _costs(record) | _given(record) for record in records]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [[name, *(column.get(name, "") for column in columns)] for name in names]
+    differing = [row for row in rows if row[0] not in _SETTINGS or len(set(row[1:])) > 1]
+    about = "Settings are listed where they differ."
+    if target is not None:
+        about = f"The rows “to the target” end where a run first reached {target}, which all of them did. {about}"
+    return Table(
+        title="The runs side by side",
+        head=["", *(label(index, record) for index, record in enumerate(records))],
+        rows=differing,
+        about=about,
+    )
+
+
+def _found(record: RunRecord, target: compare.Target | None) -> dict[str, str]:
+    known, found = record.first_and_last_known(), position(record)
+    entries = {
+        "Task": findings.task(record) or "not known",
+        "State": "finished" if record.summary else "not finished",
+        "Replicas": count(findings.num_replicas(record), "replica"),
+        "Loss": findings.about_loss(record),
+        "Batch": findings.about_batch(record),
+        "Noise scale at the end": findings.noise_scale_text(known[1]) if known else "not resolved",
+        "Noise scale over the progress": short(found.implied.noise_scale, digits=2) if found else "not resolved",
+    }
+    if target is not None:
+        needed = compare.effort(record, target)
+        entries |= {
+            "Steps to the target": f"{needed.steps:,.0f}",
+            "Samples to the target": f"{needed.samples:,.0f}",
+            "Time to the target": "not timed" if needed.wall_s is None else duration(needed.wall_s),
+        }
+    return entries
+
+
+def _costs(record: RunRecord) -> dict[str, str]:
+    return {entry.name: entry.value for entry in account(record)}
+
+
+def _given(record: RunRecord) -> dict[str, str]:
+    return {name: str(value) for name in _SETTINGS if (value := record.setting(name)) is not None}

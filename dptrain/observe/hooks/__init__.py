@@ -1,0 +1,1 @@
+"""Where a replica's own gradient is seen before it is combined with the others'."""

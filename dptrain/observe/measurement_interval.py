@@ -1,0 +1,108 @@
+"""Which optimizer steps are measured, so that measuring takes no more than its budget; timing stands in `stopwatch`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+
+from dptrain.errors import ObservationError
+
+LAG = 2
+"""Measured steps between a timing and the interval that rests on it.
+
+By then its reduction has arrived wherever anyone looks, and all ranks decide from the same timings at the same step,
+whether or not they read in between.
+"""
+_WINDOW = 9
+"""Timings whose median counts: one that was disturbed, by a compilation or an evaluation, moves nothing."""
+
+
+class MeasurementInterval:
+    """Measures every k-th step, k being fixed or chosen from the cost of measuring.
+
+    The interval is the smallest k with cost/(k · step time) ≤ budget, where both are medians over the last measured
+    steps and sums over all ranks. It at most doubles from one measured step to the next.
+
+    Args:
+        every: a fixed interval in steps, or None.
+        budget: share of the step time that measuring may take, where `every` is None.
+
+    Raises:
+        ObservationError: for an interval below 1 or a budget that is not positive.
+    """
+
+    def __init__(self, *, every: int | None = None, budget: float = 0.01) -> None:
+        if every is not None and every < 1:
+            raise ObservationError(f"every must be at least 1 (each step), got {every!r}")
+        if not budget > 0:
+            raise ObservationError(f"budget must be a positive share of the step time, such as 0.01, got {budget!r}")
+        self._fixed = every is not None
+        self._budget = budget
+        self.every = every or 1
+        self._wait = 1
+        self._num_closed = 0
+        self._arrived: deque[tuple[float, float]] = deque()
+        self._window: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
+        self._cost_s = 0.0
+        self._elapsed_s = 0.0
+        self._steps = 0
+        self._began_s: float | None = None
+
+    @property
+    def share(self) -> float | None:
+        """The share of the bare step time that measuring took so far, over all ranks; None before it is known."""
+        bare_s = self._elapsed_s - self._cost_s
+        return self._cost_s / bare_s if bare_s > 0 else None
+
+    def timing(self, cost_s: float) -> list[float]:
+        """Return this rank's (cost, time since the last measured step, steps in it), for the one reduction.
+
+        Args:
+            cost_s: seconds that measuring took since the last call.
+        """
+        now_s = time.perf_counter()
+        elapsed_s = 0.0 if self._began_s is None else now_s - self._began_s
+        steps = 0 if self._began_s is None else self._steps + 1
+        self._began_s, self._steps = now_s, 0
+        # The first step has no step before it to count from; what it cost would be held against nothing.
+        return [cost_s, elapsed_s, float(steps)] if steps else [0.0, 0.0, 0.0]
+
+    def note(self, timing: list[float]) -> None:
+        """Take in the sum of `timing` over all ranks; once for each measured step, in order."""
+        cost_s, elapsed_s, steps = timing
+        self._cost_s += cost_s
+        self._elapsed_s += elapsed_s
+        self._arrived.append((cost_s, (elapsed_s - cost_s) / steps) if steps else (0.0, 0.0))
+
+    def skip(self) -> None:
+        """Close a step that is not measured."""
+        self._steps += 1
+
+    def close(self) -> None:
+        """Close a measured step and choose the interval to the next; `note` was called for all but `LAG`."""
+        self._num_closed += 1
+        if not self._fixed and self._num_closed > LAG:
+            cost_s, step_s = self._arrived.popleft()
+            if step_s > 0:
+                self._window.append((cost_s, step_s))
+                self.every = min(self._affordable(), 2 * self.every)
+        elif self._fixed:
+            self._arrived.clear()
+        self._wait = self.every
+
+    def _affordable(self) -> int:
+        # Every rank's step takes the same time, so the sums over ranks of both differ from the means by one factor.
+        cost_s = _median([cost for cost, _ in self._window])
+        step_s = _median([step for _, step in self._window])
+        return max(1, math.ceil(cost_s / (self._budget * step_s)))
+
+    def next_is_measured(self) -> bool:
+        """Say whether the step that begins now is measured; asked once per step."""
+        self._wait -= 1
+        return self._wait == 0
+
+
+def _median(values: list[float]) -> float:
+    """Of an even number the upper one. The standard library's costs a tenth of the time that dptrain imports in."""
+    return sorted(values)[len(values) // 2]

@@ -1,0 +1,24 @@
+"""The settings of `noise`: how the noise scale is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dptrain.ranges import LEVEL, POSITIVE, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """How the noise scale is measured."""
+
+    observer: Literal["parameters", "hook"] = "parameters"
+    """parameters: each micro-batch; hook: each replica's accumulated gradient, in DDP's communication hook."""
+    memory: float = setting(0.2, POSITIVE)
+    """Half-life of the running means, as a fraction of the run so far, in samples or in steps: the faster counts."""
+    half_life_samples: float | None = setting(None, POSITIVE)
+    """A fixed half-life instead, in samples."""
+    level: float = setting(0.95, LEVEL)
+    """Confidence of the interval."""
+    groups: bool = False
+    """Measure the parts of the model, its first-level modules, one by one as well."""

@@ -1,0 +1,1 @@
+"""The processes of a run: launcher, restart policy, rendezvous, signals, watchdog, step reduction, step timer."""

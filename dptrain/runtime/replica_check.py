@@ -1,0 +1,81 @@
+"""Whether the replicas still have the same parameters, to the last bit; DDP itself never looks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dptrain.errors import DesyncError
+
+_BITS_AS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MAX_NAMES = 3
+
+
+class ReplicaCheck:
+    """Compares the parameters of all replicas now and then, with one small reduction that is read a step later.
+
+    Each replica adds up the bits of each tensor, as whole numbers: one pass over the parameters, without a wait. The
+    largest and the smallest sum over all replicas are equal where there is no drift.
+
+    Args:
+        parameters: by name, in the same order on all replicas.
+        every_steps: steps between two comparisons; 0: never.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], *, every_steps: int) -> None:
+        self._parameters = dict(parameters)
+        self._every_steps = every_steps if dist.is_initialized() and dist.get_world_size() > 1 else 0
+        self._pending: tuple[int, Tensor, Tensor, dist.Work] | None = None
+
+    def start(self, step: int) -> None:
+        """Begin a comparison where one is due after `step`; a collective on such steps. Does not wait."""
+        if not self._every_steps or step % self._every_steps:
+            return
+        own = torch.stack([_sum_of_bits(p) for p in self._parameters.values()])
+        extremes = torch.cat([own, -own])
+        work = dist.all_reduce(extremes, op=dist.ReduceOp.MAX, async_op=True)
+        assert work is not None
+        self._pending = (step, own, extremes, work)
+
+    def finish(self) -> None:
+        """End the comparison under way, if there is one.
+
+        Raises:
+            DesyncError: where replicas differ; the text names the tensors and the replicas.
+        """
+        if self._pending is None:
+            return
+        (step, own, extremes, work), self._pending = self._pending, None
+        work.wait()
+        largest, smallest = extremes.chunk(2)
+        apart = torch.nonzero(largest != -smallest).flatten().tolist()
+        if apart:
+            raise DesyncError(self._complaint(step, own, apart))
+
+    def _complaint(self, step: int, own: Tensor, apart: Sequence[int]) -> str:
+        """Ask every replica for its sums; a collective, which all enter, for all have seen the same difference."""
+        mine = own[list(apart)]
+        sums = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(sums, mine)
+        majority = torch.stack(sums).mode(dim=0).values
+        ranks = [rank for rank, found in enumerate(sums) if not torch.equal(found, majority)]
+        names = list(self._parameters)
+        shown = ", ".join(names[index] for index in apart[:_MAX_NAMES])
+        more = f" and {len(apart) - _MAX_NAMES} more" if len(apart) > _MAX_NAMES else ""
+        # Of two replicas nobody can tell which one is right.
+        who = "both replicas" if len(sums) == 2 else f"rank {', '.join(map(str, ranks))} of {len(sums)}"  # noqa: PLR2004 - two
+        return (
+            f"the parameters of the replicas have drifted apart by step {step}: {shown}{more} on {who}; go on from an "
+            f"earlier checkpoint, and look for code that changes parameters on some replicas only"
+        )
+
+
+@torch.no_grad()
+def _sum_of_bits(parameter: Tensor) -> Tensor:
+    values = parameter.detach().contiguous()
+    if values.is_complex():
+        values = torch.view_as_real(values)
+    return values.view(_BITS_AS[values.element_size()]).sum(dtype=torch.int64)

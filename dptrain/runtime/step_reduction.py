@@ -1,0 +1,256 @@
+"""The one reduction of a step: what all replicas must agree on, tagged with the step it belongs to, read late."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dptrain.errors import AbortedError, DesyncError, DptrainError, PeerLostError
+from dptrain.observe import NUM_SIZES, PendingSum
+
+Result = TypeVar("Result")
+
+_PEER_LOST = re.compile(r"gloo/transport|Connection (closed|reset)|(?<!DataLoader )timed? ?out|NCCL", re.IGNORECASE)
+"""What gloo and NCCL say when the other side is gone; a loader that timed out is something else."""
+
+_TAGS = ("step", "position", "global_batch_size")
+_FLAGS = (
+    "stop",
+    "save",
+    "failed_saves",
+    "slow_ranks",
+    "slow_rank",
+    "slowness",
+    "busy_s",
+    "timed",
+    "step_s",
+    "energy_j",
+)
+_BAD = 2  # ranks whose own gradient was not finite, and the sum of their numbers
+# tags, flags, halved, bad ranks, loss sum, then the meter's sums, of which the last is the number of samples
+_NUM_HOST = len(_TAGS) + len(_FLAGS) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankReport:
+    """What one replica has to say to all others in a step, from its host.
+
+    Attributes:
+        stop: it was asked to stop.
+        save: it was asked to save.
+        failed_saves: checkpoints in a row that could not be written, on the replica that writes them; 0 on others.
+        slowness: busy time to the mean of all, where this replica finds itself a straggler; 0 elsewhere.
+        busy_s: seconds that it was busy by itself, in an earlier step.
+        step_s: seconds from the beginning of the step before to that of this one; None where something else than
+            training fell into them.
+        energy_j: joules that its device drew since it last told; NaN where that is not known.
+    """
+
+    stop: bool = False
+    save: bool = False
+    failed_saves: int = 0
+    slowness: float = 0.0
+    busy_s: float = 0.0
+    step_s: float | None = None
+    energy_j: float = math.nan
+
+    def values(self, *, rank: int) -> list[float]:
+        """Return what is summed over the replicas; of one slow replica the sum of numbers is its number."""
+        slow = self.slowness > 0
+        return [
+            *map(float, (self.stop, self.save, self.failed_saves, slow, slow * rank)),
+            self.slowness,
+            self.busy_s,
+            float(self.step_s is not None),
+            self.step_s or 0.0,
+            self.energy_j,
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What the host knew of a step when it was begun; the same on all ranks.
+
+    Attributes:
+        step: number of the step, from 1.
+        position: samples seen before it.
+        global_batch_size: samples in it.
+        micro_batch_size: largest micro-batch in it.
+        learning_rate: in force.
+        wall_s: seconds of training when its work was handed to the device.
+        betas: Adam's, where they follow the batch.
+    """
+
+    step: int
+    position: int
+    global_batch_size: int
+    micro_batch_size: int
+    learning_rate: float
+    wall_s: float
+    betas: tuple[float, float] | None = None
+
+    @property
+    def end(self) -> int:
+        """Samples seen after it."""
+        return self.position + self.global_batch_size
+
+    def micro_steps(self, world_size: int) -> int:
+        """Return the number of forward and backward passes on each replica."""
+        return -(-self.global_batch_size // (self.micro_batch_size * world_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """What all replicas together found in a step.
+
+    Attributes:
+        loss: mean over all samples.
+        grad_norm: of the combined gradient, before clipping.
+        finite: whether the gradient was, and so whether the update was made.
+        bad_ranks: how many replicas had a gradient of their own that was not finite.
+        bad_rank: which, where it is one.
+        stop: whether any replica was asked to stop.
+        save: whether any was asked to save.
+        failed_saves: checkpoints in a row that could not be written.
+        slow_rank: the one straggler, if there is one.
+        slowness: its busy time to the mean of all.
+        busy_s: mean seconds that a replica was busy by itself.
+        step_s: mean seconds that the step before this one took; None where any replica did not just train.
+        energy_j: joules that all devices drew, up to this step; NaN where that of any is not known.
+        halved: how many replicas had too little memory for their micro-batches, and took them in halves.
+        meter_sums: for `Meter.absorb`.
+    """
+
+    loss: float
+    grad_norm: float
+    finite: bool
+    bad_ranks: int
+    bad_rank: int | None
+    stop: bool
+    save: bool
+    failed_saves: int
+    slow_rank: int | None
+    slowness: float
+    busy_s: float
+    step_s: float | None
+    energy_j: float
+    halved: int
+    meter_sums: list[float]
+
+
+def send(
+    record: StepRecord, *, report: RankReport, loss_sum: Tensor, meter_sums: Tensor, halved: bool = False
+) -> PendingSum:
+    """Start the reduction of a step. A collective; does not wait.
+
+    Args:
+        record: the step.
+        report: what this replica's host has to say.
+        loss_sum: of this replica's samples.
+        meter_sums: of this replica, from `Meter.local_sums`.
+        halved: whether this replica had too little memory for its micro-batches.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    host = [float(getattr(record, tag)) for tag in _TAGS] + report.values(rank=rank) + [float(halved)]
+    header = torch.tensor(host, dtype=torch.float64, device=meter_sums.device)
+    # The first half of the meter's sums is of this replica's own gradients. A zero times infinity would be no number.
+    own = meter_sums[: (len(meter_sums) - NUM_SIZES) // 2].sum()
+    is_bad = (~torch.isfinite(own + loss_sum)).double()
+    bad = torch.stack([is_bad, is_bad * rank])
+    return PendingSum(torch.cat([header, bad, loss_sum.double().reshape(1), meter_sums]))
+
+
+def receive(pending: PendingSum, record: StepRecord) -> StepOutcome:
+    """Wait for a step's reduction and check that every replica meant the same step.
+
+    Raises:
+        DesyncError: where the tags do not add up: replicas are at different steps, positions or batches.
+    """
+    values = pending.read()
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    for tag, total in zip(_TAGS, values, strict=False):
+        if total != world_size * getattr(record, tag):
+            raise DesyncError(
+                f"replicas disagree at step {record.step}: {tag} is {getattr(record, tag)} here, "
+                f"but {total / world_size:g} on average over {world_size} replicas"
+            )
+    flags = dict(zip(_FLAGS, values[len(_TAGS) : _NUM_HOST - 1], strict=True))
+    num_bad, bad_number, loss_sum, *meter_sums = values[_NUM_HOST:]
+    num_entries = (len(meter_sums) - NUM_SIZES) // 2  # one for each group
+    sq_norm = sum(meter_sums[num_entries : 2 * num_entries]) / world_size
+    return StepOutcome(
+        loss=loss_sum / meter_sums[-1],
+        grad_norm=math.sqrt(sq_norm) if sq_norm >= 0 else math.nan,
+        finite=math.isfinite(sq_norm),
+        bad_ranks=round(num_bad),
+        bad_rank=round(bad_number) if num_bad == 1 else None,
+        stop=flags["stop"] > 0,
+        save=flags["save"] > 0,
+        failed_saves=round(flags["failed_saves"]),
+        slow_rank=round(flags["slow_rank"]) if flags["slow_ranks"] == 1 else None,
+        slowness=flags["slowness"],
+        busy_s=flags["busy_s"] / world_size,
+        step_s=flags["step_s"] / world_size if flags["timed"] == world_size else None,
+        energy_j=flags["energy_j"],
+        halved=round(values[_NUM_HOST - 1]),
+        meter_sums=meter_sums,
+    )
+
+
+def on_rank_0(action: Callable[[], Result], *, rank: int, device: torch.device) -> Result | None:
+    """Do something on rank 0 alone, and have every replica learn whether it failed. A collective; waits.
+
+    Returns:
+        What it returned, on rank 0; None on the others.
+
+    Raises:
+        Exception: what it raised, on rank 0; an `AbortedError` on the others, which would else wait for a dead peer.
+    """
+    result, error = None, None
+    if rank == 0:
+        try:
+            result = action()
+        except Exception as caught:  # noqa: BLE001 - raised again below, after the others were told
+            error = caught
+    (failed,) = PendingSum(torch.tensor([float(error is not None)], dtype=torch.float64, device=device)).read()
+    if error is not None:
+        raise error
+    if failed:
+        raise AbortedError("rank 0 failed and says why")
+    return result
+
+
+def broadcast_from_rank_0(values: Sequence[int], *, device: torch.device) -> list[int]:
+    """Return rank 0's whole numbers on every replica; the others give none. A collective; waits."""
+    (length,) = PendingSum(torch.tensor([float(len(values))], dtype=torch.float64, device=device)).read()
+    vector = torch.tensor(list(values) or [0.0] * round(length), dtype=torch.float64, device=device)
+    return [round(value) for value in PendingSum(vector).read()] if length else []
+
+
+@contextmanager
+def translate_peer_errors(step: Callable[[], int]) -> Iterator[None]:
+    """Turn what torch raises where a peer is gone, or does not answer, into one sentence.
+
+    Args:
+        step: returns the number of the latest step.
+
+    Raises:
+        PeerLostError: in place of torch's own.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, DptrainError) or not _PEER_LOST.search(str(error)):
+            raise
+        raise PeerLostError(
+            f"another replica ended, or did not answer in time, after step {step():,}: its own message says why "
+            f"({str(error).splitlines()[0][-200:]})"
+        ) from error

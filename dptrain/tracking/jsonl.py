@@ -1,0 +1,210 @@
+"""The JSONL log, which is the truth of a run: how rows are written, read and cut back; who fills them is the trainer.
+
+A log is UTF-8 text with one strict JSON object per line. Values are flat: number, string, boolean or null; a number
+that is not finite is written as null. `metrics.jsonl` holds two kinds of row, told apart by `kind`:
+
+kind="train", one per logged optimizer step
+    step                        optimizer steps done, this one included; steps that were dropped count
+    progress/samples            samples seen, this step included
+    progress/epoch              the same in passes over the training data
+    progress/wall_s             seconds of training, earlier attempts included
+    train/loss                  mean loss per sample over the global batch
+    train/lr                    learning rate that was applied
+    train/grad_norm             norm of the averaged gradient before clipping
+    train/steps_dropped         steps skipped so far, on all replicas together, for a gradient that was not finite
+    batch/global, batch/micro, batch/accumulation
+                                samples per step; samples per forward–backward; micro-batches per replica and step
+    noise_scale/state                   "resolved", "at least" or "not resolved yet"
+    noise_scale/value                simple noise scale in samples; null unless resolved
+    noise_scale/lower, noise_scale/upper        its interval; upper null = unbounded
+    noise_scale/grad_sq, noise_scale/trace      smoothed |G|² and tr(Σ) per sample; may be negative
+    noise_scale/effective_steps         steps that the smoothing window is worth
+    noise_scale/<group>/value, noise_scale/<group>/lower, noise_scale/<group>/upper
+                                the same of a part of the model, with noise.groups=true
+    throughput/samples_per_sec  samples per second since the last logged step
+    time/step_s                 seconds of this step; null where something else than training fell into it
+    time/world_size             replicas
+    ledger/…                    used up to now, earlier attempts included (see ledger.py): flops, device_s (devices ×
+                                seconds), mfu, energy_j, cost; null where not known
+
+kind="eval", one per evaluation
+    step, progress/samples      as above
+    eval/loss                   mean held-out loss per sample
+    eval/<metric>               each further figure of the task, such as eval/bits_per_byte
+
+`decisions.jsonl` holds one row per decision on the batch that differs from the one before, and one where, at a batch
+that stays, the rule of the learning rate has moved it by a tenth since the latest row:
+    step, progress/samples      when it was taken
+    batch/before, batch/after   global batch in samples
+    lr_factor/before, lr_factor/after
+                                factor on the scheduled learning rate
+    applied                     false where it is advice (control.mode=advise)
+    reason                      a sentence
+    noise_scale/…                       the measurement that it rests on, as above
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dptrain.errors import DptrainError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+    from typing import Self
+
+Value = int | float | str | bool | None
+"""What a field of a row may hold."""
+
+
+class JsonlLog:
+    """An append-only log of flat rows. Each row reaches the operating system before `write` returns.
+
+    A process that is killed loses at most the line being written; `fsync` is not called, so a power cut may cost
+    the last seconds. The file is readable by its owner alone.
+
+    Args:
+        path: file to create; its folder exists.
+        key: the field that orders rows; every row has it, and `resume` cuts by it.
+        append: go on in a log that exists, behind its last whole row: what a kill left of a torn one is cut off.
+            `resume` cuts it at a step first.
+
+    Raises:
+        DptrainError: where `path` exists already and `append` is false: two runs in one log could not be told apart.
+    """
+
+    def __init__(self, path: Path | str, *, key: str = "step", append: bool = False) -> None:
+        self._path = Path(path)
+        self._key = key
+        self._pending = b""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (0 if append else os.O_EXCL)
+        torn = _unended(self._path) if append else b""
+        try:
+            self._fd = os.open(self._path, flags, 0o600)
+        except FileExistsError:
+            raise DptrainError(f"{self._path} exists already: resume that run, or choose another folder") from None
+        os.fchmod(self._fd, 0o600)  # the umask may have taken our own rights away, or an older file been open to others
+        if _parse(torn) is not None:
+            self._pending = b"\n"  # a whole row that lacks its end alone
+        elif torn:
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - len(torn))
+
+    @classmethod
+    def resume(cls, path: Path | str, *, up_to: int, key: str = "step") -> Self:
+        """Open the log of an earlier attempt so that it goes on behind `up_to`, without a hole or a double row.
+
+        Every row whose `key` is larger than `up_to` is dropped, and so is a torn last line. The shortened log
+        replaces the old one by rename, so a kill in between leaves one or the other. No file is an empty log.
+
+        Raises:
+            DptrainError: where a line other than the last is broken, or a row lacks `key`.
+        """
+        path = Path(path)
+        rows = read_rows(path) if path.exists() else []
+        kept = [row for row in rows if _position(row, key=key, path=path) <= up_to]
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as shortened:
+            try:
+                shortened.writelines(_line(row) for row in kept)
+                shortened.flush()
+                os.fsync(shortened.fileno())
+                Path(shortened.name).replace(path)
+            except BaseException:
+                Path(shortened.name).unlink(missing_ok=True)
+                raise
+        return cls(path, key=key, append=True)
+
+    def write(self, row: Mapping[str, Value]) -> None:
+        """Append `row` as one line, fields in the order given.
+
+        Raises:
+            OSError: where the disk does not take it. The row is kept and goes out, whole and in order, before the
+                next one, so a caller may report the error and go on.
+        """
+        assert self._key in row, f"a row of {self._path.name} needs the field {self._key!r}"
+        self._pending += _line(row)
+        self._flush()
+
+    def close(self) -> None:
+        """Close the file. Calling it again does nothing."""
+        if self._fd >= 0:
+            try:
+                self._flush()
+            finally:
+                os.close(self._fd)
+                self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _flush(self) -> None:
+        # Not a buffered file object: after a full disk that one cannot say which bytes are still to come.
+        while self._pending:
+            self._pending = self._pending[os.write(self._fd, self._pending) :]
+
+
+def read_rows(path: Path | str) -> list[dict[str, Value]]:
+    """All rows of a log, oldest first. A last line that was torn by a kill is skipped.
+
+    Raises:
+        DptrainError: where a line other than the last is not a JSON object.
+        OSError: where the file cannot be read.
+    """
+    lines = Path(path).read_bytes().split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    rows: list[dict[str, Value]] = []
+    for number, line in enumerate(lines, start=1):
+        row = _parse(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):
+            raise DptrainError(
+                f"line {number} of {path} is not a row of a log ({len(lines)} lines in all), "
+                "so the file was damaged after it was written: remove that line if the rest is to be used"
+            )
+    return rows
+
+
+def _unended(path: Path) -> bytes:
+    """What stands behind the last line break."""
+    return path.read_bytes().rpartition(b"\n")[2] if path.exists() else b""
+
+
+def _parse(line: bytes) -> dict[str, Value] | None:
+    try:
+        row = json.loads(line, parse_constant=_refuse_constant)
+    except ValueError:  # JSON and UTF-8 errors alike
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _line(row: Mapping[str, Value]) -> bytes:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    text = json.dumps(finite, ensure_ascii=False, allow_nan=False)
+    # A lone surrogate (an undecodable file name in a reason) has no UTF-8; its escape is valid JSON.
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _position(row: Mapping[str, Value], *, key: str, path: Path) -> int | float:
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DptrainError(f"a row of {path} has {key} = {value!r}, not a number, so the log cannot be cut at a step")
+    return value

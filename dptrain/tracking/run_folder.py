@@ -1,0 +1,183 @@
+"""The folder of a run: made, locked and checked before anything is trained; its files are filled elsewhere."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import platform
+import re
+import stat
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dptrain.checkpoint.permissions import warn_if_exposed
+from dptrain.config.settings_file import settings_text
+from dptrain.config.train_config import TrainConfig
+from dptrain.config.validation import leaves
+from dptrain.errors import ConfigError
+
+_LONGEST_NAME = 64  # of a task in the name of a folder
+_LONGEST_SHOWN = 200  # characters of a name that cannot be one
+
+# Settings that a resumed run may have otherwise: they change what is told, not what is trained; but for the size of
+# micro-batches, which changes the last bits, and is free because memory may leave no choice.
+_FREE_ON_RESUME = (
+    "run_dir",
+    "log",
+    "checkpoint",
+    "num_workers",
+    "device",
+    "replica_check_every_steps",
+    "micro_batch_size",
+)
+
+
+def default_run_dir(task: str) -> str:
+    """Return runs/TASK-DATE-TIME; of a task file, its stem."""
+    stem = Path(task.rpartition(":")[0] or task).stem
+    name = re.sub(r"[^\w.-]+", "_", stem).lstrip("._-")[:_LONGEST_NAME] or "task"
+    return str(Path("runs") / f"{name}-{dt.datetime.now().astimezone():%Y%m%d-%H%M%S}")
+
+
+class RunFolder:
+    """A run folder that this process owns until it is closed.
+
+    Args:
+        path: the folder.
+        resume: whether it is expected to hold a run.
+
+    Raises:
+        ConfigError: where it holds a run and none is to be resumed, cannot be written, or is in use.
+    """
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        self.path = path
+        held = _held(path)
+        if held and not resume:
+            raise ConfigError(
+                f"run folder {path} holds a run already: add --resume to go on, or choose another --run_dir"
+            )
+        if resume and not held:
+            raise ConfigError(f"there is no run to resume in {path}: check --run_dir, or leave --resume out")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, exist_ok=True)  # what is in it is then its owner's alone, whatever its own mode
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            raise ConfigError(f"cannot write to run folder {path}: {error.strerror or error}") from error
+        self._lock = FileLock(path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(f"run folder {path} is in use by {self._holder()}: two runs cannot share it") from None
+        self._sign()
+        warn_if_exposed(path)
+
+    def _sign(self) -> None:
+        """Leave for the next one who comes who has the lock; its own file is emptied by whoever asks for it."""
+        signature = {
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "since": f"{dt.datetime.now().astimezone():%Y-%m-%d %H:%M:%S}",
+        }
+        self._signature.write_text(json.dumps(signature), encoding="utf-8")
+
+    def _holder(self) -> str:
+        try:
+            found = json.loads(self._signature.read_text(encoding="utf-8"))
+            return f"process {found['pid']} on {found['host']} since {found['since']}"
+        except (OSError, ValueError, KeyError, TypeError):  # it has the lock and has not signed yet
+            return "another process"
+
+    @property
+    def _signature(self) -> Path:
+        return self.path / ".holder"
+
+    @property
+    def metrics(self) -> Path:
+        """One row for each logged step and each evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def decisions(self) -> Path:
+        """One row for each change of the batch."""
+        return self.path / "decisions.jsonl"
+
+    @property
+    def config(self) -> Path:
+        """The settings, filled in."""
+        return self.path / "config.yaml"
+
+    @property
+    def summary(self) -> Path:
+        """The figures of the whole run, written at its end."""
+        return self.path / "summary.json"
+
+    def close(self) -> None:
+        """Give the folder free."""
+        self._signature.unlink(missing_ok=True)
+        self._lock.release()
+
+
+def checkpoints_in(run_dir: Path) -> Path:
+    """Return where a run's checkpoints are."""
+    return run_dir / "checkpoints"
+
+
+def _held(path: Path) -> bool:
+    """Whether a run was begun in a folder of this name, which must be one that a folder can have."""
+    try:
+        is_file = not stat.S_ISDIR(path.stat().st_mode)
+        held = not is_file and holds_run(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # a name with a NUL in it is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"run folder {str(path)[:_LONGEST_SHOWN]!r} cannot be: {reason}") from None
+    if is_file:
+        raise ConfigError(f"run folder {path} is a file: choose another --run_dir")
+    return held
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether a run was begun in this folder, so that there is one to go on with."""
+    return (run_dir / "metrics.jsonl").exists() or (run_dir / "config.yaml").exists()
+
+
+def newest_step(run_dir: Path) -> int:
+    """Return the step of the newest checkpoint by its name alone, whether or not it can be trusted; 0 without one."""
+    try:
+        names = [path.name for path in checkpoints_in(run_dir).iterdir()]
+    except (OSError, ValueError):  # whoever makes the folder says what is wrong with it
+        return 0
+    return max((int(found[1]) for name in names if (found := re.fullmatch(r"step-([0-9]{12,})", name))), default=0)
+
+
+def write_config(path: Path, config: TrainConfig) -> None:
+    """Write settings so that `--config` reads them back; replaces the file in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(settings_text(config), encoding="utf-8")
+    temporary.replace(path)
+
+
+def check_same_settings(config: TrainConfig, *, saved: Mapping[str, Any]) -> None:
+    """Refuse to resume with settings under which the run would have been another one.
+
+    Raises:
+        ConfigError: listing each such setting with both values.
+    """
+    current, before = leaves(asdict(config)), leaves(saved)
+    differing = [
+        f"{name} was {before.get(name)!r} and is {current.get(name)!r}"
+        for name in sorted(before.keys() | current.keys())
+        if before.get(name) != current.get(name) and name.split(".")[0] not in _FREE_ON_RESUME
+    ]
+    if differing:
+        raise ConfigError(f"cannot resume with other settings: {'; '.join(differing)}")

@@ -1,0 +1,233 @@
+"""Where a run tells what it does: log files, tracker and view on rank 0, nothing on the others."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+from dptrain.config.filled_in import given
+from dptrain.config.train_config import TrainConfig
+from dptrain.errors import ConfigError, DptrainError
+from dptrain.noise import NoiseScale
+from dptrain.tracking.console import make_view
+from dptrain.tracking.jsonl import JsonlLog, Value, read_rows
+from dptrain.tracking.redact import refuse_secrets
+from dptrain.tracking.run_folder import RunFolder, write_config
+from dptrain.tracking.tracker import start_tracker
+
+
+class RunLog(Protocol):
+    """Takes rows; the keys are described in `metrics`."""
+
+    @property
+    def on_record(self) -> Sequence[tuple[int, int]]:
+        """What an earlier attempt decided after the checkpoint that this one goes on from, as its log has it.
+
+        Pairs (step, global batch size from there on), and at the end (last step that was decided on, 0); empty where
+        there was no earlier attempt.
+        """
+
+    def train(self, row: Mapping[str, Value]) -> None:
+        """Take the row of an optimizer step."""
+
+    def evaluation(self, row: Mapping[str, Value]) -> None:
+        """Take the row of an evaluation."""
+
+    def decision(self, row: Mapping[str, Value]) -> None:
+        """Take the row of a change of the batch."""
+
+    def note(self, text: str) -> None:
+        """Take a sentence for the user."""
+
+    def finish(self, summary: Mapping[str, Value]) -> None:
+        """Take the figures of the whole run."""
+
+    def close(self) -> None:
+        """Stop telling; safe to call twice."""
+
+
+class SilentLog:
+    """The log of every rank but 0."""
+
+    on_record: Sequence[tuple[int, int]] = ()
+
+    def train(self, row: Mapping[str, Value]) -> None:
+        """Do nothing."""
+
+    def evaluation(self, row: Mapping[str, Value]) -> None:
+        """Do nothing."""
+
+    def decision(self, row: Mapping[str, Value]) -> None:
+        """Do nothing."""
+
+    def note(self, text: str) -> None:
+        """Do nothing."""
+
+    def finish(self, summary: Mapping[str, Value]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class WritingLog:
+    """The log of rank 0.
+
+    Training does not depend on what is told of it. A row that a file does not take is kept, and goes out before the
+    next one; the first such failure is told, and the summary counts them.
+
+    Args:
+        folder: the run's; closed with the log, also where the log cannot be opened.
+        config: filled in.
+        up_to_step: the step after which rows of an earlier attempt are dropped; 0 for a new run.
+        title: for the view.
+
+    Raises:
+        ConfigError: where the settings hold a secret, or the folder does not take them.
+    """
+
+    def __init__(self, folder: RunFolder, *, config: TrainConfig, up_to_step: int, title: str) -> None:
+        self._folder = folder
+        self._every_steps = config.log.every_steps
+        self._num_failures = 0
+        with ExitStack() as stack:
+            stack.callback(folder.close)
+            refuse_secrets(config)
+            self.on_record = _on_record(folder, from_step=up_to_step)
+            try:
+                write_config(folder.config, config)
+                self._metrics = JsonlLog.resume(folder.metrics, up_to=up_to_step)
+                # Decisions stay on record as far as they are followed: they are not told again.
+                self._decisions = JsonlLog.resume(folder.decisions, up_to=self.on_record[-1][0] if up_to_step else -1)
+            except OSError as error:
+                raise ConfigError(f"cannot write to run folder {folder.path}: {error.strerror or error}") from error
+            self._view = make_view(
+                max_samples=given(config.max_samples), title=title, print_every_steps=config.log.print_every_steps
+            )
+            stack.callback(self._view.close)
+            stack.callback(self._end, self._metrics, file=folder.metrics)
+            stack.callback(self._end, self._decisions, file=folder.decisions)
+            self._tracker = start_tracker(
+                choice=config.log.tracker,
+                project=config.log.project,
+                run_name=folder.path.name,
+                run_dir=folder.path,
+                config=asdict(config),
+                warn=self._view.note,
+            )
+            stack.callback(self._tracker.finish, {})  # where the run ended before its end; else it is done already
+            self._closing = stack.pop_all()
+
+    def train(self, row: Mapping[str, Value]) -> None:
+        """Show the row, and write it where its step is to be logged."""
+        self._view.update(row)
+        step = int(row["step"] or 0)
+        if step % self._every_steps == 0:
+            self._go_on(lambda: self._metrics.write(row), file=self._folder.metrics)
+            self._tracker.log(row, step=step)
+
+    def evaluation(self, row: Mapping[str, Value]) -> None:
+        """Write and show the row."""
+        self._go_on(lambda: self._metrics.write(row), file=self._folder.metrics)
+        self._tracker.log(row, step=int(row["step"] or 0))
+        self._view.evaluation(row)
+
+    def decision(self, row: Mapping[str, Value]) -> None:
+        """Write and show the row."""
+        self._go_on(lambda: self._decisions.write(row), file=self._folder.decisions)
+        self._view.decision(row)
+
+    def note(self, text: str) -> None:
+        """Show the sentence."""
+        self._view.note(text)
+
+    def finish(self, summary: Mapping[str, Value]) -> None:
+        """Write the summary and close the tracker."""
+        summary = {**summary, "log_failures": self._num_failures}
+        self._go_on(lambda: write_json(self._folder.summary, summary), file=self._folder.summary)
+        self._tracker.finish(summary)
+
+    def close(self) -> None:
+        """Give terminal, files and folder back."""
+        self._closing.close()
+
+    def _go_on(self, write: Callable[[], object], *, file: Path) -> None:
+        try:
+            write()
+        except OSError as error:
+            self._num_failures += 1
+            if self._num_failures == 1:
+                self._view.note(
+                    f"cannot write {file}: {error.strerror or error}; training goes on, and what was not written "
+                    "follows as soon as there is room"
+                )
+
+    def _end(self, log: JsonlLog, *, file: Path) -> None:
+        try:
+            log.close()
+        except OSError as error:
+            self._view.note(f"the last rows of {file} are lost: {error.strerror or error}")
+
+
+def _on_record(folder: RunFolder, *, from_step: int) -> list[tuple[int, int]]:
+    """Return the batches that were decided on from a step on, and the last step that was decided on.
+
+    A checkpoint is written before its own step is decided on, so that decision belongs to them.
+    """
+    if not from_step:
+        return []
+    decisions = read_rows(folder.decisions) if folder.decisions.exists() else []
+    metrics = read_rows(folder.metrics) if folder.metrics.exists() else []
+    found = [
+        (_whole(row, "step"), _whole(row, "batch/after"))
+        for row in decisions
+        if row.get("applied", True) and _whole(row, "step") >= from_step
+    ]
+    # The latest step that is told of may not have been decided on when the attempt ended.
+    steps = [_whole(row, "step") - 1 for row in metrics] + [step for step, _ in found]
+    return [*found, (max(steps, default=0), 0)]
+
+
+def _whole(row: Mapping[str, Value], key: str) -> int:
+    value = row.get(key)
+    if type(value) is not int or value < 1:
+        raise DptrainError(f"a row of the log has {key} = {value!r}, which is no count: the file was damaged")
+    return value
+
+
+def write_json(path: Path, record: Mapping[str, Value]) -> None:
+    """Write a flat record as strict JSON, in one step; figures that are not finite become null."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")  # ASCII: nothing steers a terminal
+    temporary.replace(path)
+
+
+def noise_columns(scale: NoiseScale) -> dict[str, Value]:
+    """Return a noise scale as the columns of a row."""
+    return {
+        "noise_scale/value": scale.value,
+        "noise_scale/lower": scale.lower,
+        "noise_scale/upper": scale.upper if math.isfinite(scale.upper) else None,
+        "noise_scale/state": str(scale.state),
+        "noise_scale/grad_sq": scale.grad_sq_norm,
+        "noise_scale/trace": scale.noise_trace,
+        "noise_scale/effective_steps": scale.effective_steps,
+    }
+
+
+def group_columns(scales: Mapping[str, NoiseScale]) -> dict[str, Value]:
+    """Return the noise scales of groups of parameters as columns of a row."""
+    columns: dict[str, Value] = {}
+    for name, scale in scales.items():
+        columns[f"noise_scale/{name}/value"] = scale.value
+        columns[f"noise_scale/{name}/lower"] = scale.lower
+        columns[f"noise_scale/{name}/upper"] = scale.upper if math.isfinite(scale.upper) else None
+    return columns

@@ -1,0 +1,124 @@
+"""When a run is saved, and that it was: decides, hands over to the writer, and says what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dptrain.checkpoint.async_writer import AsyncWriter
+from dptrain.checkpoint.interval import young_daly_s
+from dptrain.checkpoint.settings import CheckpointConfig
+from dptrain.errors import CheckpointError
+from dptrain.runtime.step_reduction import StepRecord
+from dptrain.tracking.run_log import RunLog
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dptrain.checkpoint.manifest import JSON
+
+    Packed = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, JSON]]
+
+_FIRST_S = 5.0
+"""The first checkpoint by the clock comes after this: it tells what one costs."""
+_WORTH_TELLING = 2.0
+
+
+class CheckpointManager:
+    """Saves the state of a run on rank 0; the replicas are equal, so no other has anything to save.
+
+    Args:
+        config: how often, and how many are kept.
+        folder: of the checkpoints.
+        pack: returns step, tensors and state of this moment, which may share memory with the live objects.
+        infinite: entries that hold infinities on purpose, see `AsyncWriter`.
+        committed_step: of the checkpoint that the run goes on from, 0 for none.
+        log: is told what failed, and how often is saved.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        *,
+        folder: Path,
+        pack: Callable[[], tuple[int, Packed]],
+        infinite: frozenset[str],
+        committed_step: int,
+        log: RunLog,
+    ) -> None:
+        self._config = config
+        self._pack = pack
+        self._log = log
+        self._writer = AsyncWriter(folder, keep=config.keep, committed_step=committed_step, infinite=infinite)
+        self._interval_s = _FIRST_S
+        self._told_s: float | None = None
+        self._failed = 0
+        self._saved_s = time.monotonic()
+
+    def is_due(self, record: StepRecord) -> bool:
+        """Whether to save after a step: by samples where that is set, else by the clock."""
+        if self._config.every_samples is not None:
+            return crosses(record, self._config.every_samples)
+        return time.monotonic() - self._saved_s >= self._interval_s
+
+    def save(self) -> None:
+        """Copy the state and have it written while training goes on.
+
+        Where a save is still under way, one that is due by the clock is left out; one by samples waits.
+        """
+        began_s = time.monotonic()
+        if self._config.every_samples is not None:
+            self._writer.wait()
+        step, (tensors, state) = self._pack()
+        self._writer.save(step=step, tensors=tensors, state=state)
+        self._saved_s = time.monotonic()
+        self._choose_interval(stall_s=self._saved_s - began_s)
+
+    def save_and_wait(self) -> None:
+        """Write the state of this moment, after the save under way.
+
+        Raises:
+            CheckpointError: where it cannot be written.
+        """
+        self._writer.wait()
+        step, (tensors, state) = self._pack()
+        self._writer.save(step=step, tensors=tensors, state=state)
+        self._writer.wait()
+        status = self._writer.status()
+        if status.committed_step != step:
+            raise CheckpointError(status.error or f"the checkpoint of step {step} was not written")
+
+    def failed_saves(self) -> int:
+        """Return how many saves in a row failed; tells of each once."""
+        status = self._writer.status()
+        if status.failed > self._failed:
+            self._log.note(f"{status.error}; training goes on")
+        self._failed = status.failed
+        return status.failed
+
+    def close(self) -> None:
+        """Wait for the save under way."""
+        self._writer.close()
+
+    def _choose_interval(self, *, stall_s: float) -> None:
+        self._interval_s = young_daly_s(
+            stall_s=stall_s,
+            write_s=self._writer.status().write_s,
+            mean_time_between_failures_s=3600 * self._config.hours_between_failures,
+        )
+        told_s = self._told_s
+        if self._config.every_samples is None and (
+            told_s is None or not 1 / _WORTH_TELLING < self._interval_s / told_s < _WORTH_TELLING
+        ):
+            self._told_s = self._interval_s
+            self._log.note(
+                f"a checkpoint every {self._interval_s:.0f} s from here on: each holds training up for "
+                f"{stall_s:.2g} s, and a failure every {self._config.hours_between_failures:g} h is reckoned with"
+            )
+
+
+def crosses(record: StepRecord, every_samples: int) -> bool:
+    """Whether the step ended at or beyond the next multiple of `every_samples`."""
+    return record.end // every_samples > record.position // every_samples

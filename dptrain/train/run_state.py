@@ -1,0 +1,130 @@
+"""What a checkpoint of a run holds: packed from the live run, and put back into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from dptrain.checkpoint.manifest import JSON
+from dptrain.checkpoint.state import pack_model, pack_optimizer, unpack_model, unpack_optimizer
+from dptrain.checkpoint.store import Checkpoint
+from dptrain.config.filled_in import given
+from dptrain.config.train_config import TrainConfig
+from dptrain.errors import CheckpointError, ConfigError
+from dptrain.tracking.run_log import RunLog
+from dptrain.train.batch_control import BatchControl
+
+
+class RunState:
+    """The model, the optimizer and the decisions of a run, to and from a checkpoint.
+
+    Args:
+        config: filled in.
+        model: not wrapped.
+        optimizer: of the model's parameters.
+        batch_control: what the run has learned and decided.
+        num_samples: of the training data.
+        fingerprint: of the training data.
+        world_size: number of replicas.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batch_control: BatchControl,
+        num_samples: int,
+        fingerprint: str,
+        world_size: int,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._optimizer = optimizer
+        self._batch_control = batch_control
+        self._num_samples = num_samples
+        self._fingerprint = fingerprint
+        self._world_size = world_size
+
+    def pack(self) -> tuple[int, tuple[Mapping[str, Mapping[str, torch.Tensor]], Mapping[str, JSON]]]:
+        """Return the step, and the tensors and the state that a checkpoint of this moment holds."""
+        optimizer_tensors, optimizer_state = pack_optimizer(self._optimizer, names=self._names())
+        state: dict[str, JSON] = {
+            "config": asdict(self._config),
+            "world_size": self._world_size,
+            "num_samples": self._num_samples,
+            "data": self._fingerprint,
+            "optimizer": optimizer_state,
+            **self._batch_control.state(),
+        }
+        tensors = {"model": pack_model(self._model), "optimizer": optimizer_tensors}
+        return self._batch_control.progress.step, (tensors, state)
+
+    def check_same_data(self, saved: Checkpoint) -> None:
+        """Refuse a checkpoint from which this data would go on in another order, or with other samples."""
+        state: dict[str, Any] = saved.state
+        if state["num_samples"] != self._num_samples:
+            raise ConfigError(
+                f"the data set had {state['num_samples']} samples when {saved.path} was saved and has "
+                f"{self._num_samples} now: the order of samples would be another one"
+            )
+        if state["data"] != self._fingerprint:
+            raise ConfigError(
+                f"the data set is another one than when {saved.path} was saved: some of its samples have changed"
+            )
+
+    def restore(self, saved: Checkpoint, log: RunLog) -> None:
+        """Become what the saved run was when it was saved."""
+        state: dict[str, Any] = saved.state
+        for path, reason in saved.passed_over:
+            log.note(f"passed over checkpoint {path}: {reason}")
+        if saved.passed_over:
+            log.note(f"{saved.steps_lost:,} steps are taken again for it")
+        with _complete(saved):
+            self._unpack(saved)
+            self._batch_control.restore(state)
+        progress = self._batch_control.progress
+        log.note(f"resumed from step {progress.step:,}, {progress.position:,} samples seen")
+
+    def begin_as(self, other: Checkpoint, log: RunLog) -> None:
+        """Begin a run of its own where another one was: with its parameters, optimizer and position, and no more."""
+        state: dict[str, Any] = other.state
+        settings = [{**group, "params": None} for group in self._optimizer.param_groups]
+        with _complete(other):
+            self._unpack(other)
+            for group, own in zip(self._optimizer.param_groups, settings, strict=True):
+                group.update({**own, "params": group["params"]})
+            position = int(state["progress"]["position"])
+        if position >= given(self._config.max_samples):
+            raise ConfigError(
+                f"max_samples {self._config.max_samples} counts from the beginning of the run that is branched from, "
+                f"which has seen {position} samples at {other.path}: give more"
+            )
+        self._batch_control.begin_at(position)
+        log.note(f"branched from {other.path}, {position:,} samples seen")
+
+    def _unpack(self, checkpoint: Checkpoint) -> None:
+        unpack_model(self._model, checkpoint.tensors("model"))
+        unpack_optimizer(
+            self._optimizer,
+            names=self._names(),
+            tensors=checkpoint.tensors("optimizer"),
+            state=checkpoint.state["optimizer"],
+        )
+
+    def _names(self) -> dict[torch.nn.Parameter, str]:
+        return {parameter: name for name, parameter in self._model.named_parameters()}
+
+
+@contextmanager
+def _complete(checkpoint: Checkpoint) -> Iterator[None]:
+    """Say of a checkpoint that lacks something that it does."""
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {checkpoint.path} does not hold what this version needs: {error}") from error

@@ -1,0 +1,281 @@
+"""Settings: what is refused, how what is left open is filled in, and what is built from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import FrozenInstanceError, asdict, replace
+
+import pytest
+
+from dptrain.config.built import controller, learning_rate_schedule, micro_batch_size
+from dptrain.config.filled_in import as_saved, filled_in
+from dptrain.control import Constant, GoodputLaw, Measurement, Probe
+from dptrain.errors import ConfigError
+from dptrain.noise import MomentSums, noise_scale, smoothed
+from dptrain.tasks import Suggestion
+from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, NoiseConfig, OptimizerConfig, TrainConfig
+
+SUGGESTION = Suggestion(
+    learning_rate=0.01, global_batch_size=16, micro_batch_size=4, max_samples=10_000, eval_every_samples=1_000
+)
+
+
+def filled(*, world_size=2, **settings):
+    return filled_in(TrainConfig(**settings), SUGGESTION, world_size=world_size)
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda: TrainConfig(max_samples=0), "max_samples"),
+        (lambda: TrainConfig(global_batch_size=-4), "global_batch_size"),
+        (lambda: TrainConfig(micro_batch_size=0), "micro_batch_size"),
+        (lambda: TrainConfig(num_workers=-1), "num_workers"),
+        (lambda: TrainConfig(seed=-1), "seed"),
+        (lambda: TrainConfig(seed=2**63), "seed"),
+        (lambda: TrainConfig(checkpoint=CheckpointConfig(keep=0)), "checkpoint.keep"),
+        (lambda: TrainConfig(checkpoint=CheckpointConfig(every_samples=0)), "checkpoint.every_samples"),
+        (lambda: TrainConfig(log=LogConfig(every_steps=0)), "log.every_steps"),
+        (lambda: TrainConfig(log=LogConfig(print_every_steps=0)), "log.print_every_steps"),
+        (lambda: TrainConfig(log=LogConfig(eval_every_samples=0)), "log.eval_every_samples"),
+        (lambda: TrainConfig(optimizer=OptimizerConfig(learning_rate=0.0)), "optimizer.learning_rate"),
+        (lambda: TrainConfig(optimizer=OptimizerConfig(learning_rate=math.nan)), "optimizer.learning_rate"),
+        (lambda: TrainConfig(optimizer=OptimizerConfig(max_grad_norm=-1.0)), "optimizer.max_grad_norm"),
+        (lambda: TrainConfig(optimizer=OptimizerConfig(beta1=1.0)), "optimizer.beta1"),
+        (lambda: TrainConfig(optimizer=OptimizerConfig(beta2=-0.1)), "optimizer.beta2"),
+        (lambda: TrainConfig(optimizer=OptimizerConfig(weight_decay=-1.0)), "optimizer.weight_decay"),
+        (lambda: TrainConfig(noise=NoiseConfig(level=1.0)), "noise.level"),
+        (lambda: TrainConfig(noise=NoiseConfig(memory=-1.0)), "memory"),
+        (lambda: TrainConfig(control=ControlConfig(ratio=0.0)), "ratio"),
+        (lambda: TrainConfig(control=ControlConfig(z=-1.0)), "z "),
+        (lambda: TrainConfig(control=ControlConfig(law="exchange_rate")), "control.samples_per_step"),
+        (lambda: TrainConfig(control=ControlConfig(law="schedule")), "control.schedule"),
+        (lambda: TrainConfig(control=ControlConfig(law="schedule", schedule="0:8 x")), "'x'"),
+        (lambda: TrainConfig(control=ControlConfig(schedule="0:8")), "control.schedule"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(build, name):
+    """As soon as the settings are built, and in one line."""
+    with pytest.raises(ConfigError, match=name) as caught:
+        build()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "control",
+    [
+        ControlConfig(max_change=1.5),
+        ControlConfig(dead_band=0.5),
+        ControlConfig(shrink_band=1.0),
+        ControlConfig(dwell_samples=-1),
+        ControlConfig(probe_steps=-1),
+        ControlConfig(smallest=64, largest=32),
+        ControlConfig(largest=1),
+    ],
+)
+def test_limits_that_cannot_hold_are_refused(control):
+    """When the controller is built, which is before anything is trained."""
+    with pytest.raises(ConfigError):
+        controller(filled(control=control))
+
+
+def test_settings_are_data():
+    """They are equal by value and cannot be changed."""
+    assert TrainConfig() == TrainConfig()
+    with pytest.raises(FrozenInstanceError):
+        TrainConfig().seed = 1
+
+
+def test_nothing_that_has_a_default_is_left_open():
+    """Filling in leaves None only where None means "not"; and filling in twice changes nothing."""
+    config = filled()
+    assert (config.max_samples, config.global_batch_size, config.micro_batch_size) == (10_000, 16, 4)
+    assert (config.optimizer.learning_rate, config.optimizer.warmup_samples) == (0.01, 200)
+    assert (config.optimizer.reference_batch_size, config.optimizer.rule) == (config.global_batch_size, "root_gain")
+    assert (config.control.smallest, config.control.largest) == (8, 200)
+    assert config.log.eval_every_samples == 1_000
+    assert config.layout_replicas == 2
+    assert config.checkpoint.every_samples is None, "by the clock"
+    assert filled_in(config, SUGGESTION, world_size=2) == config
+
+
+@pytest.mark.parametrize("micro", [1, 3, 4, 16])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+def test_the_settings_of_a_run_are_settings(world_size, micro):
+    """A run's config.yaml starts the same run again, whatever was left open and however small the first batch is."""
+    suggestion = replace(SUGGESTION, micro_batch_size=micro)
+    for share in (None, 1, 3, 5, 8, 20):
+        config = TrainConfig(global_batch_size=None if share is None else share * world_size)
+        config = filled_in(config, suggestion, world_size=world_size)
+        assert filled_in(config, suggestion, world_size=world_size) == config
+        assert controller(config)
+        assert config.micro_batch_size <= micro
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "control", "expected"),
+    [
+        ("adamw", {}, 2.0),
+        ("adamw", {"margin": 1.0}, 3.0),
+        ("sgd", {}, 1.0),
+        ("sgd", {"critical_ratio": 2.0, "margin": 3.0}, 6.0),
+        ("adamw", {"law": "pollux"}, 1.0),
+    ],
+)
+def test_how_often_the_noise_scale_counts(optimizer, control, expected):
+    """Twice for Adam, once for SGD, as the user has it, and once in Pollux' law, which is as published."""
+    config = filled(control=ControlConfig(powers_of_two=False, **control), optimizer=OptimizerConfig(name=optimizer))
+    law = controller(config)
+    while not isinstance(law, GoodputLaw):
+        law = law.inner
+    assert law.critical_ratio == expected
+
+
+@pytest.mark.parametrize(
+    ("control", "expected"),
+    [
+        ({}, 50),
+        ({"probe_steps": 7}, 7),
+        ({"probe_steps": 0}, None),
+        ({"mode": "advise"}, None),
+        ({"law": "pollux"}, None),
+        ({"law": "noise"}, None),
+        ({"probe_steps": 7, "law": "noise"}, 7),
+        ({"probe_steps": 7, "mode": "advise"}, None),
+        ({"probe_steps": 7, "law": "schedule", "schedule": "0:8 64:16"}, None),
+    ],
+)
+def test_which_laws_probe(control, expected):
+    """The default law where it adapts, others where they are told to; never a batch written down, nor advice."""
+    law = controller(filled(control=ControlConfig(**control)))
+    while not isinstance(law, Probe) and hasattr(law, "inner"):
+        law = law.inner
+    assert getattr(law, "steps", None) == expected
+
+
+@pytest.mark.parametrize(
+    ("control", "expected"),
+    [
+        ({}, (1.6, 2.25)),
+        ({"mode": "advise"}, (1.6, 2.25)),
+        ({"law": "noise"}, (1.6, None)),
+        ({"law": "noise", "shrink_band": 3.0}, (1.6, 3.0)),
+        ({"dead_band": 1.1}, (1.1, 2.25)),
+        ({"law": "pollux"}, (1.6, None)),
+        ({"shrink_band": 1.1}, (1.6, 1.1)),
+        ({"powers_of_two": False}, (None, None)),
+        ({"powers_of_two": False, "shrink_band": 3.0}, (None, 3.0)),
+        ({"law": "constant"}, (None, None)),
+        ({"law": "schedule", "schedule": "0:8 100:16"}, (None, None)),
+    ],
+)
+def test_half_way_between_rungs_the_batch_stays(control, expected):
+    """Laws that measure have a dead band wider than the way to the next rung in log space; those by hand have none.
+
+    The default law has a longer way down: a batch too small confirms itself, and one too large does not.
+    """
+    control = filled(control=ControlConfig(**control)).control
+    assert (control.dead_band, control.shrink_band) == expected
+
+
+def test_what_is_set_stays():
+    """No default replaces a value that was given."""
+    config = filled(
+        max_samples=500,
+        global_batch_size=8,
+        micro_batch_size=2,
+        optimizer=OptimizerConfig(
+            learning_rate=1.0, reference_batch_size=4, rule="none", warmup_samples=0, final_fraction=0.0
+        ),
+        control=ControlConfig(smallest=4, largest=64),
+        checkpoint=CheckpointConfig(every_samples=7),
+        log=LogConfig(eval_every_samples=9),
+    )
+    assert (config.max_samples, config.global_batch_size, config.micro_batch_size) == (500, 8, 2)
+    assert config.optimizer == OptimizerConfig(
+        learning_rate=1.0, reference_batch_size=4, rule="none", warmup_samples=0, final_fraction=0.0
+    )
+    assert (config.control.smallest, config.control.largest) == (4, 64)
+    assert (config.checkpoint.every_samples, config.log.eval_every_samples) == (7, 9)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8, 48])
+def test_a_suggestion_yields_to_the_world_size(world_size):
+    """A task's batch is rounded up to what the replicas share equally: no task refuses a number of replicas."""
+    config = filled(world_size=world_size)
+    assert 16 <= config.global_batch_size < 16 + world_size
+    assert config.global_batch_size % world_size == 0
+    assert micro_batch_size(config, global_batch_size=config.global_batch_size)
+    assert controller(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"global_batch_size": 12, "micro_batch_size": 4}, "multiple of 8, such as 8 or 16"),
+        ({"global_batch_size": 15}, "multiple of 2, such as 14 or 16"),
+        ({"global_batch_size": 3, "micro_batch_size": 4}, "multiple of 2, such as 2 or 4"),
+        ({"global_batch_size": 1}, "multiple of 2, such as 2 or 4"),
+    ],
+)
+def test_a_batch_that_cannot_be_reached_is_refused_with_the_nearest_that_can(settings, text):
+    """A batch that somebody wrote is not rounded in silence."""
+    with pytest.raises(ConfigError, match=text):
+        filled(**settings)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("batch", [4, 8, 16, 24, 64])
+def test_the_layout_gives_the_batch_in_two_micro_batches_at_least(batch, world_size):
+    """The replicas that a run is laid out for share full micro-batches equally; there always are two to compare."""
+    micro = micro_batch_size(filled(world_size=world_size), global_batch_size=batch)
+    assert batch % (micro * world_size) == 0
+    assert micro <= 4
+    assert batch // micro >= 2
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_other_replicas_change_nothing_in_filled_in_settings(world_size):
+    """What a run was laid out for stays, whatever number of replicas goes on with it."""
+    config = filled(world_size=2)
+    assert filled_in(config, SUGGESTION, world_size=world_size) == config
+
+
+def test_what_is_left_open_is_as_it_was_saved():
+    """Resumed with few settings, a run has those of its checkpoint; those that are given stay as given."""
+    saved = filled(max_samples=500, control=ControlConfig(smallest=4, largest=64))
+    assert as_saved(TrainConfig(), saved=asdict(saved)) == saved
+    given = as_saved(TrainConfig(max_samples=600, control=ControlConfig(largest=32)), saved=asdict(saved))
+    assert (given.max_samples, given.control.largest, given.control.smallest) == (600, 32, 4)
+
+
+def test_a_schedule_written_by_hand_is_not_cut():
+    """Its batches, the first included, are those of the run, though they lie outside the default bounds."""
+    config = filled(control=ControlConfig(law="schedule", schedule="0:4 100:1000 200:6"), max_samples=300)
+    assert config.global_batch_size == 4
+    control = controller(config)
+    state, asked, batch = control.init(), [], 4
+    for position in (50, 150, 250):
+        measurement = Measurement(samples_seen=position, global_batch_size=batch, noise_scale=unknown())
+        state, decision = control.update(state, measurement)
+        batch = decision.global_batch_size
+        asked.append(batch)
+    assert asked == [4, 1000, 6]
+
+
+def unknown():
+    return noise_scale(smoothed(MomentSums()))
+
+
+def test_a_constant_law_has_no_limits():
+    """Its batch may lie outside any bound."""
+    config = filled(control=ControlConfig(law="constant"), global_batch_size=6, micro_batch_size=3)
+    assert controller(config) == Constant(6)
+
+
+@pytest.mark.parametrize("kind", ["constant", "cosine", "linear"])
+def test_every_schedule_of_the_rate_can_be_chosen_alone(kind):
+    """Its end is filled in to fit: none where the rate stays, a tenth where it falls."""
+    schedule = learning_rate_schedule(filled(optimizer=OptimizerConfig(schedule=kind)))
+    assert schedule.factor(10_000) == pytest.approx(1.0 if kind == "constant" else 0.1)
+    assert schedule.factor(100) == pytest.approx(0.5)

@@ -1,0 +1,107 @@
+"""Plans, on runs that follow the theory, with what every plan must hold and what is known of these."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from dptrain.errors import ConfigError
+from dptrain.explain.model.devices import devices
+from dptrain.explain.model.plan import make_plan
+from dptrain.explain.model.planner import HALF_GAIN, NO_GAIN
+from tests.ideal_runs import ideal_record
+
+NUMBERS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+
+
+def _plan(record=None, *, numbers=NUMBERS, fitted=None, **options):
+    record = ideal_record() if record is None else record
+    return make_plan(record, devices(record, **(fitted or {})), numbers=numbers, **options)
+
+
+def test_the_knee_and_the_end_of_gains_are_what_they_say():
+    """Twice the devices save 30 % up to the knee and less beyond; above the ceiling they save less than 5 %."""
+    plan = _plan()
+    assert 1 <= plan.knee < plan.ceiling < 4096
+    for number, bound, above in ((plan.knee, HALF_GAIN, False), (plan.ceiling, NO_GAIN, False)):
+        up_to, beyond = (_plan(numbers=[at, 2 * at]).points for at in (number, 2 * number))
+        assert up_to[0].seconds / up_to[1].seconds >= bound * 0.999
+        assert (beyond[0].seconds / beyond[1].seconds >= bound) == above
+
+
+def test_a_ceiling_above_all_that_was_asked_for_is_none():
+    """Up to four devices, each doubling pays."""
+    assert _plan(numbers=[1, 2, 4]).ceiling is None
+
+
+def test_a_target_beyond_the_run_widens_the_interval_and_is_warned_of():
+    """By the error of the fit, beside the noise scale's."""
+    lowest = _plan().lowest
+    within, beyond = _plan(target=lowest), _plan(target=0.7 * lowest)
+    assert within.samples_of_run is not None
+    assert beyond.samples_of_run is None
+    assert beyond.points[0].seconds > within.points[0].seconds
+    assert not any("beyond the run" in text for text in within.warnings)
+    assert any("beyond the run" in text for text in beyond.warnings)
+
+
+def test_money_is_the_price_of_all_devices():
+    """Proportional to it, and none without it."""
+    plan = _plan(price_per_device_hour=3.6)
+    for point in plan.points:
+        assert point.cost == pytest.approx(point.device_s / 1000)
+        assert point.device_s == pytest.approx(point.seconds * point.num_devices)
+    assert _plan().points[0].cost is None
+
+
+def test_compute_by_both_methods_and_energy_are_those_of_the_ledger():
+    """FLOPs per sample, the peak, and watts are the run's."""
+    plan = _plan()
+    (point, *_) = plan.points
+    assert point.compute.by_count == pytest.approx(5e7 * point.samples)
+    assert point.compute.by_time == pytest.approx(1e12 * 0.33 * point.device_s)
+    assert point.energy_j == pytest.approx(200 * point.device_s)
+    assert plan.compute_of_run.disagreement > 1
+
+
+def test_what_the_run_did_not_measure_is_not_planned():
+    """No ledger, no peak: no compute and no energy, and the plan stands all the same."""
+
+    def bare(rows, _evals):
+        for row in rows:
+            for name in [key for key in row if key.startswith("ledger/")]:
+                del row[name]
+
+    plan = _plan(ideal_record(edit=bare, summary={}))
+    assert plan.device == "replica"
+    assert plan.points[0].compute.by_count is plan.points[0].compute.by_time is plan.points[0].energy_j is None
+
+
+def test_a_run_of_one_batch_is_warned_of():
+    """How a step's time splits is then assumed; so is the all-reduce of a run on one device."""
+    texts = " ".join(_plan(ideal_record(batches=(32,), world_size=1)).warnings)
+    assert "had one batch" in texts
+    assert "run on one device" in texts
+    assert _plan().warnings == ()
+
+
+def test_sizes_for_a_budget_come_by_both_laws():
+    """And none without a budget."""
+    sizes = _plan(flops_budget=1e21).optimal_sizes
+    assert {size.law for size in sizes} == {"Besiroglu 2024", "Hoffmann 2022"}
+    assert all(6 * size.num_parameters * size.num_tokens == pytest.approx(1e21) for size in sizes)
+    assert _plan().optimal_sizes == ()
+
+
+@pytest.mark.parametrize("numbers", [[], [0], [4, -1]])
+def test_no_devices_are_refused(numbers):
+    """With the numbers."""
+    with pytest.raises(ConfigError, match="at least 1"):
+        _plan(numbers=numbers)
+
+
+def test_a_target_that_is_no_number_is_refused():
+    """With it."""
+    with pytest.raises(ConfigError, match="nan"):
+        _plan(target=math.nan)

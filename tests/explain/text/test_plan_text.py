@@ -1,0 +1,117 @@
+"""The sentences of a plan, on plans whose numbers are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dptrain.explain.model.compute import Compute
+from dptrain.explain.model.devices import devices
+from dptrain.explain.model.plan import make_plan
+from dptrain.explain.text import plan_text as words
+from tests.ideal_runs import ideal_record
+
+
+@pytest.fixture(scope="module")
+def plan():
+    record = ideal_record()
+    return make_plan(record, devices(record), numbers=[1, 2, 8, 64], price_per_device_hour=100.0)
+
+
+def _at(plan, **seconds):
+    """The plan with made-up times and costs at some of its points."""
+    points = tuple(
+        replace(point, seconds=seconds[f"on_{point.num_devices}"], cost=float(point.num_devices))
+        if f"on_{point.num_devices}" in seconds
+        else point
+        for point in plan.points
+    )
+    return replace(plan, points=points)
+
+
+def test_the_headline_tells_two_points_and_the_end(plan):
+    """The run's own number of devices and the knee, each with time and money."""
+    told = replace(_at(plan, on_2=3.1 * 3600, on_8=0.61 * 3600), knee=8, ceiling=90)
+    assert words.headline(told) == "on 2 GPUs 3.1 h and 2 $; on 8 GPUs 0.61 h and 8 $; beyond 90 GPUs nothing is gained"
+
+
+def test_a_run_at_its_knee_tells_one_point(plan):
+    """And without an end in sight, that the time still falls."""
+    told = replace(_at(plan, on_2=100.0), knee=2, ceiling=None)
+    assert words.headline(told) == "on 2 GPUs 100 s and 2 $; the time still falls at 64 GPUs"
+    assert words.traded(told, "samples", lambda point: point.samples) == "2 GPUs are at the knee"
+
+
+def test_what_more_devices_buy(plan):
+    """How much faster, and for how much more of what."""
+    told = replace(_at(plan, on_2=100.0, on_8=50.0), knee=8)
+    assert words.traded(told, "money", lambda point: point.cost) == "2 to 8 GPUs: 2 times as fast for 4 times the money"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.512, "0.51 s"),
+        (45, "45 s"),
+        (119, "120 s"),
+        (150, "2.5 min"),
+        (1800, "0.5 h"),
+        (11_111, "3.1 h"),
+        (3e5, "3.5 days"),
+    ],
+)
+def test_times_are_written_with_two_digits(seconds, text):
+    """In the unit that suits them."""
+    assert words.about(seconds) == text
+
+
+def test_the_doubt_names_interval_and_history(plan):
+    """Both ranges of the run's own number of devices, and where the factor of six is from."""
+    own = replace(plan.points[1], seconds_range=(3600.0, 7200.0), seconds_history=(1800.0, 36_000.0))
+    text = words.doubt(replace(plan, points=(plan.points[0], own, *plan.points[2:])))
+    assert text.startswith("On 2 GPUs: 1 h to 2 h by the noise scale's interval and the fits; 0.5 h to 10 h were")
+    assert "factor of six" in text
+
+
+def test_the_goal_says_where_it_lies(plan):
+    """Within the run or beyond it."""
+    assert "which the run reached after" in words.goal(plan)
+    assert words.goal(replace(plan, samples_of_run=None, target=0.5)).startswith(
+        "To a held-out loss of 0.5, beyond the run, which came to"
+    )
+
+
+@pytest.mark.parametrize(
+    ("by_count", "by_time", "said"),
+    [
+        (
+            8.64e19,
+            17.28e19,
+            "1 petaflop/s-days by counting and 2 by the time of devices at 33% of their peak, 2 times apart",
+        ),
+        (8.64e19, None, "1 petaflop/s-days by counting; the peak"),
+        (None, 8.64e19, "did not count"),
+        (None, None, "not known"),
+    ],
+)
+def test_compute_is_told_by_what_is_known(plan, by_count, by_time, said):
+    """Both methods and their disagreement, or which of them is missing and why."""
+    assert said in words.compute(replace(plan, compute_of_run=Compute(by_count=by_count, by_time=by_time)))
+
+
+def test_no_sentence_speaks_of_an_optimal_batch(plan):
+    """But to deny it."""
+    told = " ".join(
+        [words.headline(plan), words.goal(plan), words.doubt(plan), words.trade_off(plan), words.step_times(plan)]
+    )
+    assert "optim" not in told
+    assert words.NO_OPTIMUM.startswith("The noise scale is no optimal batch")
+    assert "takes twice both" in words.trade_off(plan)
+
+
+def test_without_a_price_time_of_devices_stands_for_it(plan):
+    """In hours."""
+    point = replace(plan.points[0], cost=None, device_s=7200.0)
+    assert words.price(plan, point) == "2 GPU-hours"
+    assert words.energy(1.8e7) == "5 kWh"

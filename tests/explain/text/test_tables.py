@@ -1,0 +1,66 @@
+"""The tables of the report: nothing that moved the batch is missing, and advice is told from what was done."""
+
+from __future__ import annotations
+
+from dptrain.explain.record import read_run
+from dptrain.explain.text import tables
+from tests.explain.made_runs import write_run
+
+
+def run(folder, **how):
+    return read_run(write_run(folder, **how))
+
+
+def test_every_decision_has_its_reason(tmp_path):
+    """Step, samples, both batches, the factor on the rate, and the sentence."""
+    table = tables.decisions([run(tmp_path)])
+    assert len(table.rows) == 4
+    assert table.rows[0] == [
+        *("61", "960", "16 → 32", "× 1.41", "the noise scale is above what the batch is right for")
+    ]
+
+
+def test_advice_is_marked(tmp_path):
+    """A row that was not acted on says so itself, not by its colour."""
+    table = tables.decisions([run(tmp_path, applied=False)])
+    assert all(row[-1].startswith("(advice, not applied) ") for row in table.rows)
+    assert "not acted on" in table.about
+
+
+def test_a_run_without_a_move_says_so(tmp_path):
+    """No empty table."""
+    table = tables.decisions([run(tmp_path, batches=(32,))])
+    assert (table.rows, table.about) == ([], "No decision moved the batch.")
+
+
+def test_of_very_many_decisions_the_first_are_shown_and_the_rest_counted(tmp_path):
+    """A page stays a page."""
+    table = tables.decisions([run(tmp_path, num_steps=1000, batches=(16, 32) * 500)])
+    assert len(table.rows) == 400
+    assert "The last 599 are in decisions.jsonl alone." in table.about
+
+
+def test_settings_are_named_as_the_command_line_names_them(tmp_path):
+    """Known ones that matter; the layout of the batch beside them."""
+    table = tables.settings(run(tmp_path, control={"law": "noise"}))
+    assert [row for row in table.rows if row[0][:7] != "noise.l"][:2] == [
+        ["task", "pysource"],
+        ["control.law", "noise"],
+    ]
+    assert "Global batch = micro-batch 8 × accumulation steps 1–8 × 2 replicas." in table.about
+
+
+def test_runs_stand_side_by_side_with_what_differs(tmp_path):
+    """A column for each run; a setting is a row where two runs differ in it, and none where they agree."""
+    both = [
+        run(tmp_path / "a", seed=1, control={"law": "noise"}),
+        run(tmp_path / "b", seed=2, control={"law": "noise"}),
+    ]
+    table = tables.comparison(both)
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert table.head == ["", "A a", "B b"]
+    assert rows["seed"] == ["1", "2"]
+    assert "control.law" not in rows
+    assert rows["Samples to the target"][0] == rows["Samples to the target"][1]
+    assert "Compute" in rows
+    assert all(len(row) == 3 for row in table.rows)

@@ -1,0 +1,55 @@
+"""The watchdog: it barks where no beat comes, and not before; it is gone when the run is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def run(body, **environment):
+    program = f"import time\nfrom dptrain.runtime.watchdog import Watchdog\n{body}"
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment or None,
+    )
+
+
+def test_who_beats_lives():
+    """Many times the patience pass, and each beat comes in time."""
+    ended = run("""
+with Watchdog(world_size=2, patience_s=1.0) as watchdog:
+    for _ in range(30):
+        watchdog.beat()
+        time.sleep(0.1)
+""")
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_it_begins_with_the_first_beat():
+    """What comes before the first step, such as a compilation, may take its time; and so may what comes afterwards."""
+    ended = run("""
+with Watchdog(world_size=2, patience_s=0.3) as watchdog:
+    time.sleep(1)
+    watchdog.beat()
+time.sleep(1)
+""")
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_the_environment_sets_the_patience():
+    """It is that of the collectives, which are set in the same place."""
+    ended = run(
+        """
+with Watchdog(world_size=2) as watchdog:
+    watchdog.beat()
+    time.sleep(20)
+""",
+        DPTRAIN_COLLECTIVE_TIMEOUT_S="0.5",
+    )
+    assert ended.returncode == 1
+    assert "time.sleep" not in ended.stderr
+    assert 'File "<string>", line 6' in ended.stderr

@@ -1,0 +1,80 @@
+"""Secrets stay out of what is kept and told, and text from outside steers no terminal."""
+
+from __future__ import annotations
+
+import pytest
+
+from dptrain.errors import ConfigError
+from dptrain.tracking.redact import printable, refuse_secrets, spelled_out, without_secrets
+from dptrain.train import LogConfig, TrainConfig
+
+CANARY = "canary0123456789canary0123456789canary01"
+
+
+def test_secrets_are_blanked_and_nothing_else_is(monkeypatch):
+    """Secret fields, values of secret variables and logins, wherever they stand; all the rest is unchanged."""
+    monkeypatch.setenv("SOME_TOKEN", CANARY)
+    monkeypatch.setenv("LONGER_TOKEN", f"{CANARY}-and-more")
+    monkeypatch.setenv("SORT_KEY", "name")  # a word, too short for a secret
+    plain = {
+        "tokens_seen": 5,
+        "pad_token": "<pad>",
+        "key": "name",
+        "api_key": None,
+        "path": "run/1",
+        "url": "https://host/a:b@c",
+        "n": {"a": [1, 2.5, True]},
+    }
+    secret = {"x": {"api_key": "abc", "list": [f"a {CANARY} b", f"{CANARY}-and-more"]}, "password": "p"}
+    assert without_secrets({**plain, **secret, "from": "http://me:pw@host/x"}) == {
+        **plain,
+        "x": {"api_key": "[secret]", "list": ["a [secret] b", "[secret]"]},
+        "password": "[secret]",
+        "from": "http://[secret]@host/x",
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        (TrainConfig(task_options={"api_key": "abc"}), "task_options.api_key looks like a secret"),
+        (TrainConfig(task_options={"a": {"hf_token": 12345}}), "task_options.a.hf_token looks like a secret"),
+        (
+            TrainConfig(task_options={"a": [f"x{CANARY}"]}),
+            "task_options.a holds the value of the environment variable T",
+        ),
+        (TrainConfig(run_dir=f"runs/{CANARY}"), "run_dir holds the value of the environment variable MY_TOKEN"),
+        (TrainConfig(log=LogConfig(project=CANARY)), "log.project holds the value"),
+        (
+            TrainConfig(task_options={"url": "https://me:hunter2@host/x"}),
+            "task_options.url holds an address with a login",
+        ),
+    ],
+)
+def test_settings_with_a_secret_are_refused(monkeypatch, config, part):
+    """With the name of the setting and what to do instead, and never with the secret."""
+    monkeypatch.setenv("MY_TOKEN", CANARY)
+    with pytest.raises(ConfigError) as caught:
+        refuse_secrets(config)
+    assert part.replace("variable T", "variable MY_TOKEN") in str(caught.value)
+    assert "read it from the environment" in str(caught.value)
+    assert not any(secret in str(caught.value) for secret in (CANARY, "hunter2", "abc", "12345"))
+
+
+def test_settings_without_a_secret_pass(monkeypatch):
+    """A switch named after a secret, an empty one, and ordinary settings are none."""
+    monkeypatch.setenv("SORT_KEY", "digits")
+    options = {"use_password": True, "api_key": "", "access_token": None, "pad_token": "<pad>", "url": "https://host/x"}
+    refuse_secrets(TrainConfig(task="digits", task_options=options))
+
+
+@pytest.mark.parametrize("hostile", ["\x1b[2J", "a\nb", "a\rb", "\u202eabc", "\x07", "\x9b2J", "\ud800"])
+def test_what_steers_a_terminal_is_spelled_out(hostile):
+    """Escapes, line ends, a turned direction of writing; letters and spaces of any script stay as they are."""
+    assert spelled_out(f"ä 本\u00a0{hostile}") == f"ä 本\u00a0{repr(hostile)[1:-1]}"
+
+
+def test_a_sentence_to_be_told_has_neither(monkeypatch):
+    """One line, without secrets."""
+    monkeypatch.setenv("MY_TOKEN", CANARY)
+    assert printable(f"401 for {CANARY}\n\x1b[31m") == "401 for [secret]\\n\\x1b[31m"

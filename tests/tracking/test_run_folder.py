@@ -1,0 +1,167 @@
+"""The run folder: who may have it, and that its settings come back as they were."""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from dptrain.cli.settings import parse
+from dptrain.errors import ConfigError
+from dptrain.tracking.run_folder import (
+    RunFolder,
+    check_same_settings,
+    default_run_dir,
+    holds_run,
+    newest_step,
+    write_config,
+)
+from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, NoiseConfig, OptimizerConfig, TrainConfig
+
+
+def begin_run(path):
+    folder = RunFolder(path, resume=False)
+    write_config(folder.config, TrainConfig())
+    folder.close()
+
+
+def test_a_new_folder_is_made_with_its_parents(tmp_path):
+    """Nothing but the lock is in it, and who has it; nobody else may look into it."""
+    folder = RunFolder(tmp_path / "a" / "b", resume=False)
+    assert {path.name for path in folder.path.iterdir()} == {".lock", ".holder"}
+    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+    folder.close()
+    assert {path.name for path in folder.path.iterdir()} <= {".lock"}
+
+
+def test_an_empty_folder_may_be_used(tmp_path):
+    """A folder that a scheduler made, or that a run left before it began, is no obstacle."""
+    RunFolder(tmp_path, resume=False).close()
+    RunFolder(tmp_path, resume=False).close()
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")], "nothing but who had the lock"
+
+
+def test_a_run_is_not_begun_on_top_of_another(tmp_path):
+    """It says how to go on with the old one."""
+    begin_run(tmp_path)
+    with pytest.raises(ConfigError, match="holds a run already: add --resume"):
+        RunFolder(tmp_path, resume=False)
+    RunFolder(tmp_path, resume=True).close()
+
+
+def test_what_is_not_there_is_not_resumed(tmp_path):
+    """A misspelt folder does not become a new run."""
+    with pytest.raises(ConfigError, match="there is no run to resume"):
+        RunFolder(tmp_path / "misspelt", resume=True)
+    assert not (tmp_path / "misspelt").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/dptrain"])
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, place):
+    """In a sentence that names it."""
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=str(tmp_path / place)):
+        RunFolder(tmp_path / place, resume=False)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "n" * 300])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_name_that_no_folder_can_have_is_refused(tmp_path, name, resume):
+    """In a sentence too; whether there is a checkpoint in it can be asked all the same."""
+    with pytest.raises(ConfigError, match="cannot be") as caught:
+        RunFolder(tmp_path / name, resume=resume)
+    assert "\0" not in str(caught.value)
+    assert newest_step(tmp_path / name) == 0
+
+
+def test_a_run_and_its_newest_checkpoint_are_found_by_name(tmp_path):
+    """What is being written, or was set aside, is no checkpoint; a run without a checkpoint is a run."""
+    assert (holds_run(tmp_path), newest_step(tmp_path)) == (False, 0)
+    begin_run(tmp_path)
+    assert (holds_run(tmp_path), newest_step(tmp_path)) == (True, 0)
+    for name in ("step-000000000007", "step-000000000012", ".tmp-step-000000000020", ".bad-000000000030-aa", "step-9"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest_step(tmp_path) == 12
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    """While one has it, another is refused; afterwards it is free."""
+    begin_run(tmp_path)
+    other = FileLock(tmp_path / ".lock")
+    with other, pytest.raises(ConfigError, match="in use by another process"):  # which has not signed
+        RunFolder(tmp_path, resume=True)
+    folder = RunFolder(tmp_path, resume=True)
+    folder.close()
+    with other.acquire(timeout=0):
+        pass
+
+
+EVERYTHING_ELSE = TrainConfig(
+    task="some/file.py:function",
+    task_options={"width": 3, "names": ["a", "ä"], "nested": {"x": None}},
+    run_dir="runs/ö: x",
+    branch_from="runs/other/checkpoints/step-000000000007",
+    seed=7,
+    max_samples=12,
+    max_steps=3,
+    global_batch_size=4,
+    micro_batch_size=2,
+    layout_replicas=2,
+    replica_check_every_steps=7,
+    device="cpu",
+    precision="bf16",
+    num_workers=1,
+    control=ControlConfig(mode="advise", law="schedule", schedule="0:4 8:2", z=0.1, dead_band=1.5, powers_of_two=False),
+    noise=NoiseConfig(observer="hook", half_life_samples=1e9, level=0.5),
+    optimizer=OptimizerConfig(name="sgd", learning_rate=1e-5, max_grad_norm=None, schedule="linear"),
+    checkpoint=CheckpointConfig(every_samples=3, keep=1),
+    log=LogConfig(tracker="none", project="no"),
+)
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), EVERYTHING_ELSE])
+def test_settings_come_back_through_the_command_line(tmp_path, config):
+    """A run's config.yaml is a --config."""
+    path = tmp_path / "config.yaml"
+    write_config(path, config)
+    assert parse(["--config", str(path)])[0] == config
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_no_setting_is_left_out_of_the_example():
+    """The example above differs from the defaults in every group, so that the round trip means something."""
+    default, other = asdict(TrainConfig()), asdict(EVERYTHING_ELSE)
+    assert all(default[name] != other[name] for name in default)
+
+
+def test_a_run_is_resumed_with_its_own_settings_only():
+    """Each setting that would make it another run is named with both values."""
+    saved = asdict(TrainConfig(seed=3, task_options={"width": 4}))
+    check_same_settings(TrainConfig(seed=3, task_options={"width": 4}), saved=saved)
+    changed = TrainConfig(seed=4, task_options={"width": 5}, optimizer=OptimizerConfig(beta1=0.5))
+    with pytest.raises(ConfigError) as caught:
+        check_same_settings(changed, saved=saved)
+    for text in ("seed was 3 and is 4", "task_options.width was 4 and is 5", "optimizer.beta1 was 0.9 and is 0.5"):
+        assert text in str(caught.value)
+
+
+def test_what_is_only_told_may_change_on_the_way():
+    """Log, checkpoints, workers and the folder's place do not make another run."""
+    config = TrainConfig()
+    other = replace(
+        config,
+        run_dir="elsewhere",
+        num_workers=2,
+        log=LogConfig(tracker="none", every_steps=5),
+        checkpoint=CheckpointConfig(every_samples=5, keep=1),
+    )
+    check_same_settings(other, saved=asdict(config))
+
+
+def test_the_default_folder_is_named_after_task_and_time():
+    """Of a task file, after the file."""
+    assert default_run_dir("digits").startswith(str(Path("runs") / "digits-"))
+    assert default_run_dir("some/where/mine.py:build").startswith(str(Path("runs") / "mine-"))

@@ -1,0 +1,121 @@
+"""The log of rank 0: where a file does not take what it is told, training goes on and the summary counts it."""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import replace
+
+import pytest
+from filelock import FileLock
+
+from dptrain.config.filled_in import filled_in
+from dptrain.errors import ConfigError
+from dptrain.tasks import Suggestion
+from dptrain.tracking import run_log
+from dptrain.tracking.jsonl import JsonlLog, read_rows
+from dptrain.tracking.run_folder import RunFolder
+from dptrain.tracking.run_log import WritingLog
+from dptrain.train import LogConfig, TrainConfig
+
+SUGGESTION = Suggestion(
+    learning_rate=0.01, global_batch_size=16, micro_batch_size=4, max_samples=10_000, eval_every_samples=1_000
+)
+CONFIG = filled_in(TrainConfig(log=LogConfig(tracker="none", print_every_steps=1000)), SUGGESTION, world_size=1)
+
+
+@pytest.fixture
+def said(capsys):
+    """Return what was printed, by line."""
+
+    def lines():
+        return capsys.readouterr().out.splitlines()
+
+    return lines
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Let every write to a log fail while `disk["full"]`."""
+    state = {"full": False}
+    write = run_log.JsonlLog._flush
+
+    def flush(log):
+        if state["full"] and log._pending:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(log)
+
+    monkeypatch.setattr(JsonlLog, "_flush", flush)
+    return state
+
+
+def open_log(path, *, config=CONFIG, resume=False):
+    return WritingLog(RunFolder(path, resume=resume), config=config, up_to_step=0, title="t")
+
+
+def row(step):
+    return {"kind": "train", "step": step, "progress/samples": 16 * step}
+
+
+def test_rows_and_summary_are_written(tmp_path):
+    """What was told is in the files, and the folder is free again."""
+    log = open_log(tmp_path)
+    log.train(row(1))
+    log.evaluation({**row(1), "kind": "eval"})
+    log.decision({"step": 1, "batch/before": 16, "batch/after": 32, "reason": "\x1b"})
+    log.finish({"steps": 1, "task": "ä\x9b"})
+    log.close()
+    log.close()
+    assert [found["kind"] for found in read_rows(tmp_path / "metrics.jsonl")] == ["train", "eval"]
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"steps": 1, "task": "ä\x9b", "log_failures": 0}
+    assert (tmp_path / "summary.json").read_bytes().isascii()
+    with FileLock(tmp_path / ".lock").acquire(timeout=0):
+        pass
+
+
+def test_a_full_disk_delays_rows_and_is_told_once(tmp_path, said, disk):
+    """No row is lost, none is written twice, and training hears of nothing."""
+    log = open_log(tmp_path)
+    log.train(row(1))
+    disk["full"] = True
+    for step in (2, 3, 4):
+        log.train(row(step))
+    log.decision({"step": 4, "batch/before": 16, "batch/after": 32, "reason": "r"})
+    disk["full"] = False
+    log.train(row(5))
+    log.finish({"steps": 5})
+    log.close()
+    assert [found["step"] for found in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [found["step"] for found in read_rows(tmp_path / "decisions.jsonl")] == [4]
+    assert json.loads((tmp_path / "summary.json").read_text())["log_failures"] == 4
+    (note,) = [line for line in said() if "cannot write" in line]
+    assert "metrics.jsonl: No space left on device; training goes on" in note
+
+
+def test_rows_that_never_found_room_are_said_to_be_lost(tmp_path, said, disk):
+    """The end of a run on a full disk is the end of a run."""
+    log = open_log(tmp_path)
+    disk["full"] = True
+    log.train(row(1))
+    log.close()
+    assert [line for line in said() if "the last rows of" in line and "are lost: No space left" in line]
+
+
+def test_a_folder_that_takes_no_settings_is_refused(tmp_path, monkeypatch):
+    """A disk that is full from the start is a sentence, and the folder is free again."""
+
+    def write_config(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_log, "write_config", write_config)
+    with pytest.raises(ConfigError, match=r"cannot write to run folder .*: No space left on device"):
+        open_log(tmp_path)
+    with FileLock(tmp_path / ".lock").acquire(timeout=0):
+        pass
+
+
+def test_settings_with_a_secret_are_not_written(tmp_path):
+    """Whoever starts a run from Python is asked for the same care as on the command line."""
+    with pytest.raises(ConfigError, match=r"task_options.password looks like a secret"):
+        open_log(tmp_path, config=replace(CONFIG, task_options={"password": "hunter2"}))
+    assert not any("hunter2" in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
