@@ -12,26 +12,26 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dptrain"
 
-BOTTOM = {"errors", "version"}
+BOTTOM = {"errors", "version", "ranges"}
 PURE_FLOOR = BOTTOM | {"batch", "noise"}
-MODELS = {"models", "data", "errors"}
 MIDDLE = PURE_FLOOR | {"control", "observe", "exchange", "data", "models", "tasks"}
 SERVICES = {"config", "checkpoint", "tracking", "cost", "runtime"}
 
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
-    "batch": {"errors"},
-    "noise": {"batch", "errors"},
-    "data": {"batch", "errors"},
-    "control": {"noise", "batch", "errors"},
-    "observe": {"noise", "batch", "errors"},
-    "exchange": {"observe", "noise", "batch", "errors"},
-    "models": {"errors"},
-    "tasks": MODELS,
+    "ranges": set(),
+    "batch": BOTTOM,
+    "noise": BOTTOM | {"batch"},
+    "data": BOTTOM | {"batch"},
+    "control": PURE_FLOOR,
+    "observe": PURE_FLOOR,
+    "exchange": PURE_FLOOR | {"observe"},
+    "models": BOTTOM,
+    "tasks": BOTTOM | {"batch", "models", "data"},
     # The services stand on each other in this order, from the settings up.
-    "config": MIDDLE,
-    "checkpoint": MIDDLE | {"config"},
+    "checkpoint": MIDDLE,
+    "config": MIDDLE | {"checkpoint"},
     "tracking": MIDDLE | {"config", "checkpoint"},
     "cost": MIDDLE | {"config", "checkpoint", "tracking"},
     "runtime": MIDDLE | SERVICES - {"runtime"},

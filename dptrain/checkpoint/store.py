@@ -16,13 +16,13 @@ import tempfile
 import threading
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 
 from dptrain.checkpoint.manifest import (
     MANIFEST,
@@ -30,25 +30,19 @@ from dptrain.checkpoint.manifest import (
     STATE,
     FileDigest,
     check_header,
-    decode_manifest,
-    decode_state,
     encode_manifest,
     encode_state,
-    quoted,
 )
+from dptrain.checkpoint.opened import Checkpoint, committed, fingerprint, open_checkpoint, verdict, verdicts
 from dptrain.checkpoint.verified_files import (
-    check_file,
     check_limit,
     digest_of,
-    manifest_bytes,
-    opened_folder,
-    verified_bytes,
 )
 from dptrain.errors import CheckpointError, ConfigError
 from dptrain.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -65,61 +59,8 @@ _DTYPES = frozenset(
     | {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
 )
 
-# What its reader, or ours of its header, says of other bytes.
-_NOT_SAFETENSORS = (SafetensorError, CheckpointError, AssertionError, KeyError, RuntimeError, TypeError, ValueError)
-
 # A second save of this process waits for the first, so that no save takes the other's folder for a leftover.
 _one_writer = threading.Lock()
-# What this process found of each checkpoint, with the file times at which it found it: retention asks after every
-# save, and must not hash gigabytes each time. Loading never relies on it.
-_verdicts: dict[Path, tuple[_Fingerprint, str | None]] = {}
-_Fingerprint: TypeAlias = tuple[tuple[str, int, int, int, int], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A checkpoint of which every byte was verified when it was opened.
-
-    Attributes:
-        path: its folder.
-        step: optimizer steps done when it was written.
-        state: what was given as `state`, floats equal bit for bit, tuples as tuples.
-        passed_over: newer checkpoints that could not be trusted, newest first, each with the reason.
-    """
-
-    path: Path
-    step: int
-    state: dict[str, JSON]
-    passed_over: tuple[tuple[Path, str], ...] = ()
-    _seals: Mapping[str, FileDigest] = field(repr=False)
-
-    @property
-    def steps_lost(self) -> int:
-        """Optimizer steps between this checkpoint and the newest that was passed over, going by its folder's name."""
-        return max([_step_of(path) for path, _ in self.passed_over], default=self.step) - self.step
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors saved under `name`, on the CPU.
-
-        The file is read again and hashed again, so that the bytes parsed are the bytes verified even where somebody
-        changed the file since. It costs about a second per GB once per restart, and twice the file's size in memory.
-
-        Raises:
-            CheckpointError: where there is no such file, or it is no longer what the manifest says.
-        """
-        file_name = f"{name}.safetensors"
-        if file_name not in self._seals:
-            raise CheckpointError(f"checkpoint {self.path} holds no {file_name}: it holds {', '.join(self._seals)}")
-        try:
-            with opened_folder(self.path) as folder:
-                content = verified_bytes(folder, file_name, self._seals[file_name])
-        except (CheckpointError, OSError) as error:
-            raise CheckpointError(f"checkpoint {self.path} has changed since it was verified: {error}") from error
-        try:
-            check_header(content, size_bytes=len(content))
-            return dict(load(content))
-        except _NOT_SAFETENSORS as error:
-            raise CheckpointError(f"checkpoint {self.path}: {file_name} is not safetensors: {error!r}") from error
 
 
 def save_checkpoint(
@@ -167,7 +108,7 @@ def save_checkpoint(
             with suppress(OSError):
                 # A writer that died before it could prune left one too many; this save is to need room for one only.
                 _prune(folder, step=step, keep=keep)
-            if not os.path.lexists(final) or _verdict(final) is not None:
+            if not os.path.lexists(final) or verdict(final) is not None:
                 _commit(final, step=step, tensors=tensors, encoded_state=encoded)
             else:
                 _fsync_folder(folder)  # its writer may have died between rename and fsync
@@ -179,7 +120,7 @@ def save_checkpoint(
                 f"folder writable"
             ) from error
         try:
-            _verdicts[final] = (_fingerprint(final), None)
+            verdicts[final] = (fingerprint(final), None)
             _prune(folder, step=step, keep=keep)
         except OSError as error:
             warnings.warn(
@@ -219,13 +160,13 @@ def load_newest(folder: Path, *, allow_fresh: bool = False) -> Checkpoint | None
             folder cannot be read. A run must not start afresh silently then.
     """
     try:
-        candidates = _committed(folder)
+        candidates = committed(folder)
     except OSError as error:
         raise CheckpointError(f"the checkpoint folder {folder} cannot be read: {error}") from error
     passed_over: list[tuple[Path, str]] = []
     for _, path in candidates:
         try:
-            return replace(_open(path), passed_over=tuple(passed_over))
+            return replace(open_checkpoint(path), passed_over=tuple(passed_over))
         except CheckpointError as error:
             passed_over.append((path, str(error)))
     if not passed_over or allow_fresh:
@@ -249,7 +190,7 @@ def set_aside(folder: Path) -> list[Path]:
         CheckpointError: where one cannot be renamed.
     """
     try:
-        return [_rename_bad(path, step=step) for step, path in _committed(folder) if _verdict(path) is not None]
+        return [_rename_bad(path, step=step) for step, path in committed(folder) if verdict(path) is not None]
     except OSError as error:
         raise CheckpointError(f"a damaged checkpoint in {folder} cannot be set aside: {error}") from error
 
@@ -261,7 +202,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: where it is not intact; the text gives the reason.
     """
     try:
-        return _open(path)
+        return open_checkpoint(path)
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path} cannot be trusted: {error}") from error
 
@@ -353,27 +294,15 @@ def _free_bytes(folder: Path) -> str:
 # --- retention -------------------------------------------------------------------------------------------------------
 
 
-def _committed(folder: Path) -> list[tuple[int, Path]]:
-    """Every committed checkpoint as (step, path), newest first, intact or not."""
-    if not folder.exists():
-        return []
-    found = [(_step_of(path), path) for path in folder.iterdir() if _STEP_NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda item: item[0], reverse=True)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
 def _prune(folder: Path, *, step: int, keep: int) -> None:
     """Retire what is older than the `keep` newest intact checkpoints up to `step`; later ones are left alone."""
     kept: list[int] = []
-    for found, path in _committed(folder):
+    for found, path in committed(folder):
         if found > step:
             continue
         if len(kept) == keep:
             _retire(path)
-        elif _verdict(path) is None:
+        elif verdict(path) is None:
             kept.append(found)
     for path in list(folder.iterdir()) if len(kept) == keep else ():
         match = _BAD_NAME.fullmatch(path.name)
@@ -385,7 +314,7 @@ def _retire(path: Path) -> None:
     """Delete in two moves, so that a kill in between leaves a leftover and never half a checkpoint."""
     doomed = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
     path.rename(doomed)
-    _verdicts.pop(path, None)
+    verdicts.pop(path, None)
     _delete(doomed)
 
 
@@ -401,57 +330,3 @@ def _delete(path: Path) -> None:
         if path.is_symlink() or not path.is_dir():
             path.unlink()
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _verdict(path: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None: hashed once by each process, then known by its file times."""
-    try:
-        fingerprint = _fingerprint(path)
-    except OSError as error:
-        return str(error)
-    known = _verdicts.get(path)
-    if known is None or known[0] != fingerprint:
-        try:
-            _open(path)
-            reason = None
-        except CheckpointError as error:
-            reason = str(error)
-        _verdicts[path] = known = (fingerprint, reason)
-    return known[1]
-
-
-def _fingerprint(path: Path) -> _Fingerprint:
-    with os.scandir(path) as entries:
-        stats = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
-    return tuple(sorted((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats))
-
-
-# --- verifying -------------------------------------------------------------------------------------------------------
-# Here, too, the text of a CheckpointError is the bare reason; the public functions say which checkpoint it is about.
-
-
-def _open(path: Path) -> Checkpoint:
-    try:
-        with opened_folder(path) as folder:
-            step, seals = decode_manifest(manifest_bytes(folder))
-            _check_names(path, step=step, seals=seals, present=os.listdir(folder))  # noqa: PTH208 -- by descriptor, not by path
-            for name, seal in seals.items():
-                if name != STATE:
-                    check_file(folder, name, seal)
-            state = decode_state(verified_bytes(folder, STATE, seals[STATE]))
-    except OSError as error:
-        raise CheckpointError(f"it cannot be read ({error})") from error
-    return Checkpoint(path=path, step=step, state=state, _seals=seals)
-
-
-def _check_names(path: Path, *, step: int, seals: Mapping[str, FileDigest], present: Iterable[str]) -> None:
-    promised_by_folder = _STEP_NAME.fullmatch(path.name)
-    if promised_by_folder and int(promised_by_folder[1]) != step:
-        raise CheckpointError(f"{MANIFEST} is of step {step}, which is not the step in the folder's name")
-    found = set(present)
-    missing = {*seals, STATE} - found
-    extra = found - {*seals, MANIFEST}
-    if missing:
-        raise CheckpointError(f"{quoted(missing)} is missing")
-    if extra:
-        raise CheckpointError(f"{quoted(extra)} is not in {MANIFEST}")

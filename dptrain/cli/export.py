@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dptrain.checkpoint.manifest import MANIFEST
-from dptrain.checkpoint.store import Checkpoint, load_checkpoint, load_newest
+from dptrain.checkpoint.opened import Checkpoint
+from dptrain.checkpoint.store import load_checkpoint, load_newest
 from dptrain.errors import CheckpointError, ConfigError
 from dptrain.tracking.run_folder import checkpoints_in
 

@@ -1,7 +1,7 @@
 """OBSERVE: what each replica's own gradient was against the combined one; never changes a gradient."""
 
 from dptrain.observe.attach import attach
-from dptrain.observe.duplicate_data_check import DuplicateDataCheck
+from dptrain.observe.checks.duplicate_data_check import DuplicateDataCheck
 from dptrain.observe.estimate import NUM_SIZES, NUM_SUMS, MeterState
 from dptrain.observe.hooks.ddp import DdpCommHook
 from dptrain.observe.hooks.parameter import ParameterHook

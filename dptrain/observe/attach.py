@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dptrain.errors import ObservationError
 from dptrain.noise import Smoothing
-from dptrain.observe.duplicate_data_check import DuplicateDataCheck
+from dptrain.observe.checks.duplicate_data_check import DuplicateDataCheck
 from dptrain.observe.geometry import AdamGeometry, Geometry, GeometryName, PlainGeometry
 from dptrain.observe.groups import Groups, GroupsLike, resolve_groups
 from dptrain.observe.hooks.base import GradientHook

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from dptrain.noise import NoiseScale, Smoothing, SquaredNorms
-from dptrain.observe.duplicate_data_check import DuplicateDataCheck
+from dptrain.observe.checks.duplicate_data_check import DuplicateDataCheck
 from dptrain.observe.estimate import NUM_SIZES, Estimate, MeterState, from_record, to_record
 from dptrain.observe.geometry import Geometry, PlainGeometry
 from dptrain.observe.global_gradient import GlobalGradient

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from dptrain.checkpoint.manifest import JSON
+from dptrain.checkpoint.opened import Checkpoint
 from dptrain.checkpoint.state import pack_model, pack_optimizer, unpack_model, unpack_optimizer
-from dptrain.checkpoint.store import Checkpoint
 from dptrain.config.filled_in import given
 from dptrain.config.train_config import TrainConfig
 from dptrain.errors import CheckpointError, ConfigError

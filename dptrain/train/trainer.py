@@ -14,8 +14,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from dptrain.checkpoint.opened import Checkpoint
 from dptrain.checkpoint.state import infinite_buffers
-from dptrain.checkpoint.store import Checkpoint, load_checkpoint, load_newest, set_aside
+from dptrain.checkpoint.store import load_checkpoint, load_newest, set_aside
 from dptrain.config.built import smoothing
 from dptrain.config.filled_in import as_saved, filled_in, given, largest_micro_batch_size
 from dptrain.config.settings_file import settings_text

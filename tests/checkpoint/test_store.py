@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dptrain.checkpoint import opened as opened_folders
 from dptrain.checkpoint import store as module
 from dptrain.checkpoint.manifest import MAX_JSON_BYTES
 from dptrain.checkpoint.store import load_checkpoint, load_newest, save_checkpoint
@@ -169,10 +170,12 @@ def test_retention_hashes_a_foreign_checkpoint_once_and_its_own_never(tmp_path, 
     """What this process wrote is known good; what it found is verified one time; a changed file is looked at again."""
     for step in (1, 2):
         save(tmp_path, step)
-    module._verdicts.clear()  # as if another process had written them
+    opened_folders.verdicts.clear()  # as if another process had written them
     opened = []
-    real = module._open
-    monkeypatch.setattr(module, "_open", lambda path: (opened.append(int(path.name[5:])), real(path))[1])
+    real = opened_folders.open_checkpoint
+    monkeypatch.setattr(
+        opened_folders, "open_checkpoint", lambda path: (opened.append(int(path.name[5:])), real(path))[1]
+    )
     for step in (3, 4):
         save(tmp_path, step, keep=9)
     assert opened == [2, 1]

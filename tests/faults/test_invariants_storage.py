@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from dptrain.checkpoint import opened as opened_folders
 from dptrain.checkpoint import store as module
 from dptrain.checkpoint.manifest import MANIFEST, PLAIN_NAME, FileDigest, decode_manifest, encode_manifest
 from dptrain.checkpoint.store import load_checkpoint, load_newest, save_checkpoint
@@ -176,7 +177,7 @@ class Run(RuleBasedStateMachine):
                 self.acknowledge(save_toy(self.folder, self.step, self.state, keep=self.KEEP))
             except Killed:
                 # A new process knows nothing of what the old one had verified.
-                module._verdicts.clear()
+                opened_folders.verdicts.clear()
         self.load()
 
     @rule(point=POINTS)

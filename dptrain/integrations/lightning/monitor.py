@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from dptrain.errors import ObservationError
 from dptrain.noise import Smoothing
 from dptrain.observe import Meter, ParameterHook, Reading
-from dptrain.observe.duplicate_data_check import DuplicateDataCheck
+from dptrain.observe.checks.duplicate_data_check import DuplicateDataCheck
 from dptrain.observe.measurement_interval import MeasurementInterval
 
 

@@ -15,7 +15,7 @@ from dptrain.errors import ObservationError
 from dptrain.integrations.transformers.tokens import token_share
 from dptrain.noise import Smoothing
 from dptrain.observe import Meter, ParameterHook, Reading
-from dptrain.observe.duplicate_data_check import DuplicateDataCheck
+from dptrain.observe.checks.duplicate_data_check import DuplicateDataCheck
 from dptrain.observe.measurement_interval import MeasurementInterval
 
 

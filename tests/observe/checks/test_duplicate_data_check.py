@@ -8,7 +8,7 @@ import pytest
 from torch.nn.parallel import DistributedDataParallel
 
 import dptrain
-from dptrain.observe.duplicate_data_check import DuplicateDataCheck, is_check
+from dptrain.observe.checks.duplicate_data_check import DuplicateDataCheck, is_check
 from tests.observe.plain import make_model, mean_loss, micro_batch
 from tests.replicas import run_replicas
 

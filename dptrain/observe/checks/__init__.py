@@ -1,0 +1,1 @@
+"""What notices that a reading would be wrong."""
