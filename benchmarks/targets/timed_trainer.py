@@ -61,7 +61,7 @@ class Racer(Trainer):
     def _evaluate(self, log: Any) -> None:  # noqa: ANN401 - handed on
         before_s = time.perf_counter()
         super()._evaluate(log)
-        progress, loss = self._batch_control.progress, given(self._batch_control.progress.eval_loss)
+        progress, loss = self._run.progress, given(self._run.progress.eval_loss)
         mark = Mark(
             steps=progress.step,
             samples=progress.position,
@@ -86,8 +86,8 @@ class Racer(Trainer):
         return bool(late)
 
     def _hand_over(self) -> None:
-        """Let AdaptDL decide in the pilot's place."""
-        batch_control, config = self._batch_control, self._config
+        """Let AdaptDL decide in the run's place."""
+        run, config = self._run, self._config
         policy = AdaptdlPolicy(
             self._model,
             self._optimizer,
@@ -95,26 +95,26 @@ class Racer(Trainer):
             largest_batch=given(config.control.largest),
             largest_micro_batch=largest_micro_batch_size(config),
         )
-        lay_out, decide = batch_control.next_record, batch_control.decide
+        lay_out, decide = run.next_record, run.decide
 
-        def next_record(*, wall_s: float) -> Any:  # noqa: ANN401 - as the pilot's
+        def next_record(*, wall_s: float) -> Any:  # noqa: ANN401 - as the run's
             record = lay_out(wall_s=wall_s)
             policy.prepare(micro_batch_size=record.micro_batch_size, passes=record.micro_steps(dist.get_world_size()))
             return record
 
-        def decide_as_adaptdl(log: Any) -> None:  # noqa: ANN401 - as the pilot's
+        def decide_as_adaptdl(log: Any) -> None:  # noqa: ANN401 - as the run's
             decide(log)
             policy.learn()
-            batch, before_s = batch_control.progress.global_batch_size, time.perf_counter()
+            batch, before_s = run.progress.global_batch_size, time.perf_counter()
             if policy.is_due:
                 batch = policy.batch(batch)
                 self._paused_s += time.perf_counter() - before_s
             factor = policy.learning_rate_factor(batch)
-            now = replace(batch_control.progress, global_batch_size=batch, learning_rate_factor=factor)
-            batch_control._progress = now  # noqa: SLF001 - takes its place
+            now = replace(run.progress, global_batch_size=batch, learning_rate_factor=factor)
+            run._progress = now  # noqa: SLF001 - takes its place
 
-        batch_control.next_record = next_record  # type: ignore[method-assign]
-        batch_control.decide = decide_as_adaptdl  # type: ignore[method-assign]
+        run.next_record = next_record  # type: ignore[method-assign]
+        run.decide = decide_as_adaptdl  # type: ignore[method-assign]
 
 
 def run_race(race: Race, *, run_dir: Path) -> Finish:

@@ -41,12 +41,13 @@ def micro_batch_size(config: TrainConfig, *, global_batch_size: int) -> int:
     )
 
 
-def controller(config: TrainConfig, *, world_size: int | None = None) -> Controller:
+def controller(config: TrainConfig, *, world_size: int | None = None, quantum: int | None = None) -> Controller:
     """Build the controller of a run from filled-in settings.
 
     Args:
         config: filled in.
         world_size: replicas that there are; by default those that the run is laid out for.
+        quantum: samples that the batch is a multiple of, where the micro-batch of a loop stays what it is.
     """
     control, batch, replicas = config.control, given(config.global_batch_size), given(config.layout_replicas)
     law = _law(config, world_size=world_size or replicas)
@@ -65,7 +66,8 @@ def controller(config: TrainConfig, *, world_size: int | None = None) -> Control
         dwell_decisions=0 if given_by_hand else control.dwell_decisions,
         probe_steps=given(control.probe_steps) if control.mode == "adapt" and not given_by_hand else 0,
     )
-    return limited(law, quantum=_quantum(batch, replicas, powers_of_two=limits.powers_of_two), limits=limits)
+    quantum = quantum or _quantum(batch, replicas, powers_of_two=limits.powers_of_two)
+    return limited(law, quantum=quantum, limits=limits)
 
 
 def _quantum(batch: int, replicas: int, *, powers_of_two: bool) -> int:

@@ -3,6 +3,7 @@
 from dptrain.control.base import Controller, Decision, Measurement, State, state_to_json
 from dptrain.control.constant import Constant
 from dptrain.control.contrib.kaplan import KaplanLaw, critical_batch_tokens
+from dptrain.control.contrib.norm_tolerance import NormTestLaw
 from dptrain.control.contrib.pollux import PolluxLaw
 from dptrain.control.contrib.seesaw import SeesawLaw, StaircaseSchedule
 from dptrain.control.goodput import FastestLaw, GoodputLaw
@@ -17,7 +18,6 @@ from dptrain.control.learning_rate import (
 from dptrain.control.limit import BatchSizeGrid, Bounds, DeadBand, MaxChange, Rounding, ShrinkBand
 from dptrain.control.limits import Limits, limited
 from dptrain.control.noise_law import ExchangeRateLaw, NoiseLaw
-from dptrain.control.norm_tolerance import NormTestLaw
 from dptrain.control.patience import DwellState, DwellTime, Probe, ProbeState
 from dptrain.control.ramp import Ramp
 from dptrain.control.schedule import Schedule

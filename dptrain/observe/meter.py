@@ -238,6 +238,11 @@ class Meter(Joinable):
     # What it is
 
     @property
+    def num_replicas(self) -> int:
+        """Replicas over which gradients are averaged."""
+        return self._world_size
+
+    @property
     def measuring(self) -> bool:
         """Whether the step under way is measured, known from its beginning on: else nothing need be done for it."""
         return self._measuring

@@ -1,273 +1,50 @@
-"""What a run has learned and decided: outcomes of steps in, the next step's batch and rate out; touches no model."""
+"""The batch of a run: asks the adapter after each step, follows decisions on record, and logs what changed."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from dptrain.checkpoint.manifest import JSON
-from dptrain.config.built import betas, controller, learning_rate_schedule, micro_batch_size
-from dptrain.config.filled_in import given, largest_micro_batch_size
+from dptrain.config.built import controller
+from dptrain.config.filled_in import given
 from dptrain.config.train_config import TrainConfig
-from dptrain.control import RULES, Measurement, State, state_to_json
-from dptrain.cost.ledger import Ledger
-from dptrain.data import SampleStream, slots
-from dptrain.errors import CheckpointError, DivergedError
+from dptrain.control import RULES, Measurement
+from dptrain.control.adapter import Adapter
 from dptrain.noise import NoiseScale
-from dptrain.observe import Meter, PendingSum
-from dptrain.runtime.step_reduction import StepOutcome, StepRecord, receive
-from dptrain.runtime.step_timer import StepTimer
-from dptrain.runtime.stragglers import StragglerWatch
-from dptrain.tracking.jsonl import Value
-from dptrain.tracking.run_log import RunLog, group_columns, noise_columns
-
-_MAX_IDS = 16
-_MAX_FAILED_SAVES = 3
-_LOSS_HALF_LIFE = 0.02
-"""Of the running mean of the loss, as a part of the run; a matter of taste."""
-_TOLD_RATE_CHANGE = 1.1
-"""Ratio by which its rule has moved the learning rate, at a batch that stays, when that is told as a decision; the rate
-of each step is a column of its own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far a run is, apart from model, optimizer, meter and controller. Exactly this is in a checkpoint.
-
-    Attributes:
-        step: optimizer steps done.
-        position: samples seen.
-        global_batch_size: for the next step.
-        learning_rate_factor: of the rule, for the next step.
-        told_factor: the one that was told last, with its reason; None before the first decision.
-        steps_dropped: updates skipped for a gradient that was not finite.
-        skipped_in_row: how many of the latest steps were.
-        num_batch_changes: how often the batch changed.
-        loss_first: of the first step.
-        loss_last: of the latest step whose outcome is known.
-        eval_loss: latest held-out loss.
-        wall_s: seconds of training, earlier attempts included.
-        loss_mean: running mean of the training loss, decaying in samples.
-        advised: batch of the latest advice, where decisions are not acted upon.
-        micro_batch_limit: largest micro-batch that is known to fit, where one did not.
-    """
-
-    step: int = 0
-    position: int = 0
-    global_batch_size: int
-    learning_rate_factor: float
-    told_factor: float | None = None
-    steps_dropped: int = 0
-    skipped_in_row: int = 0
-    num_batch_changes: int = 0
-    loss_first: float | None = None
-    loss_last: float | None = None
-    eval_loss: float | None = None
-    wall_s: float = 0.0
-    loss_mean: float | None = None
-    advised: int | None = None
-    micro_batch_limit: int | None = None
+from dptrain.runtime.step_reduction import StepRecord
+from dptrain.tracking.run_log import RunLog, noise_columns
+from dptrain.train.progress import Progress
 
 
 class BatchControl:
-    """Lays out each step, reads late what it taught, and decides on the batch and the rate of a later one.
-
-    All of it happens on every rank, from numbers that are equal on all.
+    """Decides on batch and rate, acts on it or only logs it, by `control.mode`; the same on every rank.
 
     Args:
         config: filled in.
-        meter: absorbs what steps measured.
         world_size: number of replicas.
-        stream: order of the training data.
-        ledger: is told what steps used.
     """
 
-    def __init__(
-        self, config: TrainConfig, *, meter: Meter, world_size: int, stream: SampleStream, ledger: Ledger
-    ) -> None:
-        self._config = config
-        self._meter = meter
+    def __init__(self, config: TrainConfig, *, world_size: int) -> None:
+        self._mode = config.control.mode
         self._world_size = world_size
-        self._stream = stream
-        self._ledger = ledger
-        self._schedule = learning_rate_schedule(config)
-        self._rule = RULES[given(config.optimizer.rule)]
-        self._controller = controller(config, world_size=world_size)
-        self._control_state: State = self._controller.init()
-        batch = given(config.global_batch_size)
-        self._progress = Progress(
-            global_batch_size=batch, learning_rate_factor=self._learning_rate_factor(meter.read(), batch)
-        )
-        self._unread: tuple[StepRecord, PendingSum, float | None] | None = None
-        self._undecided: StepRecord | None = None
-        self._outcome: StepOutcome | None = None
-        self._stop_agreed = False
-        self._save_agreed = False
         self._on_record: Mapping[int, int] = {}
         self._record_end = 0
-        self.step_timer = StepTimer(world_size=world_size)
-        self.stragglers = StragglerWatch(world_size=world_size)
-        self._clock = (0, 0.0)  # position and seconds at the latest row, for the throughput
-
-    @property
-    def progress(self) -> Progress:
-        """How far the run is."""
-        return self._progress
-
-    @property
-    def stop_agreed(self) -> bool:
-        """Whether all replicas know that one was asked to stop."""
-        return self._stop_agreed
-
-    def take_save(self) -> bool:
-        """Return whether any replica was asked to save since the last call."""
-        save, self._save_agreed = self._save_agreed, False
-        return save
-
-    @property
-    def at_end(self) -> bool:
-        """Whether the last step was taken."""
-        return self._progress.position >= given(self._config.max_samples)
-
-    def begin_at(self, position: int) -> None:
-        """Begin where another run has come to, as a run of its own."""
-        self._progress = replace(self._progress, position=position)
-        self._clock = (position, 0.0)
-
-    def next_record(self, *, wall_s: float) -> StepRecord:
-        """Lay out the next step: the batch in force, or what is left of the run."""
-        progress, max_samples = self._progress, given(self._config.max_samples)
-        batch = min(progress.global_batch_size, max_samples - progress.position)
-        base = given(self._config.optimizer.learning_rate) * self._schedule.factor(progress.position + batch)
-        record = StepRecord(
-            step=progress.step + 1,
-            position=progress.position,
-            global_batch_size=batch,
-            micro_batch_size=micro_batch_size(self._config, global_batch_size=progress.global_batch_size),
-            learning_rate=base * progress.learning_rate_factor,
-            wall_s=wall_s,
-            betas=betas(self._config, batch=progress.global_batch_size),
+        self.adapter = Adapter(
+            controller(config, world_size=world_size),
+            rule=RULES[given(config.optimizer.rule)],
+            reference_batch_size=given(config.optimizer.reference_batch_size),
         )
-        self.step_timer.began(record)
-        return record
 
-    def sent(self, record: StepRecord, pending: PendingSum, *, flops_per_sample: float | None, wall_s: float) -> None:
-        """Note that a step was handed to the device, and that its outcome is under way."""
-        self._unread = (record, pending, flops_per_sample)
-        self._progress = replace(self._progress, step=record.step, position=record.end, wall_s=wall_s)
-
-    def paused(self, *, wall_s: float) -> None:
-        """Note that something else than training took time up to now."""
-        self.step_timer.disturbed()
-        self._ledger.pause(seconds=wall_s - self._progress.wall_s, energy_j=0.0)  # its energy is told with a step
-        self._clock = (self._progress.position, wall_s)
-
-    def evaluated(self, loss: float) -> None:
-        """Note the held-out loss."""
-        self._progress = replace(self._progress, eval_loss=loss)
-
-    def read_outcome(self, log: RunLog) -> None:
-        """Wait for the outcome of the latest step, if it was not read yet, and take it in.
-
-        One replica may do so earlier than the others, to save: what all must do together follows in `decide`.
-
-        Raises:
-            DesyncError: where replicas are not at the same step.
-        """
-        if self._unread is None:
-            return
-        (record, pending, flops_per_sample), self._unread = self._unread, None
-        outcome = receive(pending, record)
-        interval_s = self.step_timer.interval_of(record)
-        self._ledger.step(
-            seconds=self._progress.wall_s - record.wall_s if interval_s is None else interval_s,
-            num_samples=record.global_batch_size,
-            flops_per_sample=flops_per_sample,
-            energy_j=outcome.energy_j,
-        )
-        if outcome.finite and self._config.control.mode != "off":
-            self._meter.absorb(outcome.meter_sums)
-        self.step_timer.learn(record, outcome)
-        self._progress = replace(
-            self._progress,
-            steps_dropped=self._progress.steps_dropped + (not outcome.finite),
-            skipped_in_row=0 if outcome.finite else self._progress.skipped_in_row + 1,
-            loss_first=outcome.loss if self._progress.loss_first is None else self._progress.loss_first,
-            loss_last=outcome.loss,
-            loss_mean=self._loss_mean(record, outcome),
-        )
-        self._undecided = record
-        self._outcome = outcome
-        self._save_agreed = self._save_agreed or outcome.save
-        log.train(self._row(record, outcome, self._meter.read()))
-        if straggler := self.stragglers.learn(outcome, record):
-            log.note(straggler)
-        if not outcome.finite:
-            log.note(self._skipped(record, outcome))
-
-    def _heed(self, record: StepRecord, outcome: StepOutcome) -> None:
-        """Stop where that was asked for, and end the run where it cannot go on like this; on all replicas at once."""
-        self._stop_agreed = self._stop_agreed or outcome.stop
-        if self._progress.skipped_in_row >= self._config.optimizer.max_skipped_steps:
-            raise DivergedError(
-                f"{self._progress.skipped_in_row} steps in a row had to be skipped, and the run ends; "
-                f"{self._skipped(record, outcome)}: go on from the latest checkpoint with a lower "
-                f"optimizer.learning_rate, or repair the data"
-            )
-        if outcome.failed_saves >= _MAX_FAILED_SAVES:
-            raise CheckpointError(
-                f"{outcome.failed_saves} checkpoints in a row could not be written, and the run ends at step "
-                f"{record.step:,}; earlier checkpoints are untouched"
-            )
-
-    def _skipped(self, record: StepRecord, outcome: StepOutcome) -> str:
-        return f"step {record.step:,} was skipped: its gradient was not finite{self._culprit(record, outcome)}"
-
-    def _culprit(self, record: StepRecord, outcome: StepOutcome) -> str:
-        """Name the replica whose own gradient was not finite, and what it was reading."""
-        if outcome.bad_rank is None:
-            return f" on {outcome.bad_ranks} replicas" if outcome.bad_ranks else ""
-        return f" on rank {outcome.bad_rank} ({self.samples_of(record, rank=outcome.bad_rank)})"
-
-    def samples_of(self, record: StepRecord, *, rank: int) -> str:
-        """Name the samples that a replica reads in a step, the first of them at least."""
-        layout = slots(
-            position=record.position,
-            global_batch_size=record.global_batch_size,
-            micro_batch_size=record.micro_batch_size,
-            world_size=self._world_size,
-            rank=rank,
-        )
-        positions = np.concatenate([np.arange(s.position, s.position + s.num_samples) for s in layout])
-        indices = self._stream.indices(positions[:_MAX_IDS]).tolist()
-        return f"samples {', '.join(map(str, indices))}{', …' if len(positions) > _MAX_IDS else ''}"
-
-    def decide(self, log: RunLog) -> None:
-        """Ask the controller for the batch of the next step, and the rule for the rate that goes with it.
-
-        Raises:
-            DivergedError: where too many steps in a row had to be skipped.
-            CheckpointError: where too many checkpoints in a row could not be written.
-        """
-        if self._undecided is None:
-            return
-        record, self._undecided = self._undecided, None
-        if self._outcome is not None:  # else it was read by an earlier attempt
-            self._heed(record, self._outcome)
-            if self._outcome.halved:
-                self._limit_micro_batch(record, log)
-        if self._config.control.mode in ("advise", "adapt"):
-            self._ask(record, log)
+    def limit_micro_batch(self, config: TrainConfig) -> None:
+        """Decide with the micro-batch of `config` from now on."""
+        self.adapter.replace_controller(controller(config, world_size=self._world_size))
 
     def follow(self, decisions: Mapping[int, int], *, up_to: int) -> None:
         """Take the decisions that an earlier attempt put on record, in place of those that would be made now.
 
         A law that reads step times decides otherwise each time; samples would come in other batches than those that
-        were told already.
+        were logged already.
 
         Args:
             decisions: step → global batch size from there on, of those steps at which it changed.
@@ -275,154 +52,48 @@ class BatchControl:
         """
         self._on_record, self._record_end = decisions, up_to
 
-    def _ask(self, record: StepRecord, log: RunLog) -> None:
-        """Have the controller decide after a step, and act on it, or tell it only."""
-        before, scale = self._progress, self._meter.read()
-        # The step after `record` is under way already: a decision takes effect one step later.
-        measurement = Measurement(
-            samples_seen=record.end,
-            global_batch_size=before.global_batch_size,
-            noise_scale=scale,
-            step_time=self.step_timer.model,
-            loss=before.loss_mean,
+    def decide(self, record: StepRecord, progress: Progress, measurement: Measurement, log: RunLog) -> Progress:
+        """Return the progress with the batch and the rate from the next step on; log a change of the batch."""
+        if self._mode not in ("advise", "adapt"):
+            return progress
+        applied, is_on_record = self._mode == "adapt", record.step <= self._record_end
+        present = progress.global_batch_size if applied else progress.advised or progress.global_batch_size
+        adapted = self.adapter.decide(
+            measurement,
+            allowed=lambda asked: self._on_record.get(record.step, present) if applied and is_on_record else asked,
         )
-        self._control_state, decision = self._controller.update(self._control_state, measurement)
-        applied, is_on_record = self._config.control.mode == "adapt", record.step <= self._record_end
-        batch = round(decision.global_batch_size)
-        if applied and is_on_record:
-            batch = self._on_record.get(record.step, before.global_batch_size)
-        factor, told = self._learning_rate_factor(scale, batch), before.told_factor or before.learning_rate_factor
-        present = before.global_batch_size if applied else before.advised or before.global_batch_size
-        is_told, reason = batch != present, decision.reason
-        if applied:
-            if not is_told and not told / _TOLD_RATE_CHANGE < factor < told * _TOLD_RATE_CHANGE:
-                is_told, reason = True, self._rate_reason(scale, batch)
-            self._progress = replace(
-                before,
-                global_batch_size=batch,
-                learning_rate_factor=factor,
-                told_factor=factor if is_told else told,
-                num_batch_changes=before.num_batch_changes + (batch != present),
-            )
-        else:
-            self._progress = replace(before, advised=batch)
-        if is_told and not is_on_record:
+        batch = adapted.global_batch_size
+        if batch != present and not is_on_record:
             log.decision(
                 {
                     "step": record.step,
                     "progress/samples": record.end,
-                    "batch/before": before.global_batch_size,
+                    "batch/before": progress.global_batch_size,
                     "batch/after": batch,
-                    "lr_factor/before": before.learning_rate_factor if batch != before.global_batch_size else told,
-                    "lr_factor/after": factor,
+                    "lr_factor/before": progress.learning_rate_factor,
+                    "lr_factor/after": adapted.learning_rate_factor,
                     "applied": applied,
-                    "reason": reason,
-                    **noise_columns(scale),
+                    "reason": adapted.reason,
+                    **noise_columns(measurement.noise_scale),
                 }
             )
+        if not applied:
+            return replace(progress, advised=batch)
+        return replace(
+            progress,
+            global_batch_size=batch,
+            learning_rate_factor=adapted.learning_rate_factor,
+            num_batch_changes=progress.num_batch_changes + (batch != present),
+        )
 
-    def _rate_reason(self, scale: NoiseScale, batch: int) -> str:
-        optimizer = self._config.optimizer
-        tuned = f"rule {optimizer.rule}, from a rate for a batch of {given(optimizer.reference_batch_size)}"
-        return f"the batch stays at {batch}, the noise scale is {scale} now ({tuned})"
+    def learning_rate_factor(self, scale: NoiseScale, batch: int) -> float:
+        """Return the factor on the base rate for a batch."""
+        return self.adapter.learning_rate_factor(scale, batch=batch)
 
-    def _loss_mean(self, record: StepRecord, outcome: StepOutcome) -> float | None:
-        """Return the running mean of the loss, with a half-life of a part of the run."""
-        before = self._progress.loss_mean
-        if not math.isfinite(outcome.loss):
-            return before
-        if before is None:
-            return outcome.loss
-        kept: float = 0.5 ** (record.global_batch_size / (_LOSS_HALF_LIFE * given(self._config.max_samples)))
-        return kept * before + (1 - kept) * outcome.loss
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold."""
+        return self.adapter.state()
 
-    def _limit_micro_batch(self, record: StepRecord, log: RunLog) -> None:
-        """Take smaller micro-batches from now on, because on some replica those of a step did not fit into memory."""
-        limit = max(1, record.micro_batch_size // 2)
-        if limit < (self._progress.micro_batch_limit or record.micro_batch_size):
-            self._progress = replace(self._progress, micro_batch_limit=limit)
-            self._apply_limit()
-            log.note(
-                f"step {record.step:,} was taken with micro-batches cut in halves, because {record.micro_batch_size} "
-                f"samples did not fit into memory: from here on they have at most {limit}, and the batch stays as it is"
-            )
-
-    def _apply_limit(self) -> None:
-        limit = self._progress.micro_batch_limit
-        if limit is not None:
-            self._config = replace(self._config, micro_batch_size=min(limit, largest_micro_batch_size(self._config)))
-            self._controller = controller(self._config, world_size=self._world_size)
-
-    def _learning_rate_factor(self, scale: NoiseScale, batch: int) -> float:
-        return self._rule(scale, batch=batch, reference_batch=given(self._config.optimizer.reference_batch_size))
-
-    def _row(self, record: StepRecord, outcome: StepOutcome, scale: NoiseScale) -> dict[str, Value]:
-        (position, wall_s), self._clock = self._clock, (record.position, record.wall_s)
-        elapsed, samples = record.wall_s - wall_s, record.position - position
-        return {
-            "kind": "train",
-            "step": record.step,
-            "progress/samples": record.end,
-            "progress/epoch": record.end / self._stream.num_samples,
-            "progress/wall_s": record.wall_s,
-            "train/loss": outcome.loss,
-            "train/lr": record.learning_rate,
-            "train/grad_norm": outcome.grad_norm,
-            "train/steps_dropped": self._progress.steps_dropped,
-            "batch/global": record.global_batch_size,
-            "batch/micro": record.micro_batch_size,
-            "batch/accumulation": record.micro_steps(self._world_size),
-            **noise_columns(scale),
-            **group_columns(self._meter.read_groups()),
-            "throughput/samples_per_sec": samples / elapsed if samples and elapsed > 0 else None,
-            "time/step_s": self.step_timer.interval_of(record),
-            "time/world_size": self._world_size,
-            **self._ledger.columns(),
-        }
-
-    def figures(self) -> dict[str, Value]:
-        """Return the figures of the whole run, as far as they are known here."""
-        progress, scale = self._progress, self._meter.read()
-        return {
-            "samples_seen": progress.position,
-            "steps": progress.step,
-            "wall_s": progress.wall_s,
-            "samples_per_s": progress.position / progress.wall_s,
-            "loss_first": progress.loss_first,
-            "loss_last": progress.loss_last,
-            "eval_loss": progress.eval_loss,
-            "batch_first": given(self._config.global_batch_size),
-            "batch_last": progress.global_batch_size,
-            "num_batch_changes": progress.num_batch_changes,
-            "noise_scale": scale.value,
-            "noise_scale_lower": scale.lower,
-            "noise_scale_upper": scale.upper,
-            "noise_scale_text": str(scale),
-            "resolved": str(scale.state),
-            "steps_dropped": progress.steps_dropped,
-            **self._ledger.figures(),
-            "step_time_error": None if (model := self.step_timer.model) is None else model.error,
-        }
-
-    def state(self) -> dict[str, JSON]:
-        """Return what a checkpoint must hold. Every outcome must have been read; the latest is not decided on."""
-        assert self._unread is None, "saved before the outcome of the latest step was read"
-        return {
-            "progress": asdict(self._progress),
-            "control": state_to_json(self._control_state),
-            "step_timer": self.step_timer.state(),
-            "ledger": self._ledger.state(),
-            "meter": self._meter.state_dict(),
-            "undecided": None if self._undecided is None else asdict(self._undecided),
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, record: Mapping[str, Any]) -> None:
         """Go on from a `state`."""
-        self._meter.load_state_dict(state["meter"])
-        self._control_state = self._controller.restore(state["control"])
-        self._progress = Progress(**state["progress"])
-        self._apply_limit()
-        self.step_timer.restore(state["step_timer"])
-        self._ledger.restore(state["ledger"])
-        self._undecided = None if state["undecided"] is None else StepRecord(**state["undecided"])
-        self._clock = (self._progress.position, self._progress.wall_s)
+        self.adapter.restore(record)

@@ -16,7 +16,7 @@ from dptrain.config.filled_in import given
 from dptrain.config.train_config import TrainConfig
 from dptrain.errors import CheckpointError, ConfigError
 from dptrain.tracking.run_log import RunLog
-from dptrain.train.batch_control import BatchControl
+from dptrain.train.run_progress import RunProgress
 
 
 class RunState:
@@ -26,7 +26,7 @@ class RunState:
         config: filled in.
         model: not wrapped.
         optimizer: of the model's parameters.
-        batch_control: what the run has learned and decided.
+        run: how far the run is.
         num_samples: of the training data.
         fingerprint: of the training data.
         world_size: number of replicas.
@@ -38,7 +38,7 @@ class RunState:
         *,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
-        batch_control: BatchControl,
+        run: RunProgress,
         num_samples: int,
         fingerprint: str,
         world_size: int,
@@ -46,7 +46,7 @@ class RunState:
         self._config = config
         self._model = model
         self._optimizer = optimizer
-        self._batch_control = batch_control
+        self._run = run
         self._num_samples = num_samples
         self._fingerprint = fingerprint
         self._world_size = world_size
@@ -60,10 +60,10 @@ class RunState:
             "num_samples": self._num_samples,
             "data": self._fingerprint,
             "optimizer": optimizer_state,
-            **self._batch_control.state(),
+            **self._run.state(),
         }
         tensors = {"model": pack_model(self._model), "optimizer": optimizer_tensors}
-        return self._batch_control.progress.step, (tensors, state)
+        return self._run.progress.step, (tensors, state)
 
     def check_same_data(self, saved: Checkpoint) -> None:
         """Refuse a checkpoint from which this data would go on in another order, or with other samples."""
@@ -87,8 +87,8 @@ class RunState:
             log.note(f"{saved.steps_lost:,} steps are taken again for it")
         with _complete(saved):
             self._unpack(saved)
-            self._batch_control.restore(state)
-        progress = self._batch_control.progress
+            self._run.restore(state)
+        progress = self._run.progress
         log.note(f"resumed from step {progress.step:,}, {progress.position:,} samples seen")
 
     def begin_as(self, other: Checkpoint, log: RunLog) -> None:
@@ -105,7 +105,7 @@ class RunState:
                 f"max_samples {self._config.max_samples} counts from the beginning of the run that is branched from, "
                 f"which has seen {position} samples at {other.path}: give more"
             )
-        self._batch_control.begin_at(position)
+        self._run.begin_at(position)
         log.note(f"branched from {other.path}, {position:,} samples seen")
 
     def _unpack(self, checkpoint: Checkpoint) -> None:

@@ -47,11 +47,11 @@ from dptrain.tasks import Task, check_task, resolve_task
 from dptrain.tracking.jsonl import Value
 from dptrain.tracking.run_folder import RunFolder, check_same_settings, checkpoints_in, default_run_dir
 from dptrain.tracking.run_log import RunLog, SilentLog, WritingLog
-from dptrain.train.batch_control import BatchControl
 from dptrain.train.checkpoint_schedule import CheckpointManager, crosses
 from dptrain.train.evaluation import evaluate
 from dptrain.train.memory import find_micro_batch_size
 from dptrain.train.optimizer import NUM_STATES, build_optimizer, skips_on_device
+from dptrain.train.run_progress import RunProgress
 from dptrain.train.run_state import RunState
 from dptrain.train.step import Stepper, forward_seed
 from dptrain.version import __version__
@@ -122,7 +122,7 @@ class Trainer:
         )
         self._stream = SampleStream(self._num_samples, seed=self._config.seed)
         self._energy = EnergyCounter(self._accelerator.device)
-        self._batch_control = BatchControl(
+        self._run = RunProgress(
             self._config,
             meter=self._meter,
             world_size=self._world_size,
@@ -133,7 +133,7 @@ class Trainer:
             self._config,
             model=self._bare_model,
             optimizer=self._optimizer,
-            batch_control=self._batch_control,
+            run=self._run,
             num_samples=self._num_samples,
             fingerprint=self._fingerprint,
             world_size=self._world_size,
@@ -238,7 +238,7 @@ class Trainer:
                 stack.callback(checkpoint_manager.close)
             loader = stack.enter_context(self._loader())
             stop = stack.enter_context(SignalHandler())
-            stack.enter_context(translate_peer_errors(lambda: self._batch_control.progress.step))
+            stack.enter_context(translate_peer_errors(lambda: self._run.progress.step))
             return self._train(self._stepper(loader), stop, checkpoint_manager, log)
 
     def _follow_record(self, log: RunLog) -> None:
@@ -248,35 +248,34 @@ class Trainer:
         )
         if told:
             *decisions, (up_to, _) = zip(told[::2], told[1::2], strict=True)
-            self._batch_control.follow(dict(decisions), up_to=up_to)
+            self._run.follow(dict(decisions), up_to=up_to)
 
     def _train(
         self, stepper: Stepper, stop: SignalHandler, checkpoint_manager: CheckpointManager | None, log: RunLog
     ) -> Mapping[str, Value] | None:
-        batch_control, began_s = self._batch_control, time.monotonic() - self._batch_control.progress.wall_s
+        run, began_s = self._run, time.monotonic() - self._run.progress.wall_s
         drift = ReplicaCheck(self._bare_model.named_parameters(), every_steps=self._config.replica_check_every_steps)
         with Watchdog(world_size=self._world_size) as watchdog:
-            while not (batch_control.at_end or batch_control.stop_agreed):
-                record = batch_control.next_record(wall_s=time.monotonic() - began_s)
+            while not (run.at_end or run.stop_agreed):
+                record = run.next_record(wall_s=time.monotonic() - began_s)
                 report = self._report(stepper, stop, checkpoint_manager)
                 with self._located(record):
                     pending = stepper.step(record, report=report)
                 # What the step before taught is read only now, while the device works on this one.
-                batch_control.read_outcome(log)
-                batch_control.decide(log)
+                run.read_outcome(log)
+                run.decide(log)
                 drift.finish()
                 flops = stepper.take_flops_per_sample()
-                batch_control.sent(record, pending, flops_per_sample=flops, wall_s=time.monotonic() - began_s)
+                run.sent(record, pending, flops_per_sample=flops, wall_s=time.monotonic() - began_s)
                 drift.start(record.step)
                 watchdog.beat()
                 if self._pause(record, checkpoint_manager, log):
-                    batch_control.paused(wall_s=time.monotonic() - began_s)
+                    run.paused(wall_s=time.monotonic() - began_s)
                     watchdog.beat()
             drift.finish()
-        if not batch_control.at_end:
+        if not run.at_end:
             log.note(
-                f"stopped on request after step {batch_control.progress.step:,}: "
-                f"go on with --run_dir {self._run_dir} --resume"
+                f"stopped on request after step {run.progress.step:,}: go on with --run_dir {self._run_dir} --resume"
             )
             return None
         summary = self._summary()
@@ -289,7 +288,7 @@ class Trainer:
         try:
             yield
         except Exception as error:
-            samples = self._batch_control.samples_of(record, rank=self._accelerator.process_index)
+            samples = self._run.samples_of(record, rank=self._accelerator.process_index)
             error.add_note(f"in step {record.step:,}, {samples}")
             raise
 
@@ -297,14 +296,14 @@ class Trainer:
         self, stepper: Stepper, stop: SignalHandler, checkpoint_manager: CheckpointManager | None
     ) -> RankReport:
         busy_s = stepper.take_busy_s()
-        self._batch_control.stragglers.note(busy_s)
+        self._run.stragglers.note(busy_s)
         return RankReport(
             stop=stop.requested,
             save=stop.take_save(),
             failed_saves=0 if checkpoint_manager is None else checkpoint_manager.failed_saves(),
-            slowness=self._batch_control.stragglers.slowness,
+            slowness=self._run.stragglers.slowness,
             busy_s=busy_s,
-            step_s=self._batch_control.step_timer.interval_s,
+            step_s=self._run.step_timer.interval_s,
             energy_j=self._energy.take_j(),
         )
 
@@ -314,13 +313,13 @@ class Trainer:
         Both rest on the outcome of the step. To read it earlier than usual changes no decision: that is taken after
         the next step all the same.
         """
-        batch_control = self._batch_control
-        evaluates = batch_control.at_end or crosses(record, given(self._config.log.eval_every_samples))
-        ends = batch_control.at_end or batch_control.stop_agreed
-        saves = checkpoint_manager is not None and (batch_control.take_save() or checkpoint_manager.is_due(record))
+        run = self._run
+        evaluates = run.at_end or crosses(record, given(self._config.log.eval_every_samples))
+        ends = run.at_end or run.stop_agreed
+        saves = checkpoint_manager is not None and (run.take_save() or checkpoint_manager.is_due(record))
         if not (evaluates or ends or saves):
             return False
-        batch_control.read_outcome(log)
+        run.read_outcome(log)
         if evaluates:
             self._evaluate(log)
         if ends:
@@ -342,26 +341,26 @@ class Trainer:
             world_size=self._world_size,
             device=self._accelerator.device,
         )
-        self._batch_control.evaluated(loss)
+        self._run.evaluated(loss)
         log.evaluation(
             {
                 "kind": "eval",
-                "step": self._batch_control.progress.step,
-                "progress/samples": self._batch_control.progress.position,
+                "step": self._run.progress.step,
+                "progress/samples": self._run.progress.position,
                 "eval/loss": loss,
                 **{f"eval/{name}": figure(loss) for name, figure in self._task.eval_metrics.items()},
             }
         )
 
     def _summary(self) -> dict[str, Value]:
-        loss = self._batch_control.progress.eval_loss
+        loss = self._run.progress.eval_loss
         metrics = {} if loss is None else {name: figure(loss) for name, figure in self._task.eval_metrics.items()}
         return {
             "task": self._task.name,
             "world_size": self._world_size,
             "backend": str(dist.get_backend()) if dist.is_initialized() else "none",
             "device": str(self._accelerator.device.type),
-            **self._batch_control.figures(),
+            **self._run.figures(),
             "bits_per_byte": None,
             **metrics,
         }

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from dptrain.config.validation import Range, check_ranges, check_types, leaves, shown
+from dptrain.config.validation import check_ranges, check_types, leaves, shown
 from dptrain.errors import ConfigError
+from dptrain.ranges import POSITIVE, Range, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +95,21 @@ def test_a_group_inside_itself_is_refused():
 
 def test_ranges_are_checked_by_dotted_name():
     """A value out of its range is named with what it must be; what is not set is in every range."""
-    ranges = {"count": Range(text="even", holds=lambda value: value % 2 == 0)}
-    ranges["inner.rate"] = Range(text="positive", holds=lambda value: value > 0)
-    check_ranges(Outer(count=2), ranges)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Rated:
+        rate: float | None = setting(None, POSITIVE)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Counted:
+        count: int = setting(0, Range(text="even", holds=lambda value: value % 2 == 0))
+        inner: Rated = field(default_factory=Rated)
+
+    check_ranges(Counted(count=2))
     with pytest.raises(ConfigError, match=r"^count must be even, got 3$"):
-        check_ranges(Outer(count=3), ranges)
+        check_ranges(Counted(count=3))
     with pytest.raises(ConfigError, match=r"^inner.rate must be positive, got -1.0$"):
-        check_ranges(Outer(inner=Inner(rate=-1.0)), ranges)
+        check_ranges(Counted(inner=Rated(rate=-1.0)))
 
 
 def test_a_long_value_is_cut_and_a_tree_laid_flat():

@@ -103,7 +103,7 @@ def test_the_ladder_is_short_and_ends_where_asked(largest):
     assert len(grid) <= largest.bit_length() + 1
 
 
-@pytest.mark.parametrize(("largest", "ladder"), [(1, (1,)), (8, (1, 2, 4, 8)), (12, (1, 2, 4, 8, 12))])
+@pytest.mark.parametrize(("largest", "grid"), [(1, (1,)), (8, (1, 2, 4, 8)), (12, (1, 2, 4, 8, 12))])
 def test_known_ladders(largest, grid):
     """Powers of two, and the largest itself."""
     assert micro_batch_ladder(largest) == grid

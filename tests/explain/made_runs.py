@@ -95,7 +95,7 @@ def _rows(*, num_steps, noise, batches, groups, seed=7):
                 "batch/global": batch,
                 "batch/micro": 8,
                 "batch/accumulation": batch // 16,
-                **_interval("gns", phi, spread, state),
+                **_interval("noise_scale", phi, spread, state),
                 **{
                     key: value
                     for name, factor in groups.items()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
-from dptrain.config.train_config import _BY_HAND
+from dptrain.config.filled_in import BY_HAND
 from dptrain.errors import ConfigError
 from dptrain.tracking.jsonl import read_rows
 from dptrain.train import ControlConfig, OptimizerConfig, TrainConfig, Trainer
@@ -46,7 +44,7 @@ def test_each_law_trains_by_its_name(tmp_path, law):
     assert batches <= set(range(1, 17))
     assert all(row["reason"] for row in decisions)
     assert bool(decisions) == (law != "constant")
-    if law in _BY_HAND:
+    if law in BY_HAND:
         assert decisions[-1]["batch/after"] > 4
 
 
@@ -101,8 +99,8 @@ def test_a_rate_is_tuned_at_one_batch_and_used_at_others(tmp_path):
     assert rates == {4: pytest.approx(0.01 / 4), 16: pytest.approx(0.01 / 2)}
 
 
-def test_each_tenth_of_the_rate_that_is_the_rules_is_told(tmp_path):
-    """At no step is the rate further than a tenth from the one told last; each row goes on from the one before it."""
+def test_a_rate_that_moves_at_a_constant_batch_is_in_the_metrics_alone(tmp_path):
+    """Each decision on record changes the batch; the rate of each step is a column of its own."""
     train(
         tmp_path / "run",
         law="schedule",
@@ -112,21 +110,9 @@ def test_each_tenth_of_the_rate_that_is_the_rules_is_told(tmp_path):
         optimizer=OptimizerConfig(learning_rate=0.01, rule="gain", schedule="constant", warmup_samples=0),
     )
     decisions = read_rows(tmp_path / "run" / "decisions.jsonl")
-    at_a_batch_that_stays = [row for row in decisions if row["batch/before"] == row["batch/after"]]
-    assert at_a_batch_that_stays
-    for row in at_a_batch_that_stays:
-        assert "the batch stays at 16, the noise scale is " in row["reason"]
-        assert row["reason"].endswith("now (rule gain, from a rate for a batch of 4)")
-        assert abs(math.log(row["lr_factor/after"] / row["lr_factor/before"])) >= math.log(1.1)
-    told = {row["step"] + 1: row["lr_factor/after"] for row in decisions}  # the step after it was under way already
-    latest = 1.0
-    for row in read_rows(tmp_path / "run" / "metrics.jsonl"):
-        if row["kind"] == "train":
-            latest = told.get(row["step"] - 1, latest)
-            assert abs(math.log(row["train/lr"] / 0.01 / latest)) < math.log(1.1)
-    befores = [row["lr_factor/before"] for row in decisions]
-    for row, before in zip(decisions, befores[1:], strict=False):
-        assert abs(math.log(before / row["lr_factor/after"])) < math.log(1.1)
+    assert [(row["batch/before"], row["batch/after"]) for row in decisions] == [(4, 16)]
+    rates = [row["train/lr"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
+    assert len(set(rates)) > len(decisions) + 1
 
 
 def test_betas_follow_the_batch_and_come_back(tmp_path):

@@ -1,0 +1,292 @@
+"""`BatchAdapter`: adapts the global batch of any loop, with the law, the limits and the step timing of the trainer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from dptrain.batch import BatchPlan
+from dptrain.config.built import controller
+from dptrain.config.filled_in import filled_in, given
+from dptrain.config.train_config import OptimizerConfig, TrainConfig
+from dptrain.control import RULES, Measurement, RuleName, StepShape, StepTimeModel, StepTimes
+from dptrain.control.adapter import Adapter
+from dptrain.control.settings import ControlConfig
+from dptrain.errors import CheckpointError, ConfigError
+from dptrain.integrations.optimizer_rate import scale_learning_rate
+from dptrain.noise import NoiseScale
+from dptrain.observe import Meter, PendingSum, Reading
+from dptrain.tasks.base import Suggestion
+
+_READS_CLOCK = ("goodput", "pollux")
+_NO_END = 2**62  # samples of a run whose length was not given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The micro-batches of one optimizer step.
+
+    Attributes:
+        accumulation_steps: micro-batches per replica.
+        learning_rate_factor: by which the optimizer's rates are multiplied in this step.
+        reason: why, in one sentence.
+    """
+
+    accumulation_steps: int
+    learning_rate_factor: float
+    reason: str
+
+
+class BatchAdapter:
+    """Moves the number of accumulation steps of a loop with the measured noise scale; the micro-batch stays.
+
+    ```python
+    meter = dptrain.attach(model)
+    adapter = dptrain.BatchAdapter(meter, optimizer, micro_batch_size=8)
+    for step in range(num_steps):
+        for micro_step in range(adapter.accumulation_steps):
+            ...                            # forward, (loss / adapter.accumulation_steps).backward()
+        reading = adapter.step()           # in place of meter.step()
+        optimizer.step()
+    ```
+
+    All replicas hold equal readings and equal step times, so all come to the same batch without a message. A decision
+    rests on all steps but the one under way, so nobody waits for it, and it holds from the next step on. Times of
+    steps are those between two calls of `step`; a law that reads them makes two runs differ.
+
+    Args:
+        meter: from `dptrain.attach`.
+        optimizer: whose learning rate follows the batch, as a factor on the rates that its groups hold.
+        micro_batch_size: samples in one forward–backward on one replica.
+        accumulation_steps: of the first step. Its global batch is the one that the learning rate was tuned at.
+        control: law and limits; by default those of `dptrain train`.
+        rule: how the learning rate follows the batch; by default that of `dptrain train` for this optimizer.
+        max_samples: length of the run; by default unknown, and then the largest batch is 64 times the first.
+
+    Raises:
+        ConfigError: where a setting is out of range, or no batch within the limits can run.
+    """
+
+    def __init__(
+        self,
+        meter: Meter,
+        optimizer: Optimizer | None,
+        *,
+        micro_batch_size: int,
+        accumulation_steps: int = 1,
+        control: ControlConfig | None = None,
+        rule: RuleName | None = None,
+        max_samples: int | None = None,
+    ) -> None:
+        self.meter = meter
+        self._world_size = meter.num_replicas
+        self._plan = BatchPlan(
+            micro_batch_size=micro_batch_size, accumulation_steps=accumulation_steps, world_size=self._world_size
+        )
+        if rule is not None and rule not in RULES:
+            raise ConfigError(f"the learning rate rule must be one of {', '.join(RULES)}, got {rule!r}")
+        self._config = _config(self._plan, optimizer, control=control, rule=rule, max_samples=max_samples)
+        self._adapter = Adapter(
+            controller(self._config, world_size=self._world_size, quantum=self._quantum),
+            rule=RULES[given(self._config.optimizer.rule)],
+            reference_batch_size=self._plan.global_batch_size,
+        )
+        self._clock = _StepClock(meter) if self._config.control.law in _READS_CLOCK else None
+        self._samples_seen = 0
+        self._num_changes = 0
+        self._known: NoiseScale | None = None
+        self._rate_in_force = 1.0
+        self.window = Window(accumulation_steps=accumulation_steps, learning_rate_factor=1.0, reason="first step")
+        if optimizer is not None:
+            meter.on_remove(scale_learning_rate(optimizer, lambda: self._rate_in_force))
+
+    @property
+    def _quantum(self) -> int:
+        return self._plan.micro_batch_size * self._world_size
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches per replica in the step that begins now."""
+        return self.window.accumulation_steps
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples in the step that begins now, all replicas together."""
+        return self._quantum * self.window.accumulation_steps
+
+    @property
+    def learning_rate_factor(self) -> float:
+        """Factor on the learning rate in the step that begins now."""
+        return self.window.learning_rate_factor
+
+    def step(self, *, grad_norm: Tensor | None = None) -> Reading:
+        """Close a step and decide on the next: after the last backward, before clipping and `optimizer.step()`.
+
+        A collective, as `meter.step` is; no wait.
+
+        Args:
+            grad_norm: norm of the combined gradient before clipping where the loop has it already.
+        """
+        self.note(self.meter.read())
+        reading = self.meter.step(grad_norm=grad_norm)
+        self.decide()
+        return reading
+
+    def note(self, known: NoiseScale) -> None:
+        """Take what is known before the step under way is closed; for loops that close it themselves.
+
+        The rate of the step under way is that of its own batch, whether the next is decided on before
+        `optimizer.step()` or after it.
+        """
+        self._known = known
+        self._rate_in_force = self.window.learning_rate_factor
+
+    def decide(self, *, micro_steps: int | None = None, may_be: Callable[[int], bool] = lambda _: True) -> Window:
+        """Count the step that was closed, and decide on the next one.
+
+        Args:
+            micro_steps: micro-batches that it had on each replica, where they were fewer than planned.
+            may_be: whether the loop can go over to this number of accumulation steps just now; if not, the batch
+                stays, and the law is asked again after the next step.
+        """
+        assert self._known is not None, "decide was called before note"
+        present, taken = self.global_batch_size, micro_steps or self.window.accumulation_steps
+        times = None if self._clock is None else self._clock.closed(self._plan.micro_batch_size, taken)
+        if self._samples_seen:  # before the first step is over nothing is known
+            measurement = Measurement(
+                samples_seen=self._samples_seen,
+                global_batch_size=present,
+                noise_scale=self._known,
+                step_time=times,
+            )
+            adapted = self._adapter.decide(
+                measurement, allowed=lambda asked: asked if may_be(asked // self._quantum) else present
+            )
+            self._num_changes += adapted.global_batch_size != present
+            self.window = Window(
+                accumulation_steps=adapted.global_batch_size // self._quantum,
+                learning_rate_factor=adapted.learning_rate_factor,
+                reason=adapted.reason,
+            )
+        self._samples_seen += self._quantum * taken
+        return self.window
+
+    def as_metrics(self) -> dict[str, float]:
+        """Return flat floats for any logger."""
+        return {
+            "batch/global": float(self.global_batch_size),
+            "batch/accumulation_steps": float(self.window.accumulation_steps),
+            "batch/num_changes": float(self._num_changes),
+            "batch/lr_factor": self.window.learning_rate_factor,
+            "progress/samples": float(self._samples_seen),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values that `load_state_dict` goes on from; the meter's are its own."""
+        return {
+            "window": asdict(self.window),
+            "controller": self._adapter.state(),
+            "samples_seen": self._samples_seen,
+            "num_changes": self._num_changes,
+            "quantum": self._quantum,
+            "step_times": None if self._clock is None else self._clock.state(),
+        }
+
+    def load_state_dict(self, record: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`; on other replicas the batch is kept, the accumulation steps follow.
+
+        Raises:
+            CheckpointError: where the record is not one, or its batch cannot be laid out on these replicas.
+        """
+        try:
+            window, batch = Window(**record["window"]), record["quantum"] * record["window"]["accumulation_steps"]
+            self._adapter.restore(record["controller"])
+            self._samples_seen, self._num_changes = int(record["samples_seen"]), int(record["num_changes"])
+            if self._clock is not None and record["step_times"] is not None:
+                self._clock.restore(record["step_times"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"not the state of a BatchAdapter: {error!r} is missing or wrong") from error
+        if batch % self._quantum:
+            raise CheckpointError(
+                f"the saved batch of {batch} is no multiple of micro-batch × world size = {self._quantum}: resume "
+                "on a number of replicas that divides it"
+            )
+        self.window = replace(window, accumulation_steps=batch // self._quantum)
+        self._rate_in_force = self.window.learning_rate_factor
+
+
+class _StepClock:
+    """Times the steps of a loop by the calls that close them, as the mean over all replicas.
+
+    Args:
+        meter: whose group and device the reduction uses.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._began_s: float | None = None
+        self._pending: tuple[StepShape, PendingSum] | None = None
+        self._times = StepTimes()
+
+    def closed(self, micro_batch_size: int, accumulation_steps: int) -> StepTimeModel | None:
+        """Note that a step was closed; return the model of all steps whose times have arrived."""
+        now_s, began_s = time.perf_counter(), self._began_s
+        self._began_s = now_s
+        if self._pending is not None:
+            shape, pending = self._pending
+            seconds, replicas = pending.read()
+            self._times = self._times.timed(shape, seconds / replicas)
+        if began_s is not None:
+            shape = StepShape(
+                micro_batch_size=micro_batch_size,
+                accumulation_steps=accumulation_steps,
+                world_size=self._meter.num_replicas,
+            )
+            vector = torch.tensor([now_s - began_s, 1.0], dtype=torch.float64)
+            pending = PendingSum(
+                vector.to(self._meter.join_device, non_blocking=True), group=self._meter.join_process_group
+            )
+            self._pending = (shape, pending)
+        return self._times.model()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold."""
+        return asdict(self._times)
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Go on from a `state`."""
+        self._times = StepTimes.from_json(record)
+
+
+def _config(
+    plan: BatchPlan,
+    optimizer: Optimizer | None,
+    *,
+    control: ControlConfig | None,
+    rule: RuleName | None,
+    max_samples: int | None,
+) -> TrainConfig:
+    """Return the settings that `dptrain train` would have for this loop, filled in by the same rules."""
+    kind: Literal["sgd", "adamw"] = "sgd" if isinstance(optimizer, SGD) else "adamw"
+    config = TrainConfig(
+        global_batch_size=plan.global_batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        max_samples=max_samples or _NO_END,
+        control=control or ControlConfig(),
+        # The loop's own scheduler has the warm-up, of which nothing is known here.
+        optimizer=OptimizerConfig(name=kind, rule=rule, warmup_samples=0, schedule="constant"),
+    )
+    suggestion = Suggestion(
+        learning_rate=1.0,
+        global_batch_size=plan.global_batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        max_samples=max_samples or _NO_END,
+        eval_every_samples=_NO_END,
+    )
+    return filled_in(config, suggestion, world_size=plan.world_size)

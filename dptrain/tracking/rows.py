@@ -1,0 +1,27 @@
+"""The columns of a step's row in metrics.jsonl, and the figures of a whole run in summary.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dptrain.noise import NoiseScale
+from dptrain.tracking.jsonl import Value
+from dptrain.tracking.run_log import group_columns, noise_columns
+
+
+def train_row(
+    columns: Mapping[str, Value], *, noise_scale: NoiseScale, groups: Mapping[str, NoiseScale]
+) -> dict[str, Value]:
+    """Return the row of one optimizer step: its own columns, then the noise scale, whole and by group."""
+    return {"kind": "train", **columns, **noise_columns(noise_scale), **group_columns(groups)}
+
+
+def noise_figures(scale: NoiseScale) -> dict[str, Value]:
+    """Return the noise scale at the end of a run, for its summary."""
+    return {
+        "noise_scale": scale.value,
+        "noise_scale_lower": scale.lower,
+        "noise_scale_upper": scale.upper,
+        "noise_scale_text": str(scale),
+        "resolved": str(scale.state),
+    }

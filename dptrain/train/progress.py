@@ -1,0 +1,42 @@
+"""How far a run is: the numbers that a checkpoint holds beside model, optimizer, meter and controller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run is, apart from model, optimizer, meter and controller. Exactly this is in a checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        position: samples seen.
+        global_batch_size: for the next step.
+        learning_rate_factor: of the rule, for the next step.
+        steps_dropped: updates skipped for a gradient that was not finite.
+        skipped_in_row: how many of the latest steps were.
+        num_batch_changes: how often the batch changed.
+        loss_first: of the first step.
+        loss_last: of the latest step whose outcome is known.
+        eval_loss: latest held-out loss.
+        wall_s: seconds of training, earlier attempts included.
+        loss_mean: running mean of the training loss, decaying in samples.
+        advised: batch of the latest advice, where decisions are not acted upon.
+        micro_batch_limit: largest micro-batch that is known to fit, where one did not.
+    """
+
+    step: int = 0
+    position: int = 0
+    global_batch_size: int
+    learning_rate_factor: float
+    steps_dropped: int = 0
+    skipped_in_row: int = 0
+    num_batch_changes: int = 0
+    loss_first: float | None = None
+    loss_last: float | None = None
+    eval_loss: float | None = None
+    wall_s: float = 0.0
+    loss_mean: float | None = None
+    advised: int | None = None
+    micro_batch_limit: int | None = None
