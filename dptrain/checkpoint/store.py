@@ -174,7 +174,7 @@ def load_newest(folder: Path, *, allow_fresh: bool = False) -> Checkpoint | None
     reasons = "; ".join(f"{path.name}: {reason}" for path, reason in passed_over)
     raise CheckpointError(
         f"no checkpoint in {folder} can be trusted, so there is none to resume from, unless "
-        f"--allow_fresh lets the run begin anew ({reasons})"
+        f"--allow-fresh starts the run over ({reasons})"
     )
 
 

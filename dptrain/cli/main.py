@@ -1,4 +1,4 @@
-"""The `dptrain` command: finds the sub-command and turns errors into one sentence with an exit code."""
+"""The `dptrain` command: runs a sub-command and turns its error into one sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 
+from dptrain.cli.spelling import dashed
 from dptrain.errors import (
     CheckpointError,
     ConfigError,
@@ -22,21 +24,22 @@ _USAGE = """\
 usage: dptrain [--version] COMMAND [OPTIONS]
 
 commands:
-  train    train a task on all GPUs, or on CPU replicas; measure the noise scale and adapt the batch
-  sweep    train a grid of batches and learning rates, and fit the frontier of steps against samples
-  plan     say what more GPUs would buy, in hours and money, from one run that measured its noise scale
-  branch   find the critical batch by short runs from a checkpoint, as ground truth beside the noise scale
-  report   write report.html and pictures of a run folder, or of several
-  export   write the bare weights of a checkpoint to one file
+  train    train a task on all GPUs (2 CPU replicas without one); measure the noise scale and adapt the batch
+  tasks    list the built-in tasks
+  report   write report.html and figures for one run, or compare several
+  plan     time and cost of a training on more GPUs, from one measured run
+  sweep    train a grid of batch sizes and learning rates; fit steps against samples
+  branch   measure the critical batch size with short runs from a checkpoint
+  export   write the weights of a checkpoint to one safetensors file
 
 `dptrain COMMAND --help` lists the options of a command.
 
 exit codes:
-  0   done                                  71  hung, and ended by a watchdog
-  1   crashed; the traceback says where     74  a checkpoint cannot be written or trusted
-  2   settings or task are wrong            75  stopped on request, with a checkpoint: --resume goes on
+  0   finished                              71  hung; ended by the watchdog
+  1   crashed, see the traceback            74  a checkpoint cannot be written or verified
+  2   wrong settings or task                75  stopped on request; continue with --resume
   65  training diverged                     76  the replicas disagree
-  69  the replicas did not meet             70  another error of dptrain
+  69  the rendezvous failed                 70  other dptrain error
 128 + n: a replica was killed by signal n
 """
 
@@ -56,16 +59,17 @@ _PATIENCE_S = 10.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command and return the exit code, one of those that `dptrain --help` lists."""
     if arguments is None:
-        # This is the program itself: until training handles Ctrl-C, it ends without a traceback.
+        # Called as a program: until training handles Ctrl-C, it ends without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         _fill_closed_streams()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "train": _train,
-        "sweep": _sweep,
-        "plan": _plan,
-        "branch": _branch,
+        "tasks": _tasks,
         "report": _report,
+        "plan": _plan,
+        "sweep": _sweep,
+        "branch": _branch,
         "export": _export,
     }
     if arguments[:1] == ["--version"]:
@@ -78,12 +82,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     command = commands.get(arguments[0])
     if command is None:
-        sys.stderr.write(f"dptrain: there is no command {arguments[0]!r}; commands are {', '.join(commands)}\n")
+        close = get_close_matches(arguments[0], commands, n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        sys.stderr.write(f"dptrain: unknown command {arguments[0]!r}{meant} (commands: {', '.join(commands)})\n")
         return 2
     try:
-        return command(arguments[1:])
+        return command(dashed(arguments[1:]))
     except DptrainError as error:
-        _tell(error, command=arguments[0])
+        _report_error(error, command=arguments[0])
         return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
     except Exception as error:
         from dptrain.runtime.failure_report import write_failure
@@ -93,16 +99,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _tell(error: DptrainError, *, command: str) -> None:
-    """Tell the launcher of the replicas, if there is one that listens, or else the user."""
+def _report_error(error: DptrainError, *, command: str) -> None:
+    """Leave an error for the launcher that started this replica; without one, print it."""
     from dptrain.runtime.failure_report import write_failure
     from dptrain.runtime.launcher import is_silent_replica
 
     if write_failure(error):
         return
     if is_silent_replica():
-        # Were this one to end first, torchrun would end the others before rank 0 has told what is wrong. In general
-        # rank 0 then ends, and with it this one; it speaks only where it is alone in its trouble.
+        # torchrun kills all ranks when the first one ends, so ending now could cut off rank 0's message. Rank 0 usually
+        # ends within this time and takes this rank with it; otherwise the error is this rank's own, and is printed.
         time.sleep(_PATIENCE_S)
     from dptrain.tracking.redact import printable
 
@@ -110,9 +116,9 @@ def _tell(error: DptrainError, *, command: str) -> None:
 
 
 def _fill_closed_streams() -> None:
-    """Open the null device where a standard stream is closed.
+    """Open the null device for each closed standard stream.
 
-    Else the next file that is opened has its number, and gets what libraries print to it.
+    Otherwise the next file opened gets its number, and with it everything that libraries print.
     """
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
@@ -123,11 +129,17 @@ def _fill_closed_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode))
 
 
-# Each command is imported when it is called, so that none pays for another.
+# Each command is imported when it is called: none waits for the imports of another.
 def _train(arguments: Sequence[str]) -> int:
     from dptrain.cli.train import train
 
     return train(arguments)
+
+
+def _tasks(arguments: Sequence[str]) -> int:
+    from dptrain.cli.tasks import tasks
+
+    return tasks(arguments)
 
 
 def _sweep(arguments: Sequence[str]) -> int:

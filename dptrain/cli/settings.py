@@ -1,4 +1,4 @@
-"""Settings of `dptrain train` from file and command line; what is wrong with them is said in one sentence."""
+"""Settings of `dptrain train` from files and command line; each error is one sentence with the nearest right name."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader, set_parsing_settings
 
+from dptrain.cli.help import show_help
+from dptrain.cli.hints import refuse_other_tools
+from dptrain.cli.spelling import as_option, underscored, with_numbers
 from dptrain.config.settings_file import (
     build_config,
     nearest,
     read_settings,
-    setting_names,
+    setting_types,
     settings_text,
     value_in,
 )
 from dptrain.config.train_config import TrainConfig
 from dptrain.config.validation import shown
-from dptrain.errors import ConfigError
+from dptrain.errors import ConfigError, DptrainError
 from dptrain.tracking.redact import refuse_secrets
-
-_DESCRIPTION = """Train a task on all replicas, measure the gradient noise scale on the way, and adapt the batch to it.
-Settings come from the --config files in their order, then from the command line; the later one wins. The environment
-sets none of them. --print_config shows what comes out."""
 
 _OPTIONS = "config", "print_config"  # of the parser itself; the rest that is no setting goes to the caller
 
@@ -36,30 +35,55 @@ _OPTIONS = "config", "print_config"  # of the parser itself; the rest that is no
 def parse(arguments: Sequence[str]) -> tuple[TrainConfig, Namespace]:
     """Return the settings, and the options that are of this call alone (`replicas`, `resume`, …).
 
+    Names of options may have dashes or underscores; numbers may be written as 1e5, 100k or 1M.
+
     Raises:
         ConfigError: in one sentence, with the nearest name for a misspelt one.
-        SystemExit: where help or the settings were asked for, and shown.
+        SystemExit: after help or the settings were printed, as asked for.
     """
-    arguments = list(arguments)
+    parser = _parser()
+    types = setting_types()
+    known = [*types, *_options(parser)]
+    arguments = underscored(arguments)
+    show_help(arguments, parser)
+    refuse_other_tools(arguments, known=known, num_samples=_num_samples)
+    arguments = with_numbers(arguments, types={**types, "replicas": int, "max_restarts": int})
     settings: dict[str, Any] = {}
     for path in _settings_files(arguments):
         settings = _merged(settings, read_settings(path))
-    parser = _parser()
-    names = setting_names()
     try:
         # Without defaults: only what was given. The files do not go through here, because the parser is lenient.
         parsed = parser.parse_args(arguments, defaults=False, env=False)
     except (ArgumentError, UnicodeError) as error:
-        raise ConfigError(_sentence(str(error), known=[*names, *_options(parser)])) from None
+        raise ConfigError(_sentence(str(error), known=known)) from None
     given = parsed.as_dict()
-    groups = {name.partition(".")[0] for name in names}
+    groups = {name.partition(".")[0] for name in types}
     config = build_config(_merged(settings, {name: value for name, value in given.items() if name in groups}))
     refuse_secrets(config)
     if given.get("print_config"):
-        sys.stdout.write(settings_text(config))
-        raise SystemExit(0)
+        _print_config(config)
     options = {name: given.get(name, default) for name, default in _options(parser).items()}
     return config, Namespace(options)  # type: ignore[no-untyped-call]
+
+
+def _print_config(config: TrainConfig) -> NoReturn:
+    from dptrain.tasks.resolve import check_task_name
+
+    check_task_name(config.task, options=config.task_options)
+    sys.stdout.write(settings_text(config))
+    raise SystemExit(0)
+
+
+def _num_samples(arguments: Sequence[str]) -> tuple[str, int] | None:
+    """Return the name of the task that the arguments ask for and the length of its data; None where it has none."""
+    from dptrain.tasks.resolve import resolve_task
+
+    try:
+        config, _ = parse(arguments)
+        task = resolve_task(config.task, options=config.task_options)
+        return task.name, len(task.train_data)  # type: ignore[arg-type]
+    except (DptrainError, SystemExit):
+        return None
 
 
 def _parser() -> ArgumentParser:
@@ -67,24 +91,22 @@ def _parser() -> ArgumentParser:
     set_loader("dptrain", value_in, exceptions=(yaml.YAMLError,))
     parser = ArgumentParser(
         prog="dptrain train",
-        description=_DESCRIPTION,
         exit_on_error=False,
         allow_abbrev=False,
         print_config=None,
         parser_mode="dptrain",
+        add_help=False,
     )
-    config = "YAML file with settings, more than once if need be; a run folder's config.yaml is one."
+    config = "YAML file with settings, may be given several times; the config.yaml of a run folder is one"
     parser.add_argument("--config", type=str, action="append", help=config)
-    parser.add_argument("--print_config", action="store_true", help="Show the settings as such a file, and end.")
-    parser.add_argument("--replicas", type=int | None, help="Replicas to start. Default: one per GPU, else 2 on CPU.")
-    restarts = "How often replicas are started again after a fault that may pass."
-    parser.add_argument("--max_restarts", "--max-restarts", type=int | None, help=restarts)
-    parser.add_argument("--grace", type=float | None, help="Seconds from a request to stop to the end of the replicas.")
-    parser.add_argument(
-        "--resume", action="store_true", help="Go on from the newest checkpoint in run_dir, with the run's settings."
-    )
-    fresh = "With --resume: begin anew where there are checkpoints and none of them can be trusted."
-    parser.add_argument("--allow_fresh", "--allow-fresh", action="store_true", help=fresh)
+    parser.add_argument("--print_config", action="store_true", help="print the settings as such a file, and end")
+    parser.add_argument("--replicas", type=int | None, help="processes to start (one per GPU, else 2 on the CPU)")
+    restarts = "most restarts after faults that may pass (no limit while checkpoints advance)"
+    parser.add_argument("--max_restarts", type=int | None, help=restarts)
+    parser.add_argument("--grace", type=float | None, help="seconds from a stop request to the kill (30)")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --run-dir")
+    fresh = "with --resume: start over where no checkpoint can be trusted"
+    parser.add_argument("--allow_fresh", action="store_true", help=fresh)
     parser.add_class_arguments(TrainConfig)
     return parser
 
@@ -95,7 +117,7 @@ def _settings_files(arguments: Sequence[str]) -> list[Path]:
     run_dirs = _values("--run_dir", arguments)
     if "--resume" in arguments and run_dirs and not named:
         saved = Path(run_dirs[-1]) / "config.yaml"
-        with contextlib.suppress(OSError):  # a name that no folder can have: whoever opens the folder says so
+        with contextlib.suppress(OSError):  # no folder can have this name; the error follows when it is opened
             return [saved] if saved.is_file() else []
     return [Path(name) for name in named]
 
@@ -120,9 +142,9 @@ def _merged(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, An
 
 def _options(parser: ArgumentParser) -> dict[str, Any]:
     """Return the options that are no settings, with their defaults."""
-    settings = {name.partition(".")[0] for name in setting_names()}
+    settings = {name.partition(".")[0] for name in setting_types()}
     actions = [action for action in parser._actions if action.dest.partition(".")[0] not in settings]  # noqa: SLF001 - argparse has no other way
-    return {action.dest: action.default for action in actions if action.dest not in ("help", *_OPTIONS)}
+    return {action.dest: action.default for action in actions if action.dest not in _OPTIONS}
 
 
 def _sentence(message: str, *, known: Sequence[str]) -> str:
@@ -142,15 +164,18 @@ def _sentence(message: str, *, known: Sequence[str]) -> str:
 
 def _unknown(argument: str, *, known: Sequence[str]) -> str:
     if not argument.startswith("-"):
-        return f"there is no place for {argument!r}: settings are written --name value"
-    return f"there is no option {argument}{nearest(argument.lstrip('-'), known, prefix='--')}"
+        hint = f"--task {argument}" if argument.endswith(".py") or ":" in argument or argument.isidentifier() else ""
+        return f"there is no place for {argument!r}: settings are written --name value{hint and f', such as {hint}'}"
+    name = argument.lstrip("-")
+    close = nearest(name, known, prefix="--").replace("_", "-")
+    return f"there is no option {argument.replace('_', '-')}{close}"
 
 
 def _wrong_value(name: str, message: str, *, known: Sequence[str]) -> str:
     """Say what a setting must be, from what the parser says of each type that it tried."""
     if "Unable to load config" in message:
         example = next(setting for setting in known if setting.startswith(f"{name}."))
-        return f"{name} is a group of settings: set each by its name, such as --{example}"
+        return f"{name} is a group of settings: set each by its name, such as {as_option(example)}"
     expected = dict.fromkeys(
         found.replace("NoneType", "null") for found in re.findall(r"Expected an? <class '([\w.]+)'>", message)
     )

@@ -26,7 +26,7 @@ def train(arguments: Sequence[str]) -> int:
     """Parse, then train: as a replica where a launcher started this process, else by starting the replicas."""
     config, options = parse(arguments)
     if options.resume and config.run_dir is None:
-        raise ConfigError("--resume needs --run_dir, the folder of the run to go on with")
+        raise ConfigError("--resume needs --run-dir, the folder of the run to continue")
     if is_replica():
         if options.replicas is not None:
             raise ConfigError("--replicas has no meaning under a launcher, which has started the replicas already")

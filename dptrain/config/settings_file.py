@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from dptrain.config.counts import with_counts
 from dptrain.config.train_config import TrainConfig
 from dptrain.config.validation import check_types, hints_of, is_group, shown
 from dptrain.errors import ConfigError
@@ -43,6 +44,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read settings file {path}: {getattr(error, 'strerror', None) or error}") from None
     settings = _loaded(content, path)
     _check_names(settings, file=path)
+    settings = with_counts(TrainConfig, settings)
     check_types(TrainConfig, settings)
     return settings
 
@@ -71,13 +73,18 @@ def value_in(text: str) -> Any:  # noqa: ANN401 - any plain data
         raise yaml.YAMLError(str(error)) from None
 
 
+def setting_types() -> dict[str, Any]:
+    """Return the type of every setting by its dotted name."""
+    return {
+        f"{name}.{inner}" if inner else name: kind
+        for name, hint in hints_of(TrainConfig).items()
+        for inner, kind in (hints_of(hint).items() if is_group(hint) else [("", hint)])
+    }
+
+
 def setting_names() -> list[str]:
     """Return the dotted name of every setting."""
-    return [
-        f"{name}.{inner}" if inner else name
-        for name, hint in hints_of(TrainConfig).items()
-        for inner in (hints_of(hint) if is_group(hint) else [""])
-    ]
+    return list(setting_types())
 
 
 def nearest(name: str, known: Sequence[str], *, prefix: str = "") -> str:

@@ -34,26 +34,26 @@ class OptimizerConfig:
     """The optimizer and its learning rate."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    """Which one."""
+    """Optimizer."""
     learning_rate: float | None = setting(None, POSITIVE)
-    """Base rate, at reference_batch_size (at an infinite batch for rule=noise). Default: the task's."""
+    """Learning rate at reference_batch_size. For rule=noise: at an infinite batch. Default: the task's."""
     reference_batch_size: int | None = setting(None, AT_LEAST_1)
-    """Global batch, in samples, that learning_rate was tuned at: from there the rule leads to the batch in force.
-    Default: the first global batch."""
+    """Global batch, in samples, that learning_rate was tuned at; the rule scales the rate from there to the batch in
+    use. Default: the first global batch."""
     rule: Literal["none", "linear", "square_root", "gain", "root_gain", "noise", "surge"] | None = None
-    """How the rate follows the batch. Default: root_gain for adamw, gain for sgd; for law=seesaw, which acts on the
-    rate itself, square_root and linear."""
+    """Scaling of the learning rate with the batch. Default: root_gain for adamw, gain for sgd; with law=seesaw:
+    square_root for adamw, linear for sgd."""
     beta_rule: Literal["none", "square_root", "half_life"] = "none"
-    """How the betas of adamw follow the batch. square_root: 1 − β in proportion to it; half_life: beta2 forgets over
-    equal numbers of samples."""
+    """Scaling of adamw's betas with the batch. square_root: 1 − β in proportion to √batch; half_life: beta2 keeps its
+    half-life in samples."""
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
-    """How the rate falls after the warm-up. wsd: it stays, and falls at the end."""
+    """Decay of the learning rate after warm-up. wsd: constant, then a linear decay at the end."""
     decay_fraction: float | None = setting(None, SHARE)
-    """Share of the run over which a wsd schedule falls. Default: 0.2."""
+    """Fraction of the run over which a wsd schedule decays. Default: 0.2."""
     warmup_samples: int | None = setting(None, AT_LEAST_0)
-    """Length of the linear warm-up. Default: 2 % of the run."""
+    """Length of the linear warm-up, in samples. Default: 2 % of the run."""
     final_fraction: float | None = setting(None, between(0, 1))
-    """What is left of the rate at the end. Default: 0.1 where the schedule falls."""
+    """Final learning rate as a fraction of the peak. Default: 0.1 for a schedule that decays."""
     weight_decay: float = setting(0.1, AT_LEAST_0)
     """Decoupled for adamw, an L2 term for sgd."""
     beta1: float = setting(0.9, DECAY)
@@ -61,64 +61,64 @@ class OptimizerConfig:
     beta2: float = setting(0.95, DECAY)
     """Decay of the second moment, for adamw."""
     max_grad_norm: float | None = setting(1.0, POSITIVE)
-    """Clip the gradient to this norm. null: do not clip."""
+    """Largest gradient norm; larger gradients are clipped. null: no clipping."""
     max_skipped_steps: int = setting(10, AT_LEAST_1)
-    """Steps in a row whose gradient is not finite, and which are therefore skipped, after which the run ends."""
+    """Number of consecutive skipped steps (gradient not finite) that ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What is told while it trains."""
+    """What a run records and prints."""
 
     every_steps: int = setting(1, AT_LEAST_1)
     """Steps between two rows of metrics.jsonl."""
     eval_every_samples: int | None = setting(None, AT_LEAST_1)
-    """Samples between two evaluations. Default: the task's. One is always made at the end."""
+    """Samples between two evaluations; there is always one at the end. Default: the task's."""
     print_every_steps: int = setting(50, AT_LEAST_1)
-    """Steps between two printed lines where there is no terminal."""
+    """Steps between two printed lines; the live view on a terminal does not use it."""
     tracker: Literal["auto", "wandb", "none"] = "auto"
-    """A second copy of the log. auto: wandb if a key is there."""
+    """Experiment tracker. auto: wandb if you are logged in to it."""
     project: str = setting("dptrain", NAME)
     """Project name for the tracker."""
     price_per_device_hour: float | None = setting(None, POSITIVE)
-    """What one GPU (or one replica on CPUs) costs for an hour, in any currency; the run then tells what it cost."""
+    """Price of one GPU-hour (on CPUs: of one replica-hour), in any currency; adds the cost to log and summary."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """All settings of a run. What is None is filled in from the task's suggestion before the run starts."""
+    """All settings of a run. None means: filled in from the task's suggestion before the run starts."""
 
     task: str = setting("pysource", NAME)
-    """A built-in task (pysource, digits, quadratic, linear) or path/to/file.py:function."""
+    """Built-in task (see `dptrain tasks`) or path/to/file.py:function."""
     task_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the task's function."""
     run_dir: str | None = setting(None, PATH)
     """Folder of the run. Default: runs/TASK-DATE-TIME."""
     branch_from: str | None = setting(None, PATH)
-    """A checkpoint (folder step-…) of another run. This one begins with its parameters, its optimizer and its position
-    in the samples, and goes on with settings of its own; max_samples counts from the other's beginning."""
+    """Checkpoint (folder step-…) of another run to start from: its parameters, optimizer state and position in the
+    samples, with the settings of this run. max_samples counts from the start of the other run."""
     seed: int = setting(0, AT_LEAST_0)
-    """Decides initialisation, order of samples and dropout."""
+    """Seed of initialisation, sample order and dropout."""
     max_samples: int | None = setting(None, AT_LEAST_1)
     """Length of the run, in samples. Default: the task's."""
     max_steps: int | None = setting(None, AT_LEAST_1)
-    """Length of the run in optimizer steps instead, for a batch that stays as it is."""
+    """Length of the run in optimizer steps, for a constant batch (control.law=constant)."""
     global_batch_size: int | None = setting(None, AT_LEAST_1)
-    """Samples in the first optimizer steps, all replicas together. Default: the schedule's, or the task's."""
+    """First global batch, in samples over all replicas. Default: the schedule's, or the task's."""
     micro_batch_size: int | Literal["auto"] | None = setting(None, AT_LEAST_1_OR_AUTO)
-    """Largest number of samples in one forward and backward pass on one replica; a step is always made of at least
-    two such passes. auto: the largest that fits into the memory of the GPUs, found by trying. Default: the task's."""
+    """Most samples in one forward-backward on one replica; a step has at least two of them. auto: the largest that fits
+    into GPU memory, found by trial. Default: the task's."""
     layout_replicas: int | None = setting(None, AT_LEAST_1)
-    """Replicas among which the micro-batches of a step are shared equally. It stays as it is when a run goes on with
-    other replicas: they take the same micro-batches and make the same decisions. Default: those that start the run."""
+    """Number of replicas that a step's micro-batches are laid out for. A run resumed on another number keeps it, so
+    micro-batches and decisions stay the same. Default: the number that starts the run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: GPUs where there are some; cuda: GPUs, or not at all."""
+    """Device. auto: GPUs if there are any; cuda: an error without a GPU."""
     precision: Literal["no", "bf16"] = "no"
-    """no: as the parameters are; bf16: autocast."""
+    """Precision of forward and backward. no: that of the parameters; bf16: autocast."""
     num_workers: int = setting(0, between(0, _MOST_WORKERS))
-    """Processes that load samples, for each replica."""
+    """Data-loading processes per replica."""
     replica_check_every_steps: int = setting(100, AT_LEAST_0)
-    """Steps between two comparisons of the replicas' parameters, to the last bit; 0: never."""
+    """Steps between two bit-exact comparisons of the replicas' parameters; 0: never."""
     control: ControlConfig = field(default_factory=ControlConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -45,7 +45,7 @@ def check_types(kind: type, settings: Mapping[str, Any], *, prefix: str = "") ->
             check_types(hint, value if isinstance(value, Mapping) else vars(value), prefix=f"{path}.")
         elif get_origin(hint) is dict and type(value) is dict:
             _check_plain(value, path)
-        elif not any(_is_one(value, choice) for choice in _choices(hint)):
+        elif not any(_is_one(value, choice) for choice in choices_of(hint)):
             raise ConfigError(f"{path} must be {_expected(hint, value)}, got {shown(value)}")
 
 
@@ -99,7 +99,8 @@ def shown(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:  # noqa: ANN401 - as above
+def choices_of(hint: Any) -> tuple[Any, ...]:  # noqa: ANN401 - as above
+    """Return the types that a field may have."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
@@ -126,7 +127,7 @@ def _expected(hint: Any, value: object) -> str:  # noqa: ANN401 - as above
         else "null"
         if choice is type(None)
         else (get_origin(choice) or choice).__name__
-        for choice in _choices(hint)
+        for choice in choices_of(hint)
     ]
     limit = {int: " below 2⁶³", float: " and finite", str: " that has a UTF-8 form"}.get(type(value), "")
     return " or ".join(names) + (limit if not _is_writable(value) else "")

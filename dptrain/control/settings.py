@@ -13,8 +13,8 @@ class ControlConfig:
     """How the global batch is decided."""
 
     mode: Literal["off", "measure", "advise", "adapt"] = "adapt"
-    """off: nothing is measured; measure: the noise scale is; advise: decisions are made and told, and nothing is
-    changed; adapt: they are acted upon."""
+    """Measure and adapt. off: neither; measure: noise scale only; advise: decisions are logged, not applied; adapt: both
+    are done."""
     law: Literal[
         "goodput",
         "noise",

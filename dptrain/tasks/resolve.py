@@ -68,6 +68,16 @@ def resolve_task(spec: str | Callable[..., Task], *, options: Mapping[str, Any] 
     return task
 
 
+def check_task_name(spec: str, *, options: Mapping[str, Any]) -> None:
+    """Refuse a task that does not exist, or that does not take the options; a built-in one is not built for it.
+
+    Raises:
+        ConfigError: where `spec` or an option does not exist.
+        TaskError: where the file does not import.
+    """
+    _check_options(_find(spec), name=spec, options=options)
+
+
 def check_task(task: Task) -> None:
     """Run two training samples through a copy of the model, on the CPU in train mode, and look at the loss.
 

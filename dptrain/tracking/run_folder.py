@@ -61,10 +61,10 @@ class RunFolder:
         held = _held(path)
         if held and not resume:
             raise ConfigError(
-                f"run folder {path} holds a run already: add --resume to go on, or choose another --run_dir"
+                f"run folder {path} already holds a run: add --resume to continue it, or choose another --run-dir"
             )
         if resume and not held:
-            raise ConfigError(f"there is no run to resume in {path}: check --run_dir, or leave --resume out")
+            raise ConfigError(f"there is no run to resume in {path}: check --run-dir, or omit --resume")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(mode=0o700, exist_ok=True)  # what is in it is then its owner's alone, whatever its own mode
@@ -142,7 +142,7 @@ def _held(path: Path) -> bool:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"run folder {str(path)[:_LONGEST_SHOWN]!r} cannot be: {reason}") from None
     if is_file:
-        raise ConfigError(f"run folder {path} is a file: choose another --run_dir")
+        raise ConfigError(f"run folder {path} is a file: choose another --run-dir")
     return held
 
 

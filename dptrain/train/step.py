@@ -162,7 +162,7 @@ class Stepper:
         if self._is_combining:
             raise OutOfMemoryError(
                 f"micro-batches of {record.micro_batch_size} did not fit into memory while the replicas combined their "
-                f"gradients: go on from the latest checkpoint with --resume --micro_batch_size "
+                f"gradients: go on from the latest checkpoint with --resume --micro-batch-size "
                 f"{max(1, record.micro_batch_size // 2)} ({told})"
             )
         if parts >= record.micro_batch_size:

@@ -275,7 +275,7 @@ class Trainer:
             drift.finish()
         if not run.at_end:
             log.note(
-                f"stopped on request after step {run.progress.step:,}: go on with --run_dir {self._run_dir} --resume"
+                f"stopped on request after step {run.progress.step:,}: continue with --run-dir {self._run_dir} --resume"
             )
             return None
         summary = self._summary()

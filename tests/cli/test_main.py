@@ -59,7 +59,9 @@ def test_an_unknown_command_is_refused(name, capsys):
     assert main([name]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == f"dptrain: there is no command {name!r}; commands are train, sweep, plan, branch, report, export\n"
+    assert err.startswith(f"dptrain: unknown command {name!r}")
+    assert err.endswith("(commands: train, tasks, report, plan, sweep, branch, export)\n")
+    assert ("did you mean train?" in err) == (name != "runs/x")
 
 
 @pytest.mark.parametrize(
@@ -125,4 +127,4 @@ def test_the_package_runs_as_a_module(tmp_path):
         check=False,
     )
     assert (found.returncode, found.stdout) == (2, "")
-    assert "no command 'trian'" in found.stderr
+    assert "unknown command 'trian'" in found.stderr

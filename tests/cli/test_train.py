@@ -75,13 +75,12 @@ FILES = {
     ("arguments", "parts"),
     [
         ("--sede 1", ["no option --sede", "did you mean --seed?"]),
-        ("--max_sample 1", ["no option --max_sample", "did you mean --max_samples?"]),
-        ("--max-samples 1", ["no option --max-samples", "did you mean --max_samples?"]),
-        ("--learning_rate 1", ["no option --learning_rate", "did you mean --optimizer.learning_rate?"]),
-        ("--optimizer.learnin_rate 1", ["did you mean --optimizer.learning_rate?"]),
+        ("--max_sample 1", ["no option --max-sample", "did you mean --max-samples?"]),
+        ("--learning_rate 1", ["no option --learning-rate", "did you mean --optimizer.learning-rate?"]),
+        ("--optimizer.learnin_rate 1", ["did you mean --optimizer.learning-rate?"]),
         ("--optimiser.beta1 0", ["did you mean --optimizer.beta1?"]),
         ("--xyzzy 1", ["no option --xyzzy"]),
-        ("digits", ["no place for 'digits'"]),
+        ("digits", ["no place for 'digits'", "--task digits"]),
         ("--seed one", ["seed must be int", "'one'"]),
         ("--seed 1.5", ["seed must be int", "'1.5'"]),
         ("--seed 99999999999999999999", ["seed must be", "2⁶³"]),
@@ -97,7 +96,7 @@ FILES = {
         ("--replicas 0", ["--replicas must be at least 1, got 0"]),
         ("--replicas -1", ["--replicas must be at least 1, got -1"]),
         ("--replicas two", ["replicas must be int", "'two'"]),
-        ("--resume", ["--resume needs --run_dir"]),
+        ("--resume", ["--resume needs --run-dir"]),
         ("--config missing.yaml", ["cannot read settings file missing.yaml: No such file"]),
         ("--config .", ["cannot read settings file .: Is a directory"]),
         ("--config empty.yaml", ["settings file empty.yaml must hold names with values", "got nothing"]),
@@ -192,15 +191,13 @@ def test_print_config_is_a_settings_file(tmp_path, start):
     assert start == []
 
 
-def test_help_explains_every_setting():
-    """Each setting stands there with a text of its own."""
-    code, stdout, _ = outcome(["train", "--help"])
-    assert code == 0
-    text = " ".join(stdout.split())
-    for name in settings_of.parse([])[0].__dataclass_fields__:
-        assert f"--{name}" in text
-    for part in ("Samples in the first optimizer steps", "Clip the gradient to this norm", "A second copy of the log"):
-        assert part in text
+def test_print_config_refuses_a_task_that_does_not_exist(start):
+    """And options that its function does not take: what is printed can be trained."""
+    for wrong, part in ((["--task", "digit"], "did you mean 'digits'?"), (["--task-options.wdth", "3"], "'wdth'")):
+        code, stdout, stderr = outcome(["train", *wrong, "--print-config"])
+        assert (code, stdout) == (2, "")
+        assert_one_sentence(stderr, part)
+    assert start == []
 
 
 # Refused by the replicas, before a step is made
@@ -249,7 +246,7 @@ REFUSED = [
     (f"--task quadratic {RUN} tasks.py/below", 2, ["cannot write to run folder"]),
     (f"--task quadratic {RUN} /proc/dptrain", 2, ["cannot write to run folder"]),
     (f"--task quadratic --resume {RUN} a", 2, ["no run to resume in a"]),
-    (f"--task quadratic {RUN} done", 2, ["done holds a run already", "--resume"]),
+    (f"--task quadratic {RUN} done", 2, ["done already holds a run", "--resume"]),
     (f"--seed 5 --resume {RUN} done", 2, ["other settings", "seed was 0 and is 5"]),
     (f"--optimizer.beta1 0.5 --resume {RUN} done", 2, ["optimizer.beta1 was 0.9 and is 0.5"]),
     (f"--task_options.num_samples 32 --resume {RUN} done", 2, ["task_options.num_samples was"]),
@@ -327,7 +324,7 @@ def test_several_replicas_say_it_once(tmp_path):
     (tmp_path / "held" / "metrics.jsonl").touch()
     every = run(f"-m dptrain train --task broken.py:f --replicas 2 {RUN} a", cwd=tmp_path)
     one = run(f"-m dptrain train --task quadratic --replicas 2 {RUN} held", cwd=tmp_path)
-    for found, part in ((every, "does not import"), (one, "holds a run already")):
+    for found, part in ((every, "does not import"), (one, "already holds a run")):
         assert found.returncode == 2, found.stderr
         assert_one_sentence(found.stderr, part)
         assert found.stdout == ""
