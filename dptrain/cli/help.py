@@ -1,4 +1,4 @@
-"""`dptrain train --help`: the common settings on one screen, the others by group; the texts stand beside the settings."""
+"""`dptrain train --help`: the common settings on one screen, the others by group."""
 
 from __future__ import annotations
 

@@ -57,4 +57,3 @@ def takes_count(hint: Any) -> bool:  # noqa: ANN401 - a type hint has no type of
 def is_number(hint: Any) -> bool:  # noqa: ANN401 - a type hint has no type of its own
     """Whether a field takes numbers."""
     return bool({int, float} & set(choices_of(hint)))
-

@@ -13,8 +13,8 @@ class ControlConfig:
     """How the global batch is decided."""
 
     mode: Literal["off", "measure", "advise", "adapt"] = "adapt"
-    """Measure and adapt. off: neither; measure: noise scale only; advise: decisions are logged, not applied; adapt: both
-    are done."""
+    """Measure and adapt. off: neither; measure: noise scale only; advise: decisions are logged, not applied; adapt:
+    decisions are applied."""
     law: Literal[
         "goodput",
         "noise",

@@ -21,7 +21,7 @@ WRONG_TRIES = [
     ("--task_options=width=8,depth=2", "--task-options.width 8"),
     ("--task digits --epochs 3", "--max-samples 4491"),
     ("--epochs=0.5 --task digits", "--max-samples 748"),
-    ("--num_train_epochs 2 --task quadratic --task-options.num-samples 1k", "--max-samples 2000"),
+    ("--num_train_epochs 2 --task quadratic --task-options.num-samples 1000", "--max-samples 2000"),
     ("--epochs many --task digits", "--max-samples (epochs × samples in the training data)"),
     ("--epochs 3 --task no_such_task", "--max-samples (epochs × samples in the training data)"),
     ("--gradient-accumulation-steps 4", "--global-batch-size = --micro-batch-size"),

