@@ -17,6 +17,7 @@ from dptrain.noise import NoiseScale
 from dptrain.tracking.console import make_view
 from dptrain.tracking.jsonl import JsonlLog, Value, read_rows
 from dptrain.tracking.redact import refuse_secrets
+from dptrain.tracking.row_text import is_rate_alone
 from dptrain.tracking.run_folder import RunFolder, write_config
 from dptrain.tracking.tracker import start_tracker
 
@@ -107,7 +108,11 @@ class WritingLog:
             except OSError as error:
                 raise ConfigError(f"cannot write to run folder {folder.path}: {error.strerror or error}") from error
             self._view = make_view(
-                max_samples=given(config.max_samples), title=title, print_every_steps=config.log.print_every_steps
+                max_samples=given(config.max_samples),
+                title=title,
+                print_every_steps=config.log.print_every_steps,
+                num_steps=_num_steps(config),
+                level=config.noise.level,
             )
             stack.callback(self._view.close)
             stack.callback(self._end, self._metrics, file=folder.metrics)
@@ -140,7 +145,8 @@ class WritingLog:
     def decision(self, row: Mapping[str, Value]) -> None:
         """Write and show the row."""
         self._go_on(lambda: self._decisions.write(row), file=self._folder.decisions)
-        self._view.decision(row)
+        if not is_rate_alone(row):  # those are many, and the rate is a column of each step
+            self._view.decision(row)
 
     def note(self, text: str) -> None:
         """Show the sentence."""
@@ -172,6 +178,12 @@ class WritingLog:
             log.close()
         except OSError as error:
             self._view.note(f"the last rows of {file} are lost: {error.strerror or error}")
+
+
+def _num_steps(config: TrainConfig) -> int | None:
+    """Return the length of a run in steps where its batch is constant."""
+    constant = config.control.law == "constant" or config.control.mode != "adapt"
+    return -(-given(config.max_samples) // given(config.global_batch_size)) if constant else None
 
 
 def _on_record(folder: RunFolder, *, from_step: int) -> list[tuple[int, int]]:

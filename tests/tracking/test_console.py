@@ -11,8 +11,10 @@ import time
 
 import pytest
 
-from dptrain.tracking import console as view
-from dptrain.tracking.console import LiveView, PlainView, make_view, noise_scale_text
+from dptrain.tracking import live_view as view
+from dptrain.tracking.console import LineView, make_view
+from dptrain.tracking.live_view import LiveView
+from dptrain.tracking.row_text import noise_scale_text
 
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 
@@ -84,10 +86,10 @@ def live(terminal, **options):
 
 def plain(**options):
     stream = io.StringIO()
-    return stream, PlainView(stream=stream, max_samples=40_000, **options)
+    return stream, LineView(stream=stream, max_samples=40_000, **options)
 
 
-def test_the_plain_view_prints_one_line_for_each_thing():
+def test_the_line_view_prints_one_line_for_each_event():
     """A log step, an evaluation, a decision and a note are a line each, with the figures in it."""
     stream, shown = plain()
     with shown:
@@ -95,36 +97,48 @@ def test_the_plain_view_prints_one_line_for_each_thing():
         shown.update(train_row())
         shown.evaluation(EVALUATION)
         shown.decision(DECISION)
+        shown.decision({**DECISION, "applied": False})
         shown.update(train_row(**{"step": 121, "progress/samples": 4864, "train/steps_dropped": 1, "train/loss": None}))
     assert stream.getvalue() == (
         "wandb records offline\n"
-        "step 120  samples 3,840/40,000  loss 2.913  batch 32 (8×2×2)  noise scale 210 (150–330)  lr 1.0e-3  "
-        "1,240 samples/s  left 0:29\n"
-        "step 120  held-out loss 2.950  bits per byte 4.200\n"
-        "step 120  batch 32 → 1,024, learning rate × 1.41: the noise scale is above 64\n"
-        "step 121  samples 4,864/40,000  loss not finite  batch 32 (8×2×2)  noise scale 210 (150–330)  lr 1.0e-3  "
-        "1,240 samples/s  left 0:28  dropped 1\n"
+        "step 120 | 3,840/40,000 samples | loss 2.913 | lr 1.0e-3 | batch 32 (8×2×2) | noise scale 210 [150, 330] | "
+        "1,240 samples/s | eta 0:29\n"
+        "step 120 | held-out loss 2.950 | bits per byte 4.200\n"
+        "step 120 | batch 32 → 1,024, lr ×1.41: the noise scale is above 64\n"
+        "step 120 | advice, not applied: batch 32 → 1,024, lr ×1.41: the noise scale is above 64\n"
+        "step 121 | 4,864/40,000 samples | loss not finite | lr 1.0e-3 | batch 32 (8×2×2) | noise scale 210 [150, 330] "
+        "| 1,240 samples/s | eta 0:28 | skipped 1\n"
     )
 
 
-def test_a_rate_that_moves_at_a_batch_that_stays():
-    """Then the rate alone is told; where neither moves, as for advice that is taken back, the batch is."""
+def test_a_line_has_what_is_known():
+    """Time of the step, utilisation and the length in steps are there where they are known."""
+    stream, shown = plain(num_steps=1250)
+    shown.update(train_row(**{"time/step_s": 0.0258, "ledger/mfu": 0.481}))
+    shown.update(train_row(**{"time/step_s": 1.24, "ledger/mfu": None}))
+    first, second = stream.getvalue().splitlines()
+    assert first.startswith("step 120/1,250 | ")
+    assert " | 26 ms | 1,240 samples/s | mfu 48 % | eta " in first
+    assert " | 1.2 s | 1,240 samples/s | eta " in second
+
+
+def test_a_rate_that_moves_at_a_constant_batch():
+    """Then the rate alone is shown; where neither moves, as for advice that is taken back, the batch is."""
     stream, shown = plain()
     with shown:
         shown.decision({**DECISION, "batch/after": 32})
         shown.decision({**DECISION, "batch/after": 32, "lr_factor/after": 1.0})
     assert stream.getvalue() == (
-        "step 120  learning rate × 1.41: the noise scale is above 64\n"
-        "step 120  batch 32 → 32: the noise scale is above 64\n"
+        "step 120 | lr ×1.41: the noise scale is above 64\nstep 120 | batch 32 → 32: the noise scale is above 64\n"
     )
 
 
-def test_the_plain_view_prints_every_so_many_steps():
+def test_the_line_view_prints_every_so_many_steps():
     """The first step and each multiple are printed, and no other."""
     stream, shown = plain(print_every_steps=50)
     for step in range(3, 151):
         shown.update(train_row(step=step))
-    assert [line.split("  ")[0] for line in stream.getvalue().splitlines()] == [
+    assert [line.split(" | ")[0] for line in stream.getvalue().splitlines()] == [
         "step 3",
         "step 50",
         "step 100",
@@ -148,14 +162,14 @@ def test_any_missing_field_leaves_a_gap_not_an_error(name):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({}, "210 (150–330)"),
-        ({"noise_scale/value": 1200.0, "noise_scale/lower": 930.0, "noise_scale/upper": 1649.0}, "1.2k (0.9k–1.6k)"),
-        ({"noise_scale/value": 1200.0, "noise_scale/lower": 20.0, "noise_scale/upper": None}, "1.2k (20–∞)"),
+        ({}, "210 [150, 330]"),
+        ({"noise_scale/value": 1200.0, "noise_scale/lower": 930.0, "noise_scale/upper": 1649.0}, "1.2k [0.9k, 1.6k]"),
+        ({"noise_scale/value": 1200.0, "noise_scale/lower": 20.0, "noise_scale/upper": None}, "1.2k [20, ∞]"),
         (
             {"noise_scale/value": 12_000_000.0, "noise_scale/lower": 9_000_000.0, "noise_scale/upper": 2e7},
-            "12M (9.0M–20M)",
+            "12M [9.0M, 20M]",
         ),
-        ({"noise_scale/value": 3.24, "noise_scale/lower": 0.5, "noise_scale/upper": 9.97}, "3.2 (0.5–10)"),
+        ({"noise_scale/value": 3.24, "noise_scale/lower": 0.5, "noise_scale/upper": 9.97}, "3.2 [0.5, 10]"),
         (
             {
                 "noise_scale/state": "at least",
@@ -187,16 +201,16 @@ def test_the_live_view_shows_what_the_rows_say():
         "wandb records offline",
         "pysource",
         "3,840/40,000 samples",
-        "left 0:29",
-        "training loss  2.913",
-        "held-out loss  2.950",
-        "bits per byte  4.200",
-        "global batch   32 = 8 micro-batch × 2 accumulation × 2 replicas",
-        "noise scale    210 (150–330, 90 %)",
-        "learning rate  1.0e-3",
+        "eta 0:29",
+        "training loss      2.913",
+        "held-out loss      2.950",
+        "bits per byte      4.200",
+        "global batch       32 = 8 micro-batch × 2 accumulation × 2 replicas",
+        "noise scale, 90 %  210 [150, 330]",
+        "learning rate      1.0e-3",
         "1,240 samples/s",
-        "120, 0 dropped",
-        "at 3,840  batch 32 → 1,024, learning rate × 1.41: the noise scale is above 64",
+        "steps              120\n",
+        "step 120  batch 32 → 1,024, lr ×1.41: the noise scale is above 64",
     ):
         assert text in terminal.text
 
@@ -304,7 +318,7 @@ def test_markup_from_outside_is_shown_as_it_is():
     assert "[red]y" in terminal.text
 
 
-@pytest.mark.parametrize("kind", [PlainView, LiveView])
+@pytest.mark.parametrize("kind", [LineView, LiveView])
 @pytest.mark.parametrize("closed_by", ["reader", "us"])
 def test_a_closed_stream_ends_the_view_not_the_run(kind, closed_by):
     """A reader that is gone, or a stream that was closed, is met with silence."""
@@ -355,17 +369,17 @@ open(sys.argv[1], "w").write("trained to the end")
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_stream_that_cannot_say_everything_gets_what_it_can(encoding):
-    """Characters that the stream lacks become question marks; the line is there."""
+    """Characters that the stream lacks are spelled in ASCII; the line is there."""
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding)
     shown = make_view(stream=stream, max_samples=40_000, title="t")
     shown.update(train_row())
     shown.decision(DECISION)
-    assert b"batch 32 ? 1,024" in raw.getvalue()
+    assert b"batch 32 -> 1,024" in raw.getvalue()
 
 
 def test_the_view_fits_the_stream(monkeypatch):
-    """Live on a terminal; plain in a file, on a terminal that cannot redraw or speak UTF-8, and where there is none."""
+    """Live on a terminal; plain in a file, on a terminal that cannot redraw, and where there is none."""
 
     def kind(stream):
         with make_view(stream=stream, max_samples=1, title="t") as shown:
@@ -375,15 +389,15 @@ def test_the_view_fits_the_stream(monkeypatch):
     narrow.encoding = "ascii"
     closed.close()
     assert kind(Terminal()) is LiveView
-    assert kind(io.StringIO()) is PlainView
-    assert kind(narrow) is PlainView
-    assert kind(closed) is PlainView
+    assert kind(io.StringIO()) is LineView
+    assert kind(narrow) is LiveView
+    assert kind(closed) is LineView
     monkeypatch.setenv("TERM", "dumb")
-    assert kind(Terminal()) is PlainView
+    assert kind(Terminal()) is LineView
     monkeypatch.setattr(sys, "stdout", None)
     shown = make_view(max_samples=1, title="t")
     shown.note("nobody hears")
-    assert type(shown) is PlainView
+    assert type(shown) is LineView
 
 
 def test_time_left_counts_all_time_and_speed_only_training():
@@ -396,11 +410,50 @@ def test_time_left_counts_all_time_and_speed_only_training():
             | {"throughput/samples_per_sec": 1000.0}
         )
     last = stream.getvalue().splitlines()[-1]
-    assert "  1,000 samples/s  left 1:00" in last
+    assert " | 1,000 samples/s | eta 1:00" in last
 
 
 def test_a_resumed_run_estimates_from_what_it_does_itself():
     """The time of earlier attempts does not make the first estimates wild."""
     stream, shown = plain()
     shown.update(train_row(**{"progress/wall_s": 1000.0}))
-    assert "left 0:29" in stream.getvalue()
+    assert "eta 0:29" in stream.getvalue()
+
+
+def test_the_title_is_not_cut(monkeypatch):
+    """A title longer than the terminal is wide takes several rows."""
+    monkeypatch.setenv("COLUMNS", "40")
+    terminal = Terminal()
+    title = "resnet-of-some-length on 16 cuda replicas → runs/a-folder-with-a-long-name-20260101-120000"
+    with LiveView(stream=terminal, max_samples=40_000, title=title) as shown:
+        shown.update(train_row())
+    assert title.replace(" ", "") in re.sub(r"\s+", "", terminal.text)
+
+
+def test_a_terminal_without_utf8_gets_ascii():
+    """The live view draws with ASCII alone where the locale has no UTF-8."""
+    terminal = Terminal()
+    terminal.encoding = "ascii"
+    with make_view(stream=terminal, max_samples=40_000, title="digits → runs/a") as shown:
+        shown.update(train_row(**{"noise_scale/upper": None}))
+        shown.decision(DECISION)
+        shown.note("σ × 2")
+    assert terminal.getvalue().isascii()
+    assert "digits -> runs/a" in terminal.text
+    assert "210 [150, inf]" in terminal.text
+    assert "batch 32 -> 1,024, lr x1.41" in terminal.text
+
+
+def test_a_narrower_terminal_is_left_clean():
+    """Lines that the terminal wraps when it gets narrower are erased with the rest of the drawing."""
+    terminal = Terminal()
+    with live(terminal) as shown:
+        shown.update(train_row())
+        drawn = [line for line in terminal.text.splitlines() if line.strip()]
+        rows = 1 + sum(-(-len(line) // 40) for line in drawn)  # 1: the empty line at the top
+        shown._console.width = 40
+        before = len(terminal.getvalue())
+        shown.evaluation(EVALUATION)
+        erased = terminal.getvalue()[before:]
+    assert erased.count("\x1b[1A") == rows - 1
+    assert erased.count("\x1b[2K") == rows
