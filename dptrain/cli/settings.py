@@ -58,6 +58,8 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, Namespace]:
         raise ConfigError(_sentence(str(error), known=known)) from None
     given = parsed.as_dict()
     groups = {name.partition(".")[0] for name in types}
+    if {"max_samples", "max_steps"} & given.keys():  # the command line wins, whichever of the two it says
+        settings = {name: value for name, value in settings.items() if name not in ("max_samples", "max_steps")}
     config = build_config(_merged(settings, {name: value for name, value in given.items() if name in groups}))
     refuse_secrets(config)
     if given.get("print_config"):

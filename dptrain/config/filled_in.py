@@ -99,6 +99,10 @@ _DEFAULT_RULES: Mapping[tuple[str, bool], RuleName] = {
 
 def as_saved(config: TrainConfig, *, saved: Mapping[str, Any]) -> TrainConfig:
     """Return the settings with every None replaced by what a checkpoint says: left open, they are as they were."""
+    # A length that is given takes the place of the saved one, whichever of the two says it.
+    lengths = {"max_samples": config.max_samples, "max_steps": config.max_steps}
+    if any(length is not None for length in lengths.values()):
+        saved = {**saved, **lengths}
     return _as_saved(config, saved)
 
 

@@ -23,7 +23,8 @@ from dptrain.errors import ConfigError
 from dptrain.noise import NoiseScale
 from dptrain.noise import derived as closed_form
 
-_DECAY_FRACTION = 0.2
+DECAY_FRACTION = 0.2
+"""Share of the run over which a wsd schedule decays, where none is given."""
 
 
 class LearningRateRule(Protocol):
@@ -204,7 +205,7 @@ class LearningRateSchedule:
 
     @property
     def _decay_fraction(self) -> float:
-        return _DECAY_FRACTION if self.decay_fraction is None else self.decay_fraction
+        return DECAY_FRACTION if self.decay_fraction is None else self.decay_fraction
 
     @property
     def _decay_start(self) -> float:

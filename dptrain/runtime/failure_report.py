@@ -26,11 +26,13 @@ class Words:
         sentence: one line.
         trace: the traceback, where nobody foresaw the error; else empty.
         is_consequence: whether it ended because another one had.
+        place: the step that it was raised in, such as "in step 12"; empty outside of steps.
     """
 
     sentence: str
     trace: str
     is_consequence: bool
+    place: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +73,22 @@ class Cause:
         code: exit code of the attempt.
         sentence: one line; empty where all is as it should be.
         trace: a traceback to be shown before it, or empty.
+        place: the step that it was raised in, or empty.
     """
 
     code: int
     sentence: str = ""
     trace: str = ""
+    place: str = ""
+
+    def failure(self, *, step: int) -> str:
+        """Return exception and step, for the policy to compare attempts by; empty where no exception was unforeseen.
+
+        Args:
+            step: of the newest checkpoint: outside of steps, such as in an evaluation, it says how far the run was.
+        """
+        place = self.place or f"after the checkpoint of step {step}"
+        return f"{self.sentence.partition(' failed with ')[2]} {place}" if self.trace else ""
 
 
 def write_failure(error: Exception, *, environment: Mapping[str, str] = os.environ) -> bool:
@@ -92,6 +105,7 @@ def write_failure(error: Exception, *, environment: Mapping[str, str] = os.envir
         sentence=text if foreseen else f"{type(error).__name__}: {text}".removesuffix(": "),
         trace="" if foreseen else _tellable_trace(error),
         is_consequence=isinstance(error, AbortedError),
+        place=next((note.partition(", samples ")[0] for note in _notes(error) if note.startswith("in step ")), ""),
     )
     path = _path(Path(environment["DPTRAIN_STORE"]).parent, rank=int(environment["RANK"]))
     try:
@@ -101,6 +115,10 @@ def write_failure(error: Exception, *, environment: Mapping[str, str] = os.envir
     except OSError:
         return False
     return True
+
+
+def _notes(error: Exception) -> list[str]:
+    return list(getattr(error, "__notes__", []))
 
 
 def _brief(error: Exception) -> str:
@@ -157,7 +175,12 @@ def _cause(ending: Ending, *, num_replicas: int) -> Cause:
     if ending.words is None:
         return Cause(code=code, sentence=f"{who} {_describe(ending.code)}")
     if ending.words.trace:
-        return Cause(code=code, sentence=f"{who} failed with {ending.words.sentence}", trace=ending.words.trace)
+        return Cause(
+            code=code,
+            sentence=f"{who} failed with {ending.words.sentence}",
+            trace=ending.words.trace,
+            place=ending.words.place,
+        )
     return Cause(code=code, sentence=ending.words.sentence if ending.rank == 0 else f"{who}: {ending.words.sentence}")
 
 

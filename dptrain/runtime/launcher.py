@@ -114,7 +114,7 @@ def start_replicas(
                 attempt = _Attempt(Path(folder), number=attempts.num_restarts, grace_s=grace_s, signals=signals)
                 cause = attempt.run(arguments, num_replicas=num_replicas, fork=fork)
             step = newest_step(run_dir)
-            verdict = policy.decide(attempts, code=cause.code, step=step)
+            verdict = policy.decide(attempts, code=cause.code, step=step, failure=cause.failure(step=step))
             again = verdict.again and not signals.asked_to_stop
             _tell(cause, _from(step) if again else verdict.reason)
             if not again:

@@ -27,11 +27,13 @@ class Attempts:
         num_restarts: made so far.
         num_fruitless: the latest restarts, in a row, that are not known to have brought a new checkpoint.
         step: newest checkpoint when the latest attempt began; 0 where there was none.
+        failure: what an exception said that ended the latest attempt, and at which step; empty for any other end.
     """
 
     num_restarts: int = 0
     num_fruitless: int = 0
     step: int = 0
+    failure: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +66,21 @@ class RestartPolicy:
     max_restarts: int | None = None
     max_fruitless: int = 3
 
-    def decide(self, attempts: Attempts, *, code: int, step: int) -> Verdict:
+    def decide(self, attempts: Attempts, *, code: int, step: int, failure: str = "") -> Verdict:
         """Decide after an attempt.
 
         Args:
             attempts: so far, the one that has just ended among them.
             code: exit code of its root cause; 128 + n where signal n killed a replica.
             step: of the newest checkpoint now.
+            failure: the exception that ended the attempt with the step that it was raised in; empty for any other end.
+                The same one twice is a bug, not bad luck: the samples of a step are the same in each attempt.
         """
         if code in _FINAL:
             return Verdict(again=False, reason="", attempts=attempts)
+        if failure and failure == attempts.failure:
+            reason = "the same error at the same step as in the attempt before: correct it, then continue with --resume"
+            return Verdict(again=False, reason=reason, attempts=attempts)
         num_fruitless = 0 if step > attempts.step else attempts.num_fruitless
         if reason := self._objection(attempts.num_restarts, num_fruitless, step=step):
             return Verdict(again=False, reason=reason, attempts=attempts)
@@ -81,6 +88,7 @@ class RestartPolicy:
             num_restarts=attempts.num_restarts + 1,
             num_fruitless=num_fruitless + 1,
             step=max(step, attempts.step),
+            failure=failure,
         )
         return Verdict(again=True, reason="", attempts=following)
 

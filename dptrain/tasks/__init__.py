@@ -2,6 +2,7 @@
 
 from dptrain.tasks.base import Batch, LossFunction, Suggestion, Task
 from dptrain.tasks.digits import digits
+from dptrain.tasks.evaluation_check import check_evaluation
 from dptrain.tasks.known import KnownAnswer, exact_noise, known_answer, linear, quadratic
 from dptrain.tasks.patches import patches
 from dptrain.tasks.pictures import pictures
@@ -15,6 +16,7 @@ __all__ = [
     "LossFunction",
     "Suggestion",
     "Task",
+    "check_evaluation",
     "check_task",
     "digits",
     "exact_noise",

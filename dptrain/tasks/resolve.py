@@ -60,7 +60,7 @@ def resolve_task(spec: str | Callable[..., Task], *, options: Mapping[str, Any] 
     build, name = (spec, getattr(spec, "__name__", repr(spec))) if callable(spec) else (_find(spec), spec)
     options = {} if options is None else options
     _check_options(build, name=name, options=options)
-    with _reported(f"task {name!r} could not be built"):
+    with reported(f"task {name!r} could not be built"):
         task = build(**options)
     if not isinstance(task, Task):
         raise TaskError(f"task {name!r} must return a dptrain.tasks.Task, got {type(task).__name__}")
@@ -89,13 +89,13 @@ def check_task(task: Task) -> None:
         TaskError: where a sample, the collation, or the loss raises; or where the loss is not a floating-point scalar
             with a graph that reaches a parameter of the model.
     """
-    with _random_state_kept(), torch.enable_grad():
+    with random_state_kept(), torch.enable_grad():
         samples = [_sample(task.train_data, index, name=task.name) for index in range(_NUM_CHECKED_SAMPLES)]
-        with _reported(f"the first two training samples of task {task.name!r} do not make a micro-batch"):
+        with reported(f"the first two training samples of task {task.name!r} do not make a micro-batch"):
             batch = (task.collate or default_collate)(samples)
-        with _reported(f"the model of task {task.name!r} cannot be copied"):
+        with reported(f"the model of task {task.name!r} cannot be copied"):
             model = copy.deepcopy(task.model).train()
-        with _reported(f"the loss of task {task.name!r} does not run on a micro-batch of two samples"):
+        with reported(f"the loss of task {task.name!r} does not run on a micro-batch of two samples"):
             loss = task.loss(model, batch)
         _check_loss(loss, model=model, name=task.name)
 
@@ -143,7 +143,7 @@ def _import_file(path: Path) -> ModuleType:
     _folders[path.stem] = str(path.parent)
     sys.path.append(str(path.parent))
     try:
-        with _reported(f"task file {path} does not import"):
+        with reported(f"task file {path} does not import"):
             spec.loader.exec_module(module)
     except BaseException:
         _forget(path.stem)
@@ -223,14 +223,14 @@ def _check_data(data: Any, what: str, *, at_least: int) -> None:  # noqa: ANN401
             f"{what} must be a map-style dataset, with __getitem__ and __len__, because the trainer decides the order "
             f"of samples; got {type(data).__name__}"
         )
-    with _reported(f"{what} has no length"):
+    with reported(f"{what} has no length"):
         length = len(data)
     if length < at_least:
         raise TaskError(f"{what} must have at least {at_least} samples, got {length}")
 
 
 def _sample(data: Any, index: int, *, name: str) -> Any:  # noqa: ANN401 - whatever a user gave
-    with _reported(f"sample {index} of the training data of task {name!r} cannot be read"):
+    with reported(f"sample {index} of the training data of task {name!r} cannot be read"):
         return data[index]
 
 
@@ -252,7 +252,7 @@ def _check_loss(loss: Any, *, model: nn.Module, name: str) -> None:  # noqa: ANN
         )
     if not loss.requires_grad:
         raise TaskError(f"the loss of task {name!r} returned no graph: is there a .detach(), .item() or no_grad in it?")
-    with _reported(f"the loss of task {name!r} cannot be differentiated"):
+    with reported(f"the loss of task {name!r} cannot be differentiated"):
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     if all(gradient is None for gradient in gradients):
         raise TaskError(
@@ -261,7 +261,8 @@ def _check_loss(loss: Any, *, model: nn.Module, name: str) -> None:  # noqa: ANN
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
+def random_state_kept() -> Iterator[None]:
+    """Leave the random states of torch and of `random` as they were."""
     state = random.getstate()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -271,7 +272,7 @@ def _random_state_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _reported(what: str) -> Iterator[None]:
+def reported(what: str) -> Iterator[None]:
     """Make one sentence of what a user's code raises, sys.exit included; our own errors are sentences already."""
     try:
         yield

@@ -15,7 +15,6 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from dptrain.tracking.console import View
 from dptrain.tracking.redact import printable
 from dptrain.tracking.row_text import (
     decision_text,
@@ -28,6 +27,7 @@ from dptrain.tracking.row_text import (
     noise_scale_text,
     number,
 )
+from dptrain.tracking.view import View
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

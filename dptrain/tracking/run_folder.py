@@ -9,33 +9,17 @@ import platform
 import re
 import stat
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from dptrain.checkpoint.permissions import warn_if_exposed
 from dptrain.config.settings_file import settings_text
 from dptrain.config.train_config import TrainConfig
-from dptrain.config.validation import leaves
 from dptrain.errors import ConfigError
 
 _LONGEST_NAME = 64  # of a task in the name of a folder
 _LONGEST_SHOWN = 200  # characters of a name that cannot be one
-
-# Settings that a resumed run may have otherwise: they change what is told, not what is trained; but for the size of
-# micro-batches, which changes the last bits, and is free because memory may leave no choice.
-_FREE_ON_RESUME = (
-    "run_dir",
-    "log",
-    "checkpoint",
-    "num_workers",
-    "device",
-    "replica_check_every_steps",
-    "micro_batch_size",
-)
 
 
 def default_run_dir(task: str) -> str:
@@ -165,19 +149,3 @@ def write_config(path: Path, config: TrainConfig) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(settings_text(config), encoding="utf-8")
     temporary.replace(path)
-
-
-def check_same_settings(config: TrainConfig, *, saved: Mapping[str, Any]) -> None:
-    """Refuse to resume with settings under which the run would have been another one.
-
-    Raises:
-        ConfigError: listing each such setting with both values.
-    """
-    current, before = leaves(asdict(config)), leaves(saved)
-    differing = [
-        f"{name} was {before.get(name)!r} and is {current.get(name)!r}"
-        for name in sorted(before.keys() | current.keys())
-        if before.get(name) != current.get(name) and name.split(".")[0] not in _FREE_ON_RESUME
-    ]
-    if differing:
-        raise ConfigError(f"cannot resume with other settings: {'; '.join(differing)}")

@@ -102,6 +102,7 @@ class WritingLog:
             self.on_record = _on_record(folder, from_step=up_to_step)
             try:
                 write_config(folder.config, config)
+                folder.summary.unlink(missing_ok=True)  # of an earlier end, which this run extends
                 self._metrics = JsonlLog.resume(folder.metrics, up_to=up_to_step)
                 # Decisions stay on record as far as they are followed: they are not told again.
                 self._decisions = JsonlLog.resume(folder.decisions, up_to=self.on_record[-1][0] if up_to_step else -1)

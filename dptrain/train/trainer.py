@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from dptrain.checkpoint.state import infinite_buffers
 from dptrain.checkpoint.store import load_checkpoint, load_newest, set_aside
 from dptrain.config.built import smoothing
 from dptrain.config.filled_in import as_saved, filled_in, given, largest_micro_batch_size
+from dptrain.config.resume_check import check_same_settings
 from dptrain.config.settings_file import settings_text
 from dptrain.config.train_config import LogConfig, TrainConfig
 from dptrain.cost.device_peaks import matmul_precision, peak_flops_per_s
@@ -43,9 +45,9 @@ from dptrain.runtime.step_reduction import (
     translate_peer_errors,
 )
 from dptrain.runtime.watchdog import Watchdog
-from dptrain.tasks import Task, check_task, resolve_task
+from dptrain.tasks import Task, check_evaluation, check_task, resolve_task
 from dptrain.tracking.jsonl import Value
-from dptrain.tracking.run_folder import RunFolder, check_same_settings, checkpoints_in, default_run_dir
+from dptrain.tracking.run_folder import RunFolder, checkpoints_in, default_run_dir
 from dptrain.tracking.run_log import RunLog, SilentLog, WritingLog
 from dptrain.train.checkpoint_schedule import CheckpointManager, crosses
 from dptrain.train.evaluation import evaluate
@@ -94,6 +96,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self._task = task if isinstance(task, Task) else resolve_task(task or config.task, options=config.task_options)
         check_task(self._task)
+        check_evaluation(self._task)
         self._run_dir = Path(config.run_dir or default_run_dir(config.task))
         folder = checkpoints_in(self._run_dir)
         self._saved = load_newest(folder, allow_fresh=allow_fresh) if resume else None
@@ -218,7 +221,8 @@ class Trainer:
         """
         saved = self._saved
         if saved is not None:  # before the log is opened, which writes the settings and cuts rows
-            check_same_settings(self._config, saved=saved.state["config"])  # type: ignore[arg-type]
+            state: Mapping[str, Any] = saved.state
+            check_same_settings(self._config, saved=state["config"], position=int(state["progress"]["position"]))
         for checkpoint in (saved, self._branch):
             if checkpoint is not None:
                 self._state.check_same_data(checkpoint)

@@ -233,7 +233,7 @@ def test_it_gives_up_in_the_end(launch, tmp_path):
 
     def body(rank, attempt):
         (tmp_path / f"{attempt}").touch()
-        write_failure(ValueError("poison"))
+        write_failure(ValueError(f"poison {attempt}"))
         return 1
 
     code, told = launch(body)
@@ -241,9 +241,25 @@ def test_it_gives_up_in_the_end(launch, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3"]
     assert told.count("replica 0 of 2 failed with ValueError: poison") == 4
     assert told.splitlines()[-1] == (
-        "dptrain train: replica 0 of 2 failed with ValueError: poison; "
+        "dptrain train: replica 0 of 2 failed with ValueError: poison 3; "
         "3 restarts in a row have brought no checkpoint at all"
     )
+
+
+def test_a_bug_at_the_same_step_is_shown_twice_not_four_times(launch, tmp_path):
+    """The same exception at the same step in two attempts ends the run, whichever samples each replica had there."""
+
+    def body(rank, attempt):
+        (tmp_path / f"{attempt}").touch()
+        error = ValueError("bad sample")
+        error.add_note(f"in step 1,012, samples {rank}, {rank + 2}")
+        write_failure(error)
+        return 1
+
+    code, told = launch(body)
+    assert code == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+    assert "the same error at the same step as in the attempt before" in told.splitlines()[-1]
 
 
 # Signals

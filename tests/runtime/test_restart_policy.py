@@ -49,6 +49,20 @@ def test_progress_makes_up_for_failures():
     assert not policy.decide(attempts, code=1, step=7).again
 
 
+def test_the_same_error_at_the_same_step_ends_the_run():
+    """A bug is shown twice, not four times; another error, or another step, is tried again."""
+    policy, bug = RestartPolicy(), "ValueError: bad sample in step 12"
+    first = policy.decide(Attempts(), code=1, step=8, failure=bug)
+    assert first.again
+    second = policy.decide(first.attempts, code=1, step=10, failure=bug)
+    assert not second.again
+    assert "the same error at the same step" in second.reason
+    for other in ("ValueError: bad sample in step 13", "KeyError: 3 in step 12", ""):
+        assert policy.decide(first.attempts, code=1, step=10, failure=other).again
+    killed = policy.decide(Attempts(), code=137, step=8)
+    assert policy.decide(killed.attempts, code=137, step=8).again
+
+
 def test_the_budget_is_kept_in_spite_of_progress():
     """It counts all restarts of a run; none at all is a budget too."""
     assert RestartPolicy(max_restarts=0).decide(Attempts(), code=1, step=9).reason == "--max-restarts is 0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from dptrain.checkpoint.store import load_newest
 from dptrain.runtime.signals import EXIT_RESUMABLE
 from dptrain.tracking.jsonl import read_rows
 from dptrain.tracking.run_folder import write_config
+from dptrain.train import ControlConfig, OptimizerConfig
 from tests.replicas import run_replicas
 from tests.runs import EVERY, Killed, assert_same, attempt, make_config, noisy, result_of, wait_for_step
 
@@ -130,3 +132,22 @@ def test_the_command_survives_kill_and_obeys_signals(whole, tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert_same(result_of(folder), whole)
+
+
+@pytest.mark.parametrize("lengths", [{"max_samples": 300}, {"max_steps": 30}])
+def test_a_run_at_its_end_is_extended(tmp_path, lengths):
+    """With a constant rate and batch, longer in two parts is the same as long from the start, to the last bit."""
+    constant = {
+        "control": ControlConfig(law="constant"),
+        "optimizer": OptimizerConfig(schedule="constant", warmup_samples=10),
+        "global_batch_size": 10,
+    }
+    longer = make_config(tmp_path / "parts", **constant, **lengths)
+    attempt(tmp_path / "parts", config=make_config(tmp_path / "parts", max_samples=200, **constant))
+    attempt(tmp_path / "parts", config=longer)
+    attempt(tmp_path / "whole", config=make_config(tmp_path / "whole", **constant, max_samples=300))
+    parts, whole = (load_newest(tmp_path / name / "checkpoints") for name in ("parts", "whole"))
+    assert parts.step == whole.step == 30
+    for name, tensor in whole.tensors("model").items():
+        assert torch.equal(parts.tensors("model")[name], tensor), name
+    assert json.loads((tmp_path / "parts" / "summary.json").read_text())["samples_seen"] == 300
