@@ -7,7 +7,6 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dptrain.control import Limits, NoiseLaw
 from dptrain.integrations.accelerate import BatchAdapter
 
 micro_batch_size, epochs, learning_rate = 8, 4, 0.05
@@ -22,23 +21,20 @@ model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 4))
 optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
 loader = DataLoader(data, batch_size=micro_batch_size, shuffle=True)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-law, limits = NoiseLaw(), Limits(largest=512, dwell_decisions=10)
-adaptive = BatchAdapter(
-    accelerator, model, optimizer, law=law, limits=limits, micro_batch_size=micro_batch_size, rule="gain"
-)
+adapter = BatchAdapter(accelerator, model, optimizer, micro_batch_size=micro_batch_size)
 
 for epoch in range(epochs):
     for x, y in loader:
         with accelerator.accumulate(model):
             loss = nn.functional.cross_entropy(model(x), y)
             accelerator.backward(loss)
-            adaptive.step()
+            adapter.step()
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    batch, scale = adaptive.adaptation.global_batch_size, adaptive.meter.read()
+    batch, scale = adapter.adapter.global_batch_size, adapter.meter.read()
     accelerator.print(f"epoch {epoch}: loss {loss.item():.4f}, batch {batch}, noise scale {scale}")
 
-adaptive.remove()
+adapter.remove()
 accelerator.end_training()

@@ -8,7 +8,6 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dptrain.control import Limits, NoiseLaw
 from dptrain.integrations.lightning import BatchAdapter
 
 micro_batch_size, epochs, learning_rate = 8, 4, 0.05
@@ -35,11 +34,9 @@ labels = torch.randint(4, (1024,))
 data = TensorDataset(centres[labels] + 2 * torch.randn(1024, 20), labels)
 loader = DataLoader(data, batch_size=micro_batch_size, shuffle=True)
 
-adaptive = BatchAdapter(
-    micro_batch_size=micro_batch_size, law=NoiseLaw(), limits=Limits(largest=512, dwell_decisions=10), rule="gain"
-)
+adapter = BatchAdapter(micro_batch_size=micro_batch_size)
 trainer = Trainer(
-    callbacks=[adaptive],
+    callbacks=[adapter],
     accelerator="cpu",
     strategy="ddp",
     devices=2,

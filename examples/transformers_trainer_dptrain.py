@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
-from dptrain.control import Limits, NoiseLaw
 from dptrain.integrations.transformers import BatchAdapterMixin
 
 vocabulary, length = 32, 16
@@ -43,6 +42,5 @@ args = TrainingArguments(
     save_strategy="no",
     disable_tqdm=True,
 )
-law, limits = NoiseLaw(), Limits(largest=256, dwell_decisions=10)
-trainer = AdaptiveTrainer(model=model, args=args, train_dataset=Sentences(), law=law, limits=limits, rule="square_root")
+trainer = AdaptiveTrainer(model=model, args=args, train_dataset=Sentences())
 trainer.train()

@@ -40,6 +40,8 @@ MAY_IMPORT = {
     "explain": MIDDLE | SERVICES,
     "sweep": MIDDLE | SERVICES | {"explain", "train"},
     "cli": MIDDLE | SERVICES | {"integrations", "train", "explain", "sweep"},
+    # The public names, by their paths as text: it imports nothing.
+    "public": set(),
 }
 """Which other rooms each room may import. The package's own `__init__` may import all: it is the shop window."""
 

@@ -1,4 +1,4 @@
-"""`dptrain export RUN_OR_CHECKPOINT --to FILE`."""
+"""`dptrain export RUN_OR_CHECKPOINT --to FILE` and `dptrain export RUN --metrics FILE.csv|.parquet`."""
 
 from __future__ import annotations
 
@@ -14,23 +14,32 @@ from dptrain.checkpoint.store import load_checkpoint, load_newest
 from dptrain.errors import CheckpointError, ConfigError
 from dptrain.tracking.run_folder import checkpoints_in
 
-_DESCRIPTION = """Write the bare weights of a checkpoint to one safetensors file, which needs no dptrain to be read.
-Every byte is verified first. Weights that are tied stand under the first of their names."""
+_DESCRIPTION = """Write the bare weights of a checkpoint to one safetensors file, which needs no dptrain to be read,
+or the metrics of a run to a table. Every byte of a checkpoint is verified first. Tied weights stand under the first of
+their names."""
+_TABLES = (".csv", ".parquet")
 
 
 def export(arguments: Sequence[str]) -> int:
-    """Write the weights of the newest verified checkpoint of a run, or of the one named, and say what was written.
+    """Write the weights of the newest verified checkpoint of a run, or of the one named, or the metrics of a run.
 
     Raises:
-        ConfigError: where there is no checkpoint, or the file is there already.
+        ConfigError: where there is no checkpoint or no run, the file is there already, or its kind is not known.
         CheckpointError: where no checkpoint can be trusted, or the file cannot be written.
     """
     parser = argparse.ArgumentParser(prog="dptrain export", description=_DESCRIPTION)
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run folder, or one step-… of it")
-    parser.add_argument("--to", type=Path, required=True, metavar="FILE", help="such as weights.safetensors")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--to", type=Path, metavar="FILE", help="weights, such as weights.safetensors")
+    kind.add_argument("--metrics", type=Path, metavar="FILE", help="metrics, such as metrics.csv or metrics.parquet")
     options = parser.parse_args(arguments)
-    if options.to.exists():
-        raise ConfigError(f"{options.to} exists already: name another file in --to, or remove it")
+    target = options.to or options.metrics
+    if target.exists():
+        raise ConfigError(f"{target} exists already: name another file, or remove it")
+    if options.metrics is not None:
+        return _export_metrics(options.source, to=options.metrics)
+    if options.to.suffix in _TABLES:
+        raise ConfigError(f"--to writes weights, not tables: use --metrics {options.to}")
     checkpoint = _find(options.source)
     for path, reason in checkpoint.passed_over:
         sys.stderr.write(f"dptrain export: passed over {path}: {reason}\n")
@@ -38,6 +47,28 @@ def export(arguments: Sequence[str]) -> int:
     sys.stdout.write(
         f"weights of step {checkpoint.step:,} ({num_tensors} tensors, {size_bytes:,} bytes): {options.to}\n"
     )
+    return 0
+
+
+def _export_metrics(run: Path, *, to: Path) -> int:
+    """Write one row for each logged optimizer step."""
+    if to.suffix not in _TABLES:
+        raise ConfigError(f"--metrics writes {' or '.join(_TABLES)} files, got {to.name}")
+    from dptrain.explain.run_data import load_run
+
+    table = load_run(run).to_arrow()
+    try:
+        if to.suffix == ".csv":
+            from pyarrow.csv import write_csv
+
+            write_csv(table, to)
+        else:
+            from pyarrow.parquet import write_table
+
+            write_table(table, to)
+    except OSError as error:
+        raise ConfigError(f"the metrics could not be written to {to}: {error}") from error
+    sys.stdout.write(f"metrics of {table.num_rows:,} steps ({table.num_columns} columns): {to}\n")
     return 0
 
 

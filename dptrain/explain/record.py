@@ -148,8 +148,12 @@ def known_lower(row: Row) -> float | None:
     return row.get("noise_scale/lower") if row.get("noise_scale/state") in _KNOWN else None
 
 
-def read_run(run_dir: Path) -> RunRecord:
+def read_run(run_dir: Path, *, most_rows: int | None = MOST_ROWS) -> RunRecord:
     """Read what there is of a run, be it finished, running or killed half-way.
+
+    Args:
+        run_dir: the folder.
+        most_rows: training rows that are taken of a longer log, evenly spaced; None for all.
 
     Raises:
         ConfigError: where `run_dir` is no run folder, holds no logged step yet, or a log is damaged.
@@ -160,7 +164,7 @@ def read_run(run_dir: Path) -> RunRecord:
     if not metrics.is_file():
         raise ConfigError(f"{run_dir} is not a run folder, it has no metrics.jsonl: give the one that holds it")
     rows = read_jsonl(metrics)
-    train = _standing([row for row in rows if row.get("kind") == "train"], kind="train")
+    train = _standing([row for row in rows if row.get("kind") == "train"], kind="train", most=most_rows)
     if not train:
         raise ConfigError(f"{metrics} has no training step yet: draw the report after the first logged step")
     return RunRecord(
@@ -173,12 +177,12 @@ def read_run(run_dir: Path) -> RunRecord:
     )
 
 
-def _standing(rows: Sequence[Row], *, kind: str) -> list[Row]:
+def _standing(rows: Sequence[Row], *, kind: str, most: int | None = None) -> list[Row]:
     """Return the rows of a kind that say where they stand, in the order of their samples, and no more than are needed.
 
     The last two are among them: they tell whether the end cut the last step short.
     """
-    spacing = max(1, len(rows) // MOST_ROWS) if kind == "train" else 1
+    spacing = 1 if most is None else max(1, len(rows) // most)
     every = [*rows[:-2:spacing], *rows[-2:]]
     found = [row for row in map(_clean, every) if all(_stands(row, key, kind=kind) for key in _NEEDED[kind])]
     for row in found:

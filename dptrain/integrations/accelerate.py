@@ -10,9 +10,10 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.optim import Optimizer
 
-from dptrain.control import Controller, Limits, RuleName
+from dptrain.control import RuleName
+from dptrain.control.settings import ControlConfig
 from dptrain.errors import ObservationError
-from dptrain.integrations.adaptation import Adaptation, scale_learning_rate
+from dptrain.integrations import batch_adapter as adapter
 from dptrain.noise import Smoothing
 from dptrain.observe import Reading, attach
 
@@ -119,18 +120,16 @@ class BatchAdapter(NoiseScaleMonitor):
     """Measures, and lets the number of accumulation steps follow: `accelerator.accumulate` does the rest.
 
     The window changes only while gradients are synchronised, and accelerate's counter starts anew with it, so
-    that no window is cut. A decision rests on all steps but the one under way, so that nobody waits for it. The
-    number of scheduler steps is left alone: accelerate counts updates, and a run whose batch grows has fewer of
-    them, so write schedules in samples (`progress/samples`).
+    that no window is cut. Law, limits and step timing are those of `dptrain.BatchAdapter`.
 
     Args:
         accelerator: the one that prepared the model, with the first window in `gradient_accumulation_steps`.
         model: as `accelerator.prepare` returned it.
-        optimizer: the one whose learning rate follows `rule`.
-        law: decides on the global batch, such as `NoiseLaw()`.
-        limits: what the batch may do.
+        optimizer: whose learning rate follows the batch; a factor on the rates that its groups hold.
         micro_batch_size: samples in one forward–backward on one replica.
-        rule: how the learning rate follows the batch; a factor on the rates that the groups hold.
+        control: law and limits; by default those of `dptrain train`.
+        rule: how the learning rate follows the batch; by default that of `dptrain train` for this optimizer.
+        max_samples: length of the run, where it is known.
         options: further settings of `NoiseScaleMonitor`. Each step is measured where `every` is not among them: an
             interval that rests on timings would make two runs take different decisions.
     """
@@ -141,53 +140,50 @@ class BatchAdapter(NoiseScaleMonitor):
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        law: Controller,
-        limits: Limits,
         micro_batch_size: int,
-        rule: RuleName = "none",
+        control: ControlConfig | None = None,
+        rule: RuleName | None = None,
+        max_samples: int | None = None,
         **options: Any,  # noqa: ANN401 - those of the monitor, which names their types
     ) -> None:
-        self.adaptation = Adaptation(
-            law=law,
-            limits=limits,
-            micro_batch_size=micro_batch_size,
-            world_size=accelerator.num_processes,
-            accumulation_steps=accelerator.gradient_accumulation_steps,
-            rule=rule,
-        )
         super().__init__(accelerator, model, micro_batch_size=micro_batch_size, **{"every": 1, **options})
-        self._factor = 1.0
-        # The window is decided on before the step that it follows, whose factor is the one before.
-        prepared = getattr(optimizer, "optimizer", optimizer)
-        self.meter.on_remove(scale_learning_rate(prepared, lambda: self._factor))
+        self.adapter = adapter.BatchAdapter(
+            self.meter,
+            getattr(optimizer, "optimizer", optimizer),  # the one inside, whose step is the real one
+            micro_batch_size=micro_batch_size,
+            accumulation_steps=accelerator.gradient_accumulation_steps,
+            control=control,
+            rule=rule,
+            max_samples=max_samples,
+        )
 
     def step(self) -> Reading | None:
         """Call it after each `accelerator.backward`, before clipping; where gradients were synchronised, decides."""
         if not self._accelerator.sync_gradients:
             return super().step()
-        self._factor = self.adaptation.window.learning_rate_factor
-        known, micro_steps = self.meter.read(), self._micro_steps + 1
+        micro_steps = self._micro_steps + 1
+        self.adapter.note(self.meter.read())
         reading = super().step()
-        self.adaptation.decide(known, micro_steps=micro_steps)
+        self.adapter.decide(micro_steps=micro_steps)
         self._apply()
         return reading
 
     def _apply(self) -> None:
-        accumulation_steps = self.adaptation.window.accumulation_steps
+        accumulation_steps = self.adapter.accumulation_steps
         if accumulation_steps != self._accelerator.gradient_accumulation_steps:
             self._accelerator.gradient_accumulation_steps = accumulation_steps
             self._accelerator.step = 0
 
     def as_metrics(self) -> dict[str, float]:
         """Return flat floats under `noise_scale/…` and `batch/…` for `accelerator.log` (synchronises the device)."""
-        return {**super().as_metrics(), **self.adaptation.as_metrics()}
+        return {**super().as_metrics(), **self.adapter.as_metrics()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `accelerator.save_state` saves."""
-        return {**super().state_dict(), "adaptation": self.adaptation.state_dict()}
+        return {**super().state_dict(), "adapter": self.adapter.state_dict()}
 
     def load_state_dict(self, record: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
         super().load_state_dict(record)
-        self.adaptation.load_state_dict(record["adaptation"])
+        self.adapter.load_state_dict(record["adapter"])
         self._apply()

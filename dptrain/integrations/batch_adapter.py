@@ -147,13 +147,21 @@ class BatchAdapter:
         self._known = known
         self._rate_in_force = self.window.learning_rate_factor
 
-    def decide(self, *, micro_steps: int | None = None, may_be: Callable[[int], bool] = lambda _: True) -> Window:
+    def decide(
+        self,
+        *,
+        micro_steps: int | None = None,
+        may_be: Callable[[int], bool] = lambda _: True,
+        has_stepped: bool = False,
+    ) -> Window:
         """Count the step that was closed, and decide on the next one.
 
         Args:
             micro_steps: micro-batches that it had on each replica, where they were fewer than planned.
             may_be: whether the loop can go over to this number of accumulation steps just now; if not, the batch
                 stays, and the law is asked again after the next step.
+            has_stepped: whether `optimizer.step()` was called already: then the rate of the next step is in force now.
+                Lightning runs the backward pass inside of it, so a later moment would be too late.
         """
         assert self._known is not None, "decide was called before note"
         present, taken = self.global_batch_size, micro_steps or self.window.accumulation_steps
@@ -175,6 +183,8 @@ class BatchAdapter:
                 reason=adapted.reason,
             )
         self._samples_seen += self._quantum * taken
+        if has_stepped:
+            self._rate_in_force = self.window.learning_rate_factor
         return self.window
 
     def as_metrics(self) -> dict[str, float]:

@@ -197,7 +197,7 @@ def _text(value: object) -> object:
 def write_parquet(path: Path, rows: Sequence[TableRow]) -> bool:
     """Write a table as Parquet where pyarrow is installed; return whether it is."""
     try:
-        import pyarrow as pa  # type: ignore[import-untyped] # it has no types
+        import pyarrow as pa
         from pyarrow import parquet
     except ImportError:
         return False

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dptrain.control import Limits, Schedule
+from dptrain.control.settings import ControlConfig
 from tests.integrations.plain import Regression, Samples, follows_sgd, measured_by_hand, parameters_of, recorded
 from tests.replicas import run_replicas
 
@@ -30,10 +30,8 @@ def train(kind, *, epochs=2, accumulation=3, clip=None, schedule=None, save_in=N
     if kind == "measure":
         monitor = NoiseScaleMonitor(accelerator, model, every=every)
     if kind == "adapt":
-        law, limits = Schedule.parse(schedule), Limits(largest=64)
-        monitor = BatchAdapter(
-            accelerator, model, optimizer, law=law, limits=limits, micro_batch_size=MICRO, rule="linear"
-        )
+        control = ControlConfig(law="schedule", schedule=schedule)
+        monitor = BatchAdapter(accelerator, model, optimizer, control=control, micro_batch_size=MICRO, rule="linear")
     if resume:
         accelerator.load_state(save_in)
     for _ in range(epochs):
@@ -61,10 +59,10 @@ def train(kind, *, epochs=2, accumulation=3, clip=None, schedule=None, save_in=N
     return {**found, "parameters": parameters_of(model)}
 
 
-# 8 samples are a micro-batch on each rank. The largest change of one decision is a factor of 2.
-SCHEDULE = "0:16 48:32 112:64 240:8"
-PLANNED = [2, 2, 2, 4, 4, 4, 8, 8, 8, 4, 2]
-TAKEN = [2, 2, 2, 4, 3, 4, 8, 1, 8, 4, 1]
+# 8 samples are a micro-batch on each rank. A decision rests on the steps before the one under way.
+SCHEDULE = "0:16 32:32 80:64 160:8"
+PLANNED = [2, 2, 2, 4, 4, 8, 8, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+TAKEN = [2, 2, 2, 4, 3, 8, 5, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
 
 
 def one_after_another(rank, world_size, folder):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dptrain.control import Limits, Schedule
+from dptrain.control.settings import ControlConfig
 from dptrain.errors import ConfigError, ObservationError
 from tests.integrations.plain import Regression, Samples, follows_sgd, measured_by_hand, parameters_of, recorded
 from tests.replicas import run_replicas
@@ -15,8 +15,8 @@ MICRO, RATE = 4, 0.05
 
 # 8 samples are a micro-batch on each rank of 13 an epoch. A window grows where its new length divides the batches done.
 SCHEDULE = "0:16 32:32 200:8"
-TAKEN = [2, 2, 4, 4, 1, 4, 4, 4, 1, *13 * [1]]
-PLANNED = [2, 2, 4, 4, 4, 4, 4, 4, 2, *13 * [1]]
+TAKEN = [2, 2, 2, 2, 4, 1, 4, 4, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+PLANNED = [2, 2, 2, 2, 4, 4, 4, 4, 4, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
 
 
 def lightning_module(model, *, manual=False):
@@ -71,8 +71,8 @@ def one_after_another(rank, world_size, folder):
     from dptrain.integrations.lightning import BatchAdapter, NoiseScaleMonitor
 
     def adaptive():
-        law, limits = Schedule.parse(SCHEDULE), Limits(largest=64)
-        return [BatchAdapter(micro_batch_size=MICRO, law=law, limits=limits, rule="linear")]
+        control = ControlConfig(law="schedule", schedule=SCHEDULE)
+        return [BatchAdapter(micro_batch_size=MICRO, control=control, rule="linear")]
 
     measure = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5, "folder": folder}
     found = {
@@ -190,6 +190,6 @@ def test_refuses_what_it_cannot_see():
     with pytest.raises(ObservationError, match="FSDPStrategy"):
         NoiseScaleMonitor().on_fit_start(trainer, lightning_module(Regression()))
     trainer = Trainer(**quiet, callbacks=[GradientAccumulationScheduler({0: 1})])
-    adaptive = BatchAdapter(micro_batch_size=MICRO, law=Schedule.parse("0:8"), limits=Limits(largest=64))
+    adaptive = BatchAdapter(micro_batch_size=MICRO)
     with pytest.raises(ConfigError, match="GradientAccumulationScheduler"):
         adaptive.on_fit_start(trainer, lightning_module(Regression()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dptrain.control import Limits, Schedule
+from dptrain.control.settings import ControlConfig
 from dptrain.errors import ConfigError, ObservationError
 from tests.integrations.plain import Regression, Samples, follows_sgd, measured_by_hand, parameters_of, recorded
 from tests.replicas import run_replicas
@@ -13,9 +13,9 @@ from tests.replicas import run_replicas
 MICRO, RATE, LENGTH, CLIP = 4, 0.05, 10, 0.5
 
 # 8 samples are a micro-batch on each rank of 13 an epoch; the window changes by a factor of 2 at most.
-SCHEDULE = "0:16 48:32 112:64 240:8"
-TAKEN = [2, 2, 2, 4, 3, 4, 8, 1, 8, 4, 1]
-PLANNED = [2, 2, 2, 4, 4, 4, 8, 8, 8, 4, 2]
+SCHEDULE = "0:16 32:32 80:64 160:8"
+TAKEN = [2, 2, 2, 4, 3, 8, 5, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+PLANNED = [2, 2, 2, 4, 4, 8, 8, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
 
 
 def language_model():
@@ -98,7 +98,7 @@ def train(folder, *, model=None, data=None, callbacks=(), adaptive=None, in_fron
 
 
 def law(**options):
-    return {"law": Schedule.parse(SCHEDULE), "limits": Limits(largest=64), "rule": "linear", **options}
+    return {"control": ControlConfig(law="schedule", schedule=SCHEDULE), "rule": "linear", **options}
 
 
 def reporter():

@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import TrainingArguments
 
-from dptrain.control import Controller, Limits, RuleName
+from dptrain.control import RuleName
+from dptrain.control.settings import ControlConfig
 from dptrain.errors import CheckpointError, ConfigError
-from dptrain.integrations.adaptation import Adaptation
+from dptrain.integrations.batch_adapter import BatchAdapter
 from dptrain.integrations.transformers.window_callback import WindowCallback
-from dptrain.noise import NoiseScale
+from dptrain.observe import Meter
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -40,7 +42,7 @@ class BatchAdapterMixin(_Trainer):
     ```python
     class AdaptiveTrainer(BatchAdapterMixin, Trainer): ...
 
-    trainer = AdaptiveTrainer(model, args, train_dataset=data, law=NoiseLaw(), limits=Limits(largest=4096))
+    trainer = AdaptiveTrainer(model, args, train_dataset=data)
     ```
 
     `gradient_accumulation_steps` of the arguments is the first window. With `max_steps` the run and its schedule
@@ -50,9 +52,9 @@ class BatchAdapterMixin(_Trainer):
 
     Args:
         args: those of the Trainer.
-        law: decides on the global batch, such as `NoiseLaw()`.
-        limits: what the batch may do.
-        rule: how the learning rate follows the batch; a factor on the rates that the groups hold.
+        control: law and limits; by default those of `dptrain train`.
+        rule: how the learning rate follows the batch; by default that of `dptrain train` for this optimizer.
+        max_samples: length of the run, where it is known.
         noise: settings of the `NoiseScaleMonitor` that measures. Each step is measured where `every` is not
             among them: an interval that rests on timings would make two runs take different decisions.
         kwargs: those of the Trainer.
@@ -61,16 +63,16 @@ class BatchAdapterMixin(_Trainer):
     def __init__(
         self,
         *args: Any,  # noqa: ANN401 - those of the Trainer
-        law: Controller,
-        limits: Limits,
-        rule: RuleName = "none",
+        control: ControlConfig | None = None,
+        rule: RuleName | None = None,
+        max_samples: int | None = None,
         noise: Mapping[str, Any] | None = None,
         **kwargs: Any,  # noqa: ANN401 - those of the Trainer
     ) -> None:
         super().__init__(*args, **kwargs)
         if self.args.restore_callback_states_from_checkpoint:
             raise ConfigError("restore_callback_states_from_checkpoint would replace the meter: set it to False")
-        self._settings: dict[str, Any] = {"law": law, "limits": limits, "rule": rule}
+        self._settings: dict[str, Any] = {"control": control, "rule": rule, "max_samples": max_samples}
         self._first_window = self.args.gradient_accumulation_steps
         self.args = copy.copy(self.args)
         self.args.gradient_accumulation_steps = 1
@@ -80,16 +82,22 @@ class BatchAdapterMixin(_Trainer):
         self.micro_steps_seen = 0
         self._micro_steps_in_epoch: int | None = None
         self._micro_steps_in_all: int | None = None
-        self._start()
+        self.adapter: BatchAdapter | None = None
 
-    def _start(self) -> None:
-        self.micro_steps_seen = 0
-        self.adaptation = Adaptation(
+    def make_adapter(self, meter: Meter, optimizer: Optimizer) -> BatchAdapter:
+        """Return what decides on the windows of a run that begins, with the first window of the arguments."""
+        self.adapter = BatchAdapter(
+            meter,
+            optimizer,
             micro_batch_size=self.args.train_batch_size,
-            world_size=self.args.world_size,
             accumulation_steps=self._first_window,
             **self._settings,
         )
+        return self.adapter
+
+    @property
+    def _window(self) -> int:
+        return self._first_window if self.adapter is None else self.adapter.accumulation_steps
 
     # What the Trainer calls
 
@@ -98,7 +106,7 @@ class BatchAdapterMixin(_Trainer):
         epochs, *others, micro_steps_in_epoch, max_steps = super().set_initial_training_values(args, dataloader)
         self._micro_steps_in_epoch = micro_steps_in_epoch
         self._micro_steps_in_all = None if args.max_steps > 0 else max_steps
-        self._start()
+        self.micro_steps_seen = 0
         return (sys.maxsize if args.max_steps > 0 else epochs, *others, micro_steps_in_epoch, max_steps)
 
     def _init_training_state(
@@ -128,7 +136,7 @@ class BatchAdapterMixin(_Trainer):
         device: torch.device,
     ) -> tuple[list[Any], Any]:
         """Return one batch: the window, with the items of all its micro-batches counted."""
-        size = self.adaptation.window.accumulation_steps
+        size = self._window
         if self._micro_steps_in_all is not None:
             size = min(size, self._micro_steps_in_all - self.micro_steps_seen)
         micro_batches, num_items = super().get_batch_samples(epoch_iterator, size, device)
@@ -148,7 +156,7 @@ class BatchAdapterMixin(_Trainer):
         if self._micro_steps_in_all is not None:
             # The Trainer ends, saves and evaluates at this number: exact from the last window on.
             left = self._micro_steps_in_all - self.micro_steps_seen
-            windows = math.ceil(left / self.adaptation.window.accumulation_steps)
+            windows = math.ceil(left / self._window)
             self.state.max_steps = self.state.global_step + 1 + windows
         return torch.stack(losses).sum()
 
@@ -162,10 +170,11 @@ class BatchAdapterMixin(_Trainer):
 
     # After an update
 
-    def close_window(self, known: NoiseScale) -> None:
+    def close_window(self) -> None:
         """Decide on the next window, and bring epoch and schedule up to the position reached."""
+        assert self.adapter is not None
         micro_steps = self.current_gradient_accumulation_steps
-        self.adaptation.decide(known, micro_steps=micro_steps)
+        self.adapter.decide(micro_steps=micro_steps, has_stepped=True)
         if self._micro_steps_in_epoch:
             self.state.epoch = self.micro_steps_seen / self._micro_steps_in_epoch
         schedule = self.lr_scheduler

@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from torch.optim import Optimizer
 from transformers import TrainerState, TrainingArguments
 
-from dptrain.integrations.adaptation import Adaptation, scale_learning_rate
+from dptrain.integrations.batch_adapter import BatchAdapter
 from dptrain.integrations.transformers.callback import NoiseScaleMonitor
-from dptrain.noise import NoiseScale
+from dptrain.observe import Meter
 
 
 class WindowOwner(Protocol):
     """What the callback needs of the mixin."""
 
-    adaptation: Adaptation
+    adapter: BatchAdapter | None
     micro_steps_seen: int
 
-    def close_window(self, known: NoiseScale) -> None:
-        """Decide on the next window, given what is known of the noise scale."""
+    def make_adapter(self, meter: Meter, optimizer: Optimizer) -> BatchAdapter:
+        """Return what decides on the windows of a run that begins."""
+
+    def close_window(self) -> None:
+        """Decide on the next window."""
 
 
 class WindowCallback(NoiseScaleMonitor):
@@ -33,40 +37,40 @@ class WindowCallback(NoiseScaleMonitor):
     def __init__(self, trainer: WindowOwner, **options: Any) -> None:  # noqa: ANN401 - named in the base class
         super().__init__(**options)
         self._trainer = trainer
-        self._known: NoiseScale | None = None
+        self._saved: Mapping[str, Any] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's signature
         """Put the meter on the parameters, and let the learning rate follow the batch."""
+        self._saved = None
         super().on_train_begin(args, state, **kwargs)
         assert self.meter is not None
         optimizer = kwargs["optimizer"]
-        prepared = getattr(optimizer, "optimizer", optimizer)
-        adaptation = self._trainer.adaptation
-        self.meter.on_remove(scale_learning_rate(prepared, lambda: adaptation.window.learning_rate_factor))
+        adapter = self._trainer.make_adapter(self.meter, getattr(optimizer, "optimizer", optimizer))
+        if self._saved is not None:
+            adapter.load_state_dict(self._saved)
 
     def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
         """Close the step. What is known before it decides on the next window, so that nobody waits for this one."""
         assert self.meter is not None
-        self._known = self.meter.read()
+        assert self._trainer.adapter is not None
+        self._trainer.adapter.note(self.meter.read())
         super().on_pre_optimizer_step()
 
     def on_step_end(self, *_: object, **__: object) -> None:
         """Hand over to the Trainer."""
-        assert self._known is not None
-        self._trainer.close_window(self._known)
+        self._trainer.close_window()
 
     def as_metrics(self) -> dict[str, float]:
         """Return flat floats under `noise_scale/…` and `batch/…` (synchronises the device)."""
-        return {**super().as_metrics(), **self._trainer.adaptation.as_metrics()}
+        adapter = self._trainer.adapter
+        return {**super().as_metrics(), **({} if adapter is None else adapter.as_metrics())}
 
     def _record(self) -> dict[str, Any] | None:
-        record = super()._record()
-        if record is None:
+        record, trainer = super()._record(), self._trainer
+        if record is None or trainer.adapter is None:
             return None
-        trainer = self._trainer
-        adaptation = trainer.adaptation.state_dict()
-        return {**record, "adaptation": adaptation, "micro_steps_seen": trainer.micro_steps_seen}
+        return {**record, "adapter": trainer.adapter.state_dict(), "micro_steps_seen": trainer.micro_steps_seen}
 
     def _restore(self, record: Mapping[str, Any]) -> None:
         super()._restore(record)
-        self._trainer.adaptation.load_state_dict(record["adaptation"])
+        self._saved = record["adapter"]
