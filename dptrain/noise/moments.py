@@ -16,11 +16,13 @@ class Moments:
         noise_trace: tr(Σ), trace of the covariance of per-sample gradients.
         grad_sq_norm: |G|², squared norm of the true gradient.
         num_samples: the samples that this step averaged over: its weight in a mean over steps.
+        num_small: K, the small batches that were compared; the scatter of both estimates depends on it (F4).
     """
 
     noise_trace: float
     grad_sq_norm: float
     num_samples: float
+    num_small: int = 2
 
 
 def unbiased_moments(norms: SquaredNorms, *, population: int | None = None) -> Moments | None:
@@ -50,4 +52,4 @@ def unbiased_moments(norms: SquaredNorms, *, population: int | None = None) -> M
         grad_sq_norm += noise_trace / population
     if not (math.isfinite(noise_trace) and math.isfinite(grad_sq_norm) and 0 < norms.num_samples < math.inf):
         return None
-    return Moments(noise_trace=noise_trace, grad_sq_norm=grad_sq_norm, num_samples=norms.num_samples)
+    return Moments(noise_trace=noise_trace, grad_sq_norm=grad_sq_norm, num_samples=norms.num_samples, num_small=norms.num_small)

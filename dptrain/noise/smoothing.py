@@ -126,7 +126,7 @@ class Smoothing:
         A pair whose squares a float cannot hold (not finite, beyond 1e±100) is refused: the sums come back as
         they were.
         """
-        if not _fits(moments):
+        if not fits(moments):
             return sums
         x, y, w = moments.noise_trace, moments.grad_sq_norm, moments.num_samples
         dx, dy = x - sums.last_trace, y - sums.last_grad
@@ -154,7 +154,8 @@ class Smoothing:
         )
 
 
-def _fits(moments: Moments) -> bool:
+def fits(moments: Moments) -> bool:
+    """Return whether a float holds the squares of a pair and of its weight."""
     x, y, w = moments.noise_trace, moments.grad_sq_norm, moments.num_samples
     if not (math.isfinite(x) and math.isfinite(y)):
         return False
