@@ -23,6 +23,9 @@ the run, and normal changes exceed it once in two million."""
 _FEW_CHANGES = 10
 """Changes before which none is capped: their own mean is not known yet."""
 
+_HARDLY_KNOWN = 50
+"""Steps before which the noise of the past is not rescaled by the level."""
+
 _SMALLEST_NOISE = 1e-24
 """Least variance of a step, in units of the squared value: what rounding leaves of a signal without noise."""
 
@@ -117,12 +120,14 @@ def present_updated(state: PresentState, moments: Moments) -> PresentState:
             batch=batch,
             num_small=small,
         )
-    levels = max(drifts.level(state.trace), 0.0), max(drifts.level(state.grad), 0.0)
+    levels = max(drifts.level_of(state.trace.memories), 0.0), max(drifts.level_of(state.grad.memories), 0.0)
     unit_trace, unit_grad = _units(*levels, batch=batch, num_small=small)
+    # While the level is hardly known, only the sizes say how the noise changed: weights that follow a chance level would
+    # draw tr(Σ) down (to 0.5 of the truth after 20 steps with one direction of noise).
     unit_trace_before, unit_grad_before = (
-        (unit_trace, unit_grad)
-        if (batch, small) == (state.batch, state.num_small)
-        else _units(*levels, batch=state.batch, num_small=state.num_small)
+        _units(*levels, batch=state.batch, num_small=state.num_small)
+        if state.steps < _HARDLY_KNOWN
+        else (state.last_unit_trace, state.last_unit_grad)
     )
     changes = _changes(state, x=x, y=y, unit_trace=unit_trace, unit_grad=unit_grad)
     step, weight = state.steps + 1, changes["weight"]

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from dptrain.errors import ObservationError
-from dptrain.noise import MomentSums, NoiseScale, Smoothing, SquaredNorms, noise_scale, smoothed, unbiased_moments
+from dptrain.noise import (
+    Moments,
+    MomentSums,
+    NoiseScale,
+    PresentState,
+    Smoothing,
+    SquaredNorms,
+    noise_scale,
+    present_moments,
+    present_updated,
+    smoothed,
+    unbiased_moments,
+)
+from dptrain.noise.drift import now_steps
+from dptrain.noise.reuse import ReuseBias, ReuseState, reuse_bias, reuse_updated, skipped
+from dptrain.noise.scale import heavy_tails
 
 NUM_SIZES = 6
 """Entries behind the squared norms in the vector of a step: c1, c2, V, K, ranks that took part, samples."""
@@ -18,21 +34,32 @@ NUM_SUMS = 2 + NUM_SIZES
 
 @dataclass(frozen=True, kw_only=True)
 class MeterState:
-    """What a checkpoint must hold of a meter."""
+    """What a checkpoint must hold of a meter.
+
+    Attributes:
+        sums: of the window.
+        steps_measured: since the start.
+        steps_dropped: steps that said nothing.
+        groups: the sums of each group's window.
+        present: of the whole model at present.
+        reuse: of the position in the epoch, where the data set's size is known.
+    """
 
     sums: MomentSums
     steps_measured: int
     steps_dropped: int
     groups: Mapping[str, MomentSums] = field(default_factory=dict)
+    present: PresentState = field(default_factory=PresentState)
+    reuse: ReuseState = field(default_factory=ReuseState)
 
 
 class Estimate:
-    """Takes in steps and remembers their smoothed moments.
+    """Takes in steps and remembers what the noise scale at present and over the window follows from.
 
     Args:
         names: of the groups; empty for the whole model alone.
         world_size: number of replicas.
-        smoothing: how fast the past is forgotten.
+        smoothing: how fast the window forgets the past.
         level: confidence of the interval.
         population: samples in the data set if steps draw from it without replacement, see `unbiased_moments`.
     """
@@ -55,6 +82,9 @@ class Estimate:
         self._group_sums = dict.fromkeys(names, MomentSums())
         self._steps_measured = 0
         self.steps_dropped = 0
+        self._present = PresentState()
+        self._reuse = ReuseState()
+        self._last_samples = 0.0
         self._reading: NoiseScale | None = None
 
     def absorb(self, sums: list[float], *, divisor: float | None = None) -> SquaredNorms | None:
@@ -66,35 +96,102 @@ class Estimate:
 
         Returns:
             The squared norms of the whole, or None for a step that was dropped.
+
+        Raises:
+            ObservationError: where a step is larger than the data set.
         """
         num = max(len(self._names), 1)
         small, large, sizes = sums[:num], sums[num : 2 * num], sums[2 * num :]
         divisor = self._world_size if divisor is None else divisor
         norms = _squared_norms(sum(small), sum(large), sizes, divisor=divisor)
-        updated = self._updated(self._sums, norms)
-        if updated is self._sums:
+        moments = self._moments(norms)
+        updated = self._updated(self._sums, moments)
+        if moments is None or updated is self._sums:
             self.steps_dropped += 1
+            self._count(sizes[-1])
             return None
         self._steps_measured += 1
         self._sums, self._reading = updated, None
+        self._present = present_updated(self._present, moments)
+        self._learn_reuse(moments)
         for name, part, whole in zip(self._names, small, large, strict=False):
             norms_of_group = _squared_norms(part, whole, sizes, divisor=divisor)
-            self._group_sums[name] = self._updated(self._group_sums[name], norms_of_group)
+            self._group_sums[name] = self._updated(self._group_sums[name], self._moments(norms_of_group))
         return norms
 
-    def _updated(self, sums: MomentSums, norms: SquaredNorms | None) -> MomentSums:
+    def skip(self) -> None:
+        """Count a step that is not measured, which draws as many samples as the last one that was."""
+        self._count(self._last_samples)
+
+    def _count(self, num_samples: float) -> None:
+        if self._population is not None and 0 < num_samples < math.inf:
+            self._reuse = skipped(self._reuse, num_samples=num_samples)
+
+    def _moments(self, norms: SquaredNorms | None) -> Moments | None:
+        if norms is None:
+            return None
+        if self._population is not None and norms.num_samples > self._population:
+            raise ObservationError(
+                f"a step of {norms.num_samples:g} samples is larger than the data set of {self._population}: samples "
+                "occur in it more than once, and the noise scale would be wrong (at 1.5 times the data set it reads a "
+                "third of the truth). Lower the largest global batch, or give no `population` to a loader that draws "
+                "with replacement"
+            )
+        return unbiased_moments(norms, population=self._population)
+
+    def _updated(self, sums: MomentSums, moments: Moments | None) -> MomentSums:
         """Return the sums with one more step, or the very same ones where it says nothing that they could hold."""
-        moments = None if norms is None else unbiased_moments(norms, population=self._population)
         return sums if moments is None else self._smoothing.update(sums, moments)
 
+    def _learn_reuse(self, moments: Moments) -> None:
+        self._last_samples = moments.num_samples
+        if self._population is not None:
+            self._reuse = reuse_updated(
+                self._reuse,
+                grad_sq_norm=moments.grad_sq_norm,
+                window_mean=self._sums.grad / self._sums.weight,
+                num_samples=moments.num_samples,
+                population=self._population,
+            )
+
     def read(self) -> NoiseScale:
-        """Return the noise scale of the whole model from all steps taken in."""
+        """Return the noise scale of the whole model at present."""
         if self._reading is None:
-            self._reading = noise_scale(smoothed(self._sums), level=self._level)
+            self._reading = noise_scale(
+                present_moments(self._present),
+                level=self._level,
+                window=smoothed(self._sums),
+                warnings=self._warnings(),
+            )
         return self._reading
 
+    def read_window(self) -> NoiseScale:
+        """Return the noise scale of the means over the window, with their own interval."""
+        return noise_scale(smoothed(self._sums), level=self._level)
+
+    def reuse_bias(self) -> ReuseBias | None:
+        """Return by how much |G|² is read too large because samples are used again; None where it is not known."""
+        if self._population is None:
+            return None
+        samples = now_steps(self._present.steps) * self._last_samples
+        return reuse_bias(self._reuse, present_samples=samples, population=self._population)
+
+    def _warnings(self) -> tuple[str, ...]:
+        found = []
+        trace = self._present.trace
+        tails = None if trace is None else heavy_tails(trace.lone, num_steps=self._present.steps)
+        if tails is not None:
+            found.append(tails)
+        bias = self.reuse_bias()
+        if bias is not None and bias.matters:
+            found.append(
+                f"samples are used again: |G|² reads {bias.relative:.0%} (±{bias.error:.0%}) too large, and the noise scale "
+                "too small accordingly"
+            )
+        return tuple(found)
+
     def read_groups(self) -> dict[str, NoiseScale]:
-        """Return the noise scale of each group."""
+        """Return the noise scale of each group over the window: their moments add up to those of `read_window`."""
         return {name: noise_scale(smoothed(sums), level=self._level) for name, sums in self._group_sums.items()}
 
     @property
@@ -105,6 +202,8 @@ class Estimate:
             steps_measured=self._steps_measured,
             steps_dropped=self.steps_dropped,
             groups=dict(self._group_sums),
+            present=self._present,
+            reuse=self._reuse,
         )
 
     def restore(self, state: MeterState) -> None:
@@ -120,6 +219,8 @@ class Estimate:
             )
         self._sums, self._reading = state.sums, None
         self._group_sums = {name: state.groups[name] for name in self._names}
+        self._present, self._reuse = state.present, state.reuse
+        self._last_samples = state.present.batch
         self._steps_measured = state.steps_measured
         self.steps_dropped = state.steps_dropped
 
@@ -131,6 +232,8 @@ def to_record(state: MeterState) -> dict[str, Any]:
         "steps_measured": state.steps_measured,
         "steps_dropped": state.steps_dropped,
         "groups": {name: sums.to_json() for name, sums in state.groups.items()},
+        "present": state.present.to_json(),
+        "reuse": state.reuse.to_json(),
     }
 
 
@@ -146,6 +249,8 @@ def from_record(record: Mapping[str, Any]) -> MeterState:
             steps_measured=int(record["steps_measured"]),
             steps_dropped=int(record["steps_dropped"]),
             groups={name: MomentSums.from_json(sums) for name, sums in record.get("groups", {}).items()},
+            present=PresentState.from_json(record["present"]),
+            reuse=ReuseState.from_json(record["reuse"]),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ObservationError(f"not the state of a meter: {error}") from error

@@ -213,6 +213,7 @@ class Meter(Joinable):
         measured, self._measuring = self._measuring, self._interval_rule.next_is_measured()
         if not measured:
             self._interval_rule.skip()
+            self._estimate.skip()
         if measured != self._measuring:
             self._hook.listen(on=self._measuring)
 
@@ -226,12 +227,17 @@ class Meter(Joinable):
                 self._guard.judge(squares.read())
 
     def read(self) -> NoiseScale:
-        """Return the noise scale from all steps up to now; waits for the sums under way."""
+        """Return the noise scale now; waits for the sums under way."""
         self._absorb_up_to(0)
         return self._estimate.read()
 
+    def read_window(self) -> NoiseScale:
+        """Return the noise scale of the means over the window; waits for the sums under way."""
+        self._absorb_up_to(0)
+        return self._estimate.read_window()
+
     def read_groups(self) -> dict[str, NoiseScale]:
-        """Return the noise scale of each group; waits for the sums under way."""
+        """Return the noise scale of each group over the window; waits for the sums under way."""
         self._absorb_up_to(0)
         return self._estimate.read_groups()
 

@@ -39,12 +39,15 @@ class Reading:
 
     @property
     def noise_scale(self) -> NoiseScale:
-        """The noise scale with its interval, from all steps measured up to now (synchronises the device)."""
+        """The noise scale now, with its interval and the mean over the window (synchronises the device).
+
+        Now is the mean over about the last 1 % of the measured steps, and 20 at least.
+        """
         return self._source.read()
 
     @property
     def groups(self) -> dict[str, NoiseScale]:
-        """The noise scale of each group; their |G|² and tr(Σ) add up to those of the whole."""
+        """The noise scale of each group over the window; their |G|² and tr(Σ) add up to those of the whole's window."""
         return self._source.read_groups()
 
     @property
@@ -77,5 +80,6 @@ def _metrics(prefix: str, scale: NoiseScale) -> dict[str, float]:
         f"{prefix}/upper": scale.upper,
         f"{prefix}/grad_sq": scale.grad_sq_norm,
         f"{prefix}/trace": scale.noise_trace,
+        f"{prefix}/window_mean": scale.window_mean,
     }
     return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
