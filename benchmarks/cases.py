@@ -169,7 +169,7 @@ class _Measurement:
             # In the first round beside one that knows of no groups; DDP's hook has room for one meter only.
             with dptrain.attach(self._loop.model, **options) as whole:
                 found = [self._one_round(meters, others=[whole])]
-                difference = _difference(found[0][0].groups, whole.read())
+                difference = _difference(found[0][0].groups, whole.read_window())
             found += [self._one_round(meters) for _ in range(1, self._form.rounds)]
             rows = [
                 self._row(problem, meter=meter, truth=truth, readings=readings)
@@ -241,7 +241,7 @@ class _Reading:
     @classmethod
     def of(cls, meter: dptrain.Meter) -> _Reading:
         groups = meter.read_groups()
-        return cls(groups=groups, sum_error=_difference(groups, meter.read()))
+        return cls(groups=groups, sum_error=_difference(groups, meter.read_window()))
 
 
 def _difference(parts: dict[str, NoiseScale], whole: NoiseScale) -> float:

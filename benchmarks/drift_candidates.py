@@ -22,7 +22,7 @@ _LEVEL_MEMORIES = (math.inf, 1 / 3, 1 / 9, 1 / 27, 1 / 81)
 
 
 def shipped(runs: Runs, run: int, step: int) -> NoiseScale:
-    """dptrain's own."""
+    """Dptrain's own."""
     return noise_scale(present_moments(runs.states(run, at={step})[step]))
 
 
@@ -139,5 +139,3 @@ def _level(values: Values, *, noise: float) -> tuple[float, float]:
         level, var = level + var / width * error, var * noise / width
     mean = float(belief @ level)
     return mean, float(belief @ (var + (level - mean) ** 2))
-
-

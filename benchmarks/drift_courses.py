@@ -23,7 +23,7 @@ COURSES: Mapping[str, tuple[Callable[[Values], Values], Callable[[Values], Value
     "constant": (np.ones_like, np.ones_like),
     "|G|² ÷10 over the run": (np.ones_like, lambda share: 10**-share),
     "|G|² ÷10 in the last quarter": (np.ones_like, lambda share: 10 ** -_late(share, start=0.75)),
-    "|G|² ÷10 at once at 90 %": (np.ones_like, lambda share: np.where(share > 0.9, 0.1, 1.0)),  # noqa: PLR2004 - as named
+    "|G|² ÷10 at once at 90 %": (np.ones_like, lambda share: np.where(share > 0.9, 0.1, 1.0)),
     "tr(Σ) ×10 in the last quarter": (lambda share: 10 ** _late(share, start=0.75), np.ones_like),
 }
 """Share of the run → tr(Σ) and |G|², in units of their first values (problem 13)."""
@@ -48,7 +48,9 @@ class Setting:
     ratio: float
 
     def __str__(self) -> str:
-        return f"{self.num_steps} steps, K = {self.num_small}, {self.directions} directions, φ/B = {self.ratio:g} at first"
+        return (
+            f"{self.num_steps} steps, K = {self.num_small}, {self.directions} directions, φ/B = {self.ratio:g} at first"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,7 +119,7 @@ def compared(training: Training, *, num_points: int) -> list[Point]:
             rows = torch.randint(len(samples), (training.batch,), generator=generator)
             for micro in rows.chunk(_NUM_SMALL):
                 loss = task.loss(model, default_collate([samples[int(row)] for row in micro]))
-                (loss / _NUM_SMALL).backward()
+                (loss / _NUM_SMALL).backward()  # type: ignore[no-untyped-call] # torch declares no types for it
             reading = meter.step()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -144,7 +144,7 @@ def _point(step: int, scale: NoiseScale, exact: Sequence[tuple[float, float | No
     )
 
 
-def _truth(task: Task, samples: Sequence[Any], *, every_sample: bool) -> tuple[float, float | None]:
+def _truth(task: Task, samples: Subset[Any], *, every_sample: bool) -> tuple[float, float | None]:
     """Return |G|² of the whole set, and tr(Σ) where every sample is differentiated alone; else None.
 
     Draws with replacement know no covariance of D − 1: theirs is that of the set itself.

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# The constants below were chosen on simulated courses of 800 and 1,000 steps (constant; ÷10 over the run and in its last
-# quarter; a jump; tr(Σ) ×10 and ÷10; 1/t; a sine; random walks) with K = 2, 50 and 100 directions, B = φ and 2φ, and with
-# K = 4, 200 directions, B = 4φ. `benchmarks.tracking` judges them on other lengths, settings and seeds.
+# The constants below were chosen on simulated courses of 800 and 1,000 steps (constant; ÷10 over the run and in its
+# last quarter; a jump; tr(Σ) ×10 and ÷10; 1/t; a sine; random walks) with K = 2, 50 and 100 directions, B = φ and 2φ,
+# and with K = 4, 200 directions, B = 4φ. `benchmarks.tracking` judges them on other lengths, settings and seeds.
 
 MEMORIES = (math.inf, 1 / 3, 1 / 9, 1 / 27, 1 / 81)
 """Length of each filter's memory as a share of the run. The infinite one is a plain mean, for what does not drift."""
@@ -36,9 +36,9 @@ _SLOPE_NOISE = 0.25
 a step over the memory (a local linear trend; Harvey 1989, chapter 4)."""
 
 _PROCESS_SHARES = (1.0, 0.8, 0.8, 0.8, 1.0)
-"""Part of each filter's variance that is reported. In the steady state 3/4 of a trend's is noise of measurement, which is
-there on every course, and 1/4 is the wandering that the filter allows for. A smooth course has none of that, a wandering
-one all: with a fifth of it the intervals of 95 % hold 95.7 % and 92.0 %. The fastest is for what wanders."""
+"""Part of each filter's variance that is reported. In the steady state 3/4 of a trend's is noise of measurement, which
+is there on every course, and 1/4 is the wandering that the filter allows for. A smooth course has none of that, a
+wandering one all: with a fifth of it the intervals of 95 % hold 95.7 % and 92.0 %. The fastest is for what wanders."""
 
 _LONE = 5.0
 """Standard errors beyond which one value that stands alone is drawn in; two in a row pass as they are, for then it is
@@ -59,8 +59,8 @@ _CHANCE = 1.5
 """Standard errors within which an excess of the residuals passes for chance."""
 
 NOW_SHARE, NOW_STEPS = 0.01, 20
-"""The present: the mean over the last 1 % of the measured steps, and 20 at least. The |G|² of a single iterate swings by a
-factor of two from one step to the next."""
+"""The present: the mean over the last 1 % of the measured steps, and 20 at least. The |G|² of a single iterate swings
+by a factor of two from one step to the next."""
 
 
 class Memory(NamedTuple):
@@ -172,7 +172,8 @@ def _believed(memories: Sequence[Memory], *, rescale: float, noise: float, step:
         elif rescale == 1.0:
             state = memory[:5]
         else:
-            state = (*memory[:2], *(value / rescale for value in memory[2:5]))
+            level_, slope, var_level, cov, var_slope, _ = memory
+            state = (level_, slope, var_level / rescale, cov / rescale, var_slope / rescale)
         if share < math.inf:
             # The second step is the first that is predicted.
             fresh = fresh or step == 2  # noqa: PLR2004

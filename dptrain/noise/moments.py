@@ -52,4 +52,6 @@ def unbiased_moments(norms: SquaredNorms, *, population: int | None = None) -> M
         grad_sq_norm += noise_trace / population
     if not (math.isfinite(noise_trace) and math.isfinite(grad_sq_norm) and 0 < norms.num_samples < math.inf):
         return None
-    return Moments(noise_trace=noise_trace, grad_sq_norm=grad_sq_norm, num_samples=norms.num_samples, num_small=norms.num_small)
+    return Moments(
+        noise_trace=noise_trace, grad_sq_norm=grad_sq_norm, num_samples=norms.num_samples, num_small=norms.num_small
+    )

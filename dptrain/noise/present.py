@@ -17,8 +17,8 @@ _FADING = 3.5
 """Power of the run with which the weight of a step in the noise fades: half of all steps count."""
 
 _LARGEST_CHANGE = 25.0
-"""Cap on a squared change, in units of the mean one: a spike of 260 standard errors would rule the noise for the rest of
-the run, and normal changes exceed it once in two million."""
+"""Cap on a squared change, in units of the mean one: a spike of 260 standard errors would rule the noise for the rest
+of the run, and normal changes exceed it once in two million."""
 
 _FEW_CHANGES = 10
 """Changes before which none is capped: their own mean is not known yet."""
@@ -122,8 +122,8 @@ def present_updated(state: PresentState, moments: Moments) -> PresentState:
         )
     levels = max(drifts.level_of(state.trace.memories), 0.0), max(drifts.level_of(state.grad.memories), 0.0)
     unit_trace, unit_grad = _units(*levels, batch=batch, num_small=small)
-    # While the level is hardly known, only the sizes say how the noise changed: weights that follow a chance level would
-    # draw tr(Σ) down (to 0.5 of the truth after 20 steps with one direction of noise).
+    # While the level is hardly known, only the sizes say how the noise changed: weights that follow a chance level
+    # would draw tr(Σ) down (to 0.5 of the truth after 20 steps with one direction of noise).
     unit_trace_before, unit_grad_before = (
         _units(*levels, batch=state.batch, num_small=state.num_small)
         if state.steps < _HARDLY_KNOWN
@@ -214,7 +214,6 @@ def present_moments(state: PresentState) -> SmoothedMoments | None:
     """
     if state.trace is None or state.grad is None:
         return None
-    shared = {"num_steps": state.steps, "num_samples": state.samples}
     if not state.weight > 0:
         return SmoothedMoments(
             noise_trace=state.last_trace,
@@ -224,7 +223,8 @@ def present_moments(state: PresentState) -> SmoothedMoments | None:
             cov=0.0,
             effective_steps=1.0,
             degrees_of_freedom=1.0,
-            **shared,
+            num_steps=state.steps,
+            num_samples=state.samples,
         )
     noise_trace = _noise(state.trace_trace / state.weight, unit=state.last_unit_trace, size=state.last_trace)
     noise_grad = _noise(state.grad_grad / state.weight, unit=state.last_unit_grad, size=state.last_grad)
@@ -243,5 +243,6 @@ def present_moments(state: PresentState) -> SmoothedMoments | None:
         effective_steps=steps_grad,
         # As for the window: neighbouring changes share a step, which costs a third (Satterthwaite).
         degrees_of_freedom=max(2 / 3 * effective, 1.0),
-        **shared,
+        num_steps=state.steps,
+        num_samples=state.samples,
     )

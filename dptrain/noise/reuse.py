@@ -6,13 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
-import numpy as np
-
 from dptrain.errors import ConfigError
 
 _EPOCHS = 5.0
-"""Epochs over which the profile is averaged: long enough for some 80 steps where an epoch has 16, and no longer, because
-the bias grows from epoch to epoch."""
+"""Epochs over which the profile is averaged: long enough for some 80 steps where an epoch has 16, and no longer,
+because the bias grows from epoch to epoch."""
 
 _FEWEST_STEPS = 24.0
 """Steps of equal weight below which three coefficients say nothing."""
@@ -117,8 +115,8 @@ def reuse_updated(
 def reuse_bias(state: ReuseState, *, present_samples: float, population: int) -> ReuseBias | None:
     """Return the bias of |G|² at present; None where it is not known.
 
-    At the start of an epoch nothing of the epoch was trained on, and |G|² is right. At its end only samples are left that
-    the parameters were not fitted to since the last epoch, and their gradient is larger than the whole set's. The
+    At the start of an epoch nothing of the epoch was trained on, and |G|² is right. At its end only samples are left
+    that the parameters were not fitted to since the last epoch, and their gradient is larger than the whole set's. The
     parameters do not jump at the boundary, so |G|² late in an epoch over |G|² at its start is the bias.
 
     Args:
@@ -128,9 +126,9 @@ def reuse_bias(state: ReuseState, *, present_samples: float, population: int) ->
     """
     if state.p0 < _FEWEST_STEPS:
         return None
-    normal = np.array(
-        [[state.p0, state.p1, state.p2], [state.p1, state.p2, state.p3], [state.p2, state.p3, state.p4]]
-    )
+    import numpy as np
+
+    normal = np.array([[state.p0, state.p1, state.p2], [state.p1, state.p2, state.p3], [state.p2, state.p3, state.p4]])
     if np.linalg.cond(normal) > 1e8:  # noqa: PLR2004 - an epoch of one or two steps has no profile
         return None
     sums = np.array([state.g0, state.g1, state.g2])
@@ -139,7 +137,7 @@ def reuse_bias(state: ReuseState, *, present_samples: float, population: int) ->
     noise = max(state.squares - float(fit @ sums), 0.0) / state.p0
     share = min(present_samples / population, 1.0)
     end = state.position % population / population
-    row = _mean_powers(end - share, end)
+    row = np.array(_mean_powers(end - share, end))
     start = np.array([1.0, 0.0, 0.0])
     at_start = float(start @ fit)
     if at_start <= 0:
@@ -151,10 +149,10 @@ def reuse_bias(state: ReuseState, *, present_samples: float, population: int) ->
     return ReuseBias(relative=ratio - 1, error=error)
 
 
-def _mean_powers(start: float, end: float) -> np.ndarray:
-    """Return the means of 1, u and u² over the positions from `start` to `end`, where those below 0 are an epoch earlier."""
+def _mean_powers(start: float, end: float) -> list[float]:
+    """Return the means of 1, u and u² over positions from `start` to `end`; those below 0 are an epoch earlier."""
     pieces = [(max(start, 0.0), end), (start + 1, 1.0)] if start < 0 else [(start, end)]
     total = sum(high - low for low, high in pieces)
     if total <= 0:
-        return np.array([1.0, end, end**2])
-    return np.array([sum((high**k - low**k) / k for low, high in pieces) / total for k in (1, 2, 3)])
+        return [1.0, end, end**2]
+    return [sum((high**k - low**k) / k for low, high in pieces) / total for k in (1, 2, 3)]

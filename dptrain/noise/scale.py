@@ -13,13 +13,13 @@ _ROUNDING = 1e-15
 _RESOLVED_BY = 2.0
 """How many times the half-width of its interval |G|² must be before a ratio is printed.
 
-At 1 the ratio appears when chance makes |G|² large: the first value printed was 0.4 to 0.6 of the truth (median; B = φ/16,
-two small batches, 20 and 100 directions of noise), at 2 it was 0.9, at 2.5 0.9 to 0.95 after twice the steps.
+At 1 the ratio appears when chance makes |G|² large: the first value printed was 0.4 to 0.6 of the truth (median; B =
+φ/16, two small batches, 20 and 100 directions of noise), at 2 it was 0.9, at 2.5 0.9 to 0.95 after twice the steps.
 """
 _HEAVY_SHARE, _FEWEST_HEAVY = 0.004, 1.5
 """Share of values of tr(Σ) beyond five standard errors of their prediction, and their least count, from which tails are
-called heavy. Of whole-sample Student t in 20 directions, 32 samples a step, 400 steps, the median run has 0.25 % at ν = 4,
-0.75 % at 3 and 1 % at 2.5 (0.5 % in the mildest twentieth); normal noise in 20 directions has none."""
+called heavy. Of whole-sample Student t in 20 directions, 32 samples a step, 400 steps, the median run has 0.25 % at ν
+= 4, 0.75 % at 3 and 1 % at 2.5 (0.5 % in the mildest twentieth); normal noise in 20 directions has none."""
 _LARGEST_T = 1e60
 """Stands for infinity: a t that nothing passes, whose fourth power is finite."""
 
@@ -39,9 +39,9 @@ class Resolution(StrEnum):
 class NoiseScale:
     """An estimate of the simple noise scale φ = tr(Σ)/|G|², in samples, with what is known of it.
 
-    The interval is Fieller's (1954) for the ratio of two correlated means, by Student's t. The pair and its covariance are
-    those of the present, the mean over the last 1 % of the measured steps and 20 at least, unless they were read off a
-    window; see `docs/noise-scale.md`.
+    The interval is Fieller's (1954) for the ratio of two correlated means, by Student's t. The pair and its covariance
+    are those of the present, the mean over the last 1 % of the measured steps and 20 at least, unless they were read
+    off a window; see `docs/noise-scale.md`.
 
     Attributes:
         noise_trace: tr(Σ) at present; signed.
@@ -128,7 +128,7 @@ class NoiseScale:
             + self.var_grad / self.grad_sq_norm / self.grad_sq_norm
             - 2 * self.cov / self.noise_trace / self.grad_sq_norm
         )
-        return max(0.0, self.effective_steps * (relative_variance / relative_error / relative_error - 1))
+        return max(0.0, self.num_steps * (relative_variance / relative_error / relative_error - 1))
 
     def __str__(self) -> str:
         if self.state is Resolution.RESOLVED:
@@ -193,8 +193,8 @@ def heavy_tails(lone_share: float, *, num_steps: int) -> str | None:
     if lone_share < _HEAVY_SHARE or lone_share * num_steps < _FEWEST_HEAVY:
         return None
     return (
-        f"heavy tails: {lone_share:.1%} of steps lie beyond 5 standard errors; the interval may be too narrow, and tr(Σ) "
-        "too small"
+        f"heavy tails: {lone_share:.1%} of steps lie beyond 5 standard errors; the interval may be too narrow, and "
+        "tr(Σ) too small"
     )
 
 

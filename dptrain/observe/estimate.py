@@ -185,8 +185,8 @@ class Estimate:
         bias = self.reuse_bias()
         if bias is not None and bias.matters:
             found.append(
-                f"samples are used again: |G|² reads {bias.relative:.0%} (±{bias.error:.0%}) too large, and the noise scale "
-                "too small accordingly"
+                f"samples are used again: |G|² reads {bias.relative:.0%} (±{bias.error:.0%}) too large, and the noise "
+                "scale too small accordingly"
             )
         return tuple(found)
 

@@ -16,12 +16,20 @@ def train_row(
     return {"kind": "train", **columns, **noise_columns(noise_scale), **group_columns(groups)}
 
 
+def noise_scale_text(scale: NoiseScale) -> str:
+    """Say the noise scale now and the mean over the window, each under its own name."""
+    window = "not resolved" if scale.window_mean is None else f"{scale.window_mean:.3g}"
+    return f"{scale} now; mean of last 20 %: {window}"
+
+
 def noise_figures(scale: NoiseScale) -> dict[str, Value]:
     """Return the noise scale at the end of a run, for its summary."""
     return {
         "noise_scale": scale.value,
         "noise_scale_lower": scale.lower,
         "noise_scale_upper": scale.upper,
-        "noise_scale_text": str(scale),
+        "noise_scale_window_mean": scale.window_mean,
+        "noise_scale_text": noise_scale_text(scale),
+        "noise_scale_warnings": "; ".join(scale.warnings),
         "resolved": str(scale.state),
     }

@@ -233,6 +233,7 @@ def noise_columns(scale: NoiseScale) -> dict[str, Value]:
         "noise_scale/grad_sq": scale.grad_sq_norm,
         "noise_scale/trace": scale.noise_trace,
         "noise_scale/effective_steps": scale.effective_steps,
+        "noise_scale/window_mean": scale.window_mean,
     }
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from dptrain.noise import MomentSums, Smoothing, SquaredNorms, noise_scale, smoothed, unbiased_moments
+from dptrain.noise import PresentState, SquaredNorms, noise_scale, present_moments, present_updated, unbiased_moments
 
 DIM = 6
 
@@ -67,7 +67,7 @@ def measured_by_hand(model, records_of_ranks, *, weight=lambda _: 1.0, every=1):
 
     Fails where the ranks' parameters are not the same bits at each step: then they stepped on gradients of their own.
     """
-    sums, steps = MomentSums(), []
+    sums, steps = PresentState(), []
     for parts in zip(*(windows(records) for records in records_of_ranks), strict=True):
         parameters = parts[0][0]
         assert all(other == parameters for other, _ in parts), "the ranks' parameters differ"
@@ -86,9 +86,9 @@ def measured_by_hand(model, records_of_ranks, *, weight=lambda _: 1.0, every=1):
         moments = unbiased_moments(norms)
         # One small batch alone says nothing.
         if moments is not None and len(steps) % every == 0:
-            sums = Smoothing().update(sums, moments)
+            sums = present_updated(sums, moments)
         steps.append((parameters, [len(inputs) for _, inputs in parts], mean.tolist()))
-    pair = noise_scale(smoothed(sums))
+    pair = noise_scale(present_moments(sums))
     return (pair.noise_trace, pair.grad_sq_norm), steps
 
 

@@ -116,7 +116,7 @@ def coverage(scales, truth):
 @pytest.fixture
 def many_runs_at_once(monkeypatch):
     """The update on arrays, one entry per run: only the guard, which asks about one float, is left out."""
-    monkeypatch.setattr("dptrain.noise.smoothing._fits", lambda _: True)
+    monkeypatch.setattr("dptrain.noise.smoothing.fits", lambda _: True)
 
 
 def constant(batch, num_steps):
@@ -163,11 +163,11 @@ def test_after_very_few_steps_the_interval_errs_on_the_wide_side(num_steps):
 @pytest.mark.usefixtures("many_runs_at_once")
 @pytest.mark.parametrize(("d", "num_steps"), [(1, 400), (50, 100)])
 def test_where_the_signal_is_drowned_the_bound_errs_on_the_low_side(d, num_steps):
-    """At B = φ/50 some 98 % of the open intervals hold the truth: a negative |G|² counts as none, not as evidence."""
+    """At B = φ/50 more than 95 % of the open intervals hold the truth: a negative |G|² counts as none."""
     run = Run(batches=constant(2, num_steps), K=2, d=d)
     scales = readings(run.measured(np.random.default_rng(12)))
     assert np.mean([s.state is Resolution.AT_LEAST for s in scales]) > 0.9
-    assert 0.95 < coverage(scales, run.truth()) < 0.99
+    assert coverage(scales, run.truth()) > 0.95
 
 
 @pytest.mark.usefixtures("many_runs_at_once")
@@ -327,9 +327,9 @@ def test_a_negative_signal_opens_the_interval():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({}, "50 (36.3–75.5, 95%)"),
-        ({"var_grad": 4.0}, "at least 16 (95%)"),
-        ({"noise_trace": 1.2e6, "var_trace": 25e8}, "600k (450k–880k, 95%)"),
+        ({}, "50 [36.3, 75.5]"),
+        ({"var_grad": 4.0}, "at least 16"),
+        ({"noise_trace": 1.2e6, "var_trace": 25e8}, "600k [450k, 880k]"),
         ({"var_trace": math.inf}, "not resolved yet"),
     ],
 )
@@ -338,9 +338,11 @@ def test_how_it_prints(changes, text):
     assert str(noise_scale(pair(**changes))) == text
 
 
-def test_levels_between_whole_percents_are_not_rounded():
-    """The level that was asked for is the one that is printed."""
-    assert "99.9%" in str(noise_scale(pair(), level=0.999))
+def test_a_ratio_is_printed_when_it_is_no_stroke_of_luck():
+    """|G|² of 1.5 half-widths of its interval is told from zero, and still only a bound is given; from 2 a value."""
+    lucky, known = (noise_scale(pair(var_grad=(2 / 2.086 / widths) ** 2)) for widths in (1.5, 2.1))
+    assert (lucky.state, lucky.value, lucky.upper) == (Resolution.AT_LEAST, None, math.inf)
+    assert known.state is Resolution.RESOLVED
 
 
 @pytest.mark.parametrize("level", [0, 1, 95, math.nan])

@@ -182,7 +182,7 @@ def test_a_tiny_relative_spread_keeps_its_variance(spread):
 @pytest.fixture
 def many_runs_at_once(monkeypatch):
     """The update on arrays, one entry per run: only the guard, which asks about one float, is left out."""
-    monkeypatch.setattr("dptrain.noise.smoothing._fits", lambda _: True)
+    monkeypatch.setattr("dptrain.noise.smoothing.fits", lambda _: True)
 
 
 @pytest.mark.usefixtures("many_runs_at_once")

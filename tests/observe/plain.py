@@ -8,8 +8,17 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dptrain.noise import Smoothing, SquaredNorms, noise_scale, smoothed, unbiased_moments
-from dptrain.noise.smoothing import MomentSums
+from dptrain.noise import (
+    MomentSums,
+    PresentState,
+    Smoothing,
+    SquaredNorms,
+    noise_scale,
+    present_moments,
+    present_updated,
+    smoothed,
+    unbiased_moments,
+)
 
 STEPS, ACCUMULATION, MICRO, RATE = 4, 2, 5, 0.05
 
@@ -101,9 +110,11 @@ def gradient(model, batch, cast=None):
 def reference(world_size, *, part=slice(None), accumulated=False, cast=None, steps=STEPS, sizes=None, every=1):
     """Return (tr(Σ), |G|²) over `part` of the trained parameters, along the path that plain gradients take.
 
+    That of a part is over the window, as groups are read; that of the whole is the present.
+
     `sizes[rank][micro_step]` are unequal micro-batches whose losses are summed, not averaged, over samples.
     """
-    model, sums = make_model(), MomentSums()
+    model, sums, present = make_model(), MomentSums(), PresentState()
     for step in range(steps):
         keys = [(rank, micro_step) for rank in range(world_size) for micro_step in range(ACCUMULATION)]
         counts = [MICRO if sizes is None else sizes[rank][micro_step] for rank, micro_step in keys]
@@ -123,11 +134,12 @@ def reference(world_size, *, part=slice(None), accumulated=False, cast=None, ste
         norms = SquaredNorms.of([sq_norm(g[part]) for g in small], sizes=small_sizes, large_sq_norm=sq_norm(mean[part]))
         if step % every == 0:
             sums = Smoothing().update(sums, unbiased_moments(norms))
+            present = present_updated(present, unbiased_moments(norms))
         factor = 1 if sizes is None else sum(counts) / world_size
         with torch.no_grad():
             for p, g in zip(trained(model), mean, strict=True):
                 p.sub_((RATE * factor * g).float())
-    scale = noise_scale(smoothed(sums))
+    scale = noise_scale(present_moments(present) if part == slice(None) else smoothed(sums))
     return scale.noise_trace, scale.grad_sq_norm
 
 

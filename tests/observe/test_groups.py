@@ -9,8 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dptrain
 from dptrain.errors import ObservationError
-from dptrain.noise import Smoothing, SquaredNorms, noise_scale, smoothed, unbiased_moments
-from dptrain.noise.smoothing import MomentSums
+from dptrain.noise import PresentState, SquaredNorms, noise_scale, present_moments, present_updated, unbiased_moments
 from dptrain.observe.geometry import AdamGeometry
 from dptrain.observe.groups import REST, resolve_groups
 from tests.observe.plain import (
@@ -48,7 +47,7 @@ def grouped(rank, world_size):
             no_sync = model.no_sync
         meter = dptrain.attach(model, every=1, method=method, groups={"blocks": "blocks", "head": "head"})
         train(model, rank, meter=meter, **({} if no_sync is None else {"no_sync": no_sync}))
-        found[name] = {group: pair(scale) for group, scale in meter.read_groups().items()}, pair(meter.read())
+        found[name] = {group: pair(scale) for group, scale in meter.read_groups().items()}, pair(meter.read_window())
     restored = dptrain.attach(make_and_wrap(), groups={"blocks": "blocks", "head": "head"})
     restored.load_state_dict(meter.state_dict())
     assert restored.read_groups() == meter.read_groups()
@@ -124,7 +123,7 @@ def preconditioned(rank, world_size, amsgrad):
 
 def adam_reference(world_size, amsgrad):
     """Precondition plain gradients by the state before each step; the first step has none."""
-    model, sums = make_model(), MomentSums()
+    model, sums = make_model(), PresentState()
     optimizer = adam(model, amsgrad)
     for step in range(STEPS):
         gradients = [
@@ -144,11 +143,11 @@ def adam_reference(world_size, amsgrad):
                 sizes=[MICRO] * len(gradients),
                 large_sq_norm=sq_norm([g * s for g, s in zip(mean, scales, strict=True)]),
             )
-            sums = Smoothing().update(sums, unbiased_moments(norms))
+            sums = present_updated(sums, unbiased_moments(norms))
         for p, g in zip(trained(model), mean, strict=True):
             p.grad = g.float()
         optimizer.step()
-    return pair(noise_scale(smoothed(sums)))
+    return pair(noise_scale(present_moments(sums)))
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])

@@ -13,8 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dptrain
 from dptrain.errors import ObservationError
-from dptrain.noise import Smoothing, SquaredNorms, noise_scale, smoothed, unbiased_moments
-from dptrain.noise.smoothing import MomentSums
+from dptrain.noise import PresentState, SquaredNorms, noise_scale, present_moments, present_updated, unbiased_moments
 from dptrain.observe import DdpCommHook, Meter, ParameterHook
 from dptrain.observe.geometry import PlainGeometry
 from tests.replicas import run_replicas
@@ -85,7 +84,7 @@ def reference(world_size, *, accumulated, clip=False, skip=None):
     """Compute the same pair in one process from gradients of plain models."""
     model = make_model()
     trainable = [p for p in model.parameters() if p.requires_grad]
-    sums = MomentSums()
+    sums = PresentState()
     for step in range(STEPS):
         gradients = {
             (rank, micro_step): torch.cat(
@@ -110,14 +109,14 @@ def reference(world_size, *, accumulated, clip=False, skip=None):
             sizes=[MICRO * (ACCUMULATION if accumulated else 1)] * len(small),
             large_sq_norm=float(mean @ mean),
         )
-        sums = Smoothing().update(sums, unbiased_moments(norms))
+        sums = present_updated(sums, unbiased_moments(norms))
         factor = min(1.0, 0.1 / (float(mean.norm()) + 1e-6)) if clip else 1.0
         offset = 0
         with torch.no_grad():
             for p in trainable:
                 p.sub_(0.05 * factor * mean[offset : offset + p.numel()].view_as(p).float())
                 offset += p.numel()
-    pair = noise_scale(smoothed(sums))
+    pair = noise_scale(present_moments(sums))
     return pair.noise_trace, pair.grad_sq_norm
 
 

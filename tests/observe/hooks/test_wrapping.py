@@ -14,8 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dptrain
 from dptrain.errors import ObservationError
-from dptrain.noise import Smoothing, SquaredNorms, noise_scale, smoothed, unbiased_moments
-from dptrain.noise.smoothing import MomentSums
+from dptrain.noise import PresentState, SquaredNorms, noise_scale, present_moments, present_updated, unbiased_moments
 from tests.observe.plain import (
     MICRO,
     RATE,
@@ -326,7 +325,7 @@ def uneven_loop(rank, *, by_active, method="auto"):
 
 
 def uneven_reference(by_active):
-    model, sums = make_model(), MomentSums()
+    model, sums = make_model(), PresentState()
     for step in range(5):
         active = [0, 1, 2] if step < 3 else [0, 2]
         gradients = [gradient(model, micro_batch(step, 0, rank)) for rank in active]
@@ -334,11 +333,11 @@ def uneven_reference(by_active):
         norms = SquaredNorms.of(
             [sq_norm(g) for g in gradients], sizes=[MICRO] * len(active), large_sq_norm=sq_norm(mean)
         )
-        sums = Smoothing().update(sums, unbiased_moments(norms))
+        sums = present_updated(sums, unbiased_moments(norms))
         with torch.no_grad():
             for p, g in zip(trained(model), mean, strict=True):
                 p.sub_((RATE * g * (1 if by_active else len(active) / 3)).float())
-    return pair(noise_scale(smoothed(sums)))
+    return pair(noise_scale(present_moments(sums)))
 
 
 def test_ranks_that_run_out_of_samples_do_not_count():
