@@ -248,7 +248,7 @@ def _tell(found: Sequence[tuple[_Trunk, Branched]], *, out: Path) -> None:
             f"{trunk.position:,}",
             f"{trunk.global_batch_size:,}",
             losses,
-            f"{'at least ' if result.is_open else ''}{critical:,}",
+            _critical_text(result, batch=trunk.global_batch_size),
             _shown(trunk.noise_scale),
         )
         records.append(
@@ -256,7 +256,10 @@ def _tell(found: Sequence[tuple[_Trunk, Branched]], *, out: Path) -> None:
                 **{name: value for name, value in asdict(trunk).items() if name != "path"},
                 **asdict(result),
                 "losses": {str(k): loss if math.isfinite(loss) else None for k, loss in result.losses.items()},
-                "critical_batch_size": critical,
+                "critical_batch_size": None if result.only_below else critical,
+                "critical_batch_size_below": (
+                    None if result.first_worse is None else trunk.global_batch_size * result.first_worse
+                ),
             }
         )
     Console().print(table)
@@ -266,6 +269,14 @@ def _tell(found: Sequence[tuple[_Trunk, Branched]], *, out: Path) -> None:
         "The critical batch is the largest that is no worse after the same samples, at the rate in force scaled by the "
         f"rule; it is known to a factor of two at best. {path}\n"
     )
+
+
+def _critical_text(result: Branched, *, batch: int) -> str:
+    """Say what is known of the critical batch; where the second multiple is worse already, only an upper bound is."""
+    if result.first_worse is None:
+        return f"at least {batch * result.largest_multiple:,}"
+    below = f"below {batch * result.first_worse:,}"
+    return below if result.only_below else f"{batch * result.largest_multiple:,} ({below})"
 
 
 def _shown(noise_scale: Mapping[str, Any]) -> str:

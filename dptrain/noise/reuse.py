@@ -15,6 +15,12 @@ because the bias grows from epoch to epoch."""
 _FEWEST_STEPS = 24.0
 """Steps of equal weight below which three coefficients say nothing."""
 
+_KNOWN_BY = 4.0
+"""Standard errors that |G|² at the start of an epoch must be above zero: a ratio to less than that is anything."""
+
+_UNKNOWN_BEYOND = 0.1
+"""Standard error of the bias beyond which it counts as unknown."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReuseState:
@@ -71,6 +77,27 @@ class ReuseBias:
     def matters(self) -> bool:
         """Whether it is told from zero and above a twentieth."""
         return self.relative > max(2 * self.error, 0.05)
+
+
+def reuse_warning(state: ReuseState, *, present_samples: float, population: int) -> str | None:
+    """Return a warning where samples were used again and |G|² reads too large, or may; None where it does not.
+
+    Args:
+        state: after the last step.
+        present_samples: samples over which the present is averaged.
+        population: samples in the data set.
+    """
+    if state.position <= population:
+        return None
+    bias = reuse_bias(state, present_samples=present_samples, population=population)
+    if bias is not None and bias.matters:
+        return (
+            f"samples are used again: |G|² reads {bias.relative:.0%} (±{bias.error:.0%}) too large, and the noise scale "
+            "too small accordingly"
+        )
+    if bias is None or bias.error > _UNKNOWN_BEYOND:
+        return "samples are used again: |G|² may read too large, by how much is not known yet"
+    return None
 
 
 def skipped(state: ReuseState, *, num_samples: float) -> ReuseState:
@@ -140,11 +167,12 @@ def reuse_bias(state: ReuseState, *, present_samples: float, population: int) ->
     row = np.array(_mean_powers(end - share, end))
     start = np.array([1.0, 0.0, 0.0])
     at_start = float(start @ fit)
-    if at_start <= 0:
+    # The fading counts about two steps as one in the noise: Σω² is half of Σω.
+    start_error = math.sqrt(float(inverse[0, 0]) * noise / 2)
+    if at_start < _KNOWN_BY * start_error:
         return None
     ratio = float(row @ fit) / at_start
     slope = (row - ratio * start) / at_start
-    # The fading counts about two steps as one in the noise: Σω² is half of Σω.
     error = math.sqrt(max(float(slope @ inverse @ slope) * noise, 0.0) / 2)
     return ReuseBias(relative=ratio - 1, error=error)
 

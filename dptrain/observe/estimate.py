@@ -22,7 +22,7 @@ from dptrain.noise import (
     unbiased_moments,
 )
 from dptrain.noise.drift import now_steps
-from dptrain.noise.reuse import ReuseBias, ReuseState, reuse_bias, reuse_updated, skipped
+from dptrain.noise.reuse import ReuseBias, ReuseState, reuse_bias, reuse_updated, reuse_warning, skipped
 from dptrain.noise.scale import heavy_tails
 
 NUM_SIZES = 6
@@ -173,22 +173,18 @@ class Estimate:
         """Return by how much |G|² is read too large because samples are used again; None where it is not known."""
         if self._population is None:
             return None
-        samples = now_steps(self._present.steps) * self._last_samples
-        return reuse_bias(self._reuse, present_samples=samples, population=self._population)
+        return reuse_bias(self._reuse, present_samples=self._present_samples(), population=self._population)
+
+    def _present_samples(self) -> float:
+        return now_steps(self._present.steps) * self._last_samples
 
     def _warnings(self) -> tuple[str, ...]:
-        found = []
         trace = self._present.trace
-        tails = None if trace is None else heavy_tails(trace.lone, num_steps=self._present.steps)
-        if tails is not None:
-            found.append(tails)
-        bias = self.reuse_bias()
-        if bias is not None and bias.matters:
-            found.append(
-                f"samples are used again: |G|² reads {bias.relative:.0%} (±{bias.error:.0%}) too large, and the noise "
-                "scale too small accordingly"
-            )
-        return tuple(found)
+        found = [None if trace is None else heavy_tails(trace.lone, num_steps=self._present.steps)]
+        if self._population is not None:
+            samples = self._present_samples()
+            found.append(reuse_warning(self._reuse, present_samples=samples, population=self._population))
+        return tuple(warning for warning in found if warning is not None)
 
     def read_groups(self) -> dict[str, NoiseScale]:
         """Return the noise scale of each group over the window: their moments add up to those of `read_window`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 
@@ -73,3 +74,25 @@ def test_a_record_is_the_whole_state():
     assert from_record(to_record(estimate.state)) == estimate.state
     with pytest.raises(ObservationError, match="not the state of a meter"):
         from_record({"sums": {}})
+
+
+def test_a_step_larger_than_the_data_set_is_refused():
+    """Samples that occur twice in a step would read a third of the noise scale: the error says what to lower."""
+    estimate = Estimate(world_size=1, population=3)
+    with pytest.raises(ObservationError, match="larger than the data set of 3"):
+        estimate.absorb(sums(small=3.0, large=2.0))
+    assert Estimate(world_size=1, population=4).absorb(sums(small=3.0, large=2.0)) is not None
+
+
+def test_the_reading_has_the_present_and_the_window():
+    """After |G|² fell to a tenth the value is the present one, and the window mean keeps its own name."""
+    estimate = Estimate(world_size=1)
+    rng = random.Random(1)
+    for number in range(400):
+        grad = (10.0 if number < 360 else 1.0) * (1 + rng.gauss(0, 0.05))
+        trace = 4 * (1 + rng.gauss(0, 0.05))
+        estimate.absorb(sums(small=grad + trace / 2, large=grad + trace / 4))
+    scale = estimate.read()
+    assert scale.lower < 4 < scale.upper
+    assert scale.value == pytest.approx(4, rel=0.1)
+    assert scale.window_mean == estimate.read_window().value < 2

@@ -18,12 +18,22 @@ class Branched:
         tolerance: by how much a loss may be above that of the smallest multiple.
         largest_multiple: the largest that is no worse, as are all smaller ones.
         is_open: whether it is the largest that was tried, so that the critical batch may be larger.
+        first_worse: the smallest multiple that is worse; None where none is.
     """
 
     losses: Mapping[int, float]
     tolerance: float
     largest_multiple: int
     is_open: bool
+    first_worse: int | None
+
+    @property
+    def only_below(self) -> bool:
+        """Whether already the second multiple is worse: then only an upper bound of the critical batch is known.
+
+        The batch in force is "no worse" than itself by definition, which says nothing about it.
+        """
+        return self.first_worse is not None and self.largest_multiple == min(self.losses)
 
 
 def branched(losses: Mapping[int, float], *, tolerance: float) -> Branched:
@@ -43,11 +53,13 @@ def branched(losses: Mapping[int, float], *, tolerance: float) -> Branched:
     base = losses[multiples[0]]
     if not math.isfinite(base):
         raise ConfigError(f"the branch at {multiples[0]} × the batch diverged: there is nothing to compare with")
-    largest = multiples[0]
-    for multiple in multiples[1:]:
-        if not losses[multiple] <= base + tolerance:  # a NaN is no loss at all
-            break
-        largest = multiple
+    # A NaN is no loss at all.
+    worse = next((multiple for multiple in multiples[1:] if not losses[multiple] <= base + tolerance), None)
+    largest = multiples[-1] if worse is None else multiples[multiples.index(worse) - 1]
     return Branched(
-        losses=dict(losses), tolerance=tolerance, largest_multiple=largest, is_open=largest == multiples[-1]
+        losses=dict(losses),
+        tolerance=tolerance,
+        largest_multiple=largest,
+        is_open=largest == multiples[-1],
+        first_worse=worse,
     )

@@ -27,6 +27,17 @@ def test_the_largest_that_is_no_worse(losses, largest, is_open):
     assert (found.largest_multiple, found.is_open) == (largest, is_open)
 
 
+def test_the_batch_in_force_is_no_lower_bound_of_the_critical_one():
+    """Losses 2.2885, 2.3217, 2.3678 at ×1, ×4, ×16: the critical batch is below ×4, and ×1 is not what was found."""
+    found = branched({1: 2.2885, 4: 2.3217, 16: 2.3678}, tolerance=0.01)
+    assert found.only_below
+    assert found.first_worse == 4
+    known = branched({1: 2.0, 2: 2.005, 4: 2.02}, tolerance=0.01)
+    assert not known.only_below
+    assert known.first_worse == 4
+    assert branched({1: 2.0, 2: 1.9}, tolerance=0.01).first_worse is None
+
+
 def test_nothing_to_compare_with():
     """Where the batch in force itself diverged, nothing can be said."""
     with pytest.raises(ConfigError, match="diverged"):

@@ -1,0 +1,73 @@
+"""Proves that filters of several memories follow a course and say how well they know it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from dptrain.noise import drift as drifts
+
+
+def followed(values, noise):
+    """Return the state after all values, and the mean at present with its variance."""
+    state, weight, square = drifts.begun(values[0]), 0.0, 0.0
+    for step, value in enumerate(values[1:], start=2):
+        keep = ((step - 1) / step) ** 3.5
+        weight, square = keep * weight + 1, keep * keep * square + 1
+        state = drifts.updated(state, value, noise=noise, rescale=1.0, step=step, weight=weight)
+    mean, variance = drifts.present(state, noise=noise, step=len(values), effective_steps=weight * weight / square)
+    return state, mean, variance
+
+
+def test_a_constant_course_is_known_almost_as_well_as_by_its_plain_mean():
+    """The mean of 1,000 values is found, and its standard error is at most a fifth wider than theirs."""
+    values = 5 + np.random.default_rng(1).standard_normal(1000)
+    _, mean, variance = followed(values.tolist(), 1.0)
+    assert mean == pytest.approx(values.mean(), abs=0.03)
+    assert 1 / 1000 <= variance < 1.44 / 1000
+
+
+def test_a_falling_course_is_followed_to_its_end():
+    """100 that falls to 10 over the run is read as what it is at the end, not as the mean of the last fifth."""
+    truth = 100 * 10 ** -(np.arange(1, 1001) / 1000)
+    values = truth + 3 * np.random.default_rng(2).standard_normal(1000)
+    _, mean, variance = followed(values.tolist(), 9.0)
+    assert abs(mean - truth[-20:].mean()) < 3 * math.sqrt(variance)
+    assert truth[-200:].mean() - mean > 3 * math.sqrt(variance)
+
+
+def test_after_a_jump_the_plain_mean_starts_anew():
+    """Forty steps after a fall to a tenth the old level is gone, and the infinite memory is believed again."""
+    values = np.concatenate([np.full(500, 10.0), np.full(40, 1.0)])
+    values += 0.3 * np.random.default_rng(3).standard_normal(540)
+    state, mean, variance = followed(values.tolist(), 0.09)
+    assert mean == pytest.approx(1.0, abs=3 * math.sqrt(variance))
+    assert state.memories[0].belief > 0.3
+    assert state.memories[0].level == pytest.approx(1.0, abs=0.3)
+
+
+def test_a_lone_spike_is_drawn_in_and_two_in_a_row_pass():
+    """One value of 1,000 standard errors moves the mean by less than two of its errors; a second one is believed."""
+    calm = np.random.default_rng(4).standard_normal(400).tolist()
+    _, before, variance = followed(calm, 1.0)
+    state, after, _ = followed([*calm, 1000.0], 1.0)
+    assert abs(after - before) < 2 * math.sqrt(variance)
+    assert state.lone == pytest.approx(1 / 401)
+    twice, _, _ = followed([*calm, 1000.0, 1000.0], 1.0)
+    assert drifts.level_of(twice.memories) > 10
+    assert twice.lone == pytest.approx(1 / 402)
+
+
+def test_the_present_is_a_hundredth_of_the_run_and_twenty_steps_at_least():
+    """Twenty up to 2,000 steps; from there on a hundredth."""
+    assert [drifts.now_steps(step) for step in (1, 2000, 10_000)] == [20, 20, 100]
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-100, -1e100])
+def test_signals_without_noise_do_no_harm(value):
+    """The same value at every step is found, whatever its size, though its noise is none."""
+    _, mean, variance = followed([value] * 60, 1e-300)
+    assert mean == pytest.approx(value)
+    assert math.isfinite(variance)
