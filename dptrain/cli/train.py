@@ -114,4 +114,6 @@ def _findings(summary: Mapping[str, Any]) -> Iterable[str]:
         changes, f"the batch moved {changes} times, from"
     )
     to = "" if changes == 0 else f" to {summary['batch_last']:,}"
-    yield f"{times} {summary['batch_first']:,}{to} samples; noise scale: {summary['noise_scale_text']}"
+    yield f"{times} {summary['batch_first']:,}{to} samples; {summary['noise_scale_text']}"
+    if summary["noise_scale_warnings"]:
+        yield f"noise scale doubtful: {summary['noise_scale_warnings']}"

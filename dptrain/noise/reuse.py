@@ -92,8 +92,8 @@ def reuse_warning(state: ReuseState, *, present_samples: float, population: int)
     bias = reuse_bias(state, present_samples=present_samples, population=population)
     if bias is not None and bias.matters:
         return (
-            f"samples are used again: |G|² reads {bias.relative:.0%} (±{bias.error:.0%}) too large, and the noise scale "
-            "too small accordingly"
+            f"samples are used again: |G|² reads {bias.relative:.0%} (±{bias.error:.0%}) too large, and the noise "
+            "scale too small accordingly"
         )
     if bias is None or bias.error > _UNKNOWN_BEYOND:
         return "samples are used again: |G|² may read too large, by how much is not known yet"

@@ -85,6 +85,7 @@ class Estimate:
         self._present = PresentState()
         self._reuse = ReuseState()
         self._last_samples = 0.0
+        self._oversized = False
         self._reading: NoiseScale | None = None
 
     def absorb(self, sums: list[float], *, divisor: float | None = None) -> SquaredNorms | None:
@@ -95,10 +96,7 @@ class Estimate:
             divisor: by what the sum of the replicas' gradients was divided; the world size by default.
 
         Returns:
-            The squared norms of the whole, or None for a step that was dropped.
-
-        Raises:
-            ObservationError: where a step is larger than the data set.
+            The squared norms of the whole, or None for a step that was dropped, as one larger than the data set is.
         """
         num = max(len(self._names), 1)
         small, large, sizes = sums[:num], sums[num : 2 * num], sums[2 * num :]
@@ -108,6 +106,7 @@ class Estimate:
         updated = self._updated(self._sums, moments)
         if moments is None or updated is self._sums:
             self.steps_dropped += 1
+            self._reading = None
             self._count(sizes[-1])
             return None
         self._steps_measured += 1
@@ -131,12 +130,9 @@ class Estimate:
         if norms is None:
             return None
         if self._population is not None and norms.num_samples > self._population:
-            raise ObservationError(
-                f"a step of {norms.num_samples:g} samples is larger than the data set of {self._population}: samples "
-                "occur in it more than once, and the noise scale would be wrong (at 1.5 times the data set it reads a "
-                "third of the truth). Lower the largest global batch, or give no `population` to a loader that draws "
-                "with replacement"
-            )
+            # Samples occur in it more than once: at 1.5 times the data set a true 500 would read 167, at 4 times 0.
+            self._oversized = True
+            return None
         return unbiased_moments(norms, population=self._population)
 
     def _updated(self, sums: MomentSums, moments: Moments | None) -> MomentSums:
@@ -184,6 +180,11 @@ class Estimate:
         if self._population is not None:
             samples = self._present_samples()
             found.append(reuse_warning(self._reuse, present_samples=samples, population=self._population))
+        if self._oversized:
+            found.append(
+                f"steps larger than the data set of {self._population} samples were not measured: lower the largest "
+                "global batch, or give no `population` to a loader that draws with replacement"
+            )
         return tuple(warning for warning in found if warning is not None)
 
     def read_groups(self) -> dict[str, NoiseScale]:

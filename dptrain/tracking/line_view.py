@@ -49,7 +49,7 @@ class LineView(View):
             f"loss {figure(row, 'train/loss')}",
             f"lr {learning_rate(row)}",
             f"batch {integer(row, 'batch/global')}{layout(row, ' ({}×{}×{})')}",
-            f"noise scale {noise_scale_text(row)}",
+            f"noise scale now {noise_scale_text(row)}",
             step_time(row),
             f"{self._speed.text} samples/s",
             f"mfu {_PERCENT * mfu:.0f} %" if mfu is not None else "",

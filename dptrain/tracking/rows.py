@@ -19,7 +19,7 @@ def train_row(
 def noise_scale_text(scale: NoiseScale) -> str:
     """Say the noise scale now and the mean over the window, each under its own name."""
     window = "not resolved" if scale.window_mean is None else f"{scale.window_mean:.3g}"
-    return f"{scale} now; mean of last 20 %: {window}"
+    return f"noise scale now {scale}; mean of last 20 %: {window}"
 
 
 def noise_figures(scale: NoiseScale) -> dict[str, Value]:

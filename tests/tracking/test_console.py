@@ -102,13 +102,13 @@ def test_the_line_view_prints_one_line_for_each_event():
         shown.update(train_row(**{"step": 121, "progress/samples": 4864, "train/steps_dropped": 1, "train/loss": None}))
     assert stream.getvalue() == (
         "wandb records offline\n"
-        "step 120 | 3,840/40,000 samples | loss 2.913 | lr 1.0e-3 | batch 32 (8×2×2) | noise scale 210 [150, 330] | "
-        "1,240 samples/s | eta 0:29\n"
+        "step 120 | 3,840/40,000 samples | loss 2.913 | lr 1.0e-3 | batch 32 (8×2×2) | noise scale now 210 [150, 330] "
+        "| 1,240 samples/s | eta 0:29\n"
         "step 120 | held-out loss 2.950 | bits per byte 4.200\n"
         "step 120 | batch 32 → 1,024, lr ×1.41: the noise scale is above 64\n"
         "step 120 | advice, not applied: batch 32 → 1,024, lr ×1.41: the noise scale is above 64\n"
-        "step 121 | 4,864/40,000 samples | loss not finite | lr 1.0e-3 | batch 32 (8×2×2) | noise scale 210 [150, 330] "
-        "| 1,240 samples/s | eta 0:28 | skipped 1\n"
+        "step 121 | 4,864/40,000 samples | loss not finite | lr 1.0e-3 | batch 32 (8×2×2) | noise scale now 210 "
+        "[150, 330] | 1,240 samples/s | eta 0:28 | skipped 1\n"
     )
 
 

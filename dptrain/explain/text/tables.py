@@ -135,6 +135,11 @@ def comparison(records: Sequence[RunRecord]) -> Table:
     )
 
 
+def _window_mean(record: RunRecord) -> str:
+    value = record.train[-1].get("noise_scale/window_mean") if record.train else None
+    return "not resolved" if value is None else short(value, digits=2)
+
+
 def _found(record: RunRecord, target: compare.Target | None) -> dict[str, str]:
     known, found = record.first_and_last_known(), position(record)
     entries = {
@@ -143,7 +148,8 @@ def _found(record: RunRecord, target: compare.Target | None) -> dict[str, str]:
         "Replicas": count(findings.num_replicas(record), "replica"),
         "Loss": findings.about_loss(record),
         "Batch": findings.about_batch(record),
-        "Noise scale at the end": findings.noise_scale_text(known[1]) if known else "not resolved",
+        "Noise scale now (at the end)": findings.noise_scale_text(known[1]) if known else "not resolved",
+        "Noise scale, mean of the last 20 %": _window_mean(record),
         "Noise scale over the progress": short(found.implied.noise_scale, digits=2) if found else "not resolved",
     }
     if target is not None:
