@@ -1,10 +1,14 @@
 """`python -m dptrain`, which is what launchers start."""
 
+import contextlib
+
 from dptrain.cli.main import main
-from dptrain.runtime.launcher import end_replica, is_replica
 
 if __name__ == "__main__":
     code = main()
-    if is_replica():
-        end_replica(code)
+    with contextlib.suppress(ModuleNotFoundError):  # of an extra, of which `main` has told
+        from dptrain.runtime.launcher import end_replica, is_replica
+
+        if is_replica():
+            end_replica(code)
     raise SystemExit(code)

@@ -1,16 +1,24 @@
 #!/usr/bin/env bash
-# Start this node's replicas of a run with torchrun; every node of a run gets the same command but for NODE_RANK.
+# Start this node's replicas with torchrun. Every node of a run gets the same command but for NODE_RANK.
+#
+# Who runs it: a person on each machine, or any scheduler that starts one command per machine.
+# What to change: nothing here; the variables below. Arguments go to `dptrain train` unchanged.
+# What was run for real: one node, two nodes, and one to two nodes with a node that joins, on loopback with gloo
+# (tests/launch). Not run: NCCL on GPUs.
 #
 #   launch/torchrun.sh --config run.yaml                                        one node
 #   NNODES=2 NODE_RANK=0 HEAD=10.0.0.1 launch/torchrun.sh --config run.yaml     the first of two nodes
 #   NNODES=2 NODE_RANK=1 HEAD=10.0.0.1 launch/torchrun.sh --config run.yaml     the second
+#   NNODES=1:3 NODE_RANK=0 HEAD=10.0.0.1 launch/torchrun.sh …                   one to three nodes, which may come and go
 #
-#   NNODES     number of nodes (1)
-#   NODE_RANK  this node's number from 0; node 0 is the one that HEAD names (needed with several nodes)
-#   HEAD       name or address under which all nodes reach node 0 (needed with several nodes)
-#   PORT       free port on node 0 (29500)
-#   RUN_ID     any word that is the same on all nodes (dptrain)
-#   NPROC      replicas on this node (one per GPU; 2 without a GPU)
+#   NNODES        number of nodes, or MIN:MAX (1)
+#   NODE_RANK     number of this node from 0; node 0 is the one that HEAD names (needed with several nodes)
+#   HEAD          name or address under which all nodes reach node 0 (needed with several nodes)
+#   PORT          free port on node 0 (29500)
+#   RUN_ID        any word that is the same on all nodes (dptrain)
+#   NPROC         replicas on this node (one per GPU; 2 without a GPU)
+#   MAX_RESTARTS  restarts by torchrun (0 on one node; 3 on several, where a lost node is a restart)
+#   COMMAND       sub-command of dptrain (train)
 set -euo pipefail
 
 fail() {
@@ -23,15 +31,18 @@ command -v torchrun >/dev/null ||
 
 NNODES="${NNODES:-1}"
 NPROC="${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}"
-[[ "$NNODES" =~ ^[1-9][0-9]*$ ]] || fail "NNODES must be a whole number of at least 1, got '$NNODES'"
+[[ "$NNODES" =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] ||
+  fail "NNODES must be a whole number of at least 1, or a range such as 1:3, got '$NNODES'"
 [[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || fail "NPROC must be a whole number of at least 1, got '$NPROC'"
+most="${NNODES#*:}"
+((${NNODES%:*} <= most)) || fail "NNODES must be MIN:MAX with MIN at most MAX, got '$NNODES'"
 
-if ((NNODES == 1)); then
+if ((most == 1)); then
   rendezvous=(--standalone)
 else
   [[ -n "${HEAD:-}" ]] || fail "NNODES is $NNODES, so HEAD must name the node that has NODE_RANK=0"
-  [[ "${NODE_RANK:-}" =~ ^[0-9]+$ ]] || fail "NNODES is $NNODES, so NODE_RANK must be 0 to $((NNODES - 1)), got '${NODE_RANK:-}'"
-  ((NODE_RANK < NNODES)) || fail "NODE_RANK must be 0 to $((NNODES - 1)), got $NODE_RANK"
+  [[ "${NODE_RANK:-}" =~ ^[0-9]+$ ]] || fail "NNODES is $NNODES, so NODE_RANK must be 0 to $((most - 1)), got '${NODE_RANK:-}'"
+  ((NODE_RANK < most)) || fail "NODE_RANK must be 0 to $((most - 1)), got $NODE_RANK"
   # Without is_host torchrun guesses from the host's name which node serves the store, and the guess fails
   # where HEAD is an alias.
   rendezvous=(
@@ -40,7 +51,12 @@ else
     --rdzv-id "${RUN_ID:-dptrain}"
     --rdzv-endpoint "$HEAD:${PORT:-29500}"
     --rdzv-conf "is_host=$((NODE_RANK == 0))"
+    # torchrun's own default is 0: one lost node would end the others for good.
+    --max-restarts "${MAX_RESTARTS:-3}"
   )
+fi
+if ((most == 1)) && [[ -n "${MAX_RESTARTS:-}" ]]; then
+  rendezvous+=(--max-restarts "$MAX_RESTARTS")
 fi
 
 # With a shared store, replicas that torchrun restarts read the addresses of the attempt before, and hang.
@@ -53,4 +69,4 @@ if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
   export OMP_NUM_THREADS=$((cores > NPROC ? cores / NPROC : 1))
 fi
 
-exec torchrun "${rendezvous[@]}" --nproc-per-node "$NPROC" -m dptrain train "$@"
+exec torchrun "${rendezvous[@]}" --nproc-per-node "$NPROC" -m dptrain "${COMMAND:-train}" "$@"

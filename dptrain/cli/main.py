@@ -31,6 +31,7 @@ commands:
   sweep    train a grid of batch sizes and learning rates; fit steps against samples
   branch   measure the critical batch size with short runs from a checkpoint
   export   write the weights of a checkpoint to one safetensors file
+  doctor   check machines, network and run folder before a run
 
 `dptrain COMMAND --help` lists the options of a command.
 
@@ -39,7 +40,8 @@ exit codes:
   1   crashed, see the traceback            74  a checkpoint cannot be written or verified
   2   wrong settings or task                75  stopped on request; continue with --resume
   65  training diverged                     76  the replicas disagree
-  69  the rendezvous failed                 70  other dptrain error
+  69  the rendezvous failed                 78  `doctor` found a problem
+  70  other dptrain error
 128 + n: a replica was killed by signal n
 """
 
@@ -52,6 +54,21 @@ _EXIT_CODES: tuple[tuple[type[DptrainError], int], ...] = (
     (DesyncError, 76),
     (DptrainError, 70),
 )
+
+_EXTRAS = {
+    "accelerate": "train",
+    "filelock": "train",
+    "jsonargparse": "train",
+    "psutil": "train",
+    "yaml": "train",
+    "rich": "train",
+    "safetensors": "train",
+    "matplotlib": "report",
+    "wandb": "wandb",
+    "pyarrow": "tasks",
+    "sklearn": "tasks",
+}
+"""Which extra of the package brings a module."""
 
 _PATIENCE_S = 10.0
 
@@ -71,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sweep": _sweep,
         "branch": _branch,
         "export": _export,
+        "doctor": _doctor,
     }
     if arguments[:1] == ["--version"]:
         from dptrain.version import __version__
@@ -86,11 +104,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         meant = f"; did you mean {close[0]}?" if close else ""
         sys.stderr.write(f"dptrain: unknown command {arguments[0]!r}{meant} (commands: {', '.join(commands)})\n")
         return 2
+    return _run(command, arguments)
+
+
+def _run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Run a command; an error becomes one sentence and its exit code."""
     try:
         return command(dashed(arguments[1:]))
     except DptrainError as error:
         _report_error(error, command=arguments[0])
         return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        needs = f"needs the package {error.name}, which is not installed: pip install 'dptrain[{extra}]'"
+        sys.stderr.write(f"dptrain {arguments[0]} {needs}\n")
+        return 2
     except Exception as error:
         from dptrain.runtime.failure_report import write_failure
 
@@ -170,3 +200,9 @@ def _export(arguments: Sequence[str]) -> int:
     from dptrain.cli.export import export
 
     return export(arguments)
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    from dptrain.cli.doctor import doctor
+
+    return doctor(arguments)
