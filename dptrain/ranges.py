@@ -47,6 +47,7 @@ def _is_path(value: str) -> bool:
 AT_LEAST_0 = Range(text="at least 0", holds=lambda value: value >= 0)
 AT_LEAST_1 = Range(text="at least 1", holds=lambda value: value >= 1)
 AT_LEAST_2 = Range(text="a factor of at least 2", holds=lambda value: value >= 2)  # noqa: PLR2004 - as it says
+PORT = Range(text="a port from 1 to 65535", holds=lambda value: 1 <= value <= 65535)  # noqa: PLR2004 - as it says
 AT_LEAST_1_OR_AUTO = Range(text="at least 1, or auto", holds=lambda value: value == "auto" or value >= 1)
 POSITIVE = Range(text="positive", holds=lambda value: value > 0)
 ABOVE_1 = Range(text="a ratio of batches above 1, such as 1.5", holds=lambda value: value > 1)

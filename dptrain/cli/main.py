@@ -203,6 +203,6 @@ def _export(arguments: Sequence[str]) -> int:
 
 
 def _doctor(arguments: Sequence[str]) -> int:
-    from dptrain.cli.doctor import doctor
+    from dptrain.cli.operations.doctor import doctor
 
     return doctor(arguments)

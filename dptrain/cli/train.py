@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from dptrain.errors import ConfigError
 from dptrain.runtime.launcher import GRACE_S, count_gpus, is_replica, start_replicas
 from dptrain.runtime.signals import EXIT_RESUMABLE
 from dptrain.tracking.run_folder import default_run_dir, holds_run, write_config
+from dptrain.tracking.run_log import finite
 
 _kept: list[object] = []
 """What must not go before the process does, see `end_replica`."""
@@ -86,15 +88,18 @@ def _train_here(config: TrainConfig, *, resume: bool, allow_fresh: bool) -> int:
     if summary is None:
         return EXIT_RESUMABLE
     if trainer.is_main:
-        _close(trainer.run_dir, summary)
+        _close(trainer.run_dir, summary, as_json=config.log.console == "json")
     return 0
 
 
-def _close(run_dir: Path, summary: Mapping[str, Any]) -> None:
-    """Draw the report and say in three lines what came out."""
+def _close(run_dir: Path, summary: Mapping[str, Any], *, as_json: bool) -> None:
+    """Draw the report and say in three lines what came out, or in one JSON object."""
     from dptrain.explain import draw_report
 
-    text = "\n".join([*_findings(summary), f"report: {draw_report(run_dir)}"])
+    report = draw_report(run_dir)
+    text = "\n".join([*_findings(summary), f"report: {report}"])
+    if as_json:
+        text = json.dumps({"event": "end", **finite(summary), "report": str(report)})
     with contextlib.suppress(OSError):  # nobody reads it any more
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()

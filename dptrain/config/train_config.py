@@ -20,6 +20,7 @@ from dptrain.ranges import (
     DECAY,
     NAME,
     PATH,
+    PORT,
     POSITIVE,
     SHARE,
     between,
@@ -76,6 +77,14 @@ class LogConfig:
     """Samples between two evaluations; there is always one at the end. Default: the task's."""
     print_every_steps: int = setting(50, AT_LEAST_1)
     """Steps between two printed lines; the live view on a terminal does not use it."""
+    console: Literal["auto", "json"] = "auto"
+    """What is printed. auto: a live view on a terminal, lines elsewhere; json: one JSON object per line."""
+    metrics_file: str | None = setting(None, PATH)
+    """Text file for Prometheus' node exporter (its textfile collector), rewritten every second."""
+    metrics_port: int | None = setting(None, PORT)
+    """Port on loopback where Prometheus may read the metrics (http://127.0.0.1:PORT/metrics)."""
+    opentelemetry: bool = False
+    """Metrics through the OpenTelemetry SDK, where its OTEL_ variables say."""
     tracker: Literal["auto", "wandb", "none"] = "auto"
     """Experiment tracker. auto: wandb if you are logged in to it."""
     project: str = setting("dptrain", NAME)

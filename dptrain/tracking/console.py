@@ -25,8 +25,9 @@ def make_view(
     num_steps: int | None = None,
     stream: TextIO | None = None,
     level: float = 0.95,
+    style: str = "auto",
 ) -> View:
-    """Choose the live view where `stream` is a terminal that can show it, else the view of lines.
+    """Choose the live view where `stream` is a terminal that can show it, else the view of lines; or JSON.
 
     Args:
         max_samples: length of the run in samples.
@@ -35,8 +36,13 @@ def make_view(
         num_steps: length of the run in steps, where the batch is constant.
         stream: where to write; None is standard output as it is now.
         level: level of the noise scale's interval, as the rows have it.
+        style: "auto", or "json" for one JSON object per line.
     """
     stream = sys.stdout if stream is None else stream
+    if style == "json":
+        from dptrain.tracking.json_view import JsonView
+
+        return JsonView(stream=stream, max_samples=max_samples, print_every_steps=print_every_steps)
     if _is_capable_terminal(stream):
         from dptrain.tracking.live_view import LiveView  # rich takes 0.1 s to load, and a log file has no use for it
 

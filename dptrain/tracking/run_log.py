@@ -15,6 +15,7 @@ from dptrain.config.train_config import TrainConfig
 from dptrain.errors import ConfigError, DptrainError
 from dptrain.noise import NoiseScale
 from dptrain.tracking.console import make_view
+from dptrain.tracking.export import start_exports
 from dptrain.tracking.jsonl import JsonlLog, Value, read_rows
 from dptrain.tracking.redact import refuse_secrets
 from dptrain.tracking.row_text import is_rate_alone
@@ -114,8 +115,18 @@ class WritingLog:
                 print_every_steps=config.log.print_every_steps,
                 num_steps=_num_steps(config),
                 level=config.noise.level,
+                style=config.log.console,
             )
             stack.callback(self._view.close)
+            self._exports = start_exports(
+                heartbeat=folder.path / "heartbeat.json",
+                metrics_file=config.log.metrics_file,
+                metrics_port=config.log.metrics_port,
+                opentelemetry=config.log.opentelemetry,
+                run_name=folder.path.name,
+                warn=self._view.note,
+            )
+            stack.callback(self._exports.close)
             stack.callback(self._end, self._metrics, file=folder.metrics)
             stack.callback(self._end, self._decisions, file=folder.decisions)
             self._tracker = start_tracker(
@@ -132,6 +143,7 @@ class WritingLog:
     def train(self, row: Mapping[str, Value]) -> None:
         """Show the row, and write it where its step is to be logged."""
         self._view.update(row)
+        self._exports.update(row)
         step = int(row["step"] or 0)
         if step % self._every_steps == 0:
             self._go_on(lambda: self._metrics.write(row), file=self._folder.metrics)
@@ -141,6 +153,7 @@ class WritingLog:
         """Write and show the row."""
         self._go_on(lambda: self._metrics.write(row), file=self._folder.metrics)
         self._tracker.log(row, step=int(row["step"] or 0))
+        self._exports.update(row)
         self._view.evaluation(row)
 
     def decision(self, row: Mapping[str, Value]) -> None:
@@ -215,12 +228,18 @@ def _whole(row: Mapping[str, Value], key: str) -> int:
 
 def write_json(path: Path, record: Mapping[str, Value]) -> None:
     """Write a flat record as strict JSON, in one step; figures that are not finite become null."""
-    finite = {
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(
+        json.dumps(finite(record), indent=2) + "\n", encoding="utf-8"
+    )  # ASCII: nothing steers a terminal
+    temporary.replace(path)
+
+
+def finite(record: Mapping[str, Value]) -> dict[str, Value]:
+    """Return a record in which a figure that is not finite is null, which JSON has instead."""
+    return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")  # ASCII: nothing steers a terminal
-    temporary.replace(path)
 
 
 def noise_columns(scale: NoiseScale) -> dict[str, Value]:

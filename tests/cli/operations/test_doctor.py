@@ -16,7 +16,7 @@ import pytest
 
 from dptrain.cli.main import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LIMIT_S = 30.0
 
 pytestmark = pytest.mark.timeout(300)

@@ -1,0 +1,1 @@
+"""Sub-commands around a run instead of in it."""

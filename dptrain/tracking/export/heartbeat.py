@@ -1,0 +1,57 @@
+"""A file that shows that a run is alive: rewritten while it trains, removed at its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from dptrain.tracking.jsonl import Value
+
+_EVERY_S = 5.0  # a health check asks for minutes; a write to a file server takes milliseconds
+
+
+class Heartbeat:
+    """Writes pid, time, step and samples into a file, at most every 5 s.
+
+    The training loop itself writes it, so a run that hangs leaves an old file.
+
+    Args:
+        path: the file; its folder exists.
+    """
+
+    name = "the heartbeat"
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._next_s = 0.0
+
+    def update(self, row: Mapping[str, Value]) -> None:
+        """Rewrite the file where it is due.
+
+        Raises:
+            OSError: where the disk does not take it.
+        """
+        if time.monotonic() < self._next_s:
+            return
+        self._next_s = time.monotonic() + _EVERY_S
+        record = {
+            "time": time.time(),
+            "pid": os.getpid(),
+            "step": row.get("step"),
+            "samples": row.get("progress/samples"),
+        }
+        write_whole(self._path, json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        """Remove the file: a run that has ended is not one that hangs."""
+        self._path.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file in one step, so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
