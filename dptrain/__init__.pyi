@@ -5,6 +5,7 @@ from dptrain.config.train_config import LogConfig as LogConfig
 from dptrain.config.train_config import OptimizerConfig as OptimizerConfig
 from dptrain.config.train_config import TrainConfig as TrainConfig
 from dptrain.control.settings import ControlConfig as ControlConfig
+from dptrain.data.elastic_batch import ElasticBatch as ElasticBatch
 from dptrain.errors import CheckpointError as CheckpointError
 from dptrain.errors import ConfigError as ConfigError
 from dptrain.errors import DptrainError as DptrainError

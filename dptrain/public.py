@@ -15,6 +15,7 @@ _HOME = {
     "Smoothing": "dptrain.noise",
     "noise_scale": "dptrain.noise.from_norms",
     "BatchAdapter": "dptrain.integrations.batch_adapter",
+    "ElasticBatch": "dptrain.data.elastic_batch",
     "ControlConfig": "dptrain.control.settings",
     "Trainer": "dptrain.train.trainer",
     "TrainConfig": "dptrain.config.train_config",

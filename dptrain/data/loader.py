@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from dptrain.data.elastic_batch import ElasticBatch
 from dptrain.data.source import Batch, Sample, SlotSource
 from dptrain.data.stream import SampleStream
 from dptrain.data.window import Slot, is_full, slots
@@ -108,13 +109,8 @@ class MicroBatchLoader:
             ConfigError: where a size is below 1.
         """
         plan = self._plan
-        wanted = slots(
-            position=position,
-            global_batch_size=global_batch_size,
-            micro_batch_size=micro_batch_size,
-            world_size=plan.world_size,
-            rank=plan.rank,
-        )
+        batch = ElasticBatch(position=position, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size)
+        wanted = batch.micro_batches(rank=plan.rank, world_size=plan.world_size)
         if position != self._next_position or not plan.covers(
             global_batch_size=global_batch_size, micro_batch_size=micro_batch_size
         ):
@@ -123,16 +119,16 @@ class MicroBatchLoader:
             plan.micro_batch_size = micro_batch_size
             self._anchor()
         self._next_position = None  # a window that is dropped half way leaves the feed between two slots
-        for slot in wanted:
-            fetched_position, batch = next(self._feed)
-            if fetched_position != slot.position:
+        for micro in wanted:
+            fetched_position, samples = next(self._feed)
+            if fetched_position != micro.position:
                 raise RuntimeError(
-                    f"position {slot.position} was due but {fetched_position} came: another window of this loader was "
+                    f"position {micro.position} was due but {fetched_position} came: another window of this loader was "
                     f"begun before this one ended"
                 )
-            if slot is wanted[-1]:
-                self._next_position = position + global_batch_size
-            yield MicroBatch(batch=batch, num_samples=slot.num_samples, position=slot.position)
+            if micro.is_last:
+                self._next_position = batch.after_step().position
+            yield MicroBatch(batch=samples, num_samples=micro.num_samples, position=micro.position)
 
     def close(self) -> None:
         """End the workers; a later window would start new ones."""

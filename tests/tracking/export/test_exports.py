@@ -1,4 +1,4 @@
-"""What operations read of a run: heartbeat, Prometheus as file and at a port, OpenTelemetry; and that none ends a run."""
+"""What operations read of a run: heartbeat, Prometheus, OpenTelemetry; and that none of them ends a run."""
 
 from __future__ import annotations
 
