@@ -37,13 +37,13 @@ class SampleStream:
         """How many whole passes over the dataset lie before `position`."""
         return position // self.num_samples
 
-    def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    def indices(self, positions: NDArray[np.int64] | range) -> NDArray[np.int64]:
         """The dataset index at each absolute position.
 
         Args:
             positions: one-dimensional, from 0 on; they may span epochs, in any order.
         """
-        epochs, offsets = np.divmod(positions, self.num_samples)
+        epochs, offsets = np.divmod(np.asarray(positions, dtype=np.int64), self.num_samples)
         if not self.shuffle:
             return offsets
         for epoch in np.unique(epochs).tolist():
