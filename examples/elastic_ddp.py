@@ -32,7 +32,8 @@ torch.manual_seed(1337)
 
 # 1,000 points in a plane, and on which side of a circle they lie.
 points = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
-inside = (points.square().sum(1) < 1.4).float()
+radius = 1.2
+inside = (points.norm(dim=1) < radius).float()
 
 model = DistributedDataParallel(nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 1)).to(device))
 optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
