@@ -1,4 +1,4 @@
-"""What a step, a start and a checkpoint cost against replicas and parameters, on simulated groups of up to 10,000 ranks.
+"""What a step, a start and a checkpoint cost against replicas and parameters, on simulated groups of 10,000 ranks.
 
 The simulated group has torch's fake backend: this process is rank 0 of as many as are asked for, and each collective
 returns at once. What is counted is what this rank hands to it. The figures of docs/scale.md are held here.

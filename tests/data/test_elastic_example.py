@@ -27,9 +27,8 @@ def train(state, *, processes):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return {
-        int(step): float(loss) for step, loss in re.findall(r"^step (\d+): .* loss (\S+)$", done.stdout, re.MULTILINE)
-    }
+    lines = re.findall(r"^step (\d+): .* loss (\S+)$", done.stdout, re.MULTILINE)
+    return {int(step): float(loss) for step, loss in lines}
 
 
 def test_the_number_of_processes_changes_nothing(tmp_path):
