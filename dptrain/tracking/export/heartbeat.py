@@ -43,15 +43,16 @@ class Heartbeat:
             "step": row.get("step"),
             "samples": row.get("progress/samples"),
         }
-        write_whole(self._path, json.dumps(record) + "\n")
+        write_whole(self._path, json.dumps(record) + "\n", mode=0o600)  # as all files of a run folder
 
     def close(self) -> None:
         """Remove the file: a run that has ended is not one that hangs."""
         self._path.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file in one step, so that a reader never sees half of it."""
+def write_whole(path: Path, text: str, *, mode: int = 0o666) -> None:
+    """Replace a file in one step, so that a reader never sees half of it; the umask narrows `mode`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
+        file.write(text)
     temporary.replace(path)
