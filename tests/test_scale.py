@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dptrain.data import ElasticBatch
+from dptrain.data.elastic_batch import ElasticBatch
 
 ROOT = Path(__file__).parents[1]
 
