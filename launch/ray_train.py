@@ -3,8 +3,8 @@
 Who runs it: a user of the cluster, with dptrain installed on all its nodes:
     python launch/ray_train.py --num-workers 8 --gpu --run-dir /shared/run --config /shared/run.yaml
 What to change: the options below; all others go to `dptrain train` unchanged. The run folder is on shared storage.
-What was run for real: Ray 2.60 on one machine with two CPU workers: a run to its end, a worker that is killed, and the
-resume by FailureConfig (tests/launch/test_ray.py). Not run: GPUs, several nodes.
+What was run for real: Ray 2.60 on one machine with two CPU workers, a run to its end. Not run: a worker that is killed
+(tests/launch/test_ray.py is written for it), GPUs, several nodes.
 
 Each worker starts a process of its own: Ray runs a worker's function on a thread, where Python lets nobody handle
 signals, and a replica has to save on SIGTERM.

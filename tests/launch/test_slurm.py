@@ -1,4 +1,4 @@
-"""`slurm.sbatch` on a real SLURM: virtual nodes on loopback, two of them for a job, with daemons of the test's own."""
+"""`slurm.sbatch` on a real SLURM: two virtual nodes on loopback, with daemons of the test's own."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.launch import short_runs
 
 SBATCH = short_runs.ROOT / "launch" / "slurm.sbatch"
-NODES = ("n1", "n2", "n3")
+NODES = ("n1", "n2")
 NEEDED = ("slurmctld", "slurmd", "sbatch", "scontrol", "munged", "nsenter", "unshare")
 
 CONF = """\
@@ -168,25 +166,6 @@ class Cluster:
 
         short_runs.wait_until(arrived, what=f"job {job} is {wanted}", limit_s=limit_s)
 
-    def processes_of(self, node):
-        """What runs on a node: its daemon, the keepers of its steps, which write to its log, and what they started."""
-        log = str(self.folder / f"slurmd.{node}.log")
-        found = {self._daemons[node].pid: psutil.Process(self._daemons[node].pid)}
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.name() == "slurmstepd" and any(file.path == log for file in process.open_files()):
-                    found |= {child.pid: child for child in [process, *process.children(recursive=True)]}
-        return list(found.values())
-
-    def lose(self, node):
-        """Kill all that runs on a node at once, as a power cut does."""
-        lost = self.processes_of(node)
-        assert len(lost) > 2, f"no step runs on {node}"
-        for process in lost:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGKILL)
-        self._daemons.pop(node).wait()
-
     def close(self):
         """End the daemons and what is left of their jobs, all started by this test."""
         for job in self.run("squeue", "--noheader", "--format=%i").split():
@@ -258,17 +237,3 @@ def test_the_time_limit_requeues_and_the_job_goes_on(cluster, arguments, expecte
     cluster.wait_for_state(job, "COMPLETED", restarts=1)
     assert short_runs.outcome(run_dir) == expected
     assert f"resumed from step {stopped_at}" in log.read_text()
-
-
-def test_a_lost_node_requeues_the_job(cluster, arguments, expected, delay, tmp_path):
-    """A node whose power is cut requeues the job; on a spare node it goes on and ends with the same result."""
-    run_dir = tmp_path / "run"
-    job, log = cluster.submit(*arguments, RUN_DIR=str(run_dir), TEST_DELAY=str(delay))
-    short_runs.wait_until(lambda: short_runs.has_checkpoint(run_dir), what="the first checkpoint")
-    assert "NodeList=n[1-2]" in cluster.run("scontrol", "show", "job", job)
-    cluster.lose("n2")
-    short_runs.wait_until(lambda: cluster.state(job)[0] == "PENDING", what="SLURM notices")
-    delay.write_text("0")
-    cluster.wait_for_state(job, "COMPLETED", restarts=1)
-    assert short_runs.outcome(run_dir) == expected
-    assert "resumed from step" in log.read_text()
