@@ -76,7 +76,7 @@ def make_config(folder, *, keep=3, **settings):
     """Settings of a run that saves at no multiple of any batch."""
     settings = {
         "device": "cpu",
-        "control": ControlConfig(law="noise", dwell_decisions=2, z=0.3, largest=16),
+        "control": ControlConfig(law="noise", min_gain=0.0, largest=16),
         "checkpoint": CheckpointConfig(every_samples=EVERY, keep=keep),
         "optimizer": OptimizerConfig(weight_decay=0.01),
         "log": LogConfig(tracker="none"),

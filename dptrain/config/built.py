@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from functools import partial
 
-from dptrain.config.filled_in import BY_HAND, given, largest_micro_batch_size
+from dptrain.config.filled_in import given, largest_micro_batch_size
 from dptrain.config.train_config import TrainConfig
 from dptrain.control import (
+    Betas,
     Constant,
     Controller,
-    ExchangeRateLaw,
+    CriticalRatio,
     GoodputLaw,
     KaplanLaw,
     LearningRateSchedule,
     Limits,
     NoiseLaw,
-    NormTestLaw,
     PolluxLaw,
-    Ramp,
     Schedule,
     SeesawLaw,
     StaircaseSchedule,
     adam_betas,
     limited,
+    weight_decay_factor,
 )
 from dptrain.data import choose_micro_batch_size
 from dptrain.noise import Smoothing
@@ -53,59 +52,44 @@ def controller(config: TrainConfig, *, world_size: int | None = None, quantum: i
     law = _law(config, world_size=world_size or replicas)
     if control.law == "constant":
         return law
-    given_by_hand = control.law in BY_HAND
-    limits = Limits(
-        smallest=control.smallest,
-        largest=given(control.largest),
-        powers_of_two=control.powers_of_two and control.law != "schedule",
-        max_change=None if given_by_hand else control.max_change,
-        dead_band=control.dead_band,
-        shrink_band=control.shrink_band,
-        grow_only_samples=0 if given_by_hand else given(config.optimizer.warmup_samples),
-        dwell_samples=control.dwell_samples,
-        dwell_decisions=0 if given_by_hand else control.dwell_decisions,
-        probe_steps=given(control.probe_steps) if control.mode == "adapt" and not given_by_hand else 0,
-    )
-    quantum = quantum or _quantum(batch, replicas, powers_of_two=limits.powers_of_two)
-    return limited(law, quantum=quantum, limits=limits)
+    powers_of_two = control.law != "schedule"
+    limits = Limits(smallest=control.smallest, largest=given(control.largest))
+    quantum = quantum or (_quantum(batch, replicas) if powers_of_two else replicas)
+    return limited(law, quantum=quantum, limits=limits, powers_of_two=powers_of_two)
 
 
-def _quantum(batch: int, replicas: int, *, powers_of_two: bool) -> int:
-    """Return the lowest rung from which doubling reaches the first batch; without doubling, one sample a replica."""
-    if not powers_of_two:
-        return replicas
+def _quantum(batch: int, replicas: int) -> int:
+    """Return the smallest batch that all replicas share equally and from which doubling reaches the first batch."""
     share = batch // replicas
     return replicas * (share // (share & -share))
 
 
 def _law(config: TrainConfig, *, world_size: int) -> Controller:
     control, batch = config.control, given(config.global_batch_size)
-    if control.law in ("goodput", "pollux"):
-        goodput = partial(GoodputLaw, critical_ratio=given(control.margin) * given(control.critical_ratio))
-        kind = goodput if control.law == "goodput" else partial(PolluxLaw, overlap=control.overlap)
-        return kind(
-            largest_micro_batch_size=largest_micro_batch_size(config),
-            # As `micro_batch_size` lays them out: two micro-batches at least, and those of replicas that are not there.
-            least_accumulation_steps=-(-max(given(config.layout_replicas), 2) // world_size),
-            grow_only_samples=given(config.optimizer.warmup_samples),
-            z=control.z,
+    if control.law == "constant":
+        return Constant(global_batch_size=batch)
+    if control.law == "schedule":
+        return Schedule.parse(given(control.schedule))
+    if control.law == "seesaw":
+        return SeesawLaw(staircase=StaircaseSchedule(schedule=_schedule(config)), first=batch)
+    if control.law == "kaplan":
+        return KaplanLaw(**control.law_options)
+    if control.law == "noise":
+        return NoiseLaw(
+            ratio=control.ratio or 1.0,
+            samples_per_step=control.samples_per_step,
+            min_gain=control.min_gain,
+            no_decrease_samples=given(config.optimizer.warmup_samples),
         )
-    laws: Mapping[str, Callable[[], Controller]] = {
-        "noise": lambda: NoiseLaw(ratio=control.ratio, z=control.z),
-        "exchange_rate": lambda: ExchangeRateLaw(samples_per_step=given(control.samples_per_step), z=control.z),
-        "norm_test": lambda: NormTestLaw(tolerance=given(control.tolerance), z=control.z),
-        "seesaw": lambda: SeesawLaw(staircase=StaircaseSchedule(schedule=_schedule(config)), first=batch),
-        "ramp": lambda: Ramp(
-            first=batch,
-            last=given(control.ramp_to),
-            num_samples=given(control.ramp_samples),
-            shape=control.ramp_shape,
-        ),
-        "kaplan": lambda: KaplanLaw(tokens_per_sample=given(control.tokens_per_sample), ratio=control.ratio),
-        "schedule": lambda: Schedule.parse(given(control.schedule)),
-        "constant": lambda: Constant(global_batch_size=batch),
-    }
-    return laws[control.law]()
+    kind = partial(PolluxLaw, **control.law_options) if control.law == "pollux" else GoodputLaw
+    return kind(
+        largest_micro_batch_size=largest_micro_batch_size(config),
+        # As `micro_batch_size` lays them out: two micro-batches at least, and those of replicas that are not there.
+        least_accumulation_steps=-(-max(given(config.layout_replicas), 2) // world_size),
+        critical_ratio=CriticalRatio(median=given(control.critical_ratio)),
+        min_gain=control.min_gain,
+        no_decrease_samples=given(config.optimizer.warmup_samples),
+    )
 
 
 def learning_rate_schedule(config: TrainConfig) -> LearningRateSchedule | StaircaseSchedule:
@@ -125,13 +109,24 @@ def _schedule(config: TrainConfig) -> LearningRateSchedule:
     )
 
 
-def betas(config: TrainConfig, *, batch: int) -> tuple[float, float] | None:
+def betas(config: TrainConfig, *, batch: int) -> Betas | None:
     """Return Adam's betas for a batch; None where they stay as they are."""
     optimizer = config.optimizer
-    if optimizer.beta_rule == "none":
+    if optimizer.beta_rule in (None, "none"):
         return None
     tuned = (optimizer.beta1, optimizer.beta2)
     return adam_betas(optimizer.beta_rule, tuned, batch=batch, reference_batch=given(optimizer.reference_batch_size))
+
+
+def weight_decay(config: TrainConfig, *, batch: int, rate_factor: float) -> float | None:
+    """Return the weight decay for a batch; None where it stays as it is."""
+    optimizer = config.optimizer
+    if optimizer.decay_rule in (None, "none"):
+        return None
+    reference = given(optimizer.reference_batch_size)
+    return optimizer.weight_decay * weight_decay_factor(
+        optimizer.decay_rule, batch=batch, reference_batch=reference, rate_factor=rate_factor
+    )
 
 
 def smoothing(config: TrainConfig) -> Smoothing:

@@ -7,11 +7,10 @@ from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dptrain.batch import BatchPlan
-from dptrain.config.train_config import TrainConfig
-from dptrain.control import RuleName, Schedule
+from dptrain.config.train_config import OptimizerConfig, TrainConfig
+from dptrain.control import DEFAULT_RATE_RULE, PER_SAMPLE, CriticalRatio, RuleName, Schedule
 from dptrain.control.settings import ControlConfig
 from dptrain.data import choose_micro_batch_size
-from dptrain.noise.derived import CRITICAL_RATIOS, MARGINS
 from dptrain.tasks.base import Suggestion
 
 if TYPE_CHECKING:
@@ -19,9 +18,6 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 Group = TypeVar("Group", bound="DataclassInstance")
-
-BY_HAND = ("schedule", "ramp", "seesaw")
-"""Laws that measure nothing: nothing has to be waited for, and no step is too large."""
 
 
 def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -> TrainConfig:
@@ -46,12 +42,7 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
     BatchPlan.exactly(global_batch_size=batch, micro_batch_size=least, world_size=replicas)
     control, optimizer = config.control, config.optimizer
     smallest = min(scheduled, default=min(batch, micro * replicas))
-    largest = max(scheduled, default=max(batch, config.control.ramp_to or 0, min(64 * batch, max_samples // 50)))
-    measures, is_default = control.law not in ("constant", *BY_HAND), control.law == "goodput"
-    dead_band = control.dead_band or (_DEAD_BAND if control.powers_of_two and measures else None)
-    shrink_band = control.shrink_band or (_SHRINK_BAND if control.powers_of_two and is_default else None)
-    # Advice changes no batch, and so can try none.
-    probe_steps = _PROBE_STEPS if is_default and control.mode == "adapt" else 0
+    largest = max(scheduled, default=max(batch, min(64 * batch, max_samples // 50)))
     falls = optimizer.schedule != "constant"
     final = optimizer.final_fraction if optimizer.final_fraction is not None else (0.1 if falls else 0.0)
     warmup = optimizer.warmup_samples if optimizer.warmup_samples is not None else max_samples // 50
@@ -63,19 +54,15 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
         layout_replicas=replicas,
         control=replace(
             control,
-            critical_ratio=control.critical_ratio or CRITICAL_RATIOS[optimizer.name],
-            margin=control.margin or MARGINS[optimizer.name],
+            critical_ratio=control.critical_ratio or CriticalRatio().median,
             smallest=control.smallest or smallest,
             largest=control.largest or largest,
-            dead_band=dead_band,
-            shrink_band=shrink_band,
-            probe_steps=probe_steps if control.probe_steps is None else control.probe_steps,
         ),
         optimizer=replace(
             optimizer,
             learning_rate=optimizer.learning_rate or suggestion.learning_rate,
             reference_batch_size=optimizer.reference_batch_size or batch,
-            rule=optimizer.rule or _DEFAULT_RULES[optimizer.name, control.law == "seesaw"],
+            **_rules(optimizer, control.law),
             warmup_samples=warmup,
             final_fraction=final,
         ),
@@ -83,18 +70,17 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
     )
 
 
-_DEAD_BAND = 1.6
-_SHRINK_BAND = 2.25
-_PROBE_STEPS = 50
-
-
-_DEFAULT_RULES: Mapping[tuple[str, bool], RuleName] = {
-    ("adamw", False): "root_gain",
-    ("sgd", False): "gain",
-    ("adamw", True): "square_root",
-    ("sgd", True): "linear",
-}
-"""By the optimizer, and whether the law is seesaw."""
+def _rules(optimizer: OptimizerConfig, law: str) -> dict[str, Any]:
+    """Return the rules of rate, betas and decay by the preset, and by the law where it acts on the rate itself."""
+    if optimizer.preset is not None:
+        return dict(PER_SAMPLE[optimizer.name])
+    of_seesaw: Mapping[str, RuleName] = {"adamw": "square_root", "sgd": "linear"}
+    default = of_seesaw if law == "seesaw" else DEFAULT_RATE_RULE
+    return {
+        "rule": optimizer.rule or default[optimizer.name],
+        "beta_rule": optimizer.beta_rule or "none",
+        "decay_rule": optimizer.decay_rule or "none",
+    }
 
 
 def as_saved(config: TrainConfig, *, saved: Mapping[str, Any]) -> TrainConfig:
@@ -119,7 +105,7 @@ def _as_saved(settings: Group, saved: Mapping[str, Any]) -> Group:
 
 def _scheduled_batches(control: ControlConfig) -> list[int]:
     """Return the batches of a schedule in their order; none for another law."""
-    return [] if control.schedule is None else [batch for _, batch in Schedule.parse(control.schedule).stages]
+    return [] if control.schedule is None else list(Schedule.parse(control.schedule).batches)
 
 
 def _suggested_batch(suggested: int, world_size: int) -> int:

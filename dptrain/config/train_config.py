@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dptrain.checkpoint.settings import CheckpointConfig
 from dptrain.config.validation import check_ranges, check_types
-from dptrain.control import Schedule
+from dptrain.control import DEFAULT_RATE_RULE, PER_SAMPLE, Schedule, check_scaling
 from dptrain.control.settings import ControlConfig
 from dptrain.errors import ConfigError
 from dptrain.noise import Smoothing
@@ -41,12 +41,17 @@ class OptimizerConfig:
     reference_batch_size: int | None = setting(None, AT_LEAST_1)
     """Global batch, in samples, that learning_rate was tuned at; the rule scales the rate from there to the batch in
     use. Default: the first global batch."""
+    preset: Literal["per_sample"] | None = None
+    """per_sample: rate, betas and weight decay follow the batch together, so that training per sample stays the same:
+    rule=root_gain, beta_rule=half_life, decay_rule=timescale for adamw; rule=gain, decay_rule=timescale for sgd."""
     rule: Literal["none", "linear", "square_root", "gain", "root_gain", "noise", "surge"] | None = None
     """Scaling of the learning rate with the batch. Default: root_gain for adamw, gain for sgd; with law=seesaw:
     square_root for adamw, linear for sgd."""
-    beta_rule: Literal["none", "square_root", "half_life"] = "none"
-    """Scaling of adamw's betas with the batch. square_root: 1 − β in proportion to √batch; half_life: beta2 keeps its
-    half-life in samples."""
+    beta_rule: Literal["none", "square_root", "half_life"] | None = None
+    """Scaling of adamw's betas with the batch. square_root: 1 − β in proportion to it; half_life: both keep their
+    half-life in samples. Floors: beta1 0.8, beta2 max(0.9, beta1²). Default: none."""
+    decay_rule: Literal["none", "timescale"] | None = None
+    """Scaling of the weight decay with the batch. timescale: batch / (rate × decay) is kept. Default: none."""
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     """Decay of the learning rate after warm-up. wsd: constant, then a linear decay at the end."""
     decay_fraction: float | None = setting(None, SHARE)
@@ -171,25 +176,26 @@ def _check_length(config: TrainConfig) -> None:
         raise ConfigError(f"max_steps={steps} and max_samples={config.max_samples} both give a length: leave one out")
 
 
-_NEEDS: Mapping[str, tuple[str, ...]] = {
-    "exchange_rate": ("samples_per_step",),
-    "norm_test": ("tolerance",),
-    "kaplan": ("tokens_per_sample",),
-    "ramp": ("ramp_to", "ramp_samples"),
+_ONLY_FOR: Mapping[str, tuple[str, ...]] = {
+    "ratio": ("noise",),
+    "samples_per_step": ("noise",),
     "schedule": ("schedule",),
 }
-"""What each law must be given, and no other law has a use for."""
+"""The laws that have a use for a setting; others refuse it."""
+_LAW_OPTIONS: Mapping[str, tuple[str, ...]] = {"pollux": ("overlap",), "kaplan": ("tokens_per_sample", "ratio")}
+"""What `control.law_options` may hold, by the law."""
 
 
 def _check_law(config: TrainConfig) -> None:
     control, optimizer = config.control, config.optimizer
-    for law, names in _NEEDS.items():
-        for name in names:
-            given = getattr(control, name) is not None
-            if control.law == law and not given:
-                raise ConfigError(f"control.law={law} needs control.{name}")
-            if control.law != law and given:
-                raise ConfigError(f"control.{name} is given, but control.law is {control.law}: it would be ignored")
+    for name, laws in _ONLY_FOR.items():
+        if getattr(control, name) is not None and control.law not in laws:
+            raise ConfigError(f"control.{name} is given, but control.law is {control.law}: it would be ignored")
+    if control.law == "schedule" and control.schedule is None:
+        raise ConfigError("control.law=schedule needs control.schedule")
+    if control.ratio is not None and control.samples_per_step is not None:
+        raise ConfigError("control.ratio and control.samples_per_step exclude each other: leave one out")
+    _check_law_options(control)
     if control.law == "seesaw" and optimizer.schedule == "constant":
         raise ConfigError("control.law=seesaw needs an optimizer.schedule that falls: it doubles where that halves")
     if control.law == "seesaw" and optimizer.rule not in (None, "square_root", "linear"):
@@ -197,13 +203,40 @@ def _check_law(config: TrainConfig) -> None:
             f"control.law=seesaw needs optimizer.rule=square_root (adamw) or linear (sgd), which make up for the other "
             f"half of each halving; it is {optimizer.rule}"
         )
-    if optimizer.beta_rule != "none" and optimizer.name != "adamw":
-        raise ConfigError(
-            f"optimizer.beta_rule={optimizer.beta_rule} is about Adam's betas, but the optimizer is {optimizer.name}"
-        )
+    _check_scaling(optimizer)
     if optimizer.decay_fraction is not None and optimizer.schedule != "wsd":
         raise ConfigError(
             f"optimizer.decay_fraction is given, but optimizer.schedule is {optimizer.schedule}: it would be ignored"
         )
     if control.law == "schedule":
         Schedule.parse(str(control.schedule))
+
+
+def _check_law_options(control: ControlConfig) -> None:
+    known = _LAW_OPTIONS.get(control.law, ())
+    if unknown := sorted(set(control.law_options) - set(known)):
+        taken = ", ".join(known) or "none"
+        raise ConfigError(f"control.law={control.law} has no option {', '.join(unknown)}; it takes {taken}")
+    if control.law == "kaplan" and "tokens_per_sample" not in control.law_options:
+        raise ConfigError("control.law=kaplan needs control.law_options.tokens_per_sample")
+
+
+def _check_scaling(optimizer: OptimizerConfig) -> None:
+    """Refuse rules of rate, betas and decay that do not go together."""
+    rules = {name: getattr(optimizer, name) for name in ("rule", "beta_rule", "decay_rule")}
+    if optimizer.preset is not None and (given := [name for name, rule in rules.items() if rule is not None]):
+        meant = PER_SAMPLE[optimizer.name]
+        if {name: rules[name] for name in given}.items() - meant.items():
+            raise ConfigError(
+                f"optimizer.preset={optimizer.preset} sets {', '.join(f'{k}={v}' for k, v in meant.items())}: leave "
+                f"{' and '.join(f'optimizer.{name}' for name in given)} out, or the preset"
+            )
+    if optimizer.beta_rule not in (None, "none") and optimizer.name != "adamw":
+        raise ConfigError(
+            f"optimizer.beta_rule={optimizer.beta_rule} is about Adam's betas, but the optimizer is {optimizer.name}"
+        )
+    check_scaling(
+        rate=optimizer.rule or DEFAULT_RATE_RULE[optimizer.name],
+        betas=optimizer.beta_rule or "none",
+        decay=optimizer.decay_rule or "none",
+    )

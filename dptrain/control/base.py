@@ -6,11 +6,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from dptrain.control.step_time import StepTimeModel
 from dptrain.errors import CheckpointError
 from dptrain.noise import NoiseScale
+
+if TYPE_CHECKING:
+    from dptrain.control.grid import BatchSizeGrid
+    from dptrain.control.step_time_model import StepTimeModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,7 @@ class Measurement:
         noise_scale: estimate up to now, in samples, with what is known of it.
         step_time: what a step costs; None where it is not measured, or not known yet.
         loss: smoothed training loss, in nats per token for language models; None where it is not given.
+        grid: the batches that run; `limited` adds it.
     """
 
     samples_seen: int
@@ -30,6 +34,7 @@ class Measurement:
     noise_scale: NoiseScale
     step_time: StepTimeModel | None = None
     loss: float | None = None
+    grid: BatchSizeGrid | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,24 +1,27 @@
-"""The learning rate and Adam's β that go with a batch (rules), and the rate's course (schedule): factors on the base.
+"""The learning rate that goes with a batch (rules), and its course over a run (schedule): factors on the base rate.
 
 Both are functions of the present state alone: a factor never multiplies the one before it, so a run that
 resumes, or that changes its batch there and back, has the same rate as one that did not.
 
-The literature does not agree on how the rate should follow the batch, so the rule is the user's choice and has no
-default here. For SGD the linear rule holds while the batch is far below the noise scale, and AdaScale's gain and
-the noise rule continue it above. For Adam the square root is the usual choice, with 1 − β scaled along (Malladi et
-al. 2022, arXiv 2205.10287); Li et al. 2024 (arXiv 2405.14578) find a rate that rises and falls again with its
-peak at the noise scale; Marek et al. 2025 (arXiv 2507.07101) change β₂ rather than the rate. The betas are a second
-choice, apart from the first.
+The literature does not agree on how the rate should follow the batch. For SGD the linear rule holds while the batch is
+far below the noise scale, and AdaScale's gain and the noise rule continue it above. For Adam the square root is the
+usual choice (Malladi et al. 2022, arXiv 2205.10287); Li et al. 2024 (arXiv 2405.14578) find a rate that rises and
+falls again with its peak at the noise scale; Marek et al. 2025 (arXiv 2507.07101) change β₂ rather than the rate.
+
+A rule that reads the noise scale returns the mean of its factor over what is known of φ, by the same ten values of
+equal probability that the batch law uses. So the rate moves with the interval, and does not jump where the ratio is
+resolved.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, Protocol
 
+from dptrain.control.progress_rate import quantiles
 from dptrain.errors import ConfigError
 from dptrain.noise import NoiseScale
 from dptrain.noise import derived as closed_form
@@ -63,37 +66,38 @@ def square_root(_noise_scale: NoiseScale, /, *, batch: float, reference_batch: f
     return math.sqrt(batch / reference_batch)
 
 
+def _mean(noise_scale: NoiseScale, factor: Callable[[float], float]) -> float:
+    """Return the mean of a factor over what is known of φ; before anything is, that of its two limits."""
+    phis = quantiles(noise_scale)
+    return math.fsum(map(factor, phis)) / len(phis)
+
+
 def gain(noise_scale: NoiseScale, /, *, batch: float, reference_batch: float) -> float:
     """Return AdaScale's gain (φ + B0)/(φ + B)·B/B0, between 1 and B/B0 (Johnson et al. 2020, arXiv 2007.05105).
 
-    Assumes SGD with a rate tuned at B0; linear far below the noise scale φ, level far above. Where φ is not
-    resolved, it is the smallest gain that φ's interval allows: too small a rate is slow, too large a one can
-    diverge. That is 1 for a batch above the reference of which nothing is known, and B/B0 for one below it.
+    Assumes SGD with a rate tuned at B0; linear far below the noise scale φ, level far above.
     """
-    known = [noise_scale.lower, noise_scale.upper] if noise_scale.value is None else [noise_scale.value]
-    return min(closed_form.gain(phi, batch=batch, reference_batch=reference_batch) for phi in known)
+    return _mean(noise_scale, lambda phi: closed_form.gain(phi, batch=batch, reference_batch=reference_batch))
 
 
 def root_gain(noise_scale: NoiseScale, /, *, batch: float, reference_batch: float) -> float:
     """Return the root of AdaScale's gain, between 1 and √(B/B0): AdaptDL's rule for Adam (Qiao et al. 2021, OSDI).
 
     As the square root below the noise scale, for the same reason, and level above it, where larger batches have no
-    noise left to average away and a rate that went on rising would come to the largest that the loss stands. Where φ
-    is not resolved, it is the smallest that φ's interval allows, as for `gain`.
+    noise left to average away and a rate that went on rising would come to the largest that the loss stands.
     """
-    return math.sqrt(gain(noise_scale, batch=batch, reference_batch=reference_batch))
+    return _mean(
+        noise_scale, lambda phi: math.sqrt(closed_form.gain(phi, batch=batch, reference_batch=reference_batch))
+    )
 
 
 def noise(noise_scale: NoiseScale, /, *, batch: float, reference_batch: float) -> float:  # noqa: ARG001 - a rule's form
     """Return ε_opt(B)/ε_max = 1/(1 + φ/B) (McCandlish et al. 2018, arXiv 1812.06162, equation 2.6).
 
     The base rate is ε_max here, the largest that the loss stands without noise, and no reference batch enters.
-    Assumes SGD and a curvature that is alike in all directions. Where φ is not resolved, its lower end stands for
-    it, and the factor is an upper bound on the right one (1 where nothing is known: a warm-up covers that time).
-    The open upper end would give 0, which never trains.
+    Assumes SGD and a curvature that is alike in all directions. Before anything is known it is ½.
     """
-    phi = noise_scale.lower if noise_scale.value is None else noise_scale.value
-    return closed_form.learning_rate_share(phi, batch=batch)
+    return _mean(noise_scale, lambda phi: closed_form.learning_rate_share(phi, batch=batch))
 
 
 def surge(noise_scale: NoiseScale, /, *, batch: float, reference_batch: float) -> float:
@@ -101,12 +105,12 @@ def surge(noise_scale: NoiseScale, /, *, batch: float, reference_batch: float) -
 
     It is the ratio of ε_opt ∝ 2/(√(φ/B) + √(B/φ)) at the two batches (arXiv 2405.14578), so that the base rate
     is the one tuned at B0, as for `gain`; the maximum, at B = φ, need not be known. Assumes updates by
-    the sign of a Gaussian gradient, which stands for Adam. Where φ is not resolved, it is the smallest factor that φ's
-    interval allows, as for `gain`: for a batch above the reference of which nothing is known, √(B0/B).
+    the sign of a Gaussian gradient, which stands for Adam.
     """
-    known = [noise_scale.lower, noise_scale.upper] if noise_scale.value is None else [noise_scale.value]
-    least = min(closed_form.efficiency(phi, batch=batch, reference_batch=reference_batch) for phi in known)
-    return math.sqrt(batch / reference_batch) * least
+    root = math.sqrt(batch / reference_batch)
+    return root * _mean(
+        noise_scale, lambda phi: closed_form.efficiency(phi, batch=batch, reference_batch=reference_batch)
+    )
 
 
 RuleName = Literal["none", "linear", "square_root", "gain", "root_gain", "noise", "surge"]
@@ -124,38 +128,6 @@ RULES: Mapping[RuleName, LearningRateRule] = MappingProxyType(
     }
 )
 """The rules by their names."""
-
-BetaRuleName = Literal["none", "square_root", "half_life"]
-"""What a user writes to choose how Adam's β follow the batch."""
-
-
-def adam_betas(
-    rule: BetaRuleName, betas: tuple[float, float], *, batch: float, reference_batch: float
-) -> tuple[float, float]:
-    """Return Adam's β₁ and β₂ for a batch.
-
-    none: as they are. square_root: 1 − β in proportion to the batch, for both, which belongs to the rate rule of that
-    name (Malladi et al. 2022, arXiv 2205.10287; they scale ε by √(B0/B) too, which we leave alone); a batch so large
-    that nothing would be remembered gets 0. half_life: β₂^(B/B0), which forgets over equal numbers of samples (Marek
-    et al. 2025, arXiv 2507.07101); β₁ stays. For small 1 − β₂ the two agree on β₂.
-
-    torch corrects Adam's bias by 1 − β^step, as though β had been the same all along. Once β^step is all but 0 there
-    is nothing to correct: let β change after the first few 1/(1 − β₂) steps, or warm the rate up over them.
-
-    Args:
-        rule: which one.
-        betas: β₁ and β₂ tuned at the reference batch.
-        batch: in force, in samples.
-        reference_batch: in samples.
-    """
-    first, second = betas
-    ratio = batch / reference_batch
-    if rule == "square_root":
-        return max(1 - ratio * (1 - first), 0.0), max(1 - ratio * (1 - second), 0.0)
-    if rule == "half_life":
-        return first, second**ratio
-    assert rule == "none", f"unknown rule of Adam's β: {rule!r}"
-    return first, second
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,26 +1,15 @@
-"""How long a step takes, by its shape: fitted to the steps already done; pure, so the clock is the caller's.
-
-The model is T = per_step_s + accumulation_steps × pass time, the pass time a straight line in the micro-batch m, and
-flat below a micro-batch k at which the device is full: per_pass_s + per_sample_s × max(m, k). Others in use are the
-line alone (Pollux, Qiao et al. 2021), which where it is right on both sides of a knee is twice too slow at it, and a
-table of what was measured, which says nothing of the shape to be tried next. The knee is believed only where the
-shapes need it, so that on a CPU the line alone is left.
-"""
+"""The steps timed so far, shape by shape, as a record of bounded size; pure, so the clock is the caller's."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dptrain.control.step_time_model import ShapeTime, StepShape, StepTimeModel, fit
 from dptrain.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 _MOST_SHAPES = 32
 _MOST_SECONDS = 31
@@ -36,72 +25,14 @@ _SLOWEST_LEFT_OUT = 2
 """Durations that do not count for a shape's median: a shape that is new may be compiled and allocated over three steps,
 and where a batch is soon left again all that is known of it are three durations."""
 _HALF_LIFE_STEPS = 100
-"""Steps in which what is known of a shape that is not run any more loses half of its weight: machines have slow spells,
-and a shape that was timed in one alone would keep the batch from it for ever. At 5 % of scatter the assumed split takes
-over after some 1,000 steps, and the law then times another batch."""
-_ASSUMED_ERROR = 0.5
-"""Standard error of the assumed split, in shares of a step's time: any two shapes that differ clearly drown it."""
+"""Steps in which the variance of a shape that is not run any more doubles: machines have slow spells, and a shape that
+was timed in one alone would keep the batch from it for ever. Tuned on: the slow spells of the two-core machine of
+`benchmarks.time_to_target`, some hundred steps long."""
+_MODEL_ERROR = 0.02
+"""Relative error of a median that more steps do not average away, at the present batch and once more for each doubling
+away from it: the line is not the machine, and a decision asks for the neighbours of the present batch."""
+_SD_OF_MEDIAN_DEVIATION = 1.48
 _LEAST_NOISE = 0.01
-_PRICE_OF_A_KNEE = 9.0
-"""What a knee must save of the squared errors, in variances: three standard errors."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepShape:
-    """What the time of an optimizer step depends on.
-
-    Attributes:
-        micro_batch_size: samples in one forward and backward pass on one replica.
-        accumulation_steps: passes of each replica.
-        world_size: number of replicas.
-    """
-
-    micro_batch_size: int
-    accumulation_steps: int
-    world_size: int
-
-    @property
-    def global_batch_size(self) -> int:
-        """Samples in the step, all replicas together."""
-        return self.micro_batch_size * self.accumulation_steps * self.world_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepTimeModel:
-    """T = per_step_s + accumulation_steps × (per_pass_s + per_sample_s × max(micro_batch_size, k)), on some replicas.
-
-    Attributes:
-        per_step_s: all-reduce, optimizer, and what else a step costs however many samples it has.
-        per_pass_s: what a forward and backward pass costs however many samples it has.
-        per_sample_s: what each further sample of a micro-batch adds.
-        full_at_samples: k, the micro-batch up to which a pass takes no longer, for the device is not full; 0 where
-            none is known.
-        world_size: the number of replicas that it holds for.
-        is_split_known: whether steps of at least two batches were timed. If not, the time of the only one is right
-            and its split is assumed: half per step, half per sample.
-        error: relative error of its predictions of shapes that had not been timed yet, the median; None where none
-            was predicted so far.
-    """
-
-    per_step_s: float
-    per_pass_s: float
-    per_sample_s: float
-    full_at_samples: float
-    world_size: int
-    is_split_known: bool
-    error: float | None
-
-    def seconds(self, shape: StepShape) -> float:
-        """Return the time of a step of `shape`."""
-        return self.step_s(micro_batch_size=shape.micro_batch_size, accumulation_steps=shape.accumulation_steps)
-
-    def step_s(self, *, micro_batch_size: float, accumulation_steps: float) -> float:
-        """Return the time of a step, of sizes that may lie between those that run."""
-        return self.per_step_s + accumulation_steps * self.pass_s(micro_batch_size)
-
-    def pass_s(self, micro_batch_size: float) -> float:
-        """Return the time of one forward and backward pass."""
-        return self.per_pass_s + self.per_sample_s * max(micro_batch_size, self.full_at_samples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,76 +156,14 @@ class StepTimes:
         if not settled:
             return None
         errors = [abs(entry.predicted_s / entry.median_s - 1) for entry in settled if entry.predicted_s is not None]
-        per_step_s, per_pass_s, per_sample_s, full_at_samples = _fit(settled)
-        return StepTimeModel(
-            per_step_s=per_step_s,
-            per_pass_s=per_pass_s,
-            per_sample_s=per_sample_s,
-            full_at_samples=full_at_samples,
-            world_size=world_size,
-            is_split_known=len({entry.shape.global_batch_size for entry in settled}) > 1,
-            error=median(errors) if errors else None,
-        )
-
-
-def _fit(settled: Sequence[TimedShape]) -> tuple[float, float, float, float]:
-    """Return the three times, none negative, and the knee, with the least squares of relative errors.
-
-    What the shapes leave open is taken from an assumed split of the latest one's time: half per step, half per
-    sample. So a pass costs what its samples cost until a second number of accumulation steps says otherwise: a law
-    that thinks accumulation too cheap tries it, and is put right; one that thinks it too dear never does.
-    """
-    import numpy as np
-
-    knees = _knees(settled)
-    medians = np.array([entry.median_s for entry in settled])
-    ages = settled[-1].latest - np.array([entry.latest for entry in settled])
-    weights = np.sqrt([len(entry.seconds) for entry in settled] * 0.5 ** (ages / _HALF_LIFE_STEPS))
-    shapes = [(entry.shape.micro_batch_size, entry.shape.accumulation_steps) for entry in settled]
-    costs = np.array([[_costs(*shape, knee) for shape in shapes] for knee in knees])
-    units = medians[-1] / costs[:, -1, :]  # so that what is solved for are shares of the present step's time
-    rows = costs * units[:, None, :] * (weights / medians)[:, None]
-    variance = math.pi / 2 * _noise(settled) ** 2  # of a duration's share in a median
-    weight = math.sqrt(variance) / _ASSUMED_ERROR
-    assumed = np.broadcast_to(weight * np.eye(3), (len(knees), 3, 3))
-    right = np.array([*weights, weight / 2, 0.0, weight / 2])
-    shares, misfits = _non_negative(np.concatenate([rows, assumed], axis=1), right)
-    best = int(np.argmin(misfits + _PRICE_OF_A_KNEE * variance * (np.array(knees) > 0)))
-    per_step_s, per_pass_s, per_sample_s = (shares[best] * units[best]).tolist()
-    return per_step_s, per_pass_s, per_sample_s, knees[best]
-
-
-def _knees(settled: Sequence[TimedShape]) -> list[float]:
-    """Return where the pass time may begin to rise: 0, or from the second micro-batch on, with those in between."""
-    timed = sorted({float(entry.shape.micro_batch_size) for entry in settled})
-    return [0.0, *timed[1:-1], *(math.sqrt(smaller * larger) for smaller, larger in pairwise(timed) if len(timed) > 2)]  # noqa: PLR2004 - a line goes through two
-
-
-def _costs(micro_batch_size: float, accumulation_steps: float, knee: float) -> tuple[float, float, float]:
-    """Return how often a step pays each of the three times."""
-    return 1.0, accumulation_steps, accumulation_steps * max(micro_batch_size, knee)
-
-
-def _noise(settled: Sequence[TimedShape]) -> float:
-    """Return the relative standard deviation of a duration, stragglers apart: 1.48 times the median deviation."""
-    deviations = [abs(second / entry.median_s - 1) for entry in settled for second in entry.seconds]
-    return max(1.48 * median(deviations), _LEAST_NOISE)
-
-
-def _non_negative(matrices: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
-    """Return the least-squares solution without negative numbers for each of some matrices, and its misfit.
-
-    It is the best among the solutions in which some unknowns are 0 and the others free: seven for three unknowns.
-    """
-    import numpy as np
-
-    transposed = np.swapaxes(matrices, 1, 2)
-    normal, projected = transposed @ matrices, transposed @ right
-    subsets = [list(subset) for size in (1, 2, 3) for subset in combinations(range(3), size)]
-    solutions = np.zeros((len(subsets), *projected.shape))
-    for solution, free in zip(solutions, subsets, strict=True):
-        solution[:, free] = np.linalg.solve(normal[:, free][:, :, free], projected[:, free, None])[..., 0]
-    misfits = np.sum((np.einsum("kij,skj->ski", matrices, solutions) - right) ** 2, axis=-1)
-    misfits[(solutions < 0).any(axis=-1)] = math.inf
-    best = (np.argmin(misfits, axis=0), np.arange(len(matrices)))
-    return solutions[best], misfits[best]
+        deviations = [abs(second / entry.median_s - 1) for entry in settled for second in entry.seconds]
+        noise = max(_SD_OF_MEDIAN_DEVIATION * median(deviations), _LEAST_NOISE)
+        times = []
+        for entry in settled:
+            age = settled[-1].latest - entry.latest
+            doublings = math.log2(entry.shape.global_batch_size / settled[-1].shape.global_batch_size)
+            variance = math.pi / 2 * noise**2 / len(entry.seconds)  # π/2: of a median
+            variance += _MODEL_ERROR**2 * (1 + doublings**2)
+            variance *= 2.0 ** (age / _HALF_LIFE_STEPS)
+            times.append(ShapeTime(shape=entry.shape, seconds=entry.median_s, variance=variance))
+        return fit(times, error=median(errors) if errors else None)

@@ -6,26 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
-
-CRITICAL_RATIOS: Mapping[str, float] = MappingProxyType({"sgd": 1.0, "adamw": 3.0})
-"""Critical batch size, at which the samples to a loss double, over the noise scale, by optimizer.
-
-With the best rate at each batch a step makes 1/(1 + φ/B) of the progress of one without noise (McCandlish et al. 2018,
-for SGD), and the samples to a loss double at B = φ. Adam's update has the size of its rate however noisy it is, and of
-it the part 1/√(1 + φ/B) lies along the gradient. At a rate that follows √B the samples go as √(B + φ), which doubles at
-B = 3φ. So φ counts threefold for such an optimizer, in the form that has a fewest number of steps; beyond some batch
-the root rule must end, and where is not known. On our tasks a factor of 3 to 6 was right (`benchmarks.plan`).
-"""
-
-MARGINS: Mapping[str, float] = MappingProxyType({"sgd": 1.0, "adamw": 2 / 3})
-"""How many times the critical batch a controller had better count on, by optimizer.
-
-Of the batches that are about as fast the smaller ones take fewer samples: a third less of the noise scale costs 1 % of
-the progress per second at most. Where a batch that is too small confirms itself, the limits of a run lead out of it.
-Tried in docs/decisions/0024-a-longer-way-down.md.
-"""
 
 
 def learning_rate_share(phi: float, *, batch: float) -> float:

@@ -87,6 +87,7 @@ class StepRecord:
         learning_rate: in force.
         wall_s: seconds of training when its work was handed to the device.
         betas: Adam's, where they follow the batch.
+        weight_decay: where it follows the batch.
     """
 
     step: int
@@ -96,6 +97,7 @@ class StepRecord:
     learning_rate: float
     wall_s: float
     betas: tuple[float, float] | None = None
+    weight_decay: float | None = None
 
     @property
     def end(self) -> int:

@@ -81,7 +81,7 @@ class StepTimer:
         """Go on from a `state`."""
         self._times = StepTimes.from_json(record["times"])
         self._num_learned = record["num_learned"]
-        self._model = None if record["model"] is None else StepTimeModel(**record["model"])
+        self._model = None if record["model"] is None else StepTimeModel.from_json(record["model"])
 
 
 def _as_json(model: StepTimeModel | None) -> dict[str, Any] | None:

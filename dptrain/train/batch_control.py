@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dptrain.config.built import controller
+from dptrain.config.built import betas, controller
 from dptrain.config.filled_in import given
 from dptrain.config.train_config import TrainConfig
 from dptrain.control import RULES, Measurement
@@ -26,6 +26,7 @@ class BatchControl:
     """
 
     def __init__(self, config: TrainConfig, *, world_size: int) -> None:
+        self._config = config
         self._mode = config.control.mode
         self._world_size = world_size
         self._on_record: Mapping[int, int] = {}
@@ -79,6 +80,9 @@ class BatchControl:
             )
         if not applied:
             return replace(progress, advised=batch)
+        scaled = betas(self._config, batch=batch) if batch != present else None
+        if scaled is not None and scaled.is_floored:
+            log.note(f"batch {batch}: beta1={scaled.beta1:.3g} beta2={scaled.beta2:.3g} (floor of beta_rule)")
         return replace(
             progress,
             global_batch_size=batch,

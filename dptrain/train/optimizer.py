@@ -43,12 +43,20 @@ def _can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
 
 
-def set_rate(optimizer: Optimizer, learning_rate: float, *, betas: tuple[float, float] | None = None) -> None:
-    """Set the learning rate of all groups, and Adam's betas where they are given."""
+def set_rate(
+    optimizer: Optimizer,
+    learning_rate: float,
+    *,
+    betas: tuple[float, float] | None = None,
+    weight_decay: float | None = None,
+) -> None:
+    """Set the learning rate of all groups; where given Adam's betas, and the decay of the groups that have one."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
         if betas is not None:
             group["betas"] = betas
+        if weight_decay is not None and group["weight_decay"]:
+            group["weight_decay"] = weight_decay
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:

@@ -90,7 +90,7 @@ class Stepper:
         pending = send(record, report=report, loss_sum=loss_sum, meter_sums=sums, halved=halved)
         if self._max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, grad_norm)
-        set_rate(self._optimizer, record.learning_rate, betas=record.betas)
+        set_rate(self._optimizer, record.learning_rate, betas=record.betas, weight_decay=record.weight_decay)
         step_if_finite(self._optimizer, grad_norm)
         self._optimizer.zero_grad(set_to_none=True)
         return pending

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dptrain.config.built import betas, learning_rate_schedule, micro_batch_size
+from dptrain.config.built import betas, learning_rate_schedule, micro_batch_size, weight_decay
 from dptrain.config.filled_in import given, largest_micro_batch_size
 from dptrain.config.train_config import TrainConfig
 from dptrain.data import SampleStream, slots
@@ -35,14 +35,17 @@ class StepPlan:
         """Lay out the next step: the batch in force, or what is left of the run."""
         batch = min(progress.global_batch_size, given(self.config.max_samples) - progress.position)
         base = given(self.config.optimizer.learning_rate) * self._schedule.factor(progress.position + batch)
+        factor = progress.learning_rate_factor
+        scaled = betas(self.config, batch=progress.global_batch_size)
         return StepRecord(
             step=progress.step + 1,
             position=progress.position,
             global_batch_size=batch,
             micro_batch_size=micro_batch_size(self.config, global_batch_size=progress.global_batch_size),
-            learning_rate=base * progress.learning_rate_factor,
+            learning_rate=base * factor,
             wall_s=wall_s,
-            betas=betas(self.config, batch=progress.global_batch_size),
+            betas=None if scaled is None else (scaled.beta1, scaled.beta2),
+            weight_decay=weight_decay(self.config, batch=progress.global_batch_size, rate_factor=factor),
         )
 
     def limit_micro_batch(self, limit: int) -> None:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(400)
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("branch") / "run"
     checkpoint = CheckpointConfig(every_samples=40, keep=10)
-    control = ControlConfig(law="noise", dwell_decisions=2, z=0.3, largest=16)
+    control = ControlConfig(law="noise", min_gain=0.0, largest=16)
     Trainer(make_config(folder, max_samples=160, checkpoint=checkpoint, control=control), task=noisy).run()
     return folder
 

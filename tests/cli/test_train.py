@@ -88,7 +88,7 @@ FILES = {
         ("--optimizer.beta1 x", ["optimizer.beta1 must be float", "'x'"]),
         ("--optimizer.beta1 1", ["optimizer.beta1 must be in [0, 1)", "1.0"]),
         ("--control.law newest", ["control.law must be one of 'goodput', 'noise'", "'newest'"]),
-        ("--control.powers_of_two 3", ["control.powers_of_two must be bool"]),
+        ("--noise.groups 3", ["noise.groups must be bool"]),
         ("--optimizer 3", ["optimizer is a group of settings", "--optimizer.name"]),
         ("--task_options 3", ["task_options must be dict"]),
         ('--control {"nope":3}', ["no setting control.nope"]),
@@ -154,14 +154,14 @@ def test_values_of_every_type_are_read(start):
         "1e-3",
         "--optimizer.max_grad_norm",
         "null",
-        "--control.powers_of_two",
-        "false",
+        "--noise.groups",
+        "true",
     ]
     assert outcome(["train", *more, "--task_options", "{width: 3, name: a}", "--device", "cpu"])[0] == 0
     ((settings, _, num_replicas),) = start
     assert settings["optimizer"]["learning_rate"] == 0.001
     assert settings["optimizer"]["max_grad_norm"] is None
-    assert settings["control"]["powers_of_two"] is False
+    assert settings["noise"]["groups"] is True
     assert settings["task_options"] == {"width": 3, "name": "a"}
     assert settings["run_dir"].startswith("runs/pysource-")
     assert num_replicas == 2

@@ -72,5 +72,5 @@ def test_names_are_known_by_their_dots():
 
 def test_a_tree_with_a_wrong_value_is_refused():
     """Whatever it was read from."""
-    with pytest.raises(ConfigError, match=r"control.z must be float, got 'x'"):
-        build_config({"control": {"z": "x"}})
+    with pytest.raises(ConfigError, match=r"control.min_gain must be float, got 'x'"):
+        build_config({"control": {"min_gain": "x"}})

@@ -9,7 +9,7 @@ import pytest
 
 from dptrain.config.built import controller, learning_rate_schedule, micro_batch_size
 from dptrain.config.filled_in import as_saved, filled_in
-from dptrain.control import Constant, GoodputLaw, Measurement, Probe
+from dptrain.control import Constant, GoodputLaw, Measurement
 from dptrain.errors import ConfigError
 from dptrain.noise import MomentSums, noise_scale, smoothed
 from dptrain.tasks import Suggestion
@@ -47,8 +47,12 @@ def filled(*, world_size=2, **settings):
         (lambda: TrainConfig(noise=NoiseConfig(level=1.0)), "noise.level"),
         (lambda: TrainConfig(noise=NoiseConfig(memory=-1.0)), "memory"),
         (lambda: TrainConfig(control=ControlConfig(ratio=0.0)), "ratio"),
-        (lambda: TrainConfig(control=ControlConfig(z=-1.0)), "z "),
-        (lambda: TrainConfig(control=ControlConfig(law="exchange_rate")), "control.samples_per_step"),
+        (lambda: TrainConfig(control=ControlConfig(min_gain=-1.0)), "control.min_gain"),
+        (lambda: TrainConfig(control=ControlConfig(law="kaplan")), "tokens_per_sample"),
+        (lambda: TrainConfig(control=ControlConfig(law_options={"overlap": 2.0})), "no option overlap; it takes none"),
+        (lambda: TrainConfig(optimizer=OptimizerConfig(preset="per_sample", rule="none")), "leave optimizer.rule out"),
+        (lambda: TrainConfig(optimizer=OptimizerConfig(rule="linear", beta_rule="half_life")), "does not go with"),
+        (lambda: TrainConfig(optimizer=OptimizerConfig(name="sgd", beta_rule="half_life")), "Adam's betas"),
         (lambda: TrainConfig(control=ControlConfig(law="schedule")), "control.schedule"),
         (lambda: TrainConfig(control=ControlConfig(law="schedule", schedule="0:8 x")), "'x'"),
         (lambda: TrainConfig(control=ControlConfig(schedule="0:8")), "control.schedule"),
@@ -64,11 +68,6 @@ def test_a_value_out_of_range_is_refused_by_name(build, name):
 @pytest.mark.parametrize(
     "control",
     [
-        ControlConfig(max_change=1.5),
-        ControlConfig(dead_band=0.5),
-        ControlConfig(shrink_band=1.0),
-        ControlConfig(dwell_samples=-1),
-        ControlConfig(probe_steps=-1),
         ControlConfig(smallest=64, largest=32),
         ControlConfig(largest=1),
     ],
@@ -112,70 +111,33 @@ def test_the_settings_of_a_run_are_settings(world_size, micro):
         assert config.micro_batch_size <= micro
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "control", "expected"),
-    [
-        ("adamw", {}, 2.0),
-        ("adamw", {"margin": 1.0}, 3.0),
-        ("sgd", {}, 1.0),
-        ("sgd", {"critical_ratio": 2.0, "margin": 3.0}, 6.0),
-        ("adamw", {"law": "pollux"}, 1.0),
-    ],
-)
-def test_how_often_the_noise_scale_counts(optimizer, control, expected):
-    """Twice for Adam, once for SGD, as the user has it, and once in Pollux' law, which is as published."""
-    config = filled(control=ControlConfig(powers_of_two=False, **control), optimizer=OptimizerConfig(name=optimizer))
-    law = controller(config)
-    while not isinstance(law, GoodputLaw):
-        law = law.inner
-    assert law.critical_ratio == expected
+@pytest.mark.parametrize("law", ["goodput", "pollux"])
+@pytest.mark.parametrize(("control", "expected"), [({}, 1.0), ({"critical_ratio": 2.0}, 2.0)])
+def test_the_critical_ratio_reaches_the_law(law, control, expected):
+    """One for each optimizer by default, or what the user has set."""
+    for name in ("adamw", "sgd"):
+        config = filled(control=ControlConfig(law=law, **control), optimizer=OptimizerConfig(name=name))
+        built = controller(config).inner
+        assert isinstance(built, GoodputLaw)
+        assert built.critical_ratio.median == config.control.critical_ratio == expected
 
 
 @pytest.mark.parametrize(
-    ("control", "expected"),
+    ("optimizer", "expected"),
     [
-        ({}, 50),
-        ({"probe_steps": 7}, 7),
-        ({"probe_steps": 0}, None),
-        ({"mode": "advise"}, None),
-        ({"law": "pollux"}, None),
-        ({"law": "noise"}, None),
-        ({"probe_steps": 7, "law": "noise"}, 7),
-        ({"probe_steps": 7, "mode": "advise"}, None),
-        ({"probe_steps": 7, "law": "schedule", "schedule": "0:8 64:16"}, None),
+        ({}, ("root_gain", "none", "none")),
+        ({"name": "sgd"}, ("gain", "none", "none")),
+        ({"preset": "per_sample"}, ("root_gain", "half_life", "timescale")),
+        ({"preset": "per_sample", "name": "sgd"}, ("gain", "none", "timescale")),
+        ({"rule": "square_root", "beta_rule": "square_root"}, ("square_root", "square_root", "none")),
     ],
 )
-def test_which_laws_probe(control, expected):
-    """The default law where it adapts, others where they are told to; never a batch written down, nor advice."""
-    law = controller(filled(control=ControlConfig(**control)))
-    while not isinstance(law, Probe) and hasattr(law, "inner"):
-        law = law.inner
-    assert getattr(law, "steps", None) == expected
-
-
-@pytest.mark.parametrize(
-    ("control", "expected"),
-    [
-        ({}, (1.6, 2.25)),
-        ({"mode": "advise"}, (1.6, 2.25)),
-        ({"law": "noise"}, (1.6, None)),
-        ({"law": "noise", "shrink_band": 3.0}, (1.6, 3.0)),
-        ({"dead_band": 1.1}, (1.1, 2.25)),
-        ({"law": "pollux"}, (1.6, None)),
-        ({"shrink_band": 1.1}, (1.6, 1.1)),
-        ({"powers_of_two": False}, (None, None)),
-        ({"powers_of_two": False, "shrink_band": 3.0}, (None, 3.0)),
-        ({"law": "constant"}, (None, None)),
-        ({"law": "schedule", "schedule": "0:8 100:16"}, (None, None)),
-    ],
-)
-def test_half_way_between_rungs_the_batch_stays(control, expected):
-    """Laws that measure have a dead band wider than the way to the next rung in log space; those by hand have none.
-
-    The default law has a longer way down: a batch too small confirms itself, and one too large does not.
-    """
-    control = filled(control=ControlConfig(**control)).control
-    assert (control.dead_band, control.shrink_band) == expected
+def test_a_preset_fills_in_rate_betas_and_decay(optimizer, expected):
+    """One setting moves all three, and a filled-in configuration can be filled in again."""
+    config = filled(optimizer=OptimizerConfig(**optimizer))
+    filled_rules = config.optimizer.rule, config.optimizer.beta_rule, config.optimizer.decay_rule
+    assert filled_rules == expected
+    assert filled_in(config, SUGGESTION, world_size=2) == config
 
 
 def test_what_is_set_stays():

@@ -1,4 +1,4 @@
-"""A run without a model: gradients with the moments of F4 are drawn, measured and acted upon, and steps take time."""
+"""A run without a model, step by step: gradients with known moments are drawn, measured and acted upon."""
 
 import math
 import random

@@ -1,31 +1,27 @@
 """The seam of control: states that travel as JSON, decisions that are sane."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
-from dptrain.control import Bounds, Constant, DwellTime, Measurement, NoiseLaw, Schedule, state_to_json
+from dptrain.control import Constant, Limits, Measurement, NoiseLaw, Schedule, limited, state_to_json
 from dptrain.control.base import Decision
 from dptrain.errors import CheckpointError
+from tests.control.known import Known
 
 LAWS = [Constant(64), Schedule.parse("0:8 100:64"), NoiseLaw()]
-NESTED = [
-    *LAWS,
-    Bounds(LAWS[0], smallest=1, largest=128),
-    DwellTime(Bounds(LAWS[1], smallest=1, largest=128), samples=50),
-    DwellTime(DwellTime(LAWS[1], decisions=3), samples=50),
-]
+LIMITED = [limited(law, quantum=8, limits=Limits(largest=64)) for law in LAWS]
 
 
 def measured(samples_seen, batch):
-    unknown = SimpleNamespace(bounds=lambda _z: (0.0, float("inf")), contrast=lambda _phi: 0.0)
-    return Measurement(samples_seen=samples_seen, global_batch_size=batch, noise_scale=unknown)
+    return Measurement(
+        samples_seen=samples_seen, global_batch_size=batch, noise_scale=Known(100.0, num_steps=samples_seen)
+    )
 
 
-@pytest.mark.parametrize("controller", NESTED, ids=repr)
+@pytest.mark.parametrize("controller", LIMITED, ids=repr)
 def test_state_survives_json(controller):
-    """The state of any nest of controllers is the same after a trip through JSON text, at every decision."""
+    """The state of any controller is the same after a trip through JSON text, at every decision."""
     state = controller.init()
     for samples_seen, batch in [(0, 8), (60, 8), (120, 64), (180, 64)]:
         state, _ = controller.update(state, measured(samples_seen, batch))
@@ -34,11 +30,12 @@ def test_state_survives_json(controller):
 
 def test_foreign_state_is_refused():
     """A record saved under other controller settings is refused in both directions, not half read."""
-    dwell = DwellTime(LAWS[0], samples=50)
-    with pytest.raises(CheckpointError, match="dwell time"):
-        dwell.restore({})
+    remembering = state_to_json(NoiseLaw().init())
     with pytest.raises(CheckpointError, match="Constant"):
-        LAWS[0].restore(state_to_json(dwell.init()))
+        LAWS[0].restore(remembering)
+    for foreign in ({}, {"pause": 3}, {**remembering, "pause": 3}):
+        with pytest.raises(CheckpointError, match="NoiseLaw"):
+            NoiseLaw().restore(foreign)
 
 
 @pytest.mark.parametrize("batch", [0, -1, float("nan"), float("inf")])

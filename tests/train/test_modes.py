@@ -14,7 +14,7 @@ from dptrain.train import ControlConfig, NoiseConfig, TrainConfig, Trainer
 from tests.replicas import run_replicas
 from tests.runs import make_config, noisy
 
-EAGER = ControlConfig(law="noise", dwell_decisions=2, z=0.3, largest=16)
+EAGER = ControlConfig(law="noise", min_gain=0.0, largest=16)
 
 
 def train(folder, **settings):

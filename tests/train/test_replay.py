@@ -22,18 +22,19 @@ def pretend(monkeypatch, *, per_step_s):
     """Have every clock tell the same times, in which a step costs what `per_step_s` says beside its samples."""
     model = StepTimeModel(
         per_step_s=per_step_s,
-        per_pass_s=0.0,
+        per_micro_batch_s=0.0,
         per_sample_s=1.0,
+        covariance=((0.0, 0.0, 0.0),) * 3,
         full_at_samples=0.0,
         world_size=1,
-        is_split_known=True,
+        timed_batches=tuple(1 << k for k in range(10)),
         error=None,
     )
     monkeypatch.setattr(StepTimer, "model", model)
 
 
 def config(folder):
-    control = ControlConfig(law="goodput", dwell_decisions=2, z=0.3, smallest=2, largest=32)
+    control = ControlConfig(law="goodput", min_gain=0.0, smallest=2, largest=32)
     checkpoint = CheckpointConfig(every_samples=8, keep=100)
     return make_config(folder, control=control, checkpoint=checkpoint, max_samples=600)
 

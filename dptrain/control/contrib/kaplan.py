@@ -40,12 +40,11 @@ class KaplanLaw(Law):
         """Ask for the critical batch at the smoothed training loss; for the present one where no loss is known."""
         loss, present = measurement.loss, measurement.global_batch_size
         if loss is None or not _SMALLEST_LOSS < loss < _LARGEST_LOSS:
-            return Decision(global_batch_size=present, reason=f"a loss of {loss} says nothing: keep {present}")
+            why = "no loss yet" if loss is None else f"a loss of {loss:.4g} is not in nats per token"
+            return Decision(global_batch_size=present, reason=f"kept: {why}")
         tokens = critical_batch_tokens(loss)
         batch = max(self.ratio * tokens / self.tokens_per_sample, 1.0)
-        reason = (
-            f"at a loss of {loss:.4g} nats per token the critical batch is {tokens:.3g} tokens: {batch:.4g} samples"
-        )
+        reason = f"loss {loss:.4g} nats per token: critical batch size {tokens:.3g} tokens, {batch:.4g} samples"
         return Decision(global_batch_size=batch, reason=reason)
 
 

@@ -72,5 +72,5 @@ class SeesawLaw(Law):
         batch = self.first * 2**halvings
         return Decision(
             global_batch_size=batch,
-            reason=f"the schedule has halved the learning rate {halvings} times: {self.first} × 2^{halvings} = {batch}",
+            reason=f"{halvings} halvings of the scheduled learning rate: batch {self.first} × 2^{halvings} = {batch}",
         )

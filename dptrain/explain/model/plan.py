@@ -51,7 +51,7 @@ class Plan:
         min_samples: E_min, the fewest samples, by ever smaller ones.
         twice_both: E_min/S_min, the batch that takes twice the fewest steps and twice the fewest samples.
         twice_both_range: the same by both ends of the noise scale's interval.
-        update_factor: `twice_both` over the noise scale averaged over the way, see `derived.CRITICAL_RATIOS`.
+        update_factor: `twice_both` over the noise scale averaged over the way, see `control.critical_ratio`.
         points: one for each number of devices that was asked for.
         knee: the number of devices up to which twice as many save at least 30 % of the time.
         ceiling: the number beyond which twice as many save less than 5 %; None where it is above all asked for.

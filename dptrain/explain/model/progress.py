@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from dptrain.control import CriticalRatio
 from dptrain.errors import ConfigError
 from dptrain.explain.model.run_placement import ImpliedFrontier
 from dptrain.explain.record import SAMPLES, column, is_resolved, noise_scales
-from dptrain.noise.derived import CRITICAL_RATIOS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -144,9 +144,9 @@ def course(record: RunRecord, curve: LossCurve, assumption: Assumption = MEASURE
 
 
 def update_factor(record: RunRecord) -> float:
-    """Return what the noise scale counts: as the run's own setting has it, or else threefold for Adam's kind."""
+    """Return the critical ratio: the run's own setting, or the one that the batch law has by default."""
     own = record.setting("control.critical_ratio")
-    return float(own) if own else CRITICAL_RATIOS.get(str(record.setting("optimizer.name")), 1.0)
+    return float(own) if own else CriticalRatio().median
 
 
 def needs(course: Course, curve: LossCurve, *, target: float) -> Needs:

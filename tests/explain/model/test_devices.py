@@ -86,7 +86,7 @@ def test_a_run_on_two_numbers_of_devices_tells_the_all_reduce():
 def test_no_step_is_faster_than_its_samples():
     """A wrong bandwidth cannot make what a step costs negative."""
     found = devices(ideal_record(), gb_per_s=1e-3, gradient_bytes=1e9)
-    assert found.seconds(_shape(1)) == pytest.approx(2 * found.model.pass_s(8))
+    assert found.seconds(_shape(1)) == pytest.approx(2 * found.model.micro_batch_s(8))
 
 
 def test_micro_batches_that_were_timed_are_known():

@@ -9,7 +9,6 @@ import pytest
 
 from dptrain.errors import ConfigError
 from dptrain.explain.model.progress import HIGH, HISTORY, LOW, MEASURED, Assumption, course, loss_curve, needs
-from dptrain.noise.derived import CRITICAL_RATIOS
 from tests.ideal_runs import FALL, GROWTH, ideal_record, loss_at, steps_to
 
 ASSUMPTIONS = [MEASURED, LOW, HIGH, *HISTORY]
@@ -102,13 +101,6 @@ def test_a_run_may_say_how_often_the_noise_scale_counts():
     sgd = replace(record, config={"optimizer": {"name": "sgd"}})
     scales = [course(one, loss_curve(record)).noise_scales for one in (own, sgd)]
     np.testing.assert_allclose(scales[0], 5 * scales[1])
-
-
-def test_the_factor_of_a_normalised_update_is_where_its_samples_double():
-    """Steps of √B/√(1 + φ/B) each: at 3φ they take twice the samples of the smallest batches."""
-    phi = 7.0
-    samples = [batch / (batch**0.5 / (1 + phi / batch) ** 0.5) for batch in (1e-9, CRITICAL_RATIOS["adamw"] * phi)]
-    assert samples[1] / samples[0] == pytest.approx(2)
 
 
 def test_a_row_that_stands_still_counts_for_nothing():
