@@ -139,7 +139,7 @@ class Chaos:
             device="cpu",
             max_samples=self.max_samples,
             layout_replicas=2,
-            control=ControlConfig(law="noise", z=0.5, largest=32, dwell_decisions=5),
+            control=ControlConfig(law="noise", min_gain=0.0, largest=32),
             optimizer=OptimizerConfig(weight_decay=0.01),
             checkpoint=CheckpointConfig(every_samples=SAMPLES_PER_EVENT // 4),
             log=LogConfig(tracker="none", print_every_steps=1000),

@@ -14,10 +14,11 @@ from dptrain.control import (
     RULES,
     Constant,
     Controller,
-    ExchangeRateLaw,
+    CriticalRatio,
     GoodputLaw,
     Limits,
     Measurement,
+    NoiseLaw,
     StepShape,
     StepTimeModel,
     StepTimes,
@@ -260,20 +261,23 @@ def fixed_runs(batches: Sequence[int] = FIXED_BATCHES) -> dict[int, Spent]:
 
 
 def law_of(exchange_rate: float, *, powers_of_two: bool = False, goodput: bool = False) -> Controller:
-    """Return a law behind real limits: fine rungs without waiting, or dptrain's defaults.
+    """Return a law behind real limits, on a fine grid or on dptrain's default one.
 
     Args:
         exchange_rate: samples that a step fewer is worth.
-        powers_of_two: the default rungs, ten decisions between changes.
+        powers_of_two: the default grid, and the default least gain.
         goodput: the goodput law, which finds the exchange rate in the times of steps.
     """
-    limits = Limits(largest=_LARGEST_BATCH, powers_of_two=powers_of_two, dwell_decisions=10 if powers_of_two else 0)
-    law = (
-        GoodputLaw(largest_micro_batch_size=_LARGEST_BATCH)
-        if goodput
-        else ExchangeRateLaw(samples_per_step=exchange_rate)
-    )
-    return limited(law, quantum=_WORLD_SIZE, limits=limits)
+    least, cool_down = (0.02, 5) if powers_of_two else (0.0, 0)
+    law: Controller = NoiseLaw(samples_per_step=exchange_rate, min_gain=least, cool_down=cool_down)
+    if goodput:
+        law = GoodputLaw(
+            largest_micro_batch_size=_LARGEST_BATCH,
+            critical_ratio=CriticalRatio(spread=1.0),
+            min_gain=least,
+            cool_down=cool_down,
+        )
+    return limited(law, quantum=_WORLD_SIZE, limits=Limits(largest=_LARGEST_BATCH), powers_of_two=powers_of_two)
 
 
 def timed(exchange_rate: float) -> StepTimeModel:

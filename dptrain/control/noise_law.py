@@ -16,8 +16,6 @@ from dptrain.noise import NoiseScale
 _Z = 1.0
 """Standard deviations of the lower confidence bound. Tuned on: the six cases of decision 2, where 1.5 arrives 1.6 times
 later at a batch drowned in noise, and 0.5 turns back twice as often."""
-_COOL_DOWN = 5
-"""Measurements at a batch before the next change: a step is left out, three make a median, and one is under way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +44,13 @@ class ProgressLaw(ABC):
         min_gain: least gain worth a change, in nats of progress per unit of cost: 0.02 is 2 %.
         no_decrease_samples: from the start of the run, in which the batch only grows: a model in warm-up hardly moves,
             and its noise scale is small for that reason.
+        cool_down: measurements at a batch before the next change: a step is left out, three make a median, and one is
+            under way.
     """
 
     min_gain: float = 0.02
     no_decrease_samples: int = 0
+    cool_down: int = 5
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_gain < math.inf:
@@ -94,8 +95,8 @@ class ProgressLaw(ABC):
         if state.global_batch_size != present:
             since = 0 if state.global_batch_size is None else measured
             state = replace(state, global_batch_size=present, num_steps=since)
-        if (passed := measured - state.num_steps) < _COOL_DOWN:
-            return state, keep(present, f"cool-down: {passed} of {_COOL_DOWN} measurements since the last change")
+        if (passed := measured - state.num_steps) < self.cool_down:
+            return state, keep(present, f"cool-down: {passed} of {self.cool_down} measurements since the last change")
         return state, self.decide(measurement)
 
     def decide(self, measurement: Measurement) -> Decision:

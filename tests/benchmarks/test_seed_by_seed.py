@@ -30,14 +30,14 @@ def finished(samples, seconds, loss, *, arrived=True):
 
 def test_an_adaptive_arm_has_the_default_law_and_its_own_settings():
     """The rate is for the task's default batch, wherever the run starts; settings keep their kinds."""
-    race = Arm.from_text("adaptive:1024:0.008:margin=1.5,probe_steps=0,law=noise").race(PYSOURCE, seed=3)
+    race = Arm.from_text("adaptive:1024:0.008:min_gain=0.05,ratio=2.0,law=noise").race(PYSOURCE, seed=3)
     assert race.settings["global_batch_size"] == 1024
     assert race.settings["seed"] == 3
     assert race.settings["optimizer"]["reference_batch_size"] == PYSOURCE.default_batch
     control = race.settings["control"]
-    assert {name: control[name] for name in ("margin", "probe_steps", "law")} == {
-        "margin": 1.5,
-        "probe_steps": 0,
+    assert {name: control[name] for name in ("min_gain", "ratio", "law")} == {
+        "min_gain": 0.05,
+        "ratio": 2.0,
         "law": "noise",
     }
 
@@ -86,7 +86,7 @@ def test_a_run_that_does_not_arrive_counts_as_lost():
 @pytest.mark.timeout(300)
 def test_the_command():
     """Its quick form runs two arms with one seed, and tells which command it was."""
-    arms = ["fixed:128:0.002", "adaptive:16:0.002:probe_steps=0"]
+    arms = ["fixed:128:0.002", "adaptive:16:0.002:min_gain=0.05"]
     done = run("--quick", "--json", "-", *arms)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
