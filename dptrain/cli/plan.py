@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dptrain plan", description=_DESCRIPTION)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, such as runs/pysource-20260101-120000")
     parser.add_argument(
-        "--gpus", type=numbers, default=numbers(_ALL), metavar="LIST", help=f"numbers of them to plan for ({_ALL})"
+        "--gpus", type=numbers, metavar="LIST", help=f"numbers of GPUs (default {_ALL}, as far as the data set allows)"
     )
     parser.add_argument("--target", type=float, metavar="LOSS", help="to come to (the lowest of the run)")
     parser.add_argument("--price-per-gpu-hour", type=_positive, metavar="X", help="in $; of any currency")

@@ -13,8 +13,9 @@ from dptrain.control.contrib.kaplan import KaplanLaw, critical_batch_tokens
 from dptrain.control.contrib.pollux import PolluxLaw
 from dptrain.control.contrib.seesaw import SeesawLaw, StaircaseSchedule
 from dptrain.control.goodput import GoodputLaw
-from dptrain.control.grid import BatchSizeGrid, Limits, limited
+from dptrain.control.grid import BatchSizeGrid
 from dptrain.control.learning_rate import RULES, LearningRateRule, LearningRateSchedule, RuleName
+from dptrain.control.limits import Limits, limited
 from dptrain.control.noise_law import NoiseLaw
 from dptrain.control.progress_rate import CriticalRatio
 from dptrain.control.schedule import Constant, Schedule

@@ -6,14 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from dptrain.control.grid import BatchSizeGrid
+from dptrain.control.step_time_model import StepTimeModel
 from dptrain.errors import CheckpointError
 from dptrain.noise import NoiseScale
-
-if TYPE_CHECKING:
-    from dptrain.control.grid import BatchSizeGrid
-    from dptrain.control.step_time_model import StepTimeModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,7 +147,13 @@ def test_what_is_set_stays():
         global_batch_size=8,
         micro_batch_size=2,
         optimizer=OptimizerConfig(
-            learning_rate=1.0, reference_batch_size=4, rule="none", warmup_samples=0, final_fraction=0.0
+            learning_rate=1.0,
+            reference_batch_size=4,
+            rule="none",
+            beta_rule="none",
+            decay_rule="timescale",
+            warmup_samples=0,
+            final_fraction=0.0,
         ),
         control=ControlConfig(smallest=4, largest=64),
         checkpoint=CheckpointConfig(every_samples=7),
@@ -155,7 +161,13 @@ def test_what_is_set_stays():
     )
     assert (config.max_samples, config.global_batch_size, config.micro_batch_size) == (500, 8, 2)
     assert config.optimizer == OptimizerConfig(
-        learning_rate=1.0, reference_batch_size=4, rule="none", warmup_samples=0, final_fraction=0.0
+        learning_rate=1.0,
+        reference_batch_size=4,
+        rule="none",
+        beta_rule="none",
+        decay_rule="timescale",
+        warmup_samples=0,
+        final_fraction=0.0,
     )
     assert (config.control.smallest, config.control.largest) == (4, 64)
     assert (config.checkpoint.every_samples, config.log.eval_every_samples) == (7, 9)

@@ -89,7 +89,7 @@ def make_plan(
     record: RunRecord,
     devices: Devices,
     *,
-    numbers: Sequence[int],
+    numbers: Sequence[int] | None = None,
     target: float | None = None,
     price_per_device_hour: float | None = None,
     flops_budget: float | None = None,
@@ -99,7 +99,8 @@ def make_plan(
     Args:
         record: the run.
         devices: time of a step, fitted to it.
-        numbers: of devices to plan for; for each the layout of a step with the least time to the target is taken.
+        numbers: of devices to plan for; for each the layout of a step with the least time to the target is taken. None:
+            the powers of two up to 4,096 whose batches are within the data set.
         target: loss to come to; the lowest of the run where it is None.
         price_per_device_hour: in any currency.
         flops_budget: to find the sizes of a language model for.
@@ -107,11 +108,13 @@ def make_plan(
     Raises:
         ConfigError: where the run does not tell what is asked for.
     """
-    if not numbers or min(numbers) < 1:
+    if numbers is not None and (not numbers or min(numbers) < 1):
         raise ConfigError(f"numbers of devices must be at least 1, got {list(numbers)}")
     planner = Planner(record, devices, target=target, price_per_device_hour=price_per_device_hour)
     needed, curve = planner.needed, planner.curve
-    knee, ceiling = planner.limits(most=max(numbers))
+    numbers = sorted(set(numbers or [n for n in (1 << power for power in range(13)) if planner.fits(n)] or [1]))
+    points = tuple(planner.at(planner.fastest(number)) for number in numbers)
+    knee, ceiling = planner.limits(numbers)
     return Plan(
         run=record.name,
         device="GPU" if record.summary.get("device") == "cuda" else "replica",
@@ -126,7 +129,7 @@ def make_plan(
         twice_both=needed.implied.noise_scale,
         twice_both_range=planner.twice_both_range,
         update_factor=update_factor(record),
-        points=tuple(planner.at(planner.fastest(number)) for number in sorted(set(numbers))),
+        points=points,
         knee=knee,
         ceiling=ceiling,
         compute_of_run=planner.compute_of_run,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -105,3 +106,45 @@ def test_a_target_that_is_no_number_is_refused():
     """With it."""
     with pytest.raises(ConfigError, match="nan"):
         _plan(target=math.nan)
+
+
+def _epochs_of(num_samples):
+    """An edit that gives a run a data set of this size."""
+
+    def edit(rows, _evals):
+        for row in rows:
+            row["progress/epoch"] = row["progress/samples"] / num_samples
+
+    return edit
+
+
+def test_a_batch_above_the_data_set_is_refused():
+    """A billion devices need a larger batch than there are samples; by default only numbers that fit are planned."""
+    record = ideal_record(edit=_epochs_of(4096))
+    with pytest.raises(ConfigError, match=r"1,000,000,000 devices need a batch of at least .*the data set has 4,096"):
+        _plan(record, numbers=[2, 10**9])
+    found = make_plan(record, devices(record))
+    assert max(point.global_batch_size for point in found.points) <= 4096
+    assert found.points[-1].num_devices < 4096
+
+
+def test_the_knee_is_one_of_the_numbers_in_the_table():
+    """The figure's line stands at a point of the table, and so does the end of gains."""
+    for numbers in (NUMBERS, [3, 24, 192], [7]):
+        plan = _plan(numbers=numbers)
+        assert plan.knee in numbers
+        assert plan.ceiling is None or plan.ceiling in numbers
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_beyond_a_run_whose_rate_falls_there_is_no_plan(schedule):
+    """A target within it is planned; one beyond is refused, with what to do; a constant rate is planned either way."""
+    record = ideal_record()
+    falling, level = (
+        replace(record, config={"optimizer": {"name": "sgd", "schedule": name}}) for name in (schedule, "constant")
+    )
+    beyond = 0.7 * _plan(level).lowest
+    assert _plan(falling).samples_of_run is not None
+    assert _plan(level, target=beyond).samples_of_run is None
+    with pytest.raises(ConfigError, match=rf"learning rate falls \(optimizer.schedule={schedule}\).*--target"):
+        _plan(falling, target=beyond)

@@ -83,15 +83,15 @@ def test_the_interval_encloses_the_estimate_and_history_the_interval(record):
         assert max(low, high) < max(history)
 
 
-def test_a_normalised_update_counts_the_noise_scale_threefold():
-    """For Adam; not for SGD, nor where the optimizer is not known."""
+def test_the_noise_scale_counts_as_often_for_each_optimizer():
+    """The critical ratio has one default, that of the batch law."""
     record = ideal_record()
     plain, sgd, adam = (
         course(replace(record, config=config), loss_curve(record)).noise_scales
         for config in ({}, {"optimizer": {"name": "sgd"}}, {"optimizer": {"name": "adamw"}})
     )
     np.testing.assert_array_equal(plain, sgd)
-    np.testing.assert_allclose(adam, 3 * sgd)
+    np.testing.assert_array_equal(plain, adam)
 
 
 def test_a_run_may_say_how_often_the_noise_scale_counts():
