@@ -58,11 +58,11 @@ def hold(case: BenchmarkCase, *, num_seeds: int, tell: Tell) -> Outcome:
     with Pair() as pair:
         run = told(pair.run, tell)
         run(case.fixed(case.batches[0], learning_rate=case.guess(case.batches[0]), seed=SEARCH_SEEDS[0], most_steps=50))
-        swept = {batch: _search_fixed(case, batch, run=run) for batch in case.batches}
+        swept = {batch: search_fixed(case, batch, run=run) for batch in case.batches}
         searches = {batch: found for batch, found in swept.items() if found.best is not None}
         best = best_searched(searches)
         starts = {ADAPTIVE: case.default_batch, **far_starts(best)}
-        adaptive = _search_adaptive(case, run=run)
+        adaptive = search_adaptive(case, run=run)
         arms, absent = _arms(case, searches=searches, adaptive=adaptive, starts=starts, best=best)
         finishes: dict[str, dict[int, Finish]] = {name: {} for name in arms}
         for seed in range(1, num_seeds + 1):
@@ -123,14 +123,17 @@ def told(run: Run, tell: Tell) -> Run:
     return running
 
 
-def _search_fixed(case: BenchmarkCase, batch: int, *, run: Run) -> Search:
+def search_fixed(case: BenchmarkCase, batch: int, *, run: Run) -> Search:
+    """Search the rate of a fixed batch, by steps."""
+
     def race_at(rate: float, most_steps: float, seed: int) -> Race:
         return case.fixed(batch, learning_rate=rate, seed=seed, most_steps=most_steps)
 
     return search_rate(race_at, start=case.guess(batch), run=run, cost=_steps)
 
 
-def _search_adaptive(case: BenchmarkCase, *, run: Run) -> Search:
+def search_adaptive(case: BenchmarkCase, *, run: Run) -> Search:
+    """Search the rate of the default law from the default batch, by seconds."""
     start = case.default_batch
 
     def race_at(rate: float, most_steps: float, seed: int) -> Race:
@@ -170,8 +173,8 @@ def _arms(
     arms |= {name: _adaptive(case, start, rate) for name, start in starts.items()}
     arms |= {rule_name(rule): _adaptive(case, case.default_batch, rate, rule=rule) for rule in RULES_COMPARED}
     expected = searches[best].end.samples
-    arms[SMITH] = _scheduled(case, _doublings(best, expected), searches[best].rate, rule="none")
-    ramp = _ramp(case.default_batch, best, expected)
+    arms[SMITH] = _scheduled(case, doublings(best, expected), searches[best].rate, rule="none")
+    ramp = linear_ramp(case.default_batch, best, expected)
     arms[RAMP] = _scheduled(case, ramp, rate, rule="square_root")
     reason = adaptdl_policy.absent()
     if reason:
@@ -200,12 +203,12 @@ def _scheduled(case: BenchmarkCase, stages: Sequence[tuple[int, int]], rate: flo
     )
 
 
-def _doublings(best: int, expected: float) -> list[tuple[int, int]]:
+def doublings(best: int, expected: float) -> list[tuple[int, int]]:
     """Return a batch that begins at half of the best fixed one and doubles at equal distances, at a rate that stays."""
     return [(round(number * expected / _SMITH_STAGES), best * 2**number // 2) for number in range(_SMITH_STAGES)]
 
 
-def _ramp(first: int, best: int, expected: float) -> list[tuple[int, int]]:
+def linear_ramp(first: int, best: int, expected: float) -> list[tuple[int, int]]:
     """Return a batch that grows in a line, from the default one to twice the best over the expected samples."""
     steps = max(2, min(32, (2 * best - first) // 2))
     return [

@@ -22,6 +22,25 @@ _context = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepDelay:
+    """Real sleep in each step of a training, which makes the step times of other hardware.
+
+    Attributes:
+        per_step_s: before each optimizer step, as an all-reduce over a slow network would take.
+        per_sample_s: of a micro-batch, in its forward.
+        full_at_samples: micro-batch up to which that takes as long as this one: a device that is not full.
+    """
+
+    per_step_s: float = 0.0
+    per_sample_s: float = 0.0
+    full_at_samples: int = 0
+
+    def micro_batch_s(self, num_samples: int) -> float:
+        """Return the sleep in the forward of a micro-batch."""
+        return self.per_sample_s * max(num_samples, self.full_at_samples)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Race:
     """A training and where it ends.
 
@@ -32,6 +51,7 @@ class Race:
         most_seconds: of training, after which it is given up.
         least_samples: that it goes on for at least, beyond the target.
         policy: "dptrain" or "adaptdl": who decides on the batch.
+        delay: added to its steps.
     """
 
     settings: dict[str, Any]
@@ -40,6 +60,7 @@ class Race:
     most_seconds: float = math.inf
     least_samples: float = 0.0
     policy: str = "dptrain"
+    delay: StepDelay = StepDelay()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from benchmarks.targets.adaptdl_policy import AdaptdlPolicy
-from benchmarks.targets.timed_run import Finish, Mark, Race
+from benchmarks.targets.timed_run import Finish, Mark, Race, StepDelay
 from dptrain.config.filled_in import given, largest_micro_batch_size
 from dptrain.errors import DivergedError
 from dptrain.tracking.jsonl import read_rows
@@ -52,6 +53,7 @@ class Racer(Trainer):
         self.reason = ""
         if race.policy == "adaptdl":
             self._hand_over()
+        self._slow_down(race.delay)
 
     def _train(self, *arguments: Any) -> Any:  # noqa: ANN401 - handed on
         dist.barrier()
@@ -78,6 +80,17 @@ class Racer(Trainer):
         elif not reached or progress.position < self._race.least_samples:
             return
         raise _Over
+
+    def _slow_down(self, delay: StepDelay) -> None:
+        """Sleep in each forward of the training and before each optimizer step; evaluations are not slowed."""
+
+        def forward(model: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if model.training and delay.per_sample_s:
+                time.sleep(delay.micro_batch_s(len(arguments[0])))
+
+        if delay != StepDelay():
+            self._bare_model.register_forward_pre_hook(forward)
+            self._optimizer.register_step_pre_hook(lambda *_: time.sleep(delay.per_step_s))
 
     def _is_late(self, seconds: float) -> bool:
         """Return whether rank 0 has trained for too long. A collective."""
