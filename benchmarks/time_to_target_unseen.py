@@ -104,8 +104,8 @@ def compare(
 ) -> Comparison:
     """Run all arms with each seed.
 
-    A fixed batch does not react to time: under a delay it is run without it for its steps, and with it for 30 steps that
-    are timed. Adaptive and scheduled arms sleep in each of their steps.
+    A fixed batch does not react to time: under a delay it is run without it for its steps, and with it for 30 steps
+    that are timed. Adaptive and scheduled arms sleep in each of their steps.
 
     Args:
         case: the task.
@@ -197,7 +197,7 @@ def findings(found: Mapping[tuple[str, str], Comparison]) -> harness.Findings:
             "seconds": "{shown_seconds}",
             f"to best fixed, median [{_LEVEL:.0%}]": "{shown_ratio}",
         },
-        note="Ratios are paired by seed, the interval is that of their geometric mean; rates were searched without delay.",
+        note="Ratios are paired by seed, with the interval of their geometric mean. Rates were searched without delay.",
     )
 
 
