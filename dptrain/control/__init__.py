@@ -14,7 +14,7 @@ from dptrain.control.contrib.pollux import PolluxLaw
 from dptrain.control.contrib.seesaw import SeesawLaw, StaircaseSchedule
 from dptrain.control.goodput import GoodputLaw
 from dptrain.control.grid import BatchSizeGrid
-from dptrain.control.learning_rate import RULES, LearningRateRule, LearningRateSchedule, RuleName
+from dptrain.control.learning_rate import RULES, LearningRateRule, LearningRateSchedule, RateCheck, RuleName
 from dptrain.control.limits import Limits, limited
 from dptrain.control.noise_law import NoiseLaw
 from dptrain.control.progress_rate import CriticalRatio
@@ -40,6 +40,7 @@ __all__ = [
     "Measurement",
     "NoiseLaw",
     "PolluxLaw",
+    "RateCheck",
     "RuleName",
     "Schedule",
     "SeesawLaw",

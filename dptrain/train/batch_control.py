@@ -9,12 +9,15 @@ from typing import Any
 from dptrain.config.built import betas, controller
 from dptrain.config.filled_in import given
 from dptrain.config.train_config import TrainConfig
-from dptrain.control import RULES, Measurement
+from dptrain.control import RULES, Measurement, RateCheck
 from dptrain.control.adapter import Adapter
 from dptrain.noise import NoiseScale
 from dptrain.runtime.step_reduction import StepRecord
 from dptrain.tracking.run_log import RunLog, noise_columns
 from dptrain.train.progress import Progress
+
+_PATIENCE_SHARE = 10
+"""Part of the run without a lower loss after which the loss counts as standing still: one in ten."""
 
 
 class BatchControl:
@@ -31,6 +34,7 @@ class BatchControl:
         self._world_size = world_size
         self._on_record: Mapping[int, int] = {}
         self._record_end = 0
+        self._rate_check = RateCheck(patience_samples=given(config.max_samples) // _PATIENCE_SHARE)
         self.adapter = Adapter(
             controller(config, world_size=world_size),
             rule=RULES[given(config.optimizer.rule)],
@@ -55,6 +59,14 @@ class BatchControl:
 
     def decide(self, record: StepRecord, progress: Progress, measurement: Measurement, log: RunLog) -> Progress:
         """Return the progress with the batch and the rate from the next step on; log a change of the batch."""
+        self._rate_check, warning = self._rate_check.after(
+            measurement.noise_scale,
+            batch=progress.global_batch_size,
+            samples_seen=measurement.samples_seen,
+            loss=measurement.loss,
+        )
+        if warning is not None:
+            log.note(warning)
         if self._mode not in ("advise", "adapt"):
             return progress
         applied, is_on_record = self._mode == "adapt", record.step <= self._record_end
