@@ -22,6 +22,7 @@ from dptrain.explain.model.frontier import Verdict
 SMALLEST_R2 = 0.84
 LARGEST_RMS_DECADES = 0.5
 _NUM_PROCESSES = 2
+_FEWEST_RANKED = 4
 
 
 def measure(quick: bool) -> harness.Findings:  # noqa: FBT001 - the harness's own signature
@@ -61,6 +62,7 @@ def _figures(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         "largest_miss_decades": max(abs(_miss(row)) for row in late),
         # A correlation needs three.
         **{f"trained_{name}": value for name, value in (_agreement(trained) if len(trained) > 2 else {}).items()},
+        **_rank_within([row for row in late if row["kind"] == "supervised"]),
         **{f"both_targets_{name}": value for name, value in _agreement(placed).items()},
         **{f"{way}_{name}": found[name] for way, found in others.items() for name in ("r2", "rms_decades")},
         "num_grown": sum(_grows(found) for found in stages),
@@ -78,6 +80,16 @@ def _agreement(rows: Sequence[dict[str, Any]], *, average: str = "noise_scale") 
         "r2": float(np.corrcoef(truth, predicted)[0, 1] ** 2),
         "rms_decades": math.sqrt(float(np.mean((predicted - truth) ** 2))),
     }
+
+
+def _rank_within(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return Spearman's rank correlation within the supervised tasks, which says whether it tells two tasks apart."""
+    if len(rows) < _FEWEST_RANKED:
+        return {}
+    from scipy.stats import spearmanr
+
+    found = spearmanr([row["critical_batch_size"] for row in rows], [row["noise_scale"] for row in rows])
+    return {"supervised_spearman": float(found.statistic)}
 
 
 def _miss(row: dict[str, Any]) -> float:

@@ -149,6 +149,17 @@ def test_headline_takes_the_late_targets_and_trained_models_have_figures_of_thei
     assert figures["both_targets_rms_decades"] == pytest.approx(math.sqrt(5 / 5))
 
 
+def test_the_rank_correlation_is_within_the_supervised_tasks():
+    """Five tasks in the right order but for one pair have 0.9, whatever the quadratics do; three have none."""
+    rows = [
+        _found(str(n), critical=10.0 * n, noise=noise, kind="supervised")
+        for n, noise in enumerate((5.0, 8.0, 7.0, 9.0, 20.0), start=1)
+    ]
+    rows.append(_found("q", critical=1e6, noise=1.0, kind="quadratic"))
+    assert prediction._figures(rows)["supervised_spearman"] == pytest.approx(0.9)
+    assert "supervised_spearman" not in prediction._figures([*rows[:3], rows[-1]])
+
+
 # The average over a run
 
 
