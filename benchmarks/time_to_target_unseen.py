@@ -133,8 +133,13 @@ def compare(
 
 
 def _step_s(case: BenchmarkCase, batch: int, rate: float, *, delay: StepDelay, run: Run) -> float:
-    race = case.fixed(
-        batch, learning_rate=rate, seed=0, most_steps=_TIMED_STEPS, eval_every_samples=_TIMED_STEPS * batch
+    race = case.race(
+        batch=batch,
+        learning_rate=rate,
+        seed=0,
+        control={"mode": "off", "law": "constant"},
+        most_steps=_TIMED_STEPS,
+        eval_every_samples=_TIMED_STEPS * batch,
     )
     finish: Finish = run(dataclasses.replace(race, delay=delay, target=-math.inf))
     return statistics.median(value for values in finish.step_s.values() for value in values)
