@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -45,6 +45,8 @@ _WORLD_SIZE = 2
 _NOISY_TARGET = 0.01
 _LARGEST_BATCH = 1 << 20
 _TIMED_STEPS = 10
+_LARGEST_TIMED = 1 << 14
+"""Up to which all batches count as timed: the line that the times were made of holds for each."""
 _MOST_NOISY_STEPS = 5_000
 _HALVINGS = 10
 
@@ -268,7 +270,7 @@ def law_of(exchange_rate: float, *, powers_of_two: bool = False, goodput: bool =
         powers_of_two: the default grid, and the default least gain.
         goodput: the goodput law, which finds the exchange rate in the times of steps.
     """
-    least, cool_down = (0.02, 5) if powers_of_two else (0.0, 0)
+    least, cool_down = 0.02 if powers_of_two else 0.0, 0  # a noise scale that is told has no measurements to wait for
     law: Controller = NoiseLaw(samples_per_step=exchange_rate, min_gain=least, cool_down=cool_down)
     if goodput:
         law = GoodputLaw(
@@ -289,7 +291,7 @@ def timed(exchange_rate: float) -> StepTimeModel:
             times = times.timed(shape, exchange_rate + batch)
     model = times.model()
     assert model is not None
-    return model
+    return replace(model, timed_batches=tuple(range(_WORLD_SIZE, _LARGEST_TIMED, _WORLD_SIZE)))
 
 
 def first_batch(exchange_rate: float) -> int:

@@ -39,7 +39,7 @@ _RULES: Mapping[str, Callable[[float], float]] = {
     "linear": lambda multiple: multiple,
     "none": lambda _multiple: 1.0,
 }
-_UNUSED = ("samples_per_step", "tolerance", "tokens_per_sample", "ramp_to", "ramp_samples", "schedule")
+_UNUSED = ("ratio", "samples_per_step", "schedule")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +194,7 @@ def _arguments(trunk: _Trunk, *, multiple: int, options: argparse.Namespace, fol
         "control.law": "constant",
         "control.mode": "off",
         **{f"control.{name}": "null" for name in _UNUSED},
+        "control.law_options": "{}",
         "optimizer.reference_batch_size": "null",
         "optimizer.learning_rate": trunk.learning_rate * _RULES[options.rule](multiple),
         # The rate in force is held: a schedule would end elsewhere, and a warm-up begin anew.

@@ -216,7 +216,7 @@ def _check_law_options(control: ControlConfig) -> None:
     known = _LAW_OPTIONS.get(control.law, ())
     if unknown := sorted(set(control.law_options) - set(known)):
         taken = ", ".join(known) or "none"
-        raise ConfigError(f"control.law={control.law} has no option {', '.join(unknown)}; it takes {taken}")
+        raise ConfigError(f"control.law_options of {control.law} has no option {', '.join(unknown)}; it takes {taken}")
     if control.law == "kaplan" and "tokens_per_sample" not in control.law_options:
         raise ConfigError("control.law=kaplan needs control.law_options.tokens_per_sample")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dptrain.errors import ConfigError
@@ -59,10 +60,12 @@ class BatchSizeGrid:
         Growth stops at the double because the noise scale of a larger batch is measured better on the way. A batch
         that is far too large costs as many times more in each step, so the way down has no limit.
         """
-        points = [self.first]
-        while points[-1] < min(2 * batch, self.last):
-            points.append(self._next(points[-1]))
-        return tuple(point for point in points if point <= 2 * batch)
+        top = min(2 * batch, self.last)
+        # Of multiples sixteen to an octave: between two of them nothing is gained.
+        ratio = 2.0 if self.powers_of_two else 2 ** (1 / 16)
+        count = max(math.ceil(math.log(max(top / self.first, 1.0), ratio)), 0)
+        points = {self.nearest(top / ratio**k) for k in range(count + 1)} | {self.first}
+        return tuple(sorted(point for point in points if point <= max(top, self.first)))
 
     def _below(self, batch: float) -> int:
         count = max(int(batch // self.quantum), 1)

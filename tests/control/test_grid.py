@@ -39,7 +39,9 @@ def test_candidates_are_all_smaller_ones_and_the_double():
     assert grid.candidates(64) == (16, 32, 64, 128)
     assert grid.candidates(1024) == (16, 32, 64, 128, 256, 512, 1024)
     assert grid.candidates(8) == (16,)
+    assert grid.candidates(48) == (16, 32, 64)
     assert BatchSizeGrid(quantum=8, largest=64, powers_of_two=False).candidates(16) == (8, 16, 24, 32)
+    assert len(BatchSizeGrid(quantum=1, largest=1 << 20, powers_of_two=False).candidates(1 << 18)) < 320
 
 
 @pytest.mark.parametrize(
