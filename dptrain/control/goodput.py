@@ -15,9 +15,6 @@ from dptrain.errors import ConfigError
 _OPTIMISM = 1.5
 """Standard deviations of the step time by which a batch whose time is not known is taken to be faster. Tuned on: the
 simulated runs of `tests/control/simulation.py`; 1 stays too small at 300 ms per step, 2 turns back more often."""
-_UNKNOWN_SD = 0.08
-"""Relative standard deviation above which the ratio of two step times counts as not known: twice that of two batches
-which were just timed, and what is left of one that was timed 200 steps ago. Tuned on: the same runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +65,17 @@ class GoodputLaw(ProgressLaw):
         return None if is_timed else f"step time of {present} not measured yet"
 
     def exploration(self, gains: Mapping[int, Gain], measurement: Measurement) -> Decision | None:
-        """Return a neighbour whose step time is not known, where it may well be faster or nothing else was timed."""
-        present, timed = measurement.global_batch_size, _model(measurement).timed_batches
-        near = [g for b, g in gains.items() if g.time_sd > _UNKNOWN_SD and present / 2 <= b <= 2 * present]
+        """Return a neighbour that was not timed lately, where it may well be faster or nothing else was timed."""
+        present, model = measurement.global_batch_size, _model(measurement)
+        # By age and not by deviation: where times scatter no number of tries would bring that down.
+        near = [g for b, g in gains.items() if b not in model.recent_batches and present / 2 <= b <= 2 * present]
         if not near:
             return None
         best = max(near, key=_hoped)
         if _hoped(best) > self.min_gain:
-            why = f"its step time is not known, up to {math.expm1(_hoped(best)):+.0%} progress per second"
-        elif len(timed) == 1:
-            why = f"only {timed[0]} was timed so far"
+            why = f"its step time was not measured lately, up to {math.expm1(_hoped(best)):+.0%} progress per second"
+        elif not model.is_split_known:
+            why = f"only {present} was timed so far"
         else:
             return None
         return Decision(

@@ -28,6 +28,8 @@ _HALF_LIFE_STEPS = 100
 """Steps in which the variance of a shape that is not run any more doubles: machines have slow spells, and a shape that
 was timed in one alone would keep the batch from it for ever. Tuned on: the slow spells of the two-core machine of
 `benchmarks.time_to_target`, some hundred steps long."""
+_RECENT_STEPS = 2 * _HALF_LIFE_STEPS
+"""Age up to which a shape counts as timed lately: there its variance is four times that of a fresh one."""
 _MODEL_ERROR = 0.02
 """Relative error of a median that more steps do not average away, at the present batch and once more for each doubling
 away from it: the line is not the machine, and a decision asks for the neighbours of the present batch."""
@@ -165,5 +167,6 @@ class StepTimes:
             variance = math.pi / 2 * noise**2 / len(entry.seconds)  # π/2: of a median
             variance += _MODEL_ERROR**2 * (1 + doublings**2)
             variance *= 2.0 ** (age / _HALF_LIFE_STEPS)
-            times.append(ShapeTime(shape=entry.shape, seconds=entry.median_s, variance=variance))
+            is_recent = age <= _RECENT_STEPS
+            times.append(ShapeTime(shape=entry.shape, seconds=entry.median_s, variance=variance, is_recent=is_recent))
         return fit(times, error=median(errors) if errors else None)

@@ -57,6 +57,7 @@ class StepTimeModel:
         full_at_samples: k, the micro-batch up to which a forward–backward takes no longer; 0 where none is seen.
         world_size: number of replicas that it holds for.
         timed_batches: the global batches that it was fitted to, rising.
+        recent_batches: those of them that were timed lately.
         error: relative error of its predictions of shapes not timed before, the median; None where it made none.
     """
 
@@ -67,14 +68,15 @@ class StepTimeModel:
     full_at_samples: float
     world_size: int
     timed_batches: tuple[int, ...]
+    recent_batches: tuple[int, ...]
     error: float | None
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> StepTimeModel:
         """Return what `asdict` wrote; JSON has lists for tuples."""
         first, second, third = (tuple(row) for row in record["covariance"])
-        batches = tuple(record["timed_batches"])
-        return cls(**{**record, "covariance": (first, second, third), "timed_batches": batches})
+        batches = {name: tuple(record[name]) for name in ("timed_batches", "recent_batches")}
+        return cls(**{**record, **batches, "covariance": (first, second, third)})
 
     @property
     def is_split_known(self) -> bool:
@@ -109,11 +111,19 @@ class StepTimeModel:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeTime:
-    """The time of one shape, for `fit`: the median of its durations and the variance of the logarithm of that."""
+    """The time of one shape, for `fit`.
+
+    Attributes:
+        shape: which one.
+        seconds: median of its durations.
+        variance: of the logarithm of that.
+        is_recent: whether it was timed lately.
+    """
 
     shape: StepShape
     seconds: float
     variance: float
+    is_recent: bool = True
 
 
 def fit(times: Sequence[ShapeTime], *, error: float | None = None) -> StepTimeModel:
@@ -155,6 +165,7 @@ def fit(times: Sequence[ShapeTime], *, error: float | None = None) -> StepTimeMo
         full_at_samples=knee,
         world_size=times[-1].shape.world_size,
         timed_batches=tuple(sorted({time.shape.global_batch_size for time in times})),
+        recent_batches=tuple(sorted({time.shape.global_batch_size for time in times if time.is_recent})),
         error=error,
     )
 

@@ -25,6 +25,7 @@ def model(per_step=0.0, per_micro_batch=0.0, per_sample=0.0, *, sd=0.0, timed=AL
         full_at_samples=full_at,
         world_size=world,
         timed_batches=timed,
+        recent_batches=timed,
         error=None,
     )
 
@@ -91,7 +92,9 @@ def test_a_neighbour_whose_time_is_not_known_is_tried_once():
     guess = model(0.07, 0.001, 0.001, sd=0.5, timed=(32, 64))
     tried = decided(law(), Known(80.0, 1.05), batch=64, step_time=guess)
     assert tried.global_batch_size == 128
-    assert tried.reason.startswith("noise scale 80 [72.6, 88.2]; timing 128: its step time is not known, up to +")
+    assert tried.reason.startswith(
+        "noise scale 80 [72.6, 88.2]; timing 128: its step time was not measured lately, up to +"
+    )
     known = model(0.07, 0.001, 0.001, sd=0.01, timed=(32, 64, 128))
     assert decided(law(), Known(80.0, 1.05), batch=64, step_time=known).global_batch_size == 64
 

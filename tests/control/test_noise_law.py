@@ -116,6 +116,7 @@ def model(per_step=0.01, per_micro_batch=0.001, per_sample=0.001, *, sd=0.02, ti
         full_at_samples=0.0,
         world_size=1,
         timed_batches=timed,
+        recent_batches=timed,
         error=0.1,
     )
 

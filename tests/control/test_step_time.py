@@ -147,6 +147,15 @@ def test_a_second_accumulation_settles_what_the_first_shapes_leave_open():
     assert both.model().seconds(shape(32, 4)) == pytest.approx(truth(shape(32, 4)), rel=0.1)
 
 
+def test_a_batch_that_was_not_run_lately_is_not_recent():
+    """Up to 200 steps after its last one a batch counts as timed lately, and as timed for ever."""
+    truth = line(1, 0, 0.1)
+    times = timed(truth, [shape(8, 1)], times=timed(truth, [shape(4, 1)]), steps=150)
+    assert times.model().recent_batches == (4, 8)
+    times = timed(truth, [shape(8, 1)], times=times, steps=100)
+    assert (times.model().timed_batches, times.model().recent_batches) == ((4, 8), (8,))
+
+
 def test_error_is_that_of_predictions_made_beforehand():
     """The error is the median over shapes of how far the model was off before it had timed them."""
     straight = line(1, 0, 0.1)

@@ -28,6 +28,7 @@ def pretend(monkeypatch, *, per_step_s):
         full_at_samples=0.0,
         world_size=1,
         timed_batches=tuple(1 << k for k in range(10)),
+        recent_batches=tuple(1 << k for k in range(10)),
         error=None,
     )
     monkeypatch.setattr(StepTimer, "model", model)

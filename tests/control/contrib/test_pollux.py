@@ -22,6 +22,7 @@ def model(per_step, per_micro_batch, per_sample, *, full_at=0.0):
         full_at_samples=full_at,
         world_size=2,
         timed_batches=tuple(1 << k for k in range(20)),
+        recent_batches=tuple(1 << k for k in range(20)),
         error=0.0,
     )
 
