@@ -25,8 +25,8 @@ RECORDED = {
         "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945",
     ),
     "noise": (
-        "ed2f8e8e4511260c7a1bca66a7b13928f690cd258cfd11ff150610c2ab84c079",
-        "4b8eea225286b138ebf6a6946e08fd36f07a14f9eac7f91e010e0dfc9c7ab7fd",
+        "1ced771a9d4a6f6f5b02c5ba9dfea13b40a4f81b03891c2299867e48cad6f873",
+        "78b3e2fd4e7e5fef8823dfb2c8480744beb1cff673f145034bab4ef9d9baf549",
     ),
 }
 """law → (sha256 of the parameters, sha256 of the decisions), of torch 2.13 on x86-64.
