@@ -1,0 +1,205 @@
+"""Tokens in memory-mapped .bin files or arrays, cut into windows of equal length; tokenizers are not known here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dptrain.errors import ConfigError
+
+Tokens = NDArray[Any]
+"""Unsigned integers, shape (tokens,)."""
+
+_HEADER_INTS = 256
+# First number of the 1,024-byte header that llm.c's tools write, and the type of the tokens behind it.
+_MAGIC = {20240520: "uint16", 20240801: "uint32"}
+_MAX_OPEN_FILES = 256  # a process has 1,024 descriptors by default, and a map keeps one
+_BLOCK = 1 << 20
+_MAX_CHECKED_BLOCKS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFile:
+    """One file of raw tokens in the machine's byte order, as nanoGPT's `prepare.py` writes them.
+
+    Attributes:
+        path: of the file.
+        dtype: `uint16` or `uint32`.
+        offset_bytes: before the first token.
+        num_tokens: in the file.
+    """
+
+    path: Path
+    dtype: str
+    offset_bytes: int
+    num_tokens: int
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    def open(self) -> Tokens:
+        """Map the file into memory."""
+        # A plain array over the map: slicing the subclass np.memmap costs 2 µs more each.
+        mapped = np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset_bytes, shape=(self.num_tokens,))
+        return np.asarray(mapped)
+
+
+def token_file(path: Path, *, dtype: str | None = None) -> TokenFile:
+    """Describe a .bin file: with a header of llm.c's tools, or raw.
+
+    Args:
+        path: of the file.
+        dtype: of raw tokens, `uint16` or `uint32`; uint16 where not given, as nanoGPT writes them.
+
+    Raises:
+        ConfigError: where the file cannot be read, or its size is no whole number of tokens.
+    """
+    if dtype not in (None, "uint16", "uint32"):
+        raise ConfigError(f"the tokens of a .bin file are uint16 or uint32, got {dtype!r}")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = np.frombuffer(file.read(4 * _HEADER_INTS), dtype="<i4", count=-1 if size >= 4 * _HEADER_INTS else 0)
+    except OSError as error:
+        raise ConfigError(f"token file {path} cannot be read: {error.strerror or error}") from error
+    found = _MAGIC.get(int(head[0])) if len(head) == _HEADER_INTS else None
+    if found is not None and dtype not in (None, found):
+        raise ConfigError(f"the header of token file {path} says {found}, but dtype is {dtype}")
+    kind, offset = (found, 4 * _HEADER_INTS) if found is not None else (dtype or "uint16", 0)
+    itemsize = np.dtype(kind).itemsize
+    if (size - offset) % itemsize:
+        raise ConfigError(f"token file {path} has {size - offset} bytes, no whole number of {kind} tokens")
+    return TokenFile(path=path, dtype=kind, offset_bytes=offset, num_tokens=(size - offset) // itemsize)
+
+
+def find_token_files(path: Path, *, dtype: str | None = None) -> tuple[list[TokenFile], list[TokenFile]]:
+    """Return the training and the held-out files of a .bin file or of a folder of them, in the order of their names.
+
+    Held out are the files with `val` in their name, as in nanoGPT's `val.bin`; there may be none.
+
+    Raises:
+        ConfigError: where there is no file to train on, or one cannot be read.
+    """
+    paths = [path] if path.is_file() else sorted(path.glob("*.bin"))
+    files = [token_file(found, dtype=dtype) for found in paths]
+    train = [file for file in files if "val" not in file.path.stem or len(files) == 1]
+    if not train:
+        raise ConfigError(f"no token file to train on: {path} must be a .bin file or a folder that holds some")
+    return train, [file for file in files if file not in train]
+
+
+class TokenWindows(Dataset[Tensor]):
+    """Windows of tokens, all of one length, numbered through all files; none reaches from one file into the next.
+
+    A window is uint8 where the tokens are bytes, else int32: the embedding takes both, and the copy to a GPU is half
+    of that of int64.
+
+    Args:
+        sources: files, or arrays of tokens.
+        size: tokens in a window.
+        stride: from the start of one window to the start of the next; `size` where not given.
+        every: keep one window in so many.
+
+    Raises:
+        ConfigError: where no source is long enough for a window.
+    """
+
+    def __init__(
+        self, sources: Sequence[TokenFile | Tokens], *, size: int, stride: int | None = None, every: int = 1
+    ) -> None:
+        self._sources = tuple(sources)
+        self._size = size
+        self._stride = stride or size
+        self._every = every
+        counts = [max(0, (len(source) - size) // self._stride + 1) for source in self._sources]
+        self._ends = np.cumsum(counts)
+        self._num_windows = int(self._ends[-1]) if counts else 0
+        if not self._num_windows:
+            raise ConfigError(f"{sum(map(len, self._sources))} tokens are too few for one window of {size}")
+        is_bytes = all(_dtype(source) == np.uint8 for source in self._sources)
+        self._dtype: type[np.generic] = np.uint8 if is_bytes else np.int32
+        self._opened: dict[int, Tokens] = {}
+
+    def __len__(self) -> int:
+        return math.ceil(self._num_windows / self._every)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < len(self):
+            raise IndexError(f"windows are numbered 0 … {len(self) - 1}, got {index}")
+        return self.read_batch(np.array([index]))[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        return list(self.read_batch(np.array(indices)))
+
+    def read_batch(self, indices: NDArray[np.int64]) -> Tensor:
+        """Return the windows of these numbers at once, shape (windows, size)."""
+        numbers = indices * self._every
+        shards = np.searchsorted(self._ends, numbers, side="right")
+        firsts = np.concatenate(([0], self._ends))[shards]
+        batch = np.empty((len(indices), self._size), dtype=self._dtype)
+        starts = ((numbers - firsts) * self._stride).tolist()
+        for row, (shard, start) in enumerate(zip(shards.tolist(), starts, strict=True)):
+            batch[row] = self._tokens(shard)[start : start + self._size]
+        return torch.from_numpy(batch)
+
+    def spread(self, at_most: int) -> TokenWindows:
+        """Return at most so many of these windows, evenly spread over the text."""
+        every = self._every * math.ceil(len(self) / at_most)
+        return TokenWindows(self._sources, size=self._size, stride=self._stride, every=every)
+
+    def largest_token(self) -> int:
+        """Return the largest token: of all up to 64 Mi tokens, else of 64 blocks spread over each file."""
+        return max(int(_spot_check(self._tokens(number))) for number in range(len(self._sources)))
+
+    def _tokens(self, shard: int) -> Tokens:
+        source = self._sources[shard]
+        if not isinstance(source, TokenFile):
+            return source
+        if shard not in self._opened:
+            if len(self._opened) >= _MAX_OPEN_FILES:
+                self._opened.clear()
+            self._opened[shard] = source.open()
+        return self._opened[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A map would be pickled as a copy of the whole file, once for each loading process.
+        return {**self.__dict__, "_opened": {}}
+
+
+def _dtype(source: TokenFile | Tokens) -> np.dtype[Any]:
+    return np.dtype(source.dtype)
+
+
+def _spot_check(tokens: Tokens) -> int:
+    num_blocks = -(-len(tokens) // _BLOCK)
+    chosen = np.unique(np.linspace(0, num_blocks - 1, min(num_blocks, _MAX_CHECKED_BLOCKS)).round().astype(int))
+    return max((int(tokens[block * _BLOCK : (block + 1) * _BLOCK].max()) for block in chosen), default=0)
+
+
+def split_off(
+    files: Sequence[TokenFile | Tokens], *, num_tokens: int
+) -> tuple[list[TokenFile | Tokens], list[TokenFile | Tokens]]:
+    """Return the sources without the last tokens of the last one, and those tokens.
+
+    Raises:
+        ConfigError: where the last source is not longer than that.
+    """
+    *others, last = files
+    kept = len(last) - num_tokens
+    if kept < 1:
+        raise ConfigError(f"{num_tokens} tokens cannot be held out of the {len(last)} of the last file")
+    if not isinstance(last, TokenFile):
+        return [*others, last[:kept]], [last[kept:]]
+    offset = last.offset_bytes + kept * np.dtype(last.dtype).itemsize
+    head = TokenFile(path=last.path, dtype=last.dtype, offset_bytes=last.offset_bytes, num_tokens=kept)
+    tail = TokenFile(path=last.path, dtype=last.dtype, offset_bytes=offset, num_tokens=num_tokens)
+    return [*others, head], [tail]
