@@ -29,6 +29,9 @@ class SlotSource(Dataset[tuple[int, Batch]]):
     of 64 numbers, on one CPU core). Most datasets draw nothing, so a micro-batch is first read from one fixed seed; if
     afterwards the generators give what they give right after that seed, no sample drew, and each is what its own seed
     would have made it. Otherwise it is read again sample by sample, each from its own seed, and so is all that follows.
+
+    A dataset with a method `read_batch` (array of indices → collated micro-batch) is read by it alone, where torch's
+    own collation would follow: it promises to draw nothing, and saves the samples' way through Python one by one.
     """
 
     def __init__(
@@ -38,9 +41,13 @@ class SlotSource(Dataset[tuple[int, Batch]]):
         self._stream = stream
         self._collate = collate
         self._draws_random_numbers = False
+        # Only beside torch's own collation: what another one makes of samples is not known here.
+        self._read_batch = getattr(dataset, "read_batch", None) if collate is default_collate else None
 
     def __getitem__(self, slot: Slot) -> tuple[int, Batch]:
         positions = np.arange(slot.position, slot.position + max(1, slot.num_samples))  # 1: the filler
+        if self._read_batch is not None:
+            return slot.position, self._read_batch(self._stream.indices(positions))
         indices = self._stream.indices(positions).tolist()
         samples = self._read(indices, first_position=slot.position)
         if self._collate is not default_collate:  # which draws nothing

@@ -3,7 +3,11 @@
 from dptrain.tasks.base import Batch, LossFunction, Suggestion, Task
 from dptrain.tasks.digits import digits
 from dptrain.tasks.evaluation_check import check_evaluation
+from dptrain.tasks.gpt import gpt
+from dptrain.tasks.huggingface import huggingface
+from dptrain.tasks.images import images
 from dptrain.tasks.known import KnownAnswer, exact_noise, known_answer, linear, quadratic
+from dptrain.tasks.mnist1d import mnist1d
 from dptrain.tasks.patches import patches
 from dptrain.tasks.pictures import pictures
 from dptrain.tasks.pysource import pysource
@@ -20,8 +24,12 @@ __all__ = [
     "check_task",
     "digits",
     "exact_noise",
+    "gpt",
+    "huggingface",
+    "images",
     "known_answer",
     "linear",
+    "mnist1d",
     "patches",
     "pictures",
     "pysource",

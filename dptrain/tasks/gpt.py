@@ -12,11 +12,11 @@ from types import MappingProxyType
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dptrain.data.text_files import Text, read_text
 from dptrain.data.token_files import TokenFile, Tokens, TokenWindows, find_token_files, split_off
 from dptrain.errors import ConfigError
 from dptrain.models import SIZES, ExpertsConfig, Gpt, GptConfig
 from dptrain.tasks.base import Suggestion, Task
-from dptrain.tasks.text_files import Text, read_text
 
 _EVAL_TOKENS = 1 << 20
 _HELD_OUT_SHARE = 20
@@ -103,8 +103,8 @@ def gpt(
         capacity_factor: limits the tokens that an expert takes, see `ExpertsConfig`.
 
     Returns:
-        The task; a sample is a window of context + 1 tokens. Its loss is in nats per token; `perplexity`, and for bytes
-        `bits_per_byte`, are among its figures.
+        The task; a sample is a window of context + 1 tokens. Its loss is in nats per token; `perplexity`, or for bytes
+        `bits_per_byte`, is among its figures.
 
     Raises:
         ConfigError: where the data cannot be read or an argument is out of bounds.
@@ -120,7 +120,14 @@ def gpt(
     experts = None
     if num_experts is not None:
         experts = ExpertsConfig(num_experts=num_experts, top_k=top_k, capacity_factor=capacity_factor)
-    shape: dict[str, object] = {"context": context, "width": width, "depth": depth, "heads": heads, "tied": tied, "experts": experts}
+    shape: dict[str, object] = {
+        "context": context,
+        "width": width,
+        "depth": depth,
+        "heads": heads,
+        "tied": tied,
+        "experts": experts,
+    }
     shape |= {"positions": positions, "feed_forward": feed_forward}
     shape["vocab_size"] = vocab_size or (50304 if text is None else text.vocab_size)
     config = replace(SIZES[size], **{key: value for key, value in shape.items() if value is not None})  # type: ignore[arg-type]
@@ -129,7 +136,7 @@ def gpt(
         _check_tokens(train, held_out, path=path, vocab_size=vocab_size, largest=config.vocab_size)
     return language_task(
         f"gpt-{size}",
-        config,
+        Gpt(config),
         train=train,
         held_out=held_out.spread(max(1, _EVAL_TOKENS // config.context)),
         suggestion=SUGGESTIONS[size],
@@ -139,23 +146,24 @@ def gpt(
 
 def language_task(
     name: str,
-    config: GptConfig,
+    model: nn.Module,
     *,
     train: TokenWindows,
     held_out: TokenWindows,
     suggestion: Suggestion,
     is_bytes: bool,
 ) -> Task:
-    """Return the task of a model of this shape on windows of context + 1 tokens."""
-    metrics: dict[str, Callable[[float], float]] = {"perplexity": _perplexity}
-    if is_bytes:
-        metrics["bits_per_byte"] = nats_to_bits
+    """Return the task of a model on windows of context + 1 tokens."""
+    experts = model.config.experts if isinstance(model, Gpt) else None
+    metrics: Mapping[str, Callable[[float], float]] = (
+        {"bits_per_byte": nats_to_bits} if is_bytes else {"perplexity": perplexity}
+    )
     return Task(
         name=name,
-        model=Gpt(config),
+        model=model,
         train_data=train,
         eval_data=held_out,
-        loss=partial(next_token_loss, balance_weight=0.0 if config.experts is None else config.experts.balance_weight),
+        loss=partial(next_token_loss, balance_weight=0.0 if experts is None else experts.balance_weight),
         eval_metrics=metrics,
         suggestion=suggestion,
     )
@@ -179,7 +187,8 @@ def nats_to_bits(nats: float) -> float:
     return nats / math.log(2)
 
 
-def _perplexity(nats: float) -> float:
+def perplexity(nats: float) -> float:
+    """Convert a loss per token."""
     return math.exp(min(nats, 700.0))  # the largest double is e^709; a run that diverged must still end with a figure
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from dptrain.data.local_datasets import Rows, check_columns, load_splits
 from dptrain.data.token_files import Tokens, TokenWindows
 from dptrain.errors import ConfigError
 from dptrain.tasks.base import Suggestion, Task
-from dptrain.tasks.local_datasets import Rows, check_columns, load_splits
+from dptrain.tasks.gpt import perplexity
 
 Foreign = Any
 """An object of transformers, which has no types here."""
@@ -93,7 +93,7 @@ def _causal(
         train_data=train,
         eval_data=held_out.spread(max(1, _EVAL_TOKENS // context)),
         loss=causal_loss,
-        eval_metrics={"perplexity": lambda nats: math.exp(min(nats, 700.0))},  # the largest double is e^709
+        eval_metrics={"perplexity": perplexity},
         suggestion=_suggestion(len(train), pretrained=_has_weights(folder) and pretrained),
     )
 
@@ -201,6 +201,7 @@ def _transformers() -> Foreign:
         import transformers
     except ImportError as error:
         raise ConfigError(f"this task needs transformers: pip install 'dptrain[tasks]' ({error})") from error
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call] # one on each replica
     return transformers
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dptrain.data.image_files import Augmentation, LabelledImages, find_images
+from dptrain.data.local_datasets import check_columns, load_splits
 from dptrain.errors import ConfigError
 from dptrain.models.vision import vision_model
 from dptrain.tasks.base import Suggestion, Task
-from dptrain.tasks.local_datasets import check_columns, load_splits
 
 # Of the colours of ImageNet's pictures, which pretrained models expect, on a scale of 0 … 255.
 _MEAN = (123.675, 116.28, 103.53)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
@@ -100,6 +99,8 @@ def _normalised_outlines() -> Signals:
 
 def _signal(outline: Signals, random: np.random.Generator) -> Signals:
     """Pad, stretch, scale and shift an outline, fill the rest with smooth noise, add noise, shear, and sample it."""
+    from scipy.ndimage import gaussian_filter1d
+
     low, high = _PADDING
     padded = np.concatenate([outline, np.zeros(random.integers(low, high + 1))])
     # Tells the outline, which begins at 0, from the padding.

@@ -23,7 +23,11 @@ from torch.utils.data import IterableDataset, default_collate
 from dptrain.errors import ConfigError, DptrainError, TaskError
 from dptrain.tasks.base import Task
 from dptrain.tasks.digits import digits
+from dptrain.tasks.gpt import gpt
+from dptrain.tasks.huggingface import huggingface
+from dptrain.tasks.images import images
 from dptrain.tasks.known import linear, quadratic
+from dptrain.tasks.mnist1d import mnist1d
 from dptrain.tasks.patches import patches
 from dptrain.tasks.pictures import pictures
 from dptrain.tasks.pysource import pysource
@@ -31,6 +35,10 @@ from dptrain.tasks.pysource import pysource
 BUILT_IN: Mapping[str, Callable[..., Task]] = {
     "pysource": pysource,
     "digits": digits,
+    "mnist1d": mnist1d,
+    "gpt": gpt,
+    "huggingface": huggingface,
+    "images": images,
     "patches": patches,
     "pictures": pictures,
     "quadratic": quadratic,

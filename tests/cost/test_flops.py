@@ -9,7 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dptrain import attach
 from dptrain.cost.flops import FlopCounter
-from dptrain.tasks.pysource import ByteTransformer, next_byte_loss
+from dptrain.models import Gpt, GptConfig
+from dptrain.tasks.gpt import next_token_loss
 
 WIDTH, DEPTH, CONTEXT, SAMPLES = 32, 2, 24, 3
 
@@ -27,21 +28,21 @@ def _count(model, loss, batch, *, num_samples):
 
 def test_a_transformer_costs_six_n_d_and_its_attention():
     """N = all parameters but the embedding, which is looked up and not multiplied (as Kaplan et al. 2020 count)."""
-    model = ByteTransformer(width=WIDTH, depth=DEPTH, heads=4)
+    model = Gpt(GptConfig(width=WIDTH, depth=DEPTH, heads=4))
     n = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
     attention = 12 * DEPTH * CONTEXT * WIDTH
-    per_token = _count(model, next_byte_loss, _text(), num_samples=SAMPLES) / CONTEXT
+    per_token = _count(model, next_token_loss, _text(), num_samples=SAMPLES) / CONTEXT
     assert per_token == pytest.approx(6 * n + attention, rel=0.03)
     assert abs(per_token - 6 * n) > 0.03 * per_token  # attention is there, and not lost in the tolerance
 
 
 def test_attention_counts_alike_whichever_kernel_does_it():
     """A fused kernel computes a product again in its backward pass; the model has it once."""
-    model = ByteTransformer(width=WIDTH, depth=DEPTH, heads=4)
+    model = Gpt(GptConfig(width=WIDTH, depth=DEPTH, heads=4))
     counts = []
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
         with sdpa_kernel(backend):
-            counts.append(_count(model, next_byte_loss, _text(), num_samples=SAMPLES))
+            counts.append(_count(model, next_token_loss, _text(), num_samples=SAMPLES))
     assert counts[0] == counts[1] > 0
 
 

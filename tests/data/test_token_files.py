@@ -72,7 +72,7 @@ def test_a_loading_process_gets_no_copy_of_the_file(tmp_path):
 
 
 def test_held_out_files_are_those_with_val_in_their_name(tmp_path):
-    """nanoGPT's folder, and shards by name."""
+    """NanoGPT's folder, and shards by name."""
     for name in ("train", "val", "shard_train_01", "shard_val_00"):
         write(tmp_path / f"{name}.bin", range(8))
     train, held_out = find_token_files(tmp_path)

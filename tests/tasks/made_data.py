@@ -4,7 +4,26 @@ from __future__ import annotations
 
 import numpy as np
 
-_WORDS = "the model learns from noisy gradients while a batch grows and the loss falls below what was measured".split()
+_WORDS = [
+    "the",
+    "model",
+    "learns",
+    "from",
+    "noisy",
+    "gradients",
+    "while",
+    "a",
+    "batch",
+    "grows",
+    "and",
+    "the",
+    "loss",
+    "falls",
+    "below",
+    "what",
+    "was",
+    "measured",
+]
 
 
 def make_text(num_words, *, seed=0):

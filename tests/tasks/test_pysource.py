@@ -6,13 +6,17 @@ import math
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from dptrain.data.token_files import TokenWindows
 from dptrain.errors import ConfigError, TaskError
+from dptrain.models import Gpt, GptConfig
 from dptrain.tasks import check_task, pysource
-from dptrain.tasks.pysource import ByteLstm, ByteTransformer, Windows, is_held_out, next_byte_loss, read_source
+from dptrain.tasks.gpt import next_token_loss
+from dptrain.tasks.pysource import ByteLstm, is_held_out, read_source
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
@@ -37,6 +41,10 @@ def _write(root, files):
 def _names(*, held_out, count):
     names = (f"module_{number}.py" for number in range(10_000))
     return [name for name in names if is_held_out(Path(name)) is held_out][:count]
+
+
+def ByteTransformer(**sizes):  # noqa: N802 - stands for a class below
+    return Gpt(GptConfig(**sizes))
 
 
 def _mixing_model(kind=ByteTransformer, **sizes):
@@ -90,7 +98,7 @@ def test_python_without_source_is_refused(tmp_path):
 
 def test_windows_tile_the_text():
     """Windows are consecutive and do not overlap, and what does not fill one is left out."""
-    windows = Windows(torch.arange(23, dtype=torch.uint8), size=5)
+    windows = TokenWindows([np.arange(23, dtype=np.uint8)], size=5)
     assert [windows[index].tolist() for index in range(len(windows))] == [
         [0, 1, 2, 3, 4],
         [5, 6, 7, 8, 9],
@@ -104,7 +112,7 @@ def test_windows_tile_the_text():
 @pytest.mark.parametrize("at_most", [1, 2, 3, 4, 7, 8, 100])
 def test_spread_windows_are_some_of_all(at_most):
     """A spread set is no larger than asked, starts at the first window and keeps equal distances."""
-    windows = Windows(torch.arange(40, dtype=torch.uint8), size=5)
+    windows = TokenWindows([np.arange(40, dtype=np.uint8)], size=5)
     spread = windows.spread(at_most)
     starts = [int(spread[index][0]) for index in range(len(spread))]
     assert 1 <= len(starts) <= at_most
@@ -170,7 +178,7 @@ def test_model_learns(task, kind, sizes):
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
     for _ in range(30):
-        loss = next_byte_loss(model, windows)
+        loss = next_token_loss(model, windows)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
