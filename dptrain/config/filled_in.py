@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dptrain.batch import BatchPlan
-from dptrain.config.train_config import OptimizerConfig, TrainConfig
+from dptrain.config.train_config import OptimizerConfig, TrainConfig, optimizer_family
 from dptrain.control import DEFAULT_RATE_RULE, PER_SAMPLE, CriticalRatio, RuleName, Schedule
 from dptrain.control.settings import ControlConfig
 from dptrain.data import choose_micro_batch_size
@@ -73,11 +73,11 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
 def _rules(optimizer: OptimizerConfig, law: str) -> dict[str, Any]:
     """Return the rules of rate, betas and decay by the preset, and by the law where it acts on the rate itself."""
     if optimizer.preset is not None:
-        return dict(PER_SAMPLE[optimizer.name])
+        return dict(PER_SAMPLE[optimizer_family(optimizer.name)])
     of_seesaw: Mapping[str, RuleName] = {"adamw": "square_root", "sgd": "linear"}
     default = of_seesaw if law == "seesaw" else DEFAULT_RATE_RULE
     return {
-        "rule": optimizer.rule or default[optimizer.name],
+        "rule": optimizer.rule or default[optimizer_family(optimizer.name)],
         "beta_rule": optimizer.beta_rule or "none",
         "decay_rule": optimizer.decay_rule or "none",
     }

@@ -30,12 +30,20 @@ from dptrain.ranges import (
 _MOST_WORKERS = 1024  # more is a typing error, and as many processes would be started
 
 
+def optimizer_family(name: str) -> str:
+    """Return the optimizer whose defaults another one takes: all but plain SGD divide the gradient by its size."""
+    return "sgd" if name.lower() in ("sgd", "asgd") else "adamw"
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """The optimizer and its learning rate."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """Optimizer."""
+    name: str = setting("adamw", NAME)
+    """A class of torch.optim (adamw, sgd, muon, adafactor, nadam, …), package.module:Class, or file.py:function, a
+    function of the model that returns parameter groups or an optimizer."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of that class, beside those that have settings here."""
     learning_rate: float | None = setting(None, POSITIVE)
     """Learning rate at reference_batch_size. For rule=noise: at an infinite batch. Default: the task's."""
     reference_batch_size: int | None = setting(None, AT_LEAST_1)
@@ -61,15 +69,32 @@ class OptimizerConfig:
     final_fraction: float | None = setting(None, between(0, 1))
     """Final learning rate as a fraction of the peak. Default: 0.1 for a schedule that decays."""
     weight_decay: float = setting(0.1, AT_LEAST_0)
-    """Decoupled for adamw, an L2 term for sgd."""
+    """Of matrices; decoupled where the class can do that, else an L2 term, as for sgd."""
     beta1: float = setting(0.9, DECAY)
-    """Decay of the first moment, for adamw; momentum, for sgd."""
+    """Decay of the first moment, for classes with betas; momentum, for sgd."""
     beta2: float = setting(0.95, DECAY)
-    """Decay of the second moment, for adamw."""
+    """Decay of the second moment, for classes with betas."""
+    average_decay: float | None = setting(None, DECAY)
+    """Decay of an exponential average of the weights in a step of reference_batch_size samples; a larger step decays
+    more. It is evaluated beside the weights and saved in checkpoints. Default: no average."""
     max_grad_norm: float | None = setting(1.0, POSITIVE)
     """Largest gradient norm; larger gradients are clipped. null: no clipping."""
     max_skipped_steps: int = setting(10, AT_LEAST_1)
     """Number of consecutive skipped steps (gradient not finite) that ends the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStoppingConfig:
+    """When a run ends before its length is reached."""
+
+    patience: int | None = setting(None, AT_LEAST_1)
+    """Evaluations in a row without improvement after which the run ends. Default: it never does."""
+    figure: str = setting("loss", NAME)
+    """Name of the held-out figure."""
+    higher_is_better: bool = False
+    """Whether it grows as the model improves, as an accuracy does."""
+    min_improvement: float = setting(0.0, AT_LEAST_0)
+    """Smaller improvements count as none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +154,9 @@ class TrainConfig:
     """Device. auto: GPUs if there are any; cuda: an error without a GPU."""
     precision: Literal["no", "bf16"] = "no"
     """Precision of forward and backward. no: that of the parameters; bf16: autocast."""
+    find_unused_parameters: bool | None = None
+    """Whether DDP looks, in each step, for parameters that the loss did not use, which costs some time. Default: where
+    the first samples leave some unused."""
     num_workers: int = setting(0, between(0, _MOST_WORKERS))
     """Data-loading processes per replica."""
     replica_check_every_steps: int = setting(100, AT_LEAST_0)
@@ -137,6 +165,7 @@ class TrainConfig:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
@@ -225,18 +254,18 @@ def _check_scaling(optimizer: OptimizerConfig) -> None:
     """Refuse rules of rate, betas and decay that do not go together."""
     rules = {name: getattr(optimizer, name) for name in ("rule", "beta_rule", "decay_rule")}
     if optimizer.preset is not None and (given := [name for name, rule in rules.items() if rule is not None]):
-        meant = PER_SAMPLE[optimizer.name]
+        meant = PER_SAMPLE[optimizer_family(optimizer.name)]
         if {name: rules[name] for name in given}.items() - meant.items():
             raise ConfigError(
                 f"optimizer.preset={optimizer.preset} sets {', '.join(f'{k}={v}' for k, v in meant.items())}: leave "
                 f"{' and '.join(f'optimizer.{name}' for name in given)} out, or the preset"
             )
-    if optimizer.beta_rule not in (None, "none") and optimizer.name != "adamw":
+    if optimizer.beta_rule not in (None, "none") and optimizer_family(optimizer.name) != "adamw":
         raise ConfigError(
             f"optimizer.beta_rule={optimizer.beta_rule} is about Adam's betas, but the optimizer is {optimizer.name}"
         )
     check_scaling(
-        rate=optimizer.rule or DEFAULT_RATE_RULE[optimizer.name],
+        rate=optimizer.rule or DEFAULT_RATE_RULE[optimizer_family(optimizer.name)],
         betas=optimizer.beta_rule or "none",
         decay=optimizer.decay_rule or "none",
     )

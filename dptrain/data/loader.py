@@ -26,8 +26,8 @@ class MicroBatch:
     Attributes:
         batch: the collated samples.
         num_samples: how many samples of the step it holds. 0 marks a filler: the step has fewer samples than slots, and
-            `batch` holds one sample from beyond the step, so that this replica too has a forward–backward to
-            synchronise with; its loss must be weighted with zero.
+            `batch` holds what a model needs at least, from beyond the step, so that this replica too has a
+            forward–backward to synchronise with; its loss must be weighted with zero.
         position: of its first sample in the stream.
     """
 
@@ -61,6 +61,7 @@ class MicroBatchLoader:
         prefetch_factor: micro-batches that each worker fetches ahead.
         collate: samples → micro-batch, or None for torch's default. It runs where the samples are fetched.
         pin_memory: copy tensors to page-locked memory, for a faster transfer to a GPU.
+        filler_size: samples in a filler.
 
     Raises:
         TaskError: where the dataset is iterable-style or has no length.
@@ -78,6 +79,7 @@ class MicroBatchLoader:
         prefetch_factor: int = 2,
         collate: Callable[[list[Sample]], Batch] | None = None,
         pin_memory: bool = False,
+        filler_size: int = 1,
     ) -> None:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise TaskError(
@@ -91,7 +93,7 @@ class MicroBatchLoader:
                 f"num_workers must be at least 0 and prefetch_factor at least 1, "
                 f"got {num_workers} and {prefetch_factor}"
             )
-        self._source = SlotSource(dataset, stream=stream, collate=collate or default_collate)
+        self._source = SlotSource(dataset, stream=stream, collate=collate or default_collate, filler_size=filler_size)
         self._plan = _EndlessSlots(rank=rank, world_size=world_size)
         self._num_workers = num_workers
         self._prefetch_factor = prefetch_factor

@@ -35,17 +35,23 @@ class SlotSource(Dataset[tuple[int, Batch]]):
     """
 
     def __init__(
-        self, dataset: Dataset[Sample], *, stream: SampleStream, collate: Callable[[list[Sample]], Batch]
+        self,
+        dataset: Dataset[Sample],
+        *,
+        stream: SampleStream,
+        collate: Callable[[list[Sample]], Batch],
+        filler_size: int = 1,
     ) -> None:
         self._dataset = dataset
         self._stream = stream
         self._collate = collate
+        self._filler_size = filler_size
         self._draws_random_numbers = False
         # Only beside torch's own collation: what another one makes of samples is not known here.
         self._read_batch = getattr(dataset, "read_batch", None) if collate is default_collate else None
 
     def __getitem__(self, slot: Slot) -> tuple[int, Batch]:
-        positions = np.arange(slot.position, slot.position + max(1, slot.num_samples))  # 1: the filler
+        positions = np.arange(slot.position, slot.position + (slot.num_samples or self._filler_size))
         if self._read_batch is not None:
             return slot.position, self._read_batch(self._stream.indices(positions))
         indices = self._stream.indices(positions).tolist()

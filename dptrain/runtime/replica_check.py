@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from dptrain.errors import DesyncError
 
@@ -25,7 +25,7 @@ class ReplicaCheck:
         every_steps: steps between two comparisons; 0: never.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], *, every_steps: int) -> None:
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]], *, every_steps: int) -> None:
         self._parameters = dict(parameters)
         self._every_steps = every_steps if dist.is_initialized() and dist.get_world_size() > 1 else 0
         self._pending: tuple[int, Tensor, Tensor, dist.Work] | None = None

@@ -104,6 +104,11 @@ class StepRecord:
         """Samples seen after it."""
         return self.position + self.global_batch_size
 
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches in it, over all replicas."""
+        return -(-self.global_batch_size // self.micro_batch_size)
+
     def micro_steps(self, world_size: int) -> int:
         """Return the number of forward and backward passes on each replica."""
         return -(-self.global_batch_size // (self.micro_batch_size * world_size))

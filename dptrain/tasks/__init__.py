@@ -1,9 +1,11 @@
 """Problems that are ready to train, and problems whose answer is known exactly."""
 
-from dptrain.tasks.base import Batch, LossFunction, Suggestion, Task
+from dptrain.tasks.base import Batch, Loss, LossFunction, Suggestion, Task
+from dptrain.tasks.check import check_task
 from dptrain.tasks.digits import digits
 from dptrain.tasks.evaluation_check import check_evaluation
 from dptrain.tasks.gpt import gpt
+from dptrain.tasks.hook import Moment, TrainHook
 from dptrain.tasks.huggingface import huggingface
 from dptrain.tasks.images import images
 from dptrain.tasks.known import KnownAnswer, exact_noise, known_answer, linear, quadratic
@@ -11,15 +13,18 @@ from dptrain.tasks.mnist1d import mnist1d
 from dptrain.tasks.patches import patches
 from dptrain.tasks.pictures import pictures
 from dptrain.tasks.pysource import pysource
-from dptrain.tasks.resolve import BUILT_IN, check_task, resolve_task
+from dptrain.tasks.resolve import BUILT_IN, resolve_task
 
 __all__ = [
     "BUILT_IN",
     "Batch",
     "KnownAnswer",
+    "Loss",
     "LossFunction",
+    "Moment",
     "Suggestion",
     "Task",
+    "TrainHook",
     "check_evaluation",
     "check_task",
     "digits",

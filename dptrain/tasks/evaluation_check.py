@@ -1,4 +1,4 @@
-"""A dry run of a task's evaluation: two held-out samples through loss and metrics, before anything is trained."""
+"""A dry run of a task's evaluation: two held-out samples of each set through loss and metrics, before training."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset, default_collate
 
 from dptrain.errors import TaskError
-from dptrain.tasks.base import Task
-from dptrain.tasks.resolve import random_state_kept, reported
+from dptrain.tasks.base import Task, split_loss
+from dptrain.tasks.check import random_state_kept, reported
 
 _NUM_SAMPLES = 2
 
 
 def check_evaluation(task: Task) -> None:
-    """Evaluate a copy of the model on the first two held-out samples, on the CPU, and call every metric.
+    """Evaluate a copy of the model on the first two samples of each held-out set, on the CPU, and call every metric.
 
     Without it, held-out data of the wrong type or a metric with the wrong arguments would end the run at its first
     evaluation, after the steps before it were paid for.
@@ -25,21 +25,37 @@ def check_evaluation(task: Task) -> None:
     Raises:
         TaskError: where a sample, the collation, the loss or a metric raises, or gives something else than a number.
     """
-    if task.eval_data is None:
-        return
-    with random_state_kept(), torch.no_grad():
-        num_samples = min(_NUM_SAMPLES, len(task.eval_data))  # type: ignore[arg-type]
-        with reported(f"the first samples of eval_data of task {task.name!r} cannot be read"):
-            samples = [task.eval_data[index] for index in range(num_samples)]
-        with reported(f"the first samples of eval_data of task {task.name!r} do not make a batch"):
-            batch = (task.collate or default_collate)(samples)
-        with reported(f"the loss of task {task.name!r} does not run on the first samples of eval_data"):
-            loss = task.loss(copy.deepcopy(task.model).eval(), batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise TaskError(f"the loss of task {task.name!r} must return one number for eval_data, got {got}")
-    for name, metric in task.eval_metrics.items():
-        _check_metric(name, metric, float(loss), task_name=task.name)
+    for key, data in task.eval_sets.items():
+        with random_state_kept(), torch.no_grad():
+            loss = _dry_run(task, data, what=f"eval_data{f'[{key!r}]' if key else ''}")
+        for name, metric in task.eval_metrics.items():
+            _check_metric(name, metric, loss, task_name=task.name)
+
+
+def _dry_run(task: Task, data: Dataset[Any], *, what: str) -> float:
+    """Return the loss of the first samples; the metrics of torchmetrics are updated in copies."""
+    num_samples = min(_NUM_SAMPLES, len(data))  # type: ignore[arg-type]
+    with reported(f"the first samples of {what} of task {task.name!r} cannot be read"):
+        samples = [data[index] for index in range(num_samples)]
+    with reported(f"the first samples of {what} of task {task.name!r} do not make a batch"):
+        batch = (task.collate or default_collate)(samples)
+    model = copy.deepcopy(task.model).eval()
+    outputs: tuple[Tensor, ...] = ()
+    with reported(f"the loss of task {task.name!r} does not run on the first samples of {what}"):
+        if task.metrics and task.outputs is not None:
+            found, outputs = task.outputs(model, batch)
+        else:
+            found = (task.eval_loss or task.loss)(model, batch)
+        loss, parts = split_loss(found)
+    for name, value in {"loss": loss, **parts}.items():
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            part = "" if name == "loss" else f" as part {name!r}"
+            raise TaskError(f"the loss of task {task.name!r} must return one number{part} for {what}, got {got}")
+    for name, metric in task.metrics.items():
+        with reported(f"metrics[{name!r}] of task {task.name!r} does not take what `outputs` gives"):
+            copy.deepcopy(metric).update(*outputs)
+    return float(loss)
 
 
 def _check_metric(name: str, metric: Any, loss: float, *, task_name: str) -> None:  # noqa: ANN401 - a user's function

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from dptrain.data.local_datasets import Rows, check_columns, load_splits
 from dptrain.data.token_files import Tokens, TokenWindows
 from dptrain.errors import ConfigError
-from dptrain.tasks.base import Suggestion, Task
+from dptrain.tasks.base import Suggestion, Task, loss_and_accuracy
 from dptrain.tasks.gpt import perplexity
 
 Foreign = Any
@@ -51,7 +51,7 @@ def huggingface(
 
     Returns:
         The task. Its loss is cross-entropy in nats, per token or per text; `perplexity` is among the figures of a
-        causal model.
+        causal model, `accuracy` of a classifier.
 
     Raises:
         ConfigError: where a package, the model, its tokenizer or a column is missing.
@@ -175,6 +175,7 @@ def _classification(
         train_data=train,
         eval_data=held_out,
         loss=classification_loss,
+        eval_loss=classification_figures,
         suggestion=_suggestion(len(train), pretrained=_has_weights(folder) and pretrained),
     )
 
@@ -183,6 +184,12 @@ def classification_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Mean cross-entropy of the class, in nats."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return functional.cross_entropy(logits.float(), batch["labels"])
+
+
+def classification_figures(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Mean cross-entropy and accuracy of held-out texts."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return loss_and_accuracy(logits.float(), batch["labels"])
 
 
 def _encoded(rows: Rows, tokenizer: Foreign, *, context: int, text: str, label: str) -> LabelledTexts:

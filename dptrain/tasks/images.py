@@ -14,7 +14,7 @@ from dptrain.data.image_files import Augmentation, LabelledImages, find_images
 from dptrain.data.local_datasets import check_columns, load_splits
 from dptrain.errors import ConfigError
 from dptrain.models.vision import vision_model
-from dptrain.tasks.base import Suggestion, Task
+from dptrain.tasks.base import Suggestion, Task, loss_and_accuracy
 
 # Of the colours of ImageNet's pictures, which pretrained models expect, on a scale of 0 … 255.
 _MEAN = (123.675, 116.28, 103.53)
@@ -53,7 +53,8 @@ def images(
         label_column: name of the column of classes.
 
     Returns:
-        The task; a sample is (uint8 pixels, class). The loss is cross-entropy in nats.
+        The task; a sample is (uint8 pixels, class). The loss is cross-entropy in nats; `accuracy` is among
+        its figures.
 
     Raises:
         ConfigError: where the data or the model cannot be had, or an argument is out of bounds.
@@ -75,6 +76,7 @@ def images(
         train_data=LabelledImages(*train, size=pixels, augmentation=augmentation),
         eval_data=LabelledImages(*held_out, size=pixels, augmentation=None),
         loss=partial(image_loss, label_smoothing=label_smoothing),
+        eval_loss=image_figures,
         suggestion=Suggestion(
             learning_rate=1e-3,
             global_batch_size=64,
@@ -90,6 +92,12 @@ def image_loss(model: nn.Module, batch: tuple[Tensor, Tensor], *, label_smoothin
     pixels, classes = batch
     smoothing = label_smoothing if model.training else 0.0
     return functional.cross_entropy(model(normalised(pixels)), classes, label_smoothing=smoothing)
+
+
+def image_figures(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Mean cross-entropy and accuracy of held-out images."""
+    pixels, classes = batch
+    return loss_and_accuracy(model(normalised(pixels)), classes)
 
 
 def normalised(pixels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from dptrain.errors import ConfigError, TaskError
-from dptrain.tasks.base import Batch, LossFunction, Suggestion, Task
+from dptrain.tasks.base import Batch, LossFunction, Suggestion, Task, split_loss
 
 _NUM_SAMPLES = 1 << 20
 _NUM_HELD_OUT = 1024
@@ -256,7 +256,7 @@ def _gradients(
     """The gradient of each sample, flat, in float64; an unused parameter has gradient zero."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     for index in range(len(samples)):  # type: ignore[arg-type] # torch's Dataset declares no length
-        value = loss(model, collate([samples[index]]))
+        value, _ = split_loss(loss(model, collate([samples[index]])))
         gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
         yield torch.cat([g.detach().flatten().double() for g in gradients])
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from dptrain.errors import ConfigError
-from dptrain.tasks.base import Suggestion, Task
+from dptrain.tasks.base import Suggestion, Task, loss_and_accuracy
 
 Signals = NDArray[np.float64]
 
@@ -65,6 +65,7 @@ def mnist1d(*, model: str = "mlp") -> Task:
         train_data=TensorDataset(signals[:_NUM_TRAIN], classes[:_NUM_TRAIN]),
         eval_data=TensorDataset(signals[_NUM_TRAIN:], classes[_NUM_TRAIN:]),
         loss=_cross_entropy,
+        eval_loss=_figures,
         suggestion=Suggestion(
             learning_rate=5e-3,
             global_batch_size=64,
@@ -154,3 +155,8 @@ _MODELS = {"mlp": _Mlp, "cnn": _cnn}
 def _cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     signals, classes = batch
     return functional.cross_entropy(model(signals), classes)
+
+
+def _figures(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    signals, classes = batch
+    return loss_and_accuracy(model(signals), classes)

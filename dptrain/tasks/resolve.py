@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import copy
+import importlib
 import importlib.util
 import inspect
-import random
 import sys
-import sysconfig
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.data import IterableDataset, default_collate
-
-from dptrain.errors import ConfigError, DptrainError, TaskError
+from dptrain.errors import ConfigError, TaskError
 from dptrain.tasks.base import Task
+from dptrain.tasks.check import check_parts, reported
 from dptrain.tasks.digits import digits
 from dptrain.tasks.gpt import gpt
 from dptrain.tasks.huggingface import huggingface
@@ -45,8 +38,6 @@ BUILT_IN: Mapping[str, Callable[..., Task]] = {
     "linear": linear,
 }
 """The tasks that come with dptrain, by name."""
-
-_NUM_CHECKED_SAMPLES = 2
 
 
 def resolve_task(spec: str | Callable[..., Task], *, options: Mapping[str, Any] | None = None) -> Task:
@@ -72,7 +63,7 @@ def resolve_task(spec: str | Callable[..., Task], *, options: Mapping[str, Any] 
         task = build(**options)
     if not isinstance(task, Task):
         raise TaskError(f"task {name!r} must return a dptrain.tasks.Task, got {type(task).__name__}")
-    _check_parts(task)
+    check_parts(task)
     return task
 
 
@@ -86,26 +77,22 @@ def check_task_name(spec: str, *, options: Mapping[str, Any]) -> None:
     _check_options(_find(spec), name=spec, options=options)
 
 
-def check_task(task: Task) -> None:
-    """Run two training samples through a copy of the model, on the CPU in train mode, and look at the loss.
-
-    The task stays as it was: parameters, gradients, buffers, modes, and the random states of torch and of `random`.
-    The value need not be finite. Because the loss sees a copy, a loss that uses a model of its own instead of the one
-    that it is given is found out too: under data parallelism nobody would reduce its gradients.
+def load_object(spec: str) -> Any:  # noqa: ANN401 - whatever the name stands for
+    """Return what `file.py:name`, `package.module:name` or `package.module.name` stands for.
 
     Raises:
-        TaskError: where a sample, the collation, or the loss raises; or where the loss is not a floating-point scalar
-            with a graph that reaches a parameter of the model.
+        ConfigError: where it does not exist.
+        TaskError: where its module does not import.
     """
-    with random_state_kept(), torch.enable_grad():
-        samples = [_sample(task.train_data, index, name=task.name) for index in range(_NUM_CHECKED_SAMPLES)]
-        with reported(f"the first two training samples of task {task.name!r} do not make a micro-batch"):
-            batch = (task.collate or default_collate)(samples)
-        with reported(f"the model of task {task.name!r} cannot be copied"):
-            model = copy.deepcopy(task.model).train()
-        with reported(f"the loss of task {task.name!r} does not run on a micro-batch of two samples"):
-            loss = task.loss(model, batch)
-        _check_loss(loss, model=model, name=task.name)
+    path, colon, name = spec.rpartition(":")
+    if colon and path.endswith(".py"):
+        return _function_in(_import_file(_resolved(path)), name)
+    module, _, name = spec.replace(":", ".").rpartition(".")
+    with reported(f"module {module!r} does not import"):
+        found = importlib.import_module(module)
+    if not hasattr(found, name):
+        raise ConfigError(f"module {module!r} has no {name!r}{_nearest(name, vars(found))}")
+    return getattr(found, name)
 
 
 def _find(spec: str) -> Callable[..., Task]:
@@ -213,97 +200,6 @@ def _check_options(build: Callable[..., Task], *, name: str, options: Mapping[st
 
 
 _BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-
-
-def _check_parts(task: Task) -> None:
-    if not isinstance(task.model, nn.Module):
-        raise TaskError(f"the model of task {task.name!r} must be a torch.nn.Module, got {type(task.model).__name__}")
-    if not callable(task.loss):
-        raise TaskError(f"the loss of task {task.name!r} must be a function of (model, micro-batch), got {task.loss!r}")
-    _check_data(task.train_data, f"train_data of task {task.name!r}", at_least=_NUM_CHECKED_SAMPLES)
-    if task.eval_data is not None:
-        _check_data(task.eval_data, f"eval_data of task {task.name!r}", at_least=1)
-
-
-def _check_data(data: Any, what: str, *, at_least: int) -> None:  # noqa: ANN401 - whatever a user gave
-    if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
-        raise TaskError(
-            f"{what} must be a map-style dataset, with __getitem__ and __len__, because the trainer decides the order "
-            f"of samples; got {type(data).__name__}"
-        )
-    with reported(f"{what} has no length"):
-        length = len(data)
-    if length < at_least:
-        raise TaskError(f"{what} must have at least {at_least} samples, got {length}")
-
-
-def _sample(data: Any, index: int, *, name: str) -> Any:  # noqa: ANN401 - whatever a user gave
-    with reported(f"sample {index} of the training data of task {name!r} cannot be read"):
-        return data[index]
-
-
-def _check_loss(loss: Any, *, model: nn.Module, name: str) -> None:  # noqa: ANN401 - whatever a user's loss returned
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise TaskError(f"the model of task {name!r} has no parameter that requires a gradient")
-    if not isinstance(loss, Tensor):
-        raise TaskError(f"the loss of task {name!r} must return a scalar tensor, got {type(loss).__name__}")
-    if loss.shape != () or not loss.is_floating_point():
-        raise TaskError(
-            f"the loss of task {name!r} must return one floating-point number, the mean over the micro-batch's "
-            f"samples, got shape {tuple(loss.shape)} of {loss.dtype}"
-        )
-    if loss.device != parameters[0].device:
-        raise TaskError(
-            f"the loss of task {name!r} is on device {loss.device}, and its model on {parameters[0].device}: "
-            "put what the loss makes itself where the micro-batch is"
-        )
-    if not loss.requires_grad:
-        raise TaskError(f"the loss of task {name!r} returned no graph: is there a .detach(), .item() or no_grad in it?")
-    with reported(f"the loss of task {name!r} cannot be differentiated"):
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    if all(gradient is None for gradient in gradients):
-        raise TaskError(
-            f"the loss of task {name!r} reaches no parameter of the model that it is given: does it use another one?"
-        )
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Leave the random states of torch and of `random` as they were."""
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(state)
-
-
-@contextmanager
-def reported(what: str) -> Iterator[None]:
-    """Make one sentence of what a user's code raises, sys.exit included; our own errors are sentences already."""
-    try:
-        yield
-    except DptrainError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise TaskError(f"{what}: {_description(error)}") from error
-
-
-def _description(error: BaseException) -> str:
-    """Type, message, and the innermost line of it that is neither dptrain's nor installed: most likely the user's."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-    if isinstance(error, SyntaxError):
-        return text  # it names its file and line itself; the traceback ends where the import began
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_OF_THE_USER)]
-    return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else text
-
-
-_NOT_OF_THE_USER = (
-    "<",
-    str(Path(__file__).parents[1]),
-    *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
-)
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

@@ -1,64 +1,217 @@
-"""The held-out loss: the exact mean over all samples, however unevenly they fall on replicas and batches."""
+"""Held-out figures: exact over all samples, however unevenly they fall on replicas and batches."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate.utils import send_to_device
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
+from dptrain.errors import TaskError
 from dptrain.observe import PendingSum
-from dptrain.tasks.base import Batch, LossFunction
+from dptrain.tasks.base import Batch, Task, split_loss
+from dptrain.train.hooks.weight_average import WeightAverage
 
-_MICRO_BATCHES_AT_ONCE = 4  # without a graph to keep, a batch takes a fraction of the memory
 
-
-def evaluate(
-    model: nn.Module,
-    data: Dataset[Any],
-    loss: LossFunction,
-    *,
-    micro_batch_size: int,
-    collate: Callable[[list[Any]], Batch] | None,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-) -> float:
-    """Return the mean loss over all samples of `data`. A collective; waits.
-
-    Every sample counts once: a replica's last batch may be short, or missing, and weighs what it holds.
+class HeldOut:
+    """Evaluates a run's task: the weights, and their average where there is one.
 
     Args:
-        model: the bare module: replicas run different numbers of batches, which a wrapper would wait for.
-        data: held-out samples.
-        loss: mean loss of a micro-batch.
-        micro_batch_size: in training; evaluation takes four times as many samples at once.
-        collate: samples → batch; torch's default where None.
+        task: its held-out sets, loss and metrics.
+        model: not wrapped, on its device.
+        average: of the weights.
         rank: of this replica.
         world_size: number of replicas.
         device: where the model is.
+        precision: makes the context of a forward pass.
     """
-    batch_size = micro_batch_size * _MICRO_BATCHES_AT_ONCE
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    was_training = model.training
+
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        *,
+        average: WeightAverage | None,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        precision: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        self._task = task
+        self._model = model
+        self._average = average
+        self._layout: dict[str, Any] = {
+            "rank": rank,
+            "world_size": world_size,
+            "device": device,
+            "precision": precision,
+        }
+
+    def figures(self, *, batch_size: int) -> dict[str, float]:
+        """Return the figures by name, empty for a task without held-out data. A collective; waits."""
+        if not self._task.eval_sets:
+            return {}
+        figures = evaluate_task(self._task, self._model, batch_size=batch_size, **self._layout)
+        if self._average is not None:
+            averaged = evaluate_task(self._task, self._average.model, batch_size=batch_size, **self._layout)
+            figures |= {f"average/{name}": value for name, value in averaged.items()}
+        return figures
+
+
+def evaluate_task(
+    task: Task,
+    model: nn.Module,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> dict[str, float]:
+    """Return the figures of all held-out sets of a task by name. A collective; waits.
+
+    Of a single set they are `loss`, the named parts of the loss, `eval_metrics` and `metrics`; of several each has the
+    name of its set before it (`test/loss`), and those of the first set stand without one as well.
+
+    Args:
+        task: data, loss and metrics.
+        model: the bare module: replicas run different numbers of batches, which a wrapper would wait for.
+        batch_size: samples at a time on a replica; the micro-batch size, which is known to fit into memory.
+        rank: of this replica.
+        world_size: number of replicas.
+        device: where the model is.
+        precision: makes the context of a forward pass.
+    """
+    figures: dict[str, float] = {}
+    for key, data in task.eval_sets.items():
+        found = _evaluate(
+            task,
+            model,
+            data,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            precision=precision,
+        )
+        found |= {name: figure(found["loss"]) for name, figure in task.eval_metrics.items()}
+        if not figures:
+            figures = dict(found)
+        if key:
+            figures |= {f"{key}/{name}": value for name, value in found.items()}
+    return figures
+
+
+def _evaluate(
+    task: Task,
+    model: nn.Module,
+    data: Dataset[Any],
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    precision: Callable[[], AbstractContextManager[object]],
+) -> dict[str, float]:
+    """Return the mean loss, its parts and the metrics over one set."""
+    metrics = {name: copy.deepcopy(metric).to(device) for name, metric in task.metrics.items()}
+    for metric in metrics.values():
+        metric.reset()
+    sums: dict[str, Tensor] = {}
+    num_seen = 0
+    # Module by module: one that its user keeps in eval mode while others train stays there.
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
-            for indices in _shares(len(data), batch_size=batch_size, rank=rank, world_size=world_size):  # type: ignore[arg-type]
-                batch = (collate or default_collate)([data[i] for i in indices])
-                mean = loss(model, send_to_device(batch, device, non_blocking=True))
-                sums[0] += mean.double() * len(indices)
-                sums[1] += len(indices)
+            for indices, counts in _shares(len(data), batch_size=batch_size, rank=rank, world_size=world_size):  # type: ignore[arg-type]
+                batch = send_to_device(_read(data, indices, collate=task.collate), device, non_blocking=True)
+                with precision():
+                    loss, outputs = _outputs(task, model, batch)
+                total, parts = split_loss(loss)
+                weight = len(indices) if counts else 0
+                for name, mean in {"loss": total, **parts}.items():
+                    # Selected, not multiplied: a mean that is not finite must not reach the sum of who has no share.
+                    share = mean.double() * weight if counts else torch.zeros((), dtype=torch.float64, device=device)
+                    sums[name] = sums.get(name, 0) + share
+                num_seen += weight
+                if counts:
+                    for metric in metrics.values():
+                        metric.update(*outputs)
     finally:
-        model.train(was_training)
-    total, count = PendingSum(sums).read()
-    return total / count
+        for module, was_training in modes:
+            module.training = was_training
+    count = torch.tensor(num_seen, dtype=torch.float64, device=device)
+    *totals, count_all = PendingSum(torch.stack([*sums.values(), count])).read()
+    figures = {name: total / count_all for name, total in zip(sums, totals, strict=True)}
+    return figures | {name: _over_replicas(name, metric) for name, metric in metrics.items()}
 
 
-def _shares(num_samples: int, *, batch_size: int, rank: int, world_size: int) -> Iterator[range]:
-    """Yield this replica's ranges of indices: blocks dealt out in turn."""
-    for start in range(rank * batch_size, num_samples, world_size * batch_size):
-        yield range(start, min(start + batch_size, num_samples))
+def _outputs(task: Task, model: nn.Module, batch: Batch) -> tuple[Any, tuple[Tensor, ...]]:
+    if task.metrics and task.outputs is not None:
+        return task.outputs(model, batch)
+    return (task.eval_loss or task.loss)(model, batch), ()
+
+
+def _read(data: Dataset[Any], indices: range, *, collate: Callable[[list[Any]], Batch] | None) -> Batch:
+    if collate is None and hasattr(data, "read_batch"):
+        return data.read_batch(np.array(indices))
+    return (collate or default_collate)([data[index] for index in indices])
+
+
+def _shares(num_samples: int, *, batch_size: int, rank: int, world_size: int) -> Iterator[tuple[range, bool]]:
+    """Yield this replica's ranges of indices, and whether they count: blocks dealt out in turn.
+
+    Blocks are the same on any number of replicas, so that a loss that depends on its batch is the same, too. A replica
+    without one runs the first for nothing: only so does it know the names of the parts of the loss.
+    """
+    starts = range(rank * batch_size, num_samples, world_size * batch_size)
+    for start in starts or [0]:
+        yield range(start, min(start + batch_size, num_samples)), bool(starts)
+
+
+def _over_replicas(name: str, metric: Any) -> float:  # noqa: ANN401 - torchmetrics is not always installed
+    """Return a metric of all replicas' samples.
+
+    Not by the metric's own synchronisation, which waits for ever where one replica has filled a list and another has
+    not. States are put together in the order of the ranks, those without a sample left out.
+    """
+    metric._to_sync = metric.sync_on_compute = False  # noqa: SLF001 - compute looks at the first
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        state = {key: _on_host(getattr(metric, key)) for key in metric._defaults}  # noqa: SLF001 - it has no other list
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (metric._update_count, state))  # noqa: SLF001 - as above
+        states = [found for num_updates, found in gathered if num_updates]
+        metric = metric.to("cpu")
+        metric.reset()
+        for key, reduction in metric._reductions.items():  # noqa: SLF001 - as above
+            setattr(metric, key, _combined(name, [found[key] for found in states], reduction=reduction))
+        metric._update_count = sum(num_updates for num_updates, _ in gathered)  # noqa: SLF001 - it warns at 0
+    value = metric.compute()
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise TaskError(f"metric {name!r} must give one number, such as with average='macro', got {value}")
+    return float(value)
+
+
+def _combined(name: str, states: list[Any], *, reduction: Callable[[Tensor], Tensor] | None) -> Any:  # noqa: ANN401 - a tensor or a list of some
+    if isinstance(states[0], list):
+        return [item for state in states for item in state]
+    function = getattr(reduction, "__name__", None)
+    if function == "dim_zero_mean":
+        # Every replica would weigh the same, whatever its number of samples.
+        raise TaskError(f"metric {name!r} keeps a mean, which is not exact over replicas: use one that keeps sums")
+    if function == "dim_zero_cat":
+        return torch.cat(states)
+    stacked = torch.stack(states)
+    return stacked if reduction is None else reduction(stacked)
+
+
+def _on_host(value: Any) -> Any:  # noqa: ANN401 - a tensor or a list of some
+    return [item.cpu() for item in value] if isinstance(value, list) else value.cpu()

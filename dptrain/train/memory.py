@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 from dptrain.data import micro_batch_ladder
 from dptrain.errors import OutOfMemoryError, TaskError
 from dptrain.tasks import Batch, Task
+from dptrain.tasks.base import split_loss
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
@@ -43,6 +44,7 @@ def release_memory(device: torch.device) -> None:
 def find_micro_batch_size(
     task: Task,
     *,
+    smallest: int = 1,
     largest: int,
     device: torch.device,
     num_states: int,
@@ -55,7 +57,8 @@ def find_micro_batch_size(
 
     Args:
         task: its model is moved to the device.
-        largest: the top of the ladder, in samples.
+        smallest: the foot of the ladder, in samples.
+        largest: its top.
         device: whose memory it is.
         num_states: tensors of the size of the parameters that the optimizer keeps.
         precision: makes the context of a forward pass.
@@ -64,7 +67,8 @@ def find_micro_batch_size(
         OutOfMemoryError: where a single sample does not fit.
     """
     task.model.to(device)
-    grid_points = micro_batch_ladder(min(largest, len(task.train_data)))  # type: ignore[arg-type]
+    ladder = micro_batch_ladder(min(largest, len(task.train_data)))  # type: ignore[arg-type]
+    grid_points = [size for size in ladder if size >= smallest]
     with _as_it_was(task.model):
         reserve = [torch.empty_like(p) for _ in range(num_states) for p in task.model.parameters() if p.requires_grad]
         fitting = list(
@@ -104,7 +108,7 @@ def _pass(
     from accelerate.utils import send_to_device
 
     with precision():
-        loss = task.loss(task.model, send_to_device(batch, device))
+        loss, _ = split_loss(task.loss(task.model, send_to_device(batch, device)))
     # A second set of gradients, as where one is added to another.
     held = [torch.zeros_like(p) for p in task.model.parameters() if p.requires_grad]
     loss.backward()  # type: ignore[no-untyped-call]

@@ -1,42 +1,214 @@
-"""The optimizer of a run and its skippable step: non-finite gradients change nothing, decided on the device."""
+"""The optimizer of a run, by name, and its skippable step: gradients that are not finite change nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from types import MappingProxyType
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from dptrain.config.filled_in import given
 from dptrain.config.train_config import OptimizerConfig
+from dptrain.errors import ConfigError
+from dptrain.tasks.base import ParameterGroups
+from dptrain.tasks.resolve import load_object
 
-NUM_STATES: Mapping[str, int] = MappingProxyType({"adamw": 2, "sgd": 1})
-"""Tensors of the size of the parameters that an optimizer keeps, by its name."""
+_BY_NAME: Mapping[str, type[Optimizer]] = {
+    name.lower(): found
+    for name, found in vars(torch.optim).items()
+    # LBFGS asks for the loss again and again, SparseAdam for gradients that replicas cannot combine.
+    if isinstance(found, type) and issubclass(found, Optimizer) and name not in ("Optimizer", "LBFGS", "SparseAdam")
+}
+_NUM_STATES = {"sgd": 1, "adagrad": 1, "muon": 2, "asgd": 2}
+_RATIO = "lr_ratio"
+"""Name in a group of its rate over the run's."""
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
+def num_states(config: OptimizerConfig) -> int:
+    """Return how many tensors of the size of the parameters an optimizer keeps; 2, as Adam, where that is not known."""
+    return _NUM_STATES.get(config.name.lower(), 2)
+
+
+def build_optimizer(
+    config: OptimizerConfig, model: nn.Module, *, parameter_groups: ParameterGroups | None = None
+) -> Optimizer:
     """Build the optimizer over the trainable parameters; vectors (biases, norms) are not decayed.
 
-    The fused implementations are used because they skip a step on the device (`found_inf`).
+    The fused implementations are used where there are some, because they skip a step on the device (`found_inf`).
+
+    Args:
+        config: filled in. Its name is a class of `torch.optim`, an import path of a class, or of a function of the
+            model that returns parameter groups or an optimizer.
+        model: not wrapped.
+        parameter_groups: the task's, in place of the groups by shape.
+
+    Raises:
+        ConfigError: where there is no such optimizer, an option is not one of its, or a group is out of order.
     """
+    found = _find(config.name)
+    if isinstance(found, type):
+        groups = _groups(found, config, model) if parameter_groups is None else _dicts(parameter_groups(model))
+        return _built(found, groups, config=config, model=model)
+    made = found(model)
+    if isinstance(made, Optimizer):
+        if config.options:
+            raise ConfigError(
+                f"{config.name} returns an optimizer, and optimizer.options would be ignored: leave it out"
+            )
+        _note_ratios(made.param_groups, config=config)
+        _check_complete(made.param_groups, model=model)
+        return made
+    return _built(AdamW, _dicts(made), config=config, model=model)
+
+
+def _find(name: str) -> type[Optimizer] | Callable[[nn.Module], Any]:
+    if name.lower() in _BY_NAME:
+        return _BY_NAME[name.lower()]
+    if ":" not in name and "." not in name:
+        close = get_close_matches(name.lower(), list(_BY_NAME), n=1)
+        hint = f", did you mean {_BY_NAME[close[0]].__name__.lower()!r}?" if close else ""
+        raise ConfigError(
+            f"there is no optimizer {name!r}{hint}; it is a class of torch.optim ({', '.join(sorted(_BY_NAME))}), or "
+            f"an import path such as package.module:Class or file.py:function"
+        )
+    found = load_object(name)
+    if isinstance(found, type) and not issubclass(found, Optimizer):
+        raise ConfigError(f"{name} is a class, but not one derived from torch.optim.Optimizer")
+    return cast("type[Optimizer]", found)
+
+
+def _groups(kind: type[Optimizer], config: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """Return matrices, which decay, and vectors, which do not; for Muon, what it is not made for goes to AdamW."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+    others = _not_for_muon(model) if issubclass(kind, Muon) else set()
+    beside = {"optimizer": "adamw"} if issubclass(kind, Muon) else {}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trainable if p.dim() > 1 and p not in others], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p in others], "weight_decay": config.weight_decay, **beside},
+        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0, **beside},
     ]
-    groups = [group for group in groups if group["params"]]
-    learning_rate, fused = given(config.learning_rate), _can_fuse(trainable)
-    if config.name == "adamw":
-        return AdamW(groups, lr=learning_rate, betas=(config.beta1, config.beta2), fused=fused)
-    optimizer = SGD(groups, lr=learning_rate, momentum=config.beta1, fused=fused)
-    if config.beta1:
+    return [group for group in groups if group["params"]]
+
+
+def _not_for_muon(model: nn.Module) -> set[nn.Parameter]:
+    """Return embeddings, the output layer and tensors that are no matrices (Jordan et al. 2024, "Muon")."""
+    embeddings: list[Any] = [m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    last: list[Any] = [m.weight for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+    return {*embeddings, *last, *(p for p in model.parameters() if p.dim() > 2)}  # noqa: PLR2004 - matrices
+
+
+def _dicts(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    found = [dict(group) for group in groups]
+    for group in found:
+        group["params"] = list(group["params"]) if not isinstance(group["params"], Tensor) else [group["params"]]
+    return found
+
+
+def _built(
+    kind: type[Optimizer], groups: list[dict[str, Any]], *, config: OptimizerConfig, model: nn.Module
+) -> Optimizer:
+    """Build one optimizer, or several in one where groups name a class of their own."""
+    _note_ratios(groups, config=config)
+    _check_complete(groups, model=model)
+    kinds = [_class_of(group.pop("optimizer", None), default=kind) for group in groups]
+    members = []
+    for each in dict.fromkeys(kinds):
+        own = [group for group, of in zip(groups, kinds, strict=True) if of is each]
+        members.append(_one(each, own, config=config, options=config.options if each is kind else {}))
+    return members[0] if len(members) == 1 else CombinedOptimizer(members)
+
+
+def _class_of(name: str | None, *, default: type[Optimizer]) -> type[Optimizer]:
+    if name is None:
+        return default
+    found = _find(name)
+    if not isinstance(found, type):
+        raise ConfigError(f"the optimizer of a parameter group must be a class, got {name!r}")
+    return found
+
+
+def _one(
+    kind: type[Optimizer], groups: list[dict[str, Any]], *, config: OptimizerConfig, options: Mapping[str, Any]
+) -> Optimizer:
+    accepted = inspect.signature(kind).parameters
+    defaults: dict[str, Any] = {
+        "lr": given(config.learning_rate),
+        "betas": (config.beta1, config.beta2),
+        # L2 terms are no decay to speak of under Adam's division: where a class can decouple them, it does.
+        "decoupled_weight_decay": True,
+        "fused": _can_fuse(p for group in groups for p in group["params"]),
+        # So that one rate fits Muon's matrices and AdamW's rest (Liu et al. 2025, arXiv 2502.16982).
+        "adjust_lr_fn": "match_rms_adamw",
+    }
+    if issubclass(kind, SGD):
+        defaults["momentum"] = config.beta1
+    settings = {name: value for name, value in defaults.items() if name in accepted} | dict(options)
+    has_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
+    if unknown := [name for name in options if name not in accepted and not has_any]:
+        names = [name for name in accepted if name not in ("self", "params")]
+        raise ConfigError(f"{kind.__name__} has no option {unknown[0]!r}; its options are {', '.join(names)}")
+    if "weight_decay" in settings:
+        for group in groups:
+            group["weight_decay"] = settings["weight_decay"] if group.get("weight_decay") else 0.0
+    try:
+        # Any class has its own arguments.
+        optimizer: Optimizer = cast("Any", kind)(groups, **settings)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{kind.__name__} cannot be built: {error}") from error
+    if isinstance(optimizer, SGD) and settings.get("momentum"):
         # Fused SGD leaves its buffers uninitialised if the very first step is skipped. Zeros give the same first
-        # step, bit for bit, as no buffer does.
-        for parameter in trainable:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        # step, bit for bit, as no buffer does; with dampening they do not, and none are made.
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if not group["dampening"] else ():
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def _note_ratios(groups: Sequence[dict[str, Any]], *, config: OptimizerConfig) -> None:
+    """Keep each group's own rate as a ratio to the run's, so that it follows the schedule and the batch with it."""
+    for group in groups:
+        if "lr" in group:
+            group[_RATIO] = float(group["lr"]) / given(config.learning_rate)
+
+
+def _check_complete(groups: Sequence[Mapping[str, Any]], *, model: nn.Module) -> None:
+    """Refuse groups that leave a trainable parameter out, which would silently stay as it is, or hold a frozen one."""
+    held = [parameter for group in groups for parameter in group["params"]]
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    missing = [name for parameter, name in names.items() if parameter.requires_grad and parameter not in set(held)]
+    if missing:
+        raise ConfigError(
+            f"the parameter groups leave out {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}: "  # noqa: PLR2004 - a few
+            f"give them a group, or freeze them with requires_grad_(False)"
+        )
+
+
+class CombinedOptimizer(Optimizer):
+    """Several optimizers over parameters of their own, stepped one after the other; groups and state are one list each.
+
+    Args:
+        members: at least two.
+    """
+
+    def __init__(self, members: Sequence[Optimizer]) -> None:
+        # Not by Optimizer's own constructor, which would copy the groups: a rate set here must reach the members.
+        super().__init__([nn.Parameter(torch.empty(0))], {})
+        self._members = tuple(members)
+        self.param_groups = [group for member in members for group in member.param_groups]
+        for member in members:
+            self.state.update(member.state)
+        for member in members:
+            member.state = self.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override] # noqa: ANN401 - as torch has it
+        """Step all members."""
+        assert closure is None, "no closure is taken"
+        for member in self._members:
+            member.step()
 
 
 def _can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
@@ -50,12 +222,12 @@ def set_rate(
     betas: tuple[float, float] | None = None,
     weight_decay: float | None = None,
 ) -> None:
-    """Set the learning rate of all groups; where given Adam's betas, and the decay of the groups that have one."""
+    """Set the learning rate of all groups, each in its ratio; where given, betas and decay of the groups with some."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-        if betas is not None:
+        group["lr"] = learning_rate * group.get(_RATIO, 1.0)
+        if betas is not None and "betas" in group:
             group["betas"] = betas
-        if weight_decay is not None and group["weight_decay"]:
+        if weight_decay is not None and group.get("weight_decay"):
             group["weight_decay"] = weight_decay
 
 

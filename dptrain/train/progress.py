@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +21,12 @@ class Progress:
         loss_first: of the first step.
         loss_last: of the latest step whose outcome is known.
         eval_loss: latest held-out loss.
+        eval_figures: all figures of the latest evaluation, by name.
         wall_s: seconds of training, earlier attempts included.
         loss_mean: running mean of the training loss, decaying in samples.
         advised: batch of the latest advice, where decisions are not acted upon.
         micro_batch_limit: largest micro-batch that is known to fit, where one did not.
+        ended_early: whether a hook ended the run.
     """
 
     step: int = 0
@@ -36,7 +39,9 @@ class Progress:
     loss_first: float | None = None
     loss_last: float | None = None
     eval_loss: float | None = None
+    eval_figures: Mapping[str, float] = field(default_factory=dict)
     wall_s: float = 0.0
     loss_mean: float | None = None
     advised: int | None = None
     micro_batch_limit: int | None = None
+    ended_early: bool = False

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from torch import nn
+
 from dptrain.checkpoint.manifest import JSON
-from dptrain.config.filled_in import given
+from dptrain.config.filled_in import given, largest_micro_batch_size
 from dptrain.config.train_config import TrainConfig
 from dptrain.control import Measurement
 from dptrain.cost.ledger import Ledger
@@ -19,6 +21,7 @@ from dptrain.observe import Meter, PendingSum
 from dptrain.runtime.step_reduction import StepOutcome, StepRecord, receive
 from dptrain.runtime.step_timer import StepTimer
 from dptrain.runtime.stragglers import StragglerWatch
+from dptrain.tasks.hook import Moment
 from dptrain.tracking.jsonl import Value
 from dptrain.tracking.rows import noise_figures, train_row
 from dptrain.tracking.run_log import RunLog
@@ -41,16 +44,24 @@ class RunProgress:
         world_size: number of replicas.
         stream: order of the training data.
         ledger: counts what steps used.
+        smallest_micro_batch: fewest samples that the model takes at a time.
     """
 
     def __init__(
-        self, config: TrainConfig, *, meter: Meter, world_size: int, stream: SampleStream, ledger: Ledger
+        self,
+        config: TrainConfig,
+        *,
+        meter: Meter,
+        world_size: int,
+        stream: SampleStream,
+        ledger: Ledger,
+        smallest_micro_batch: int = 1,
     ) -> None:
         self._config = config
         self._meter = meter
         self._world_size = world_size
         self._ledger = ledger
-        self._plan = StepPlan(config, world_size=world_size, stream=stream)
+        self._plan = StepPlan(config, world_size=world_size, stream=stream, smallest_micro_batch=smallest_micro_batch)
         self._batch_control = BatchControl(config, world_size=world_size)
         batch = given(config.global_batch_size)
         factor = self._batch_control.learning_rate_factor(meter.read(), batch)
@@ -58,6 +69,7 @@ class RunProgress:
         self._unread: tuple[StepRecord, PendingSum, float | None] | None = None
         self._undecided: StepRecord | None = None
         self._outcome: StepOutcome | None = None
+        self._latest_batch = batch
         self._stop_agreed = False
         self._save_agreed = False
         self.step_timer = StepTimer(world_size=world_size)
@@ -68,6 +80,11 @@ class RunProgress:
     def progress(self) -> Progress:
         """How far the run is."""
         return self._progress
+
+    def moment(self, model: nn.Module) -> Moment:
+        """Return where the run is, for a hook."""
+        step, position = self._progress.step, self._progress.position
+        return Moment(step=step, samples_seen=position, global_batch_size=self._latest_batch, model=model)
 
     @property
     def stop_agreed(self) -> bool:
@@ -82,7 +99,7 @@ class RunProgress:
     @property
     def at_end(self) -> bool:
         """Whether the last step was taken."""
-        return self._progress.position >= given(self._config.max_samples)
+        return self._progress.ended_early or self._progress.position >= given(self._config.max_samples)
 
     def begin_at(self, position: int) -> None:
         """Begin where another run has come to, as a run of its own."""
@@ -98,6 +115,7 @@ class RunProgress:
     def sent(self, record: StepRecord, pending: PendingSum, *, flops_per_sample: float | None, wall_s: float) -> None:
         """Note that a step was handed to the device, and that its outcome is under way."""
         self._unread = (record, pending, flops_per_sample)
+        self._latest_batch = record.global_batch_size
         self._progress = replace(self._progress, step=record.step, position=record.end, wall_s=wall_s)
 
     def paused(self, *, wall_s: float) -> None:
@@ -106,9 +124,18 @@ class RunProgress:
         self._ledger.pause(seconds=wall_s - self._progress.wall_s, energy_j=0.0)  # its energy is told with a step
         self._clock = (self._progress.position, wall_s)
 
-    def evaluated(self, loss: float) -> None:
-        """Note the held-out loss."""
-        self._progress = replace(self._progress, eval_loss=loss)
+    @property
+    def largest_micro_batch_size(self) -> int:
+        """The largest micro-batch that is allowed and known to fit."""
+        return largest_micro_batch_size(self._plan.config)
+
+    def end_early(self) -> None:
+        """End the run after the latest step, as at its end."""
+        self._progress = replace(self._progress, ended_early=True)
+
+    def evaluated(self, figures: Mapping[str, float]) -> None:
+        """Note the held-out figures."""
+        self._progress = replace(self._progress, eval_loss=figures["loss"], eval_figures=dict(figures))
 
     def read_outcome(self, log: RunLog) -> None:
         """Wait for the outcome of the latest step, if it was not read yet, and take it in.

@@ -15,7 +15,9 @@ from dptrain.checkpoint.state import pack_model, pack_optimizer, unpack_model, u
 from dptrain.config.filled_in import given
 from dptrain.config.train_config import TrainConfig
 from dptrain.errors import CheckpointError, ConfigError
+from dptrain.tasks.hook import TrainHook
 from dptrain.tracking.run_log import RunLog
+from dptrain.train.hooks import WeightAverage
 from dptrain.train.run_progress import RunProgress
 
 
@@ -30,6 +32,8 @@ class RunState:
         num_samples: of the training data.
         fingerprint: of the training data.
         world_size: number of replicas.
+        hook: is called at saves, and has a state.
+        average: of the weights, where there is one.
     """
 
     def __init__(
@@ -42,6 +46,8 @@ class RunState:
         num_samples: int,
         fingerprint: str,
         world_size: int,
+        hook: TrainHook,
+        average: WeightAverage | None,
     ) -> None:
         self._config = config
         self._model = model
@@ -50,9 +56,12 @@ class RunState:
         self._num_samples = num_samples
         self._fingerprint = fingerprint
         self._world_size = world_size
+        self._hook = hook
+        self._average = average
 
     def pack(self) -> tuple[int, tuple[Mapping[str, Mapping[str, torch.Tensor]], Mapping[str, JSON]]]:
         """Return the step, and the tensors and the state that a checkpoint of this moment holds."""
+        self._hook.on_save(self._run.moment(self._model))
         optimizer_tensors, optimizer_state = pack_optimizer(self._optimizer, names=self._names())
         state: dict[str, JSON] = {
             "config": asdict(self._config),
@@ -60,9 +69,12 @@ class RunState:
             "num_samples": self._num_samples,
             "data": self._fingerprint,
             "optimizer": optimizer_state,
+            "hook": dict(self._hook.state_dict()),
             **self._run.state(),
         }
         tensors = {"model": pack_model(self._model), "optimizer": optimizer_tensors}
+        if self._average is not None:
+            tensors["average"] = self._average.tensors()
         return self._run.progress.step, (tensors, state)
 
     def check_same_data(self, saved: Checkpoint) -> None:
@@ -88,6 +100,9 @@ class RunState:
         with _complete(saved):
             self._unpack(saved)
             self._run.restore(state)
+            self._hook.load_state_dict(state.get("hook", {}))
+            if self._average is not None:
+                self._average.restore(saved.tensors("average"), step=self._run.progress.step)
         progress = self._run.progress
         log.note(f"resumed from step {progress.step:,}, {progress.position:,} samples seen")
 

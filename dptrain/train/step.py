@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 from dptrain.cost.flops import FlopCounter
 from dptrain.data import MicroBatchLoader
 from dptrain.errors import OutOfMemoryError
+from dptrain.exchange.running_statistics import RunningStatistics
 from dptrain.observe import Meter, PendingSum
 from dptrain.observe.stopwatch import Stopwatch
 from dptrain.runtime.step_reduction import RankReport, StepRecord, send
-from dptrain.tasks.base import Batch, LossFunction
+from dptrain.tasks.base import Batch, LossFunction, split_loss
 from dptrain.train.memory import release_memory, split
 from dptrain.train.optimizer import set_rate, step_if_finite
 
@@ -34,6 +35,7 @@ class Stepper:
         optimizer: over the model's parameters.
         meter: sees the gradients.
         loader: gives this replica's micro-batches.
+        statistics: of the model's batch norms.
         max_grad_norm: clip the combined gradient to this norm, or None.
         seed_of: position in the stream → seed of the forward pass that begins there.
     """
@@ -47,6 +49,7 @@ class Stepper:
         optimizer: Optimizer,
         meter: Meter,
         loader: MicroBatchLoader,
+        statistics: RunningStatistics,
         max_grad_norm: float | None,
         seed_of: Callable[[int], int],
     ) -> None:
@@ -56,6 +59,7 @@ class Stepper:
         self._optimizer = optimizer
         self._meter = meter
         self._loader = loader
+        self._statistics = statistics
         self._max_grad_norm = max_grad_norm
         self._seed_of = seed_of
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -84,6 +88,7 @@ class Stepper:
         Returns:
             What the replicas tell each other of the step, under way.
         """
+        self._statistics.begin_step()
         loss_sum, halved = self._backward(record)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         sums = self._meter.local_sums(grad_norm=grad_norm)
@@ -93,6 +98,7 @@ class Stepper:
         set_rate(self._optimizer, record.learning_rate, betas=record.betas, weight_decay=record.weight_decay)
         step_if_finite(self._optimizer, grad_norm)
         self._optimizer.zero_grad(set_to_none=True)
+        self._statistics.end_step(num_micro_batches=record.num_micro_batches, finite=torch.isfinite(grad_norm))
         return pending
 
     def _backward(self, record: StepRecord) -> tuple[Tensor, bool]:
@@ -119,6 +125,7 @@ class Stepper:
             passes.close()
             self._optimizer.zero_grad(set_to_none=True)
             self._meter.discard_step()
+            self._statistics.discard_step()
             release_memory(self._accelerator.device)
             parts *= 2
 
@@ -129,11 +136,12 @@ class Stepper:
             # Replicas are averaged with equal weight; this factor makes it the mean over samples, whatever their sizes.
             weight = one.num_samples * world_size / record.global_batch_size
             self._meter.begin(num_samples=one.num_samples, weight=weight)
+            self._statistics.begin_micro_batch(one.number if one.num_samples else None)
             _seed_forward(self._seed_of(one.position), self._accelerator.device)
             together = nullcontext() if one.is_last else self._accelerator.no_sync(self._model)
             with together, self._flops.counting(one.batch, num_samples=one.num_samples):
                 began = self._stopwatch.start()
-                loss = self._loss(self._model, one.batch)
+                loss, _ = split_loss(self._loss(self._model, one.batch))
                 self._stopwatch.stop(began)
                 self._is_combining = one.is_last and world_size > 1
                 self._accelerator.backward(loss * weight)
@@ -148,14 +156,22 @@ class Stepper:
             global_batch_size=record.global_batch_size,
             micro_batch_size=record.micro_batch_size,
         )
+        least = self._statistics.smallest_micro_batch
         for number, micro in enumerate(window, start=1):
             batch = send_to_device(micro.batch, self._accelerator.device, non_blocking=True)
-            pieces = [batch] if parts == 1 or micro.num_samples == 0 else split(batch, parts)
+            num_pieces = min(parts, micro.num_samples // least)
+            pieces = [batch] if num_pieces <= 1 else split(batch, num_pieces)
             is_last = number == record.micro_steps(self._accelerator.num_processes)
             position, left = micro.position, micro.num_samples
             for index, piece in enumerate(pieces, start=1):
                 share = -(-left // (len(pieces) - index + 1))
-                yield _Pass(batch=piece, num_samples=share, position=position, is_last=is_last and index == len(pieces))
+                yield _Pass(
+                    batch=piece,
+                    num_samples=share,
+                    number=(number - 1) * self._accelerator.num_processes + self._accelerator.process_index,
+                    position=position,
+                    is_last=is_last and index == len(pieces),
+                )
                 position, left = position + share, left - share
 
     def _check_can_begin_anew(self, record: StepRecord, *, parts: int, told: str) -> None:
@@ -165,8 +181,10 @@ class Stepper:
                 f"gradients: go on from the latest checkpoint with --resume --micro-batch-size "
                 f"{max(1, record.micro_batch_size // 2)} ({told})"
             )
-        if parts >= record.micro_batch_size:
-            raise OutOfMemoryError(f"the memory does not suffice for a single sample at a time ({told})")
+        least = self._statistics.smallest_micro_batch
+        if parts >= record.micro_batch_size // least:
+            samples = "a single sample" if least == 1 else f"{least} samples"
+            raise OutOfMemoryError(f"the memory does not suffice for {samples} at a time ({told})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,12 +194,14 @@ class _Pass:
     Attributes:
         batch: on the device.
         num_samples: of the step in it; 0 for a filler.
+        number: of its micro-batch in the step, from 0, over all replicas.
         position: of its first sample in the stream.
         is_last: of the step, after which the replicas combine their gradients.
     """
 
     batch: Batch
     num_samples: int
+    number: int
     position: int
     is_last: bool
 

@@ -10,6 +10,7 @@ from dptrain.config.built import betas, learning_rate_schedule, micro_batch_size
 from dptrain.config.filled_in import given, largest_micro_batch_size
 from dptrain.config.train_config import TrainConfig
 from dptrain.data import SampleStream, slots
+from dptrain.errors import ConfigError
 from dptrain.runtime.step_reduction import StepRecord
 from dptrain.train.progress import Progress
 
@@ -23,17 +24,37 @@ class StepPlan:
         config: filled in.
         world_size: number of replicas.
         stream: order of the training data.
+        smallest_micro_batch: fewest samples that the model takes at a time.
+
+    Raises:
+        ConfigError: where the settings leave fewer.
     """
 
-    def __init__(self, config: TrainConfig, *, world_size: int, stream: SampleStream) -> None:
+    def __init__(
+        self, config: TrainConfig, *, world_size: int, stream: SampleStream, smallest_micro_batch: int = 1
+    ) -> None:
         self.config = config
+        self._smallest_micro_batch = smallest_micro_batch
+        most = min(largest_micro_batch_size(config), given(config.max_samples))
+        if most < smallest_micro_batch:
+            raise ConfigError(
+                f"the model has batch norms, which need at least {smallest_micro_batch} samples at a time, and "
+                f"micro_batch_size or max_samples leaves {most}: raise it"
+            )
         self._world_size = world_size
         self._stream = stream
         self._schedule = learning_rate_schedule(config)
 
     def record(self, progress: Progress, *, wall_s: float) -> StepRecord:
         """Lay out the next step: the batch in force, or what is left of the run."""
-        batch = min(progress.global_batch_size, given(self.config.max_samples) - progress.position)
+        left, least = given(self.config.max_samples) - progress.position, self._smallest_micro_batch
+        batch = min(progress.global_batch_size, left)
+        if 0 < left - batch < least:
+            batch = left  # too few for a step of their own
+        micro = micro_batch_size(self.config, global_batch_size=progress.global_batch_size)
+        # An odd rest in micro-batches of two would leave a single one: some take three.
+        while batch // -(-batch // micro) < least:
+            micro += 1
         base = given(self.config.optimizer.learning_rate) * self._schedule.factor(progress.position + batch)
         factor = progress.learning_rate_factor
         scaled = betas(self.config, batch=progress.global_batch_size)
@@ -41,7 +62,7 @@ class StepPlan:
             step=progress.step + 1,
             position=progress.position,
             global_batch_size=batch,
-            micro_batch_size=micro_batch_size(self.config, global_batch_size=progress.global_batch_size),
+            micro_batch_size=micro,
             learning_rate=base * factor,
             wall_s=wall_s,
             betas=None if scaled is None else (scaled.beta1, scaled.beta2),

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from dptrain.checkpoint.opened import Checkpoint
 from dptrain.checkpoint.state import infinite_buffers
 from dptrain.checkpoint.store import load_checkpoint, load_newest, set_aside
 from dptrain.config.built import smoothing
-from dptrain.config.filled_in import as_saved, filled_in, given, largest_micro_batch_size
+from dptrain.config.filled_in import as_saved, filled_in, given
 from dptrain.config.resume_check import check_same_settings
 from dptrain.config.settings_file import settings_text
 from dptrain.config.train_config import LogConfig, TrainConfig
@@ -28,6 +28,7 @@ from dptrain.cost.energy import EnergyCounter
 from dptrain.cost.ledger import Ledger
 from dptrain.data import MicroBatchLoader, SampleStream
 from dptrain.errors import ConfigError
+from dptrain.exchange import RunningStatistics
 from dptrain.observe import DdpCommHook, Meter, ParameterHook
 from dptrain.observe.groups import Groups, resolve_groups
 from dptrain.observe.hooks.base import GradientHook
@@ -50,9 +51,10 @@ from dptrain.tracking.jsonl import Value
 from dptrain.tracking.run_folder import RunFolder, checkpoints_in, default_run_dir
 from dptrain.tracking.run_log import RunLog, SilentLog, WritingLog
 from dptrain.train.checkpoint_schedule import CheckpointManager, crosses
-from dptrain.train.evaluation import evaluate
+from dptrain.train.evaluation import HeldOut
+from dptrain.train.hooks import build_hooks, wants_end
 from dptrain.train.memory import find_micro_batch_size
-from dptrain.train.optimizer import NUM_STATES, build_optimizer, skips_on_device
+from dptrain.train.optimizer import build_optimizer, num_states, skips_on_device
 from dptrain.train.run_progress import RunProgress
 from dptrain.train.run_state import RunState
 from dptrain.train.step import Stepper, forward_seed
@@ -95,8 +97,11 @@ class Trainer:
         self._accelerator.wait_for_everyone()
         torch.manual_seed(config.seed)
         self._task = task if isinstance(task, Task) else resolve_task(task or config.task, options=config.task_options)
-        check_task(self._task)
+        self._unused = check_task(self._task)
         check_evaluation(self._task)
+        self._statistics = RunningStatistics(
+            self._task.model, rank=self._accelerator.process_index, world_size=self._world_size
+        )
         self._run_dir = Path(config.run_dir or default_run_dir(config.task))
         folder = checkpoints_in(self._run_dir)
         self._saved = load_newest(folder, allow_fresh=allow_fresh) if resume else None
@@ -112,12 +117,28 @@ class Trainer:
         self._check_agreement()
 
         self._bare_model = self._task.model
+        self._statistics.hide_from_ddp(self._bare_model)
+        asked = self._config.find_unused_parameters
+        looks = bool(self._unused) if asked is None else asked
+        self._accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=looks)
         self._model = self._accelerator.prepare(self._bare_model)
-        self._optimizer = build_optimizer(self._config.optimizer, self._bare_model)
+        self._optimizer = build_optimizer(
+            self._config.optimizer, self._bare_model, parameter_groups=self._task.parameter_groups
+        )
+        self._hook, average = build_hooks(self._config, self._task, model=self._bare_model)
+        self._held_out = HeldOut(
+            self._task,
+            self._bare_model,
+            average=average,
+            rank=self._accelerator.process_index,
+            world_size=self._world_size,
+            device=self._accelerator.device,
+            precision=self._accelerator.autocast,
+        )
         groups = resolve_groups("module" if self._config.noise.groups else None, model=self._bare_model)
         self._meter = Meter(
             self._bare_model.parameters(),
-            hook=self._hook(groups),
+            hook=self._gradient_hook(groups),
             groups=groups,
             smoothing=smoothing(self._config),
             level=self._config.noise.level,
@@ -131,6 +152,7 @@ class Trainer:
             world_size=self._world_size,
             stream=self._stream,
             ledger=self._ledger(),
+            smallest_micro_batch=self._statistics.smallest_micro_batch,
         )
         self._state = RunState(
             self._config,
@@ -140,6 +162,8 @@ class Trainer:
             num_samples=self._num_samples,
             fingerprint=self._fingerprint,
             world_size=self._world_size,
+            hook=self._hook,
+            average=average,
         )
 
     @property
@@ -170,7 +194,7 @@ class Trainer:
             price_per_device_hour=self._config.log.price_per_device_hour,
         )
 
-    def _hook(self, groups: Groups) -> GradientHook:
+    def _gradient_hook(self, groups: Groups) -> GradientHook:
         if self._config.control.mode == "off":
             return NullHook(self._accelerator.device, num_entries=groups.num_entries)
         if self._config.noise.observer == "parameters":
@@ -179,15 +203,21 @@ class Trainer:
             raise ConfigError("noise.observer=hook needs at least two replicas: use noise.observer=parameters")
         return DdpCommHook(self._model, groups=groups)
 
+    def _replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield what must be the same on all replicas, by name: parameters, and statistics of batch norms."""
+        yield from self._bare_model.named_parameters()
+        yield from ((name, self._bare_model.get_buffer(name)) for name in self._statistics.buffer_names())
+
     def _fitting_micro_batch_size(self, config: TrainConfig) -> int:
         """Find by trying what fits into the memory of all GPUs. Without one the task's size will do: hosts swap."""
         suggestion, device = self._task.suggestion, self._accelerator.device
         on_host = device.type == "cpu"
         return find_micro_batch_size(
             self._task,
+            smallest=self._statistics.smallest_micro_batch,
             largest=suggestion.micro_batch_size if on_host else self._num_samples,
             device=device,
-            num_states=NUM_STATES[config.optimizer.name],
+            num_states=num_states(config.optimizer),
             precision=self._accelerator.autocast,
         )
 
@@ -199,6 +229,7 @@ class Trainer:
                 "the version of torch": torch.__version__,
                 "the number of samples": self._num_samples,
                 "the data": self._fingerprint,
+                "the parameters that the loss does not use": sorted(self._unused),
                 "the checkpoint to branch from": None if self._branch is None else self._branch.step,
                 "the checkpoint to resume from": None if self._saved is None else self._saved.step,
             },
@@ -258,7 +289,7 @@ class Trainer:
         self, stepper: Stepper, stop: SignalHandler, checkpoint_manager: CheckpointManager | None, log: RunLog
     ) -> Mapping[str, Value] | None:
         run, began_s = self._run, time.monotonic() - self._run.progress.wall_s
-        drift = ReplicaCheck(self._bare_model.named_parameters(), every_steps=self._config.replica_check_every_steps)
+        drift = ReplicaCheck(self._replicated(), every_steps=self._config.replica_check_every_steps)
         with Watchdog(world_size=self._world_size) as watchdog:
             while not (run.at_end or run.stop_agreed):
                 record = run.next_record(wall_s=time.monotonic() - began_s)
@@ -271,6 +302,7 @@ class Trainer:
                 drift.finish()
                 flops = stepper.take_flops_per_sample()
                 run.sent(record, pending, flops_per_sample=flops, wall_s=time.monotonic() - began_s)
+                self._hook.on_step(run.moment(self._bare_model))
                 drift.start(record.step)
                 watchdog.beat()
                 if self._pause(record, checkpoint_manager, log):
@@ -326,6 +358,7 @@ class Trainer:
         run.read_outcome(log)
         if evaluates:
             self._evaluate(log)
+            ends = ends or run.at_end
         if ends:
             self._on_rank_0(lambda: None if checkpoint_manager is None else checkpoint_manager.save_and_wait())
         elif checkpoint_manager is not None and saves:
@@ -333,32 +366,26 @@ class Trainer:
         return True
 
     def _evaluate(self, log: RunLog) -> None:
-        if self._task.eval_data is None:
+        run = self._run
+        figures = self._held_out.figures(batch_size=run.largest_micro_batch_size)
+        if not figures:
             return
-        loss = evaluate(
-            self._bare_model,
-            self._task.eval_data,
-            self._task.loss,
-            micro_batch_size=largest_micro_batch_size(self._config),
-            collate=self._task.collate,
-            rank=self._accelerator.process_index,
-            world_size=self._world_size,
-            device=self._accelerator.device,
-        )
-        self._run.evaluated(loss)
+        run.evaluated(figures)
         log.evaluation(
             {
                 "kind": "eval",
-                "step": self._run.progress.step,
-                "progress/samples": self._run.progress.position,
-                "eval/loss": loss,
-                **{f"eval/{name}": figure(loss) for name, figure in self._task.eval_metrics.items()},
+                "step": run.progress.step,
+                "progress/samples": run.progress.position,
+                **{f"eval/{name}": value for name, value in figures.items()},
             }
         )
+        ends = wants_end(self._hook, run.moment(self._bare_model), figures, device=self._accelerator.device)
+        if ends and not run.at_end:
+            run.end_early()
+            log.note(f"ended early after step {run.progress.step:,}, as a hook or early stopping asked for")
 
     def _summary(self) -> dict[str, Value]:
-        loss = self._run.progress.eval_loss
-        metrics = {} if loss is None else {name: figure(loss) for name, figure in self._task.eval_metrics.items()}
+        figures = self._run.progress.eval_figures
         return {
             "task": self._task.name,
             "world_size": self._world_size,
@@ -366,7 +393,7 @@ class Trainer:
             "device": str(self._accelerator.device.type),
             **self._run.figures(),
             "bits_per_byte": None,
-            **metrics,
+            **{name: value for name, value in figures.items() if name != "loss"},
         }
 
     # Parts
@@ -391,6 +418,7 @@ class Trainer:
             num_workers=self._config.num_workers,
             collate=self._task.collate,
             pin_memory=self._accelerator.device.type == "cuda",
+            filler_size=self._statistics.smallest_micro_batch,
         )
 
     def _stepper(self, loader: MicroBatchLoader) -> Stepper:
@@ -402,6 +430,7 @@ class Trainer:
             optimizer=self._optimizer,
             meter=self._meter,
             loader=loader,
+            statistics=self._statistics,
             max_grad_norm=self._config.optimizer.max_grad_norm,
             seed_of=lambda position: forward_seed(self._config.seed, position),
         )

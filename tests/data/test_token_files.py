@@ -122,7 +122,7 @@ def nanogpt_batch(path, *, batch_size, block_size):
 
 
 def test_reading_costs_no_more_than_nanogpts_loader(tmp_path):
-    """A micro-batch of 12 × 1,025 tokens takes at most 1.5 × the time of nanoGPT's batch, least of interleaved tries."""
+    """A micro-batch of 12 × 1,025 tokens takes at most 1.5 × the time of nanoGPT's batch, best of 60."""
     path = write(tmp_path / "train.bin", np.arange(2_000_000) % 50257)
     windows = TokenWindows([token_file(path)], size=1025, stride=1024)
     random = np.random.default_rng(0)

@@ -4,26 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-_WORDS = [
-    "the",
-    "model",
-    "learns",
-    "from",
-    "noisy",
-    "gradients",
-    "while",
-    "a",
-    "batch",
-    "grows",
-    "and",
-    "the",
-    "loss",
-    "falls",
-    "below",
-    "what",
-    "was",
-    "measured",
-]
+_TEXT = """the model learns from noisy gradients while a batch grows and the loss falls below what was measured"""
+_WORDS = _TEXT.split()
 
 
 def make_text(num_words, *, seed=0):
@@ -74,7 +56,8 @@ def make_hf_model(folder, *, kind="causal"):
 
     folder.mkdir(parents=True)
     tokenizer = make_tokenizer(folder / "raw.json")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    end = "<end>"
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
     torch.manual_seed(3)
     if kind == "causal":
         ends = {"bos_token_id": 0, "eos_token_id": 0}

@@ -1,0 +1,262 @@
+"""Whether a task can be trained on several replicas: its parts looked at, then two samples run through its loss."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sysconfig
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils.data import IterableDataset, default_collate
+
+from dptrain.errors import DptrainError, TaskError
+from dptrain.tasks.base import Batch, Task, split_loss
+
+_NUM_CHECKED_SAMPLES = 2
+_MAX_NAMES = 5
+
+
+def check_task(task: Task) -> frozenset[str]:
+    """Run two training samples through a copy of the model, on the CPU in train mode, and look at the loss.
+
+    The task stays as it was: parameters, gradients, buffers, modes, and the random states of torch and of `random`;
+    lazy modules alone get their parameters. The value need not be finite. Because the loss sees a copy, a loss that
+    uses a model of its own instead of the one that it is given is found out too: under data parallelism nobody would
+    reduce its gradients.
+
+    Returns:
+        The names of the parameters that this loss does not reach.
+
+    Raises:
+        TaskError: where a sample, the collation, or the loss raises; where the loss is not a floating-point scalar with
+            a graph that reaches a parameter of the model; or where a gradient is one that replicas cannot combine.
+    """
+    with random_state_kept(), torch.enable_grad():
+        samples = _first_samples(task)
+        with reported(f"the first two training samples of task {task.name!r} do not make a micro-batch"):
+            batch = (task.collate or default_collate)(samples)
+        _materialise(task, batch)
+        with reported(f"the model of task {task.name!r} cannot be copied"):
+            model = copy.deepcopy(task.model).train()
+        wrapped = _Wrapped(model)
+        with _explained(wrapped, name=task.name):
+            found = task.loss(wrapped, batch)
+        unused = _check_loss(found, model=model, name=task.name)
+    if not wrapped.was_called:
+        raise TaskError(
+            f"the loss of task {task.name!r} does not call model(…), the one call that replicas synchronise by: call "
+            f"it rather than its parts, and put the work of other methods into forward()"
+        )
+    return unused
+
+
+class _Wrapped(nn.Module):
+    """Stands for what a model is wrapped in on several replicas: it can be called, and has nothing of the model's own.
+
+    Args:
+        module: the model.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.was_called = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the model's own
+        self.was_called = True
+        return self.module(*args, **kwargs)
+
+
+@contextmanager
+def _explained(wrapped: _Wrapped, *, name: str) -> Iterator[None]:
+    """Say of a loss that misses something of the model's that the wrapper has none of it."""
+    try:
+        with reported(f"the loss of task {name!r} does not run on a micro-batch of two samples"):
+            yield
+    except TaskError as error:
+        cause = error.__cause__
+        if isinstance(cause, AttributeError) and cause.obj is wrapped and hasattr(wrapped.module, str(cause.name)):
+            raise TaskError(
+                f"the loss of task {name!r} uses model.{cause.name}, which the wrapper of several replicas does not "
+                f"have: call model(…) alone, and put the work of model.{cause.name} into forward()"
+            ) from cause
+        raise
+
+
+def check_parts(task: Task) -> None:
+    """Look at the parts of a task without running any.
+
+    Raises:
+        TaskError: where one is not what the trainer needs.
+    """
+    name = task.name
+    if not isinstance(task.model, nn.Module):
+        raise TaskError(f"the model of task {name!r} must be a torch.nn.Module, got {type(task.model).__name__}")
+    if not callable(task.loss):
+        raise TaskError(f"the loss of task {name!r} must be a function of (model, micro-batch), got {task.loss!r}")
+    if task.metrics and task.outputs is None:
+        raise TaskError(f"task {name!r} has metrics, and no function `outputs` that gives them something to measure")
+    if isinstance(task.train_data, IterableDataset):
+        if task.sample_weights is not None:
+            raise TaskError(f"task {name!r} weights its samples, but an IterableDataset decides on its own order")
+    else:
+        _check_data(task.train_data, f"train_data of task {name!r}", at_least=_NUM_CHECKED_SAMPLES)
+    for key, data in task.eval_sets.items():
+        _check_data(data, f"eval_data{f'[{key!r}]' if key else ''} of task {name!r}", at_least=1)
+
+
+def _check_data(data: Any, what: str, *, at_least: int) -> None:  # noqa: ANN401 - whatever a user gave
+    if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
+        raise TaskError(
+            f"{what} must be a map-style dataset, with __getitem__ and __len__, because the trainer decides the order "
+            f"of samples; got {type(data).__name__}"
+        )
+    with reported(f"{what} has no length"):
+        length = len(data)
+    if length < at_least:
+        raise TaskError(f"{what} must have at least {at_least} samples, got {length}")
+
+
+def _first_samples(task: Task) -> list[Any]:
+    if isinstance(task.train_data, IterableDataset):
+        with reported(f"the training data of task {task.name!r} cannot be read"):
+            samples = [sample for sample, _ in zip(task.train_data, range(_NUM_CHECKED_SAMPLES), strict=False)]
+        if len(samples) < _NUM_CHECKED_SAMPLES:
+            raise TaskError(f"train_data of task {task.name!r} must have at least 2 samples, got {len(samples)}")
+        return samples
+    return [_sample(task.train_data, index, name=task.name) for index in range(_NUM_CHECKED_SAMPLES)]
+
+
+def _sample(data: Any, index: int, *, name: str) -> Any:  # noqa: ANN401 - whatever a user gave
+    with reported(f"sample {index} of the training data of task {name!r} cannot be read"):
+        return data[index]
+
+
+def _materialise(task: Task, batch: Batch) -> None:
+    """Give lazy modules their parameters, which data parallelism needs to know before the first pass."""
+    if not _is_lazy(task.model):
+        return
+    was_training = task.model.training
+    task.model.eval()  # statistics of batch norms stay as they are
+    try:
+        with reported(f"the lazy modules of task {task.name!r} cannot be initialised"), torch.no_grad():
+            task.loss(task.model, batch)
+    finally:
+        task.model.train(was_training)
+    if _is_lazy(task.model):
+        raise TaskError(
+            f"the model of task {task.name!r} has lazy modules that its loss does not use: they would never get "
+            f"parameters; remove them, or give them their sizes"
+        )
+
+
+def _is_lazy(model: nn.Module) -> bool:
+    tensors = (*model.parameters(), *model.buffers())
+    return any(isinstance(tensor, (UninitializedParameter, UninitializedBuffer)) for tensor in tensors)
+
+
+def _check_loss(found: Any, *, model: nn.Module, name: str) -> frozenset[str]:  # noqa: ANN401 - whatever a user's loss returned
+    parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise TaskError(f"the model of task {name!r} has no parameter that requires a gradient")
+    loss = _check_scalars(found, name=name)
+    device = next(iter(parameters.values())).device
+    if loss.device != device:
+        raise TaskError(
+            f"the loss of task {name!r} is on device {loss.device}, and its model on {device}: "
+            "put what the loss makes itself where the micro-batch is"
+        )
+    if not loss.requires_grad:
+        raise TaskError(f"the loss of task {name!r} returned no graph: is there a .detach(), .item() or no_grad in it?")
+    with reported(f"the loss of task {name!r} cannot be differentiated"):
+        gradients = torch.autograd.grad(loss, tuple(parameters.values()), allow_unused=True)
+    by_name = dict(zip(parameters, gradients, strict=True))
+    if all(gradient is None for gradient in gradients):
+        raise TaskError(
+            f"the loss of task {name!r} reaches no parameter of the model that it is given: does it use another one?"
+        )
+    _check_gradients({key: gradient for key, gradient in by_name.items() if gradient is not None}, name=name)
+    return frozenset(key for key, gradient in by_name.items() if gradient is None)
+
+
+def _check_scalars(found: Any, *, name: str) -> Tensor:  # noqa: ANN401 - whatever a user's loss returned
+    """Return what is minimised, and refuse a loss or a part of it that is no number."""
+    if isinstance(found, Mapping) and "loss" not in found:
+        raise TaskError(f"the loss of task {name!r} returned {', '.join(map(repr, found))}, and no part named 'loss'")
+    loss, parts = split_loss(found) if isinstance(found, (Tensor, Mapping)) else (found, {})
+    if not isinstance(loss, Tensor):
+        raise TaskError(f"the loss of task {name!r} must return a scalar tensor, got {type(loss).__name__}")
+    for what, value in (("the loss", loss), *((f"part {key!r} of the loss", part) for key, part in parts.items())):
+        if not isinstance(value, Tensor) or value.shape != () or not value.is_floating_point():
+            got = f"shape {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise TaskError(
+                f"{what} of task {name!r} must return one floating-point number, the mean over the micro-batch's "
+                f"samples, got {got}"
+            )
+    return loss
+
+
+def _check_gradients(gradients: Mapping[str, Tensor], *, name: str) -> None:
+    """Refuse gradients that replicas, the meter or a checkpoint cannot take."""
+    sparse = [key for key, gradient in gradients.items() if gradient.layout is not torch.strided]
+    if sparse:
+        raise TaskError(
+            f"the model of task {name!r} has sparse gradients ({_listed(sparse)}), which replicas cannot combine: "
+            f"build the embedding with sparse=False"
+        )
+    complex_ones = [key for key, gradient in gradients.items() if gradient.is_complex()]
+    if complex_ones:
+        raise TaskError(
+            f"the model of task {name!r} has complex parameters ({_listed(complex_ones)}), of which no noise scale is "
+            f"measured: keep the real view, torch.view_as_real, as the parameter"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return f"{', '.join(names[:_MAX_NAMES])}{more}"
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave the random states of torch and of `random` as they were."""
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(state)
+
+
+@contextmanager
+def reported(what: str) -> Iterator[None]:
+    """Make one sentence of what a user's code raises, sys.exit included; our own errors are sentences already."""
+    try:
+        yield
+    except DptrainError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise TaskError(f"{what}: {_description(error)}") from error
+
+
+def _description(error: BaseException) -> str:
+    """Type, message, and the innermost line of it that is neither dptrain's nor installed: most likely the user's."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    if isinstance(error, SyntaxError):
+        return text  # it names its file and line itself; the traceback ends where the import began
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_OF_THE_USER)]
+    return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else text
+
+
+_NOT_OF_THE_USER = (
+    "<",
+    str(Path(__file__).parents[1]),
+    *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+)

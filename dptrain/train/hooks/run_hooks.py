@@ -1,0 +1,41 @@
+"""What is called beside the steps of a run: the user's hook, the average of the weights, early stopping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from dptrain.config.filled_in import given
+from dptrain.config.train_config import TrainConfig
+from dptrain.observe import PendingSum
+from dptrain.tasks import Task
+from dptrain.tasks.hook import Hooks, Moment, TrainHook
+from dptrain.train.hooks.early_stopping import EarlyStopping
+from dptrain.train.hooks.weight_average import WeightAverage
+
+
+def build_hooks(config: TrainConfig, task: Task, *, model: nn.Module) -> tuple[TrainHook, WeightAverage | None]:
+    """Return all hooks as one, and the average of the weights where the settings ask for it.
+
+    Args:
+        config: filled in.
+        task: may have a hook.
+        model: not wrapped, on its device.
+    """
+    optimizer, average = config.optimizer, None
+    if optimizer.average_decay is not None:
+        batch = given(optimizer.reference_batch_size)
+        average = WeightAverage(model, decay=optimizer.average_decay, reference_batch_size=batch)
+    stopping = None if config.early_stopping.patience is None else EarlyStopping(config.early_stopping)
+    return Hooks([hook for hook in (task.hook, average, stopping) if hook is not None]), average
+
+
+def wants_end(hook: TrainHook, moment: Moment, figures: Mapping[str, float], *, device: torch.device) -> bool:
+    """Tell a hook of an evaluation, and return whether it asks for the end on any replica. A collective; waits.
+
+    Asked of all, because one replica that went on alone would wait for the others for ever.
+    """
+    vote = torch.tensor([float(hook.on_evaluation(moment, figures))], dtype=torch.float64, device=device)
+    return PendingSum(vote).read()[0] > 0
