@@ -62,7 +62,7 @@ class RunningStatistics:
         return [f"{name}.{key}" for name, module in self._modules.items() for key, _ in module.named_buffers()]
 
     def hide_from_ddp(self, model: nn.Module) -> None:
-        """Have DDP leave the statistics of a model that it will wrap: it would copy rank 0's before each forward pass."""
+        """Have DDP leave the statistics of a model alone: it would copy rank 0's before each forward pass."""
         model._ddp_params_and_buffers_to_ignore = self.buffer_names()  # type: ignore[assignment] # noqa: SLF001 - DDP reads it
 
     def begin_step(self) -> None:

@@ -118,8 +118,7 @@ class Trainer:
 
         self._bare_model = self._task.model
         self._statistics.hide_from_ddp(self._bare_model)
-        asked = self._config.find_unused_parameters
-        looks = bool(self._unused) if asked is None else asked
+        looks = bool(self._unused) if config.find_unused_parameters is None else config.find_unused_parameters
         self._accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=looks)
         self._model = self._accelerator.prepare(self._bare_model)
         self._optimizer = build_optimizer(
