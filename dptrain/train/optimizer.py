@@ -151,9 +151,10 @@ def _one(
     if unknown := [name for name in options if name not in accepted and not has_any]:
         names = [name for name in accepted if name not in ("self", "params")]
         raise ConfigError(f"{kind.__name__} has no option {unknown[0]!r}; its options are {', '.join(names)}")
-    if "weight_decay" in settings:
-        for group in groups:
-            group["weight_decay"] = settings["weight_decay"] if group.get("weight_decay") else 0.0
+    for group in groups if "weight_decay" in accepted else ():
+        group.setdefault("weight_decay", config.weight_decay)
+        if "weight_decay" in options and group["weight_decay"]:
+            group["weight_decay"] = options["weight_decay"]
     try:
         # Any class has its own arguments.
         optimizer: Optimizer = cast("Any", kind)(groups, **settings)

@@ -241,7 +241,7 @@ def small_task(**changes):
         (lambda model, batch: (model(batch).mean(), 1), "must return a scalar tensor, got tuple"),
         (lambda *_: None, "must return a scalar tensor, got NoneType"),
         (lambda *_: 3, "must return a scalar tensor, got int"),
-        (lambda model, batch: {"loss": model(batch).mean()}, "must return a scalar tensor, got dict"),
+        (lambda model, batch: {"mean": model(batch).mean()}, "returned 'mean', and no part named 'loss'"),
         (lambda model, batch: model(batch), "got shape (2, 1)"),
         (lambda model, batch: model(batch).mean().detach(), "returned no graph"),
         (lambda model, batch: model(batch).mean().to("meta"), "is on device meta, and its model on cpu"),

@@ -7,7 +7,7 @@ import torch
 
 from dptrain.errors import ConfigError
 from dptrain.tasks.mnist1d import make_signals, mnist1d
-from dptrain.tasks.resolve import check_task
+from dptrain.tasks.check import check_task
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,18 @@
-"""The optimizer: what decays, and that a step which is not finite leaves it as it was."""
+"""The optimizer: any by name as by hand, what decays, and that a step which is not finite leaves it as it was."""
 
 from __future__ import annotations
 
 import copy
+import json
 import math
+import re
 
 import pytest
 import torch
 from torch import nn
 
+from dptrain.checkpoint.state import pack_optimizer, unpack_optimizer
+from dptrain.errors import ConfigError
 from dptrain.train import OptimizerConfig
 from dptrain.train.optimizer import build_optimizer, set_rate, skips_on_device, step_if_finite
 
@@ -109,3 +113,167 @@ def test_the_rate_is_set_for_all_groups():
     set_rate(optimizer, 0.0)
     take_step(optimizer, model, seed=0)
     assert_equal([p.detach() for p in model.parameters()], before)
+
+
+class Signed(torch.optim.Optimizer):
+    """A user's own: follows the sign of the gradient."""
+
+    def __init__(self, params, lr=1.0, *, keep=0.0):
+        super().__init__(params, {"lr": lr, "keep": keep})
+
+    @torch.no_grad()
+    def step(self, closure=None):  # noqa: ARG002 - as torch has it
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(group["lr"] * parameter.grad.sign())
+
+
+def two_rates(model):
+    """A function that returns groups: the first layer at a tenth of the rate, the rest as the run has it."""
+    rest = [p for module in list(model)[1:] for p in module.parameters()]
+    return [{"params": list(model[0].parameters()), "lr": 0.01}, {"params": rest, "weight_decay": 0.0}]
+
+
+def an_optimizer(model):
+    """A function that returns an optimizer."""
+    return torch.optim.RMSprop(
+        [{"params": model[0].parameters(), "lr": 0.3}, {"params": model[1:].parameters()}], lr=0.1
+    )
+
+
+def muon_with_adamw(model):
+    """Written by hand: the hidden matrix by Muon, the output layer and the vectors by AdamW."""
+    hidden, last = model[0].weight, model[2].weight
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    options = {"lr": 0.1, "betas": (0.9, 0.95)}
+    return [
+        torch.optim.Muon([hidden], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([{"params": [last]}, {"params": vectors, "weight_decay": 0.0}], weight_decay=0.1, **options),
+    ]
+
+
+HERE = __file__
+
+
+def decayed(model, kind, **options):
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    return [
+        kind([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=0.1, **options)
+    ]
+
+
+BY_HAND = {
+    "muon": muon_with_adamw,
+    "adafactor": lambda model: decayed(model, torch.optim.Adafactor),
+    "NAdam": lambda model: decayed(model, torch.optim.NAdam, betas=(0.9, 0.95), decoupled_weight_decay=True),
+    "torch.optim.Adamax": lambda model: decayed(model, torch.optim.Adamax, betas=(0.9, 0.95)),
+    f"{HERE}:Signed": lambda model: [Signed(model.parameters(), lr=0.1)],
+    f"{HERE}:two_rates": lambda model: [
+        torch.optim.AdamW(
+            [{"params": model[0].parameters(), "lr": 0.01}, {"params": model[1:].parameters(), "weight_decay": 0.0}],
+            lr=0.1,
+            weight_decay=0.1,
+            betas=(0.9, 0.95),
+        )
+    ],
+    f"{HERE}:an_optimizer": lambda model: [an_optimizer(model)],
+}
+"""Name → the same by hand, as one or more optimizers."""
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_any_optimizer_steps_as_by_hand_under_a_moving_rate(name):
+    """Bit for bit a plain loop with that class, with the rate of each group moved in its ratio."""
+    models = [make_model(), make_model()]
+    ours = build_optimizer(OptimizerConfig(name=name, learning_rate=0.1), models[0])
+    plain = BY_HAND[name](models[1])
+    own_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in plain]
+    for seed in range(4):
+        factor = 1.0 / (1 + seed)
+        set_rate(ours, 0.1 * factor)
+        take_step(ours, models[0], seed=seed)
+        give_gradients(models[1], seed=seed)
+        for optimizer, rates in zip(plain, own_rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate / 0.1 * (0.1 * factor) if rate != 0.1 else 0.1 * factor
+            optimizer.step()
+    torch.testing.assert_close(list(models[0].parameters()), list(models[1].parameters()), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_any_optimizer_goes_on_from_its_saved_state(name):
+    """Packed, and unpacked into a new one, it takes the steps that it would have taken, bit for bit."""
+    models = [make_model(), make_model()]
+    optimizers = [build_optimizer(OptimizerConfig(name=name, learning_rate=0.1), model) for model in models]
+    for seed in range(3):
+        take_step(optimizers[0], models[0], seed=seed)
+    names = [{parameter: key for key, parameter in model.named_parameters()} for model in models]
+    tensors, state = pack_optimizer(optimizers[0], names=names[0])
+    tensors = {key: value.clone() for key, value in tensors.items()}
+    models[1].load_state_dict(models[0].state_dict())
+    unpack_optimizer(optimizers[1], names=names[1], tensors=tensors, state=json.loads(json.dumps(state)))
+    for seed in range(3, 5):
+        for optimizer, model in zip(optimizers, models, strict=True):
+            set_rate(optimizer, 0.05)
+            take_step(optimizer, model, seed=seed)
+    assert_equal(list(models[0].parameters()), list(models[1].parameters()))
+
+
+@pytest.mark.parametrize("name", ["muon", f"{HERE}:Signed"])
+def test_an_optimizer_without_a_switch_is_skipped_by_the_host(name):
+    """A gradient that is not finite changes neither parameters nor state."""
+    model = make_model()
+    optimizer = build_optimizer(OptimizerConfig(name=name, learning_rate=0.1), model)
+    take_step(optimizer, model, seed=0)
+    before = everything(optimizer, model)
+    take_step(optimizer, model, seed=1, value=math.nan)
+    assert_equal(everything(optimizer, model), before)
+
+
+def test_a_tasks_groups_may_name_an_optimizer_each():
+    """One group by SGD, one by the run's own class: each steps as alone."""
+    models = [make_model(), make_model()]
+    ours = build_optimizer(
+        OptimizerConfig(name="adafactor", learning_rate=0.1),
+        models[0],
+        parameter_groups=lambda model: [
+            {"params": model[0].parameters(), "optimizer": "sgd", "lr": 0.5, "weight_decay": 0.0},
+            {"params": model[1:].parameters(), "weight_decay": 0.0},
+        ],
+    )
+    plain = [
+        torch.optim.SGD(models[1][0].parameters(), lr=0.5, momentum=0.9),
+        torch.optim.Adafactor(models[1][1:].parameters(), lr=0.1),
+    ]
+    for seed in range(3):
+        take_step(ours, models[0], seed=seed)
+        give_gradients(models[1], seed=seed)
+        for optimizer in plain:
+            optimizer.step()
+    torch.testing.assert_close(list(models[0].parameters()), list(models[1].parameters()), rtol=1e-6, atol=0)
+
+
+def forgetful(model):
+    """Groups that leave the last layer out."""
+    return [{"params": list(model[0].parameters())}]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("adammw", {}, "no optimizer 'adammw', did you mean 'adamw'"),
+        ("lbfgs", {}, "no optimizer 'lbfgs'"),
+        ("adafactor", {"momentum": 0.9}, "Adafactor has no option 'momentum'; its options are lr, beta2_decay"),
+        ("torch.nn.Linear", {}, "not one derived from torch.optim.Optimizer"),
+        ("torch.optim.Nothing", {}, "module 'torch.optim' has no 'Nothing'"),
+        (f"{HERE}:forgetful", {}, "leave out 1.weight, 1.bias, 2.weight: give them a group"),
+        (f"{HERE}:an_optimizer", {"eps": 1.0}, "returns an optimizer, and optimizer.options would be ignored"),
+        ("nadam", {"betas": (2.0, 0.9)}, "NAdam cannot be built: Invalid beta"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_had_is_refused(name, options, sentence):
+    """One sentence with what there is instead."""
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        build_optimizer(OptimizerConfig(name=name, learning_rate=0.1, options=options), make_model())
