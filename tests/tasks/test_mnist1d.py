@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dptrain.errors import ConfigError
-from dptrain.tasks.mnist1d import make_signals, mnist1d
 from dptrain.tasks.check import check_task
+from dptrain.tasks.mnist1d import make_signals, mnist1d
 
 
 @pytest.fixture(scope="module")

@@ -160,7 +160,9 @@ def test_average_and_hook_survive_a_kill(tmp_path):
         for death in [*deaths, None]:
             hook = Noting()
             try:
-                attempt(folder, kill_at=death, config=settings(folder), task=lambda hook=hook: replace(noisy(), hook=hook))
+                attempt(
+                    folder, kill_at=death, config=settings(folder), task=lambda hook=hook: replace(noisy(), hook=hook)
+                )
             except Killed:
                 assert death is not None
         saved = load_newest(folder / "checkpoints")
