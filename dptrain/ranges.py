@@ -55,6 +55,11 @@ DECAY = Range(text="in [0, 1)", holds=lambda value: 0 <= value < 1)
 SHARE = Range(text="above 0 and at most 1", holds=lambda value: 0 < value <= 1)
 LEVEL = Range(text="between 0 and 1, such as 0.95", holds=lambda value: 0 < value < 1)
 NAME = Range(text="a text without control characters", holds=_is_name)
+SCHEDULES = ("constant", "cosine", "linear", "wsd")
+SCHEDULE = Range(
+    text=f"one of {', '.join(SCHEDULES)}, or file.py:function",
+    holds=lambda value: value in SCHEDULES or (":" in value and value.isprintable()),
+)
 PATH = Range(
     text="a path without control characters, of at most 4,000 bytes, each part at most 255",
     holds=_is_path,

@@ -48,6 +48,11 @@ class Noisy(Dataset):
         return self.features[index], self.targets[index], index
 
 
+SUGGESTION_OF_NOISY = Suggestion(
+    learning_rate=0.01, global_batch_size=4, micro_batch_size=2, max_samples=230, eval_every_samples=60
+)
+
+
 def noisy():
     """Build a model with dropout on targets that are mostly noise, so that the batch grows soon."""
     return Task(
@@ -56,9 +61,7 @@ def noisy():
         train_data=Noisy(),
         eval_data=Noisy(),
         loss=slow_loss,
-        suggestion=Suggestion(
-            learning_rate=0.01, global_batch_size=4, micro_batch_size=2, max_samples=230, eval_every_samples=60
-        ),
+        suggestion=SUGGESTION_OF_NOISY,
     )
 
 

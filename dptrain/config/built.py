@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 from dptrain.config.filled_in import given, largest_micro_batch_size
 from dptrain.config.train_config import TrainConfig
@@ -25,7 +29,10 @@ from dptrain.control import (
     weight_decay_factor,
 )
 from dptrain.data import choose_micro_batch_size
+from dptrain.errors import ConfigError
 from dptrain.noise import Smoothing
+from dptrain.ranges import SCHEDULES
+from dptrain.tasks.resolve import load_object
 
 
 def micro_batch_size(config: TrainConfig, *, global_batch_size: int) -> int:
@@ -92,8 +99,37 @@ def _law(config: TrainConfig, *, world_size: int) -> Controller:
     )
 
 
-def learning_rate_schedule(config: TrainConfig) -> LearningRateSchedule | StaircaseSchedule:
+@dataclass(frozen=True, kw_only=True)
+class FunctionSchedule:
+    """A user's function as a schedule.
+
+    Attributes:
+        function: (samples seen, samples of the run) → factor on the base rate.
+        max_samples: samples of the run.
+        name: as the user wrote it.
+    """
+
+    function: Callable[[int, int], float]
+    max_samples: int
+    name: str
+
+    def factor(self, samples_seen: int) -> float:
+        """Return the factor for the step that ends at a position.
+
+        Raises:
+            ConfigError: where the function gives no number of at least 0.
+        """
+        value = self.function(samples_seen, self.max_samples)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ConfigError(f"{self.name} must return a number of at least 0, got {value!r} at {samples_seen}")
+        return float(value)
+
+
+def learning_rate_schedule(config: TrainConfig) -> LearningRateSchedule | StaircaseSchedule | FunctionSchedule:
     """Build the course of the base rate from filled-in settings."""
+    if config.optimizer.schedule not in SCHEDULES:
+        name = config.optimizer.schedule
+        return FunctionSchedule(function=load_object(name), max_samples=given(config.max_samples), name=name)
     schedule = _schedule(config)
     return StaircaseSchedule(schedule=schedule) if config.control.law == "seesaw" else schedule
 
@@ -101,7 +137,7 @@ def learning_rate_schedule(config: TrainConfig) -> LearningRateSchedule | Stairc
 def _schedule(config: TrainConfig) -> LearningRateSchedule:
     optimizer = config.optimizer
     return LearningRateSchedule(
-        kind=optimizer.schedule,
+        kind=cast("Any", optimizer.schedule),  # one of its kinds, by the range of the setting
         warmup_samples=given(optimizer.warmup_samples),
         max_samples=config.max_samples if optimizer.schedule != "constant" else None,
         final_fraction=given(optimizer.final_fraction),

@@ -11,6 +11,7 @@ from dptrain.config.validation import check_ranges, check_types
 from dptrain.control import DEFAULT_RATE_RULE, PER_SAMPLE, Schedule, check_scaling
 from dptrain.control.settings import ControlConfig
 from dptrain.errors import ConfigError
+from dptrain.models.settings import ModelConfig
 from dptrain.noise import Smoothing
 from dptrain.observe.settings import NoiseConfig
 from dptrain.ranges import (
@@ -22,6 +23,7 @@ from dptrain.ranges import (
     PATH,
     PORT,
     POSITIVE,
+    SCHEDULE,
     SHARE,
     between,
     setting,
@@ -62,6 +64,12 @@ class OptimizerConfig:
     """Scaling of the weight decay with the batch. timescale: batch / (rate × decay) is kept. Default: none."""
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     """Decay of the learning rate after warm-up. wsd: constant, then a linear decay at the end."""
+    beta_rule: Literal["none", "square_root", "half_life"] = "none"
+    """Scaling of adamw's betas with the batch. square_root: 1 − β in proportion to √batch; half_life: beta2 keeps its
+    half-life in samples."""
+    schedule: str = setting("cosine", SCHEDULE)
+    """Decay of the learning rate after warm-up: constant, cosine, linear, or wsd (constant, then a linear decay at the
+    end). Or file.py:function: the factor on the rate, warm-up included, from samples seen and samples of the run."""
     decay_fraction: float | None = setting(None, SHARE)
     """Fraction of the run over which a wsd schedule decays. Default: 0.2."""
     warmup_samples: int | None = setting(None, AT_LEAST_0)
@@ -163,6 +171,7 @@ class TrainConfig:
     """Steps between two bit-exact comparisons of the replicas' parameters; 0: never."""
     control: ControlConfig = field(default_factory=ControlConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)

@@ -50,7 +50,10 @@ def data_fingerprint(dataset: Dataset[Any], *, seed: int) -> str:
     that random augmentation changes nothing.
     """
     num_samples = len(dataset)  # type: ignore[arg-type]
-    probes = sorted({round(i * (num_samples - 1) / (_NUM_PROBES - 1)) for i in range(_NUM_PROBES)})
+    # A stream names its own: a late sample would have to be read up to.
+    probes = getattr(dataset, "probes", None) or sorted(
+        {round(i * (num_samples - 1) / (_NUM_PROBES - 1)) for i in range(_NUM_PROBES)}
+    )
     source = SlotSource(dataset, stream=SampleStream(num_samples, seed=seed, shuffle=False), collate=_first)
     digest = hashlib.sha256(str(num_samples).encode())
     for index in probes:

@@ -1,11 +1,10 @@
 """Problems that are ready to train, and problems whose answer is known exactly."""
 
-from dptrain.tasks.base import Batch, Loss, LossFunction, Suggestion, Task
+from dptrain.tasks.base import Batch, Loss, LossFunction, Moment, Suggestion, Task, TrainHook
 from dptrain.tasks.check import check_task
 from dptrain.tasks.digits import digits
 from dptrain.tasks.evaluation_check import check_evaluation
 from dptrain.tasks.gpt import gpt
-from dptrain.tasks.hook import Moment, TrainHook
 from dptrain.tasks.huggingface import huggingface
 from dptrain.tasks.images import images
 from dptrain.tasks.known import KnownAnswer, exact_noise, known_answer, linear, quadratic

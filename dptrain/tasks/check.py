@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils.data import IterableDataset, default_collate
 
+from dptrain.data.iterable import StreamedSamples
 from dptrain.errors import DptrainError, TaskError
 from dptrain.tasks.base import Batch, Task, split_loss
 
@@ -103,13 +104,19 @@ def check_parts(task: Task) -> None:
         raise TaskError(f"the loss of task {name!r} must be a function of (model, micro-batch), got {task.loss!r}")
     if task.metrics and task.outputs is None:
         raise TaskError(f"task {name!r} has metrics, and no function `outputs` that gives them something to measure")
-    if isinstance(task.train_data, IterableDataset):
-        if task.sample_weights is not None:
-            raise TaskError(f"task {name!r} weights its samples, but an IterableDataset decides on its own order")
-    else:
-        _check_data(task.train_data, f"train_data of task {name!r}", at_least=_NUM_CHECKED_SAMPLES)
+    _check_data(task.train_data, f"train_data of task {name!r}", at_least=_NUM_CHECKED_SAMPLES)
+    if task.sample_weights is not None:
+        _check_weights(task)
     for key, data in task.eval_sets.items():
         _check_data(data, f"eval_data{f'[{key!r}]' if key else ''} of task {name!r}", at_least=1)
+
+
+def _check_weights(task: Task) -> None:
+    if isinstance(task.train_data, StreamedSamples):
+        raise TaskError(f"task {task.name!r} weights its samples, but an IterableDataset decides on its own order")
+    num_weights, num_samples = 0 if task.sample_weights is None else len(task.sample_weights), len(task.train_data)  # type: ignore[arg-type]
+    if num_weights != num_samples:
+        raise TaskError(f"task {task.name!r} has {num_weights} sample_weights for {num_samples} samples")
 
 
 def _check_data(data: Any, what: str, *, at_least: int) -> None:  # noqa: ANN401 - whatever a user gave
@@ -125,12 +132,6 @@ def _check_data(data: Any, what: str, *, at_least: int) -> None:  # noqa: ANN401
 
 
 def _first_samples(task: Task) -> list[Any]:
-    if isinstance(task.train_data, IterableDataset):
-        with reported(f"the training data of task {task.name!r} cannot be read"):
-            samples = [sample for sample, _ in zip(task.train_data, range(_NUM_CHECKED_SAMPLES), strict=False)]
-        if len(samples) < _NUM_CHECKED_SAMPLES:
-            raise TaskError(f"train_data of task {task.name!r} must have at least 2 samples, got {len(samples)}")
-        return samples
     return [_sample(task.train_data, index, name=task.name) for index in range(_NUM_CHECKED_SAMPLES)]
 
 

@@ -34,8 +34,8 @@ def check_evaluation(task: Task) -> None:
 
 def _dry_run(task: Task, data: Dataset[Any], *, what: str) -> float:
     """Return the loss of the first samples; the metrics of torchmetrics are updated in copies."""
-    num_samples = min(_NUM_SAMPLES, len(data))  # type: ignore[arg-type]
     with reported(f"the first samples of {what} of task {task.name!r} cannot be read"):
+        num_samples = min(_NUM_SAMPLES, len(data))  # type: ignore[arg-type]
         samples = [data[index] for index in range(num_samples)]
     with reported(f"the first samples of {what} of task {task.name!r} do not make a batch"):
         batch = (task.collate or default_collate)(samples)

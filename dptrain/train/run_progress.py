@@ -21,7 +21,7 @@ from dptrain.observe import Meter, PendingSum
 from dptrain.runtime.step_reduction import StepOutcome, StepRecord, receive
 from dptrain.runtime.step_timer import StepTimer
 from dptrain.runtime.stragglers import StragglerWatch
-from dptrain.tasks.hook import Moment
+from dptrain.tasks.base import Moment
 from dptrain.tracking.jsonl import Value
 from dptrain.tracking.rows import noise_figures, train_row
 from dptrain.tracking.run_log import RunLog

@@ -15,7 +15,7 @@ from dptrain.checkpoint.state import pack_model, pack_optimizer, unpack_model, u
 from dptrain.config.filled_in import given
 from dptrain.config.train_config import TrainConfig
 from dptrain.errors import CheckpointError, ConfigError
-from dptrain.tasks.hook import TrainHook
+from dptrain.tasks.base import TrainHook
 from dptrain.tracking.run_log import RunLog
 from dptrain.train.hooks import WeightAverage
 from dptrain.train.run_progress import RunProgress

@@ -26,9 +26,10 @@ from dptrain.config.train_config import LogConfig, TrainConfig
 from dptrain.cost.device_peaks import matmul_precision, peak_flops_per_s
 from dptrain.cost.energy import EnergyCounter
 from dptrain.cost.ledger import Ledger
-from dptrain.data import MicroBatchLoader, SampleStream
+from dptrain.data import MicroBatchLoader
 from dptrain.errors import ConfigError
 from dptrain.exchange import RunningStatistics
+from dptrain.models.adaptation import adapt_model
 from dptrain.observe import DdpCommHook, Meter, ParameterHook
 from dptrain.observe.groups import Groups, resolve_groups
 from dptrain.observe.hooks.base import GradientHook
@@ -93,18 +94,17 @@ class Trainer:
             mixed_precision=config.precision,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=dt.timedelta(seconds=collective_timeout_s()))],
         )
-        # A replica that fails in what follows must not tear the connections that another still makes.
+        # A replica that fails in what follows must not tear connections that another still makes.
         self._accelerator.wait_for_everyone()
         torch.manual_seed(config.seed)
         self._task = task if isinstance(task, Task) else resolve_task(task or config.task, options=config.task_options)
+        adapt_model(self._task.model, config.model)
         self._unused = check_task(self._task)
         check_evaluation(self._task)
-        self._statistics = RunningStatistics(
-            self._task.model, rank=self._accelerator.process_index, world_size=self._world_size
-        )
+        rank = self._accelerator.process_index
+        self._statistics = RunningStatistics(self._task.model, rank=rank, world_size=self._world_size)
         self._run_dir = Path(config.run_dir or default_run_dir(config.task))
-        folder = checkpoints_in(self._run_dir)
-        self._saved = load_newest(folder, allow_fresh=allow_fresh) if resume else None
+        self._saved = load_newest(checkpoints_in(self._run_dir), allow_fresh=allow_fresh) if resume else None
         if self._saved is not None:
             config = as_saved(config, saved=self._saved.state["config"])  # type: ignore[arg-type]
         if config.micro_batch_size == "auto":
@@ -129,7 +129,7 @@ class Trainer:
             self._task,
             self._bare_model,
             average=average,
-            rank=self._accelerator.process_index,
+            rank=rank,
             world_size=self._world_size,
             device=self._accelerator.device,
             precision=self._accelerator.autocast,
@@ -143,7 +143,7 @@ class Trainer:
             level=self._config.noise.level,
             population=self._num_samples,
         )
-        self._stream = SampleStream(self._num_samples, seed=self._config.seed)
+        self._stream = self._task.order(seed=self._config.seed)
         self._energy = EnergyCounter(self._accelerator.device)
         self._run = RunProgress(
             self._config,

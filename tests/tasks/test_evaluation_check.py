@@ -37,7 +37,7 @@ def wrong_metric(model, batch):
         ({"eval_metrics": {"name": lambda _: "good"}}, "must return a number, got str"),
         ({"eval_metrics": {"none": lambda _: None}}, "must return a number, got NoneType"),
         ({"eval_data": [1, 2, 3]}, "does not run on the first samples of eval_data"),
-        ({"eval_data": {"a": 1}}, "eval_data of task 'good' cannot be read: KeyError"),
+        ({"eval_data": {"a": 1}}, r"eval_data\['a'\] of task 'good' cannot be read: TypeError"),
         ({"eval_data": TensorDataset(torch.ones(8, 3))}, "does not run on the first samples of eval_data"),
         ({"eval_data": [object(), object()]}, "do not make a batch"),
         (

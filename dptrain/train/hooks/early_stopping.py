@@ -8,7 +8,7 @@ from typing import Any
 
 from dptrain.config.train_config import EarlyStoppingConfig
 from dptrain.errors import ConfigError
-from dptrain.tasks.hook import Moment, TrainHook
+from dptrain.tasks.base import Moment, TrainHook
 
 
 class EarlyStopping(TrainHook):

@@ -11,7 +11,7 @@ from dptrain.config.filled_in import given
 from dptrain.config.train_config import TrainConfig
 from dptrain.observe import PendingSum
 from dptrain.tasks import Task
-from dptrain.tasks.hook import Hooks, Moment, TrainHook
+from dptrain.tasks.base import Hooks, Moment, TrainHook
 from dptrain.train.hooks.early_stopping import EarlyStopping
 from dptrain.train.hooks.weight_average import WeightAverage
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from dptrain.checkpoint.state import pack_model, unpack_model
-from dptrain.tasks.hook import Moment, TrainHook
+from dptrain.tasks.base import Moment, TrainHook
 
 
 class WeightAverage(TrainHook):

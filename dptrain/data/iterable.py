@@ -1,0 +1,75 @@
+"""Iterable data sets read by position: what lies between is passed over, so that a run can go on where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import Dataset, IterableDataset
+
+from dptrain.errors import TaskError
+
+ENDLESS = 2**62
+"""The length that stands for one that is not known; a permutation has no more items."""
+_NUM_PROBES = 8
+
+
+class StreamedSamples(Dataset[Any]):
+    """An `IterableDataset` whose n-th sample is the sample at position n of the run; at its end it begins again.
+
+    Exact where the iterable yields the same samples in the same order each time it is begun, in every process: then
+    the samples of a step depend neither on replicas and loading processes nor on restarts. A replica reads all samples
+    and keeps its own, so reading costs as much on each as on one; and a run that goes on at position p first passes
+    over p samples. An iterable with a method `from_position(p)`, which returns an iterator that begins with sample p,
+    saves both. Augmentation that draws random numbers while it iterates depends on who reads, and is not exact.
+
+    Args:
+        source: the iterable.
+    """
+
+    probes = range(_NUM_PROBES)
+    """Samples that tell this data set from another one; a later one would have to be read up to."""
+
+    def __init__(self, source: IterableDataset[Any]) -> None:
+        self._source = source
+        self._iterator: Iterator[Any] | None = None
+        self._next = 0
+        self._length: int | None = None
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> Any:  # noqa: ANN401 - whatever the iterable yields
+        wanted = index if self._length is None else index % self._length
+        if self._iterator is None or wanted < self._next or self._can_jump(wanted):
+            self._begin(wanted)
+        while True:
+            try:
+                sample = next(self._iterator)  # type: ignore[arg-type] # it was begun
+            except StopIteration:
+                wanted = self._begin_again(wanted)
+                continue
+            self._next += 1
+            if self._next > wanted:
+                return sample
+
+    def _can_jump(self, wanted: int) -> bool:
+        return wanted > self._next and hasattr(self._source, "from_position")
+
+    def _begin(self, position: int) -> None:
+        if hasattr(self._source, "from_position"):
+            self._iterator, self._next = iter(self._source.from_position(position)), position
+        else:
+            self._iterator, self._next = iter(self._source), 0
+
+    def _begin_again(self, wanted: int) -> int:
+        """Note the length, which is known at the end, and go on from the beginning."""
+        if not self._next:
+            raise TaskError(f"{type(self._source).__name__} yields no samples")
+        self._length = self._next
+        self._iterator, self._next = iter(self._source), 0
+        return wanted % self._length
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An iterator cannot be sent to a loading process; each begins its own.
+        return {**self.__dict__, "_iterator": None, "_next": 0}
