@@ -46,5 +46,6 @@ class WeightedStream(SampleStream):
         bits = (bits ^ (bits >> np.uint64(30))) * _MULTIPLIER_1
         bits = (bits ^ (bits >> np.uint64(27))) * _MULTIPLIER_2
         uniform = ((bits ^ (bits >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        found = np.searchsorted(self._cumulative, uniform, side="right")  # type: ignore[attr-defined] # set above
-        return np.minimum(found, self.num_samples - 1).astype(np.int64)
+        cumulative: NDArray[np.float64] = self._cumulative  # type: ignore[attr-defined] # set above
+        found: NDArray[np.int64] = np.searchsorted(cumulative, uniform, side="right").astype(np.int64)
+        return np.minimum(found, np.int64(self.num_samples - 1))

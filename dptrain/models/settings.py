@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dptrain.ranges import AT_LEAST_1, NAME, PATH, POSITIVE, setting
+from dptrain.ranges import AT_LEAST_1, NAME, PATH, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class ModelConfig:
     """Parameters that are not trained: patterns of their names, with commas, such as "embedding.*,blocks.0.*"."""
     lora_rank: int | None = setting(None, AT_LEAST_1)
     """Rank of low-rank adapters (LoRA, by peft); all else is frozen. Default: none."""
-    lora_alpha: float = setting(16.0, POSITIVE)
+    lora_alpha: int = setting(16, AT_LEAST_1)
     """Scale of the adapters: they are multiplied by lora_alpha / lora_rank."""
     lora_targets: str | None = setting(None, NAME)
     """Names of the modules that get adapters, with commas; the ends of names count. Needed with lora_rank."""
