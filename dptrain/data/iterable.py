@@ -21,7 +21,7 @@ class StreamedSamples(Dataset[Any]):
     the samples of a step depend neither on replicas and loading processes nor on restarts. A replica reads all samples
     and keeps its own, so reading costs as much on each as on one; and a run that goes on at position p first passes
     over p samples. An iterable with a method `from_position(p)`, which returns an iterator that begins with sample p,
-    saves both. Augmentation that draws random numbers while it iterates depends on who reads, and is not exact.
+    saves both; beyond the end it yields nothing. Augmentation that draws random numbers while it iterates depends on who reads, and is not exact.
 
     Args:
         source: the iterable.
@@ -33,6 +33,7 @@ class StreamedSamples(Dataset[Any]):
     def __init__(self, source: IterableDataset[Any]) -> None:
         self._source = source
         self._iterator: Iterator[Any] | None = None
+        self._first = 0  # of those that the iterator has given
         self._next = 0
         self._length: int | None = None
 
@@ -57,18 +58,20 @@ class StreamedSamples(Dataset[Any]):
         return wanted > self._next and hasattr(self._source, "from_position")
 
     def _begin(self, position: int) -> None:
-        if hasattr(self._source, "from_position"):
-            self._iterator, self._next = iter(self._source.from_position(position)), position
+        if position and hasattr(self._source, "from_position"):
+            self._iterator, self._first = iter(self._source.from_position(position)), position
         else:
-            self._iterator, self._next = iter(self._source), 0
+            self._iterator, self._first = iter(self._source), 0
+        self._next = self._first
 
     def _begin_again(self, wanted: int) -> int:
-        """Note the length, which is known at the end, and go on from the beginning."""
+        """Go on from the beginning, and return what is wanted then; the length is known once an end was read up to."""
         if not self._next:
             raise TaskError(f"{type(self._source).__name__} yields no samples")
-        self._length = self._next
-        self._iterator, self._next = iter(self._source), 0
-        return wanted % self._length
+        is_end = self._next > self._first or not self._first  # else a jump went beyond it
+        self._length = self._next if is_end else None
+        self._begin(0)
+        return wanted if self._length is None else wanted % self._length
 
     def __getstate__(self) -> dict[str, Any]:
         # An iterator cannot be sent to a loading process; each begins its own.
