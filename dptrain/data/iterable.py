@@ -20,8 +20,9 @@ class StreamedSamples(Dataset[Any]):
     Exact where the iterable yields the same samples in the same order each time it is begun, in every process: then
     the samples of a step depend neither on replicas and loading processes nor on restarts. A replica reads all samples
     and keeps its own, so reading costs as much on each as on one; and a run that goes on at position p first passes
-    over p samples. An iterable with a method `from_position(p)`, which returns an iterator that begins with sample p,
-    saves both; beyond the end it yields nothing. Augmentation that draws random numbers while it iterates depends on who reads, and is not exact.
+    over p samples. An iterable with a method `from_position(p)`, which returns an iterator that begins with sample p
+    (of none beyond the end), saves both. Augmentation that draws random numbers while it iterates depends on who
+    reads, and is not exact.
 
     Args:
         source: the iterable.
