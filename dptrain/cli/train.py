@@ -110,6 +110,7 @@ def _findings(summary: Mapping[str, Any]) -> Iterable[str]:
     held_out = "" if summary["eval_loss"] is None else f"held-out loss {summary['eval_loss']:.4g}"
     if summary["bits_per_byte"] is not None:
         held_out += f" ({summary['bits_per_byte']:.3f} bits per byte)"
+    held_out += "".join(f", {name} {summary[name]:.4g}" for name in ("perplexity", "accuracy") if name in summary)
     yield (
         f"{held_out or 'done'} after {summary['samples_seen']:,} samples in {summary['steps']:,} steps and "
         f"{minutes}:{seconds:02d} min ({summary['samples_per_s']:,.0f} samples/s)"
