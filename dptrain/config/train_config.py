@@ -62,11 +62,6 @@ class OptimizerConfig:
     half-life in samples. Floors: beta1 0.8, beta2 max(0.9, beta1²). Default: none."""
     decay_rule: Literal["none", "timescale"] | None = None
     """Scaling of the weight decay with the batch. timescale: batch / (rate × decay) is kept. Default: none."""
-    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
-    """Decay of the learning rate after warm-up. wsd: constant, then a linear decay at the end."""
-    beta_rule: Literal["none", "square_root", "half_life"] = "none"
-    """Scaling of adamw's betas with the batch. square_root: 1 − β in proportion to √batch; half_life: beta2 keeps its
-    half-life in samples."""
     schedule: str = setting("cosine", SCHEDULE)
     """Decay of the learning rate after warm-up: constant, cosine, linear, or wsd (constant, then a linear decay at the
     end). Or file.py:function: the factor on the rate, warm-up included, from samples seen and samples of the run."""

@@ -79,6 +79,6 @@ def _timm_model(name: str, *, num_classes: int) -> tuple[nn.Module, int]:
 
 def _missing(package: str, error: Exception) -> ConfigError:
     return ConfigError(
-        f"{package} cannot be imported here ({error}): pip install 'dptrain[tasks]', with the release of torchvision "
+        f"{package} cannot be imported here ({error}): pip install 'dptrain[vision]', with the release of torchvision "
         f"that goes with torch {torch.__version__}"
     )
