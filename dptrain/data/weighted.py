@@ -40,9 +40,9 @@ class WeightedStream(SampleStream):
         digest = hashlib.blake2b(f"dptrain weighted {seed}".encode(), digest_size=8).digest()
         object.__setattr__(self, "_key", np.uint64(int.from_bytes(digest, "little")))
 
-    def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    def indices(self, positions: NDArray[np.int64] | range) -> NDArray[np.int64]:
         """Return the dataset index at each absolute position."""
-        bits = positions.astype(np.uint64) * _GOLDEN + self._key  # type: ignore[attr-defined] # set above
+        bits = np.asarray(positions).astype(np.uint64) * _GOLDEN + self._key  # type: ignore[attr-defined] # set above
         bits = (bits ^ (bits >> np.uint64(30))) * _MULTIPLIER_1
         bits = (bits ^ (bits >> np.uint64(27))) * _MULTIPLIER_2
         uniform = ((bits ^ (bits >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53

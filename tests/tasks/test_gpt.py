@@ -1,0 +1,72 @@
+"""The task `gpt`: what it reads, what it holds out, and what it refuses before a step is taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dptrain.errors import ConfigError
+from dptrain.tasks import check_task
+from dptrain.tasks.gpt import gpt
+from tests.tasks.made_data import make_nanogpt_folder, make_text, make_tokenizer
+
+
+def test_a_nanogpt_folder_holds_out_its_val_file(tmp_path):
+    """Windows of context + 1 tokens, one token shared with the next; perplexity is a figure."""
+    task = gpt(data=str(make_nanogpt_folder(tmp_path / "data", num_tokens=6000)), vocab_size=96, context=32)
+    check_task(task)
+    assert (len(task.train_data), len(task.eval_data)) == ((6000 - 33) // 32 + 1, (1200 - 33) // 32 + 1)
+    assert task.train_data[0][-1] == task.train_data[1][0]
+    assert task.eval_metrics["perplexity"](0.0) == 1.0
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_text_is_read_as_bytes_or_by_a_tokenizer(tmp_path, with_tokenizer):
+    """The first window decodes to the beginning of the text, and the end of the text is held out."""
+    text = make_text(4000)
+    (tmp_path / "text.txt").write_text(text)
+    tokenizer = make_tokenizer(tmp_path / "tokenizer.json") if with_tokenizer else None
+    task = gpt(data=str(tmp_path / "text.txt"), tokenizer=str(tmp_path / "tokenizer.json") if with_tokenizer else None)
+    tokens = task.train_data[0].tolist()
+    found = tokenizer.decode(tokens) if tokenizer else bytes(tokens).decode()
+    assert text.startswith(found)
+    assert len(task.eval_data) >= 1
+    assert set(task.eval_metrics) == ({"perplexity"} if with_tokenizer else {"bits_per_byte"})
+
+
+def test_the_balance_loss_of_experts_is_in_training_alone(tmp_path):
+    """In eval mode the loss is that of the predictions; in train mode it is larger by the weighted balance loss."""
+    data = str(make_nanogpt_folder(tmp_path / "data"))
+    torch.manual_seed(0)
+    task = gpt(data=data, vocab_size=96, context=32, num_experts=4)
+    batch = torch.stack([task.train_data[index] for index in range(2)])
+    _, balance = task.model(batch[:, :-1])
+    difference = task.loss(task.model.train(), batch) - task.loss(task.model.eval(), batch)
+    assert float(difference) == pytest.approx(0.01 * float(balance), rel=1e-3)
+
+
+def test_a_token_without_a_row_is_refused(tmp_path):
+    """On a GPU it would end the run without a reason; a vocabulary that is not GPT-2's must be given."""
+    folder = make_nanogpt_folder(tmp_path / "data", vocab_size=96)
+    with pytest.raises(ConfigError, match="holds the token 95, but vocab_size is 64: give vocab_size of at least 96"):
+        gpt(data=str(folder), vocab_size=64, context=32)
+    (folder / "meta.pkl").write_bytes(b"")
+    with pytest.raises(ConfigError, match="has a meta.pkl, so its vocabulary is not GPT-2's"):
+        gpt(data=str(folder), context=32, width=8, heads=2, depth=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"data": "nowhere"}, "there is no nowhere to train on"),
+        ({"size": "7b"}, "gpt has the sizes tiny, 124m, 350m, 1.5b, got '7b'"),
+        ({"tokenizer": "tokenizer.json"}, "holds tokens already: leave it out"),
+        ({"dtype": "int8"}, "uint16 or uint32, got 'int8'"),
+        ({"positions": "alibi"}, "positions must be one of rotary, learned"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(tmp_path, options, sentence):
+    """Each in one sentence with the value."""
+    settings = {"data": str(make_nanogpt_folder(tmp_path / "data")), "vocab_size": 96, "context": 32}
+    with pytest.raises(ConfigError, match=sentence):
+        gpt(**{**settings, **options})
