@@ -42,7 +42,7 @@ def test_the_balance_loss_of_experts_is_in_training_alone(tmp_path):
     batch = torch.stack([task.train_data[index] for index in range(2)])
     _, balance = task.model(batch[:, :-1])
     difference = task.loss(task.model.train(), batch) - task.loss(task.model.eval(), batch)
-    assert float(difference) == pytest.approx(0.01 * float(balance), rel=1e-3)
+    assert difference.item() == pytest.approx(0.01 * balance.item(), rel=1e-3)
 
 
 def test_a_token_without_a_row_is_refused(tmp_path):
@@ -51,7 +51,7 @@ def test_a_token_without_a_row_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds the token 95, but vocab_size is 64: give vocab_size of at least 96"):
         gpt(data=str(folder), vocab_size=64, context=32)
     (folder / "meta.pkl").write_bytes(b"")
-    with pytest.raises(ConfigError, match="has a meta.pkl, so its vocabulary is not GPT-2's"):
+    with pytest.raises(ConfigError, match=r"has a meta\.pkl, so its vocabulary is not GPT-2's"):
         gpt(data=str(folder), context=32, width=8, heads=2, depth=1)
 
 
