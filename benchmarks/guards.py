@@ -19,6 +19,7 @@ from dptrain.checkpoint.interval import young_daly_s
 from dptrain.checkpoint.settings import CheckpointConfig
 from dptrain.checkpoint.state import pack_model, pack_optimizer
 from dptrain.observe import NUM_SUMS
+from dptrain.observe.measurement_interval import NUM_TIMINGS
 from dptrain.observe.reduction import PendingSum
 from dptrain.runtime.replica_check import ReplicaCheck
 from dptrain.runtime.step_reduction import RankReport, StepRecord, receive, send
@@ -54,9 +55,10 @@ def _guard_share(rank: int, world_size: int, repetitions: int) -> float:  # noqa
         drift.finish()
 
     record = StepRecord(step=1, position=0, global_batch_size=8, micro_batch_size=4, learning_rate=0.1, wall_s=0.0)
-    sums = torch.ones(NUM_SUMS, dtype=torch.float64)
+    sums = torch.ones(NUM_SUMS + NUM_TIMINGS, dtype=torch.float64)
+    found: dict[str, Any] = {"loss_sum": torch.zeros(()), "num_samples": 4, "grad_norm": torch.ones(())}
     full_s = _median_s(
-        lambda: receive(send(record, report=RankReport(), loss_sum=torch.zeros(()), meter_sums=sums), record),
+        lambda: receive(send(record, report=RankReport(), meter_sums=sums, measured=True, **found), record),
         repetitions=300,
     )
     bare_s = _median_s(lambda: PendingSum(sums.clone()).read(), repetitions=300)

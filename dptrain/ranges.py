@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+_TRACKER_NAMES = {"wandb", "tensorboard", "trackio", "mlflow"}
 _LONGEST_PATH, _LONGEST_PART = 4000, 255  # bytes that Linux file systems take
 
 
@@ -63,4 +64,11 @@ SCHEDULE = Range(
 PATH = Range(
     text="a path without control characters, of at most 4,000 bytes, each part at most 255",
     holds=_is_path,
+)
+TRACKERS = Range(
+    text="auto, none, or some of wandb, tensorboard, trackio, mlflow joined by +",
+    holds=lambda value: (
+        value in ("auto", "none")
+        or (len(set(value.split("+"))) == len(value.split("+")) and set(value.split("+")) <= _TRACKER_NAMES)
+    ),
 )

@@ -16,7 +16,15 @@ from dptrain.checkpoint.store import load_newest
 from dptrain.data import SampleStream, slots
 from dptrain.tasks import Suggestion, Task
 from dptrain.tracking.jsonl import read_rows
-from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, OptimizerConfig, TrainConfig, Trainer
+from dptrain.train import (
+    CheckpointConfig,
+    ControlConfig,
+    LogConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    TrainConfig,
+    Trainer,
+)
 from dptrain.train.step import Stepper
 
 EVERY = 25
@@ -81,6 +89,7 @@ def make_config(folder, *, keep=3, **settings):
         "device": "cpu",
         "control": ControlConfig(law="noise", min_gain=0.0, largest=16),
         "checkpoint": CheckpointConfig(every_samples=EVERY, keep=keep),
+        "noise": NoiseConfig(every=1),
         "optimizer": OptimizerConfig(weight_decay=0.01),
         "log": LogConfig(tracker="none"),
         **settings,

@@ -19,6 +19,7 @@ from benchmarks.atlas.problem import Problem
 from dptrain.noise import SquaredNorms
 from dptrain.observe import Meter
 from dptrain.tasks import Task, resolve_task
+from dptrain.tasks.base import split_loss
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,7 +126,8 @@ class NetworkLearner:
 
     def _mean_loss(self, indices: Tensor) -> Tensor:
         batch = tuple(tensor[indices] for tensor in self._samples)
-        return self._task.loss(self._model, batch if len(batch) > 1 else batch[0])
+        loss, _ = split_loss(self._task.loss(self._model, batch if len(batch) > 1 else batch[0]))
+        return loss
 
 
 def read_norms(meter: Meter | None) -> SquaredNorms | None:

@@ -19,9 +19,9 @@ _LAYERS = (64, 96, 48, 8, 48, 96, 64)
 def small_pysource() -> Task:
     """Return `pysource` with a model of 30,000 parameters, 16 bytes of context and 512 held-out windows."""
     task = pysource(context=16, width=32, depth=1, heads=2)
-    assert task.eval_data is not None
-    num_windows = len(task.eval_data)  # type: ignore[arg-type]
-    return replace(task, eval_data=Subset(task.eval_data, range(0, num_windows, max(1, num_windows // _NUM_HELD_OUT))))
+    held_out = task.eval_sets[""]
+    num_windows = len(held_out)  # type: ignore[arg-type]
+    return replace(task, eval_data=Subset(held_out, range(0, num_windows, max(1, num_windows // _NUM_HELD_OUT))))
 
 
 def deep_digits() -> Task:

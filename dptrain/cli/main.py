@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -80,16 +81,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         _fill_closed_streams()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    commands: dict[str, Callable[[Sequence[str]], int]] = {
-        "train": _train,
-        "tasks": _tasks,
-        "report": _report,
-        "plan": _plan,
-        "sweep": _sweep,
-        "branch": _branch,
-        "export": _export,
-        "doctor": _doctor,
-    }
     if arguments[:1] == ["--version"]:
         from dptrain.version import __version__
 
@@ -98,19 +89,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_USAGE)
         return 0 if arguments else 2
-    command = commands.get(arguments[0])
-    if command is None:
-        close = get_close_matches(arguments[0], commands, n=1)
+    if arguments[0] not in _COMMANDS:
+        close = get_close_matches(arguments[0], _COMMANDS, n=1)
         meant = f"; did you mean {close[0]}?" if close else ""
-        sys.stderr.write(f"dptrain: unknown command {arguments[0]!r}{meant} (commands: {', '.join(commands)})\n")
+        sys.stderr.write(f"dptrain: unknown command {arguments[0]!r}{meant} (commands: {', '.join(_COMMANDS)})\n")
         return 2
-    return _run(command, arguments)
+    return _run(arguments)
 
 
-def _run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+def _run(arguments: Sequence[str]) -> int:
     """Run a command; an error becomes one sentence and its exit code."""
     try:
-        return command(dashed(arguments[1:]))
+        return _command(arguments[0])(dashed(arguments[1:]))
     except DptrainError as error:
         _report_error(error, command=arguments[0])
         return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
@@ -159,50 +149,28 @@ def _fill_closed_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode))
 
 
-# Each command is imported when it is called: none waits for the imports of another.
-def _train(arguments: Sequence[str]) -> int:
-    from dptrain.cli.train import train
+def _command(name: str) -> Callable[[Sequence[str]], int]:
+    """Import a command when it is called: none waits for the imports of another.
 
-    return train(arguments)
-
-
-def _tasks(arguments: Sequence[str]) -> int:
-    from dptrain.cli.tasks import tasks
-
-    return tasks(arguments)
-
-
-def _sweep(arguments: Sequence[str]) -> int:
-    from dptrain.cli.sweep import sweep
-
-    return sweep(arguments)
-
-
-def _plan(arguments: Sequence[str]) -> int:
-    from dptrain.cli.plan import plan
-
-    return plan(arguments)
+    Raises:
+        ConfigError: naming a package that is not installed.
+    """
+    try:
+        module = importlib.import_module(f"dptrain.cli.{_PLACES.get(name, name)}")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "dptrain":
+            raise
+        wanted = _PACKAGES.get(package, package)
+        raise ConfigError(
+            f"this command needs the package {wanted}, which is not installed: pip install {wanted}"
+        ) from error
+    command: Callable[[Sequence[str]], int] = getattr(module, name)
+    return command
 
 
-def _branch(arguments: Sequence[str]) -> int:
-    from dptrain.cli.branch import branch
-
-    return branch(arguments)
-
-
-def _report(arguments: Sequence[str]) -> int:
-    from dptrain.cli.report import report
-
-    return report(arguments)
-
-
-def _export(arguments: Sequence[str]) -> int:
-    from dptrain.cli.export import export
-
-    return export(arguments)
-
-
-def _doctor(arguments: Sequence[str]) -> int:
-    from dptrain.cli.operations.doctor import doctor
-
-    return doctor(arguments)
+_COMMANDS = ("train", "tasks", "report", "plan", "sweep", "branch", "export", "doctor")
+_PLACES = {"doctor": "operations.doctor"}
+"""Modules of commands that are not named after them."""
+_PACKAGES = {"yaml": "PyYAML", "sklearn": "scikit-learn"}
+"""Names of packages that are imported by another one."""

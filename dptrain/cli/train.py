@@ -77,7 +77,7 @@ def _train_here(config: TrainConfig, *, resume: bool, allow_fresh: bool) -> int:
     from dptrain.train import Trainer
 
     try:
-        rendezvous(device=config.device)
+        rendezvous(device=config.device, share_devices=config.execution.share_devices)
         with translate_peer_errors(lambda: 0):
             trainer = Trainer(config, resume=resume, allow_fresh=allow_fresh)
             _kept.append(trainer)

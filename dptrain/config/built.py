@@ -31,6 +31,7 @@ from dptrain.control import (
 from dptrain.data import choose_micro_batch_size
 from dptrain.errors import ConfigError
 from dptrain.noise import Smoothing
+from dptrain.observe.measurement_interval import MeasurementInterval, NeverMeasured
 from dptrain.ranges import SCHEDULES
 from dptrain.tasks.resolve import load_object
 
@@ -163,6 +164,18 @@ def weight_decay(config: TrainConfig, *, batch: int, rate_factor: float) -> floa
     return optimizer.weight_decay * weight_decay_factor(
         optimizer.decay_rule, batch=batch, reference_batch=reference, rate_factor=rate_factor
     )
+
+
+def measurement_interval(config: TrainConfig) -> MeasurementInterval:
+    """Build the rule that says which steps are measured."""
+    control, noise = config.control, config.noise
+    if control.mode == "off":
+        return NeverMeasured()
+    # An interval that is chosen by the clock makes two runs of a seed differ where decisions rest on the noise scale
+    # alone. Under laws that read step times they differ anyway, and decisions are followed from the record.
+    acts_on_noise_alone = control.mode == "adapt" and control.law in ("noise", "kaplan")
+    every = 1 if noise.every is None and acts_on_noise_alone else noise.every
+    return MeasurementInterval(every=every, budget=noise.budget)
 
 
 def smoothing(config: TrainConfig) -> Smoothing:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dptrain.checkpoint.settings import CheckpointConfig
+from dptrain.config.execution import ExecutionConfig
 from dptrain.config.validation import check_ranges, check_types
 from dptrain.control import DEFAULT_RATE_RULE, PER_SAMPLE, Schedule, check_scaling
 from dptrain.control.settings import ControlConfig
@@ -25,6 +26,7 @@ from dptrain.ranges import (
     POSITIVE,
     SCHEDULE,
     SHARE,
+    TRACKERS,
     between,
     setting,
 )
@@ -118,8 +120,9 @@ class LogConfig:
     """Port on loopback where Prometheus may read the metrics (http://127.0.0.1:PORT/metrics)."""
     opentelemetry: bool = False
     """Metrics through the OpenTelemetry SDK, where its OTEL_ variables say."""
-    tracker: Literal["auto", "wandb", "none"] = "auto"
-    """Experiment tracker. auto: wandb if you are logged in to it."""
+    tracker: str = setting("auto", TRACKERS)
+    """Experiment trackers: wandb, tensorboard, trackio, mlflow, or several as tensorboard+wandb. auto: wandb if you are
+    logged in to it; none."""
     project: str = setting("dptrain", NAME)
     """Project name for the tracker."""
     price_per_device_hour: float | None = setting(None, POSITIVE)
@@ -155,8 +158,9 @@ class TrainConfig:
     micro-batches and decisions stay the same. Default: the number that starts the run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device. auto: GPUs if there are any; cuda: an error without a GPU."""
-    precision: Literal["no", "bf16"] = "no"
-    """Precision of forward and backward. no: that of the parameters; bf16: autocast."""
+    precision: Literal["no", "bf16", "bf16_parameters", "fp16"] = "no"
+    """Precision of forward and backward. no: that of the parameters; bf16: autocast; bf16_parameters: parameters and
+    gradients in bfloat16, with float32 copies for the optimizer; fp16: autocast with a dynamic loss scale."""
     find_unused_parameters: bool | None = None
     """Whether DDP looks, in each step, for parameters that the loss did not use, which costs some time. Default: where
     the first samples leave some unused."""
@@ -164,6 +168,7 @@ class TrainConfig:
     """Data-loading processes per replica."""
     replica_check_every_steps: int = setting(100, AT_LEAST_0)
     """Steps between two bit-exact comparisons of the replicas' parameters; 0: never."""
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

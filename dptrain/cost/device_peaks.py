@@ -79,9 +79,9 @@ def matmul_precision(device: torch.device, *, mixed_precision: str) -> str:
 
     Args:
         device: of the replica.
-        mixed_precision: as accelerate names it: no, bf16 or fp16.
+        mixed_precision: the setting `precision`.
     """
     if mixed_precision == "no":
         # Not allow_tf32, which raises where a user has set the newer switch.
         return "tf32" if device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
-    return {"bf16": "bfloat16", "fp16": "float16"}[mixed_precision]
+    return {"bf16": "bfloat16", "bf16_parameters": "bfloat16", "fp16": "float16"}[mixed_precision]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,12 +49,20 @@ class FlopCounter:
         if shape in self._known:
             yield
         else:
-            with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+            with uncompiled(), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
                 yield
             self._known[shape] = counter.get_total_flops()
         if num_samples:
             self._flops += self._known[shape]
             self._num_samples += num_samples
+
+    def state(self) -> list[Any]:
+        """Return what a checkpoint must hold: a pass that is counted runs uncompiled, and so in other last bits."""
+        return [[shape, flops] for shape, flops in self._known.items()]
+
+    def restore(self, state: Sequence[Any]) -> None:
+        """Go on from a `state`."""
+        self._known = {_hashable(shape): int(flops) for shape, flops in state}
 
     def take_per_sample(self) -> float | None:
         """Return the mean FLOPs per sample since the last call, None where nothing was counted.
@@ -63,6 +72,21 @@ class FlopCounter:
         per_sample = self._flops / self._num_samples if self._flops else None
         self._flops = self._num_samples = 0
         return per_sample
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Return a context in which compiled functions run as they are written.
+
+    Where dynamo meets torch's counter, or any other mode of its kind, in a function that it is about to compile, it
+    leaves that function alone from then on, without a word.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes two seconds
+        return nullcontext()
+    return cast("AbstractContextManager[object]", torch.compiler.set_stance("force_eager"))
+
+
+def _hashable(shape: Any) -> Hashable:  # noqa: ANN401 - of JSON
+    return tuple(map(_hashable, shape)) if isinstance(shape, (list, tuple)) else shape
 
 
 def _shape(batch: Batch) -> Hashable:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, default_collate
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from dptrain.data.stream import SampleStream
 from dptrain.data.window import Slot
@@ -48,13 +49,13 @@ class SlotSource(Dataset[tuple[int, Batch]]):
         self._filler_size = filler_size
         self._draws_random_numbers = False
         # Only beside torch's own collation: what another one makes of samples is not known here.
-        self._read_batch = getattr(dataset, "read_batch", None) if collate is default_collate else None
+        self._read_batch = _reader(dataset) if collate is default_collate else None
 
     def __getitem__(self, slot: Slot) -> tuple[int, Batch]:
-        positions = np.arange(slot.position, slot.position + (slot.num_samples or self._filler_size))
+        numbers = self._stream.window(slot.position, slot.num_samples or self._filler_size)
         if self._read_batch is not None:
-            return slot.position, self._read_batch(self._stream.indices(positions))
-        indices = self._stream.indices(positions).tolist()
+            return slot.position, self._read_batch(numbers)
+        indices = numbers.tolist()
         samples = self._read(indices, first_position=slot.position)
         if self._collate is not default_collate:  # which draws nothing
             # What another collate draws is a matter of the whole micro-batch, so of its first position.
@@ -94,6 +95,15 @@ class SlotSource(Dataset[tuple[int, Batch]]):
     def _read_seeded(self, index: int, position: int) -> Sample:
         _seed_generators(_derived_seed(self._stream.seed, position, purpose="sample"))
         return self._read_one(index)
+
+
+def _reader(dataset: Dataset[Any]) -> Callable[[NDArray[np.int64]], Batch] | None:
+    """Return what reads a micro-batch of the dataset at once, if there is such a thing."""
+    if type(dataset) is TensorDataset:  # a subclass may do something of its own
+        # What collating the rows would give, without the way of each through Python: 6 µs a digit of 64 numbers.
+        return lambda indices: [tensor[torch.tensor(indices)] for tensor in dataset.tensors]
+    reader: Callable[[NDArray[np.int64]], Batch] | None = getattr(dataset, "read_batch", None)
+    return reader
 
 
 def _note(error: Exception, doing: str, indices: list[int]) -> None:

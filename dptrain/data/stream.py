@@ -38,6 +38,19 @@ class SampleStream:
         """How many whole passes over the dataset lie before `position`."""
         return position // self.num_samples
 
+    def window(self, position: int, num_samples: int) -> NDArray[np.int64]:
+        """The dataset index at each of so many positions from one on, which may span epochs."""
+        if not self.shuffle or type(self) is not SampleStream:  # another order has no permutation
+            return self.indices(np.arange(position, position + num_samples))
+        parts: list[NDArray[np.int64]] = []
+        while num_samples > 0:
+            epoch, offset = divmod(position, self.num_samples)
+            number, within = divmod(offset, _BLOCK)
+            part = _block(self.num_samples, self.seed, epoch, number)[within : within + num_samples]
+            parts.append(part)
+            position, num_samples = position + len(part), num_samples - len(part)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
     def indices(self, positions: NDArray[np.int64] | range) -> NDArray[np.int64]:
         """The dataset index at each absolute position.
 
@@ -51,6 +64,19 @@ class SampleStream:
             here = epochs == epoch
             offsets[here] = _permutation(self.num_samples, self.seed, epoch)(offsets[here])
         return offsets
+
+
+_BLOCK = 1024
+"""Positions permuted at once. The rounds of the permutation cost 60 µs for one index as for a thousand."""
+
+
+@functools.lru_cache(maxsize=16)
+def _block(num_items: int, seed: int, epoch: int, number: int) -> NDArray[np.int64]:
+    """Return the indices of the positions number × 1,024 … of an epoch."""
+    offsets = np.arange(number * _BLOCK, min((number + 1) * _BLOCK, num_items))
+    indices = _permutation(num_items, seed, epoch)(offsets)
+    indices.flags.writeable = False  # handed out in parts
+    return indices
 
 
 @functools.lru_cache(maxsize=8)

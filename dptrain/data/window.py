@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from dptrain.errors import ConfigError
@@ -89,6 +90,7 @@ def micro_batch_ladder(largest: int) -> tuple[int, ...]:
     return powers if powers[-1] == largest else (*powers, largest)
 
 
+@functools.lru_cache(maxsize=256)
 def choose_micro_batch_size(*, global_batch_size: int, world_size: int, largest: int) -> int:
     """The largest rung whose full micro-batches make up the global batch.
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -33,7 +34,7 @@ def attach(
     method: Method = "auto",
     loss: Loss = "mean",
     micro_batch_size: int | None = None,
-    loss_scale: LossScale | None = None,
+    loss_scale: LossScale | GradScaler | None = None,
     groups: GroupsLike | None = None,
     geometry: GeometryName = "sgd",
     optimizer: Optimizer | None = None,
@@ -67,8 +68,10 @@ def attach(
         loss: whether a micro-batch's loss is the mean or the sum over its samples.
         micro_batch_size: samples in a micro-batch; by default the first dimension of the first tensor given to
             the model.
-        loss_scale: called at each measured step for the factor on the loss, such as `scaler.get_scale`. The taps see
-            scaled gradients, so the meter must too: call `meter.step()` before `scaler.unscale_(optimizer)`.
+        loss_scale: the `GradScaler` of the loop, whose factor is used on the device; or a function, called at each
+            measured step, that returns the factor on the loss. One that asks the scaler for a number
+            (`scaler.get_scale`) makes the host wait for the device. The hooks see scaled gradients, so the meter must
+            too: call `meter.step()` before `scaler.unscale_(optimizer)`.
         groups: parts of the model that get a noise scale of their own: name → prefix or parameters, "module" for
             the first-level children, or an optimizer for its parameter groups.
         geometry: the norm: "sgd" for the plain one, "adam" for the one of Adam's preconditioner.
@@ -96,7 +99,7 @@ def attach(
         parameters,
         hook=_hook(wrapping, method, groups=resolved, geometry=norm, inner=inner, inner_state=inner_state),
         group=wrapping.group,
-        loss_scale=loss_scale,
+        loss_scale=_factor(loss_scale),
         smoothing=smoothing,
         level=level,
         population=population,
@@ -124,6 +127,15 @@ def attach(
 
     meter.on_remove(model.register_forward_pre_hook(announce, with_kwargs=True).remove)
     return meter
+
+
+def _factor(loss_scale: LossScale | GradScaler | None) -> LossScale | None:
+    """Return a function of the factor that needs no wait."""
+    if not isinstance(loss_scale, GradScaler):
+        return loss_scale
+    scaler = loss_scale
+    # The tensor itself: its public form is a number, and reading that waits for all that is queued.
+    return lambda: 1.0 if scaler._scale is None else scaler._scale  # noqa: SLF001
 
 
 def _geometry(

@@ -8,6 +8,8 @@ from collections import deque
 
 from dptrain.errors import ObservationError
 
+NUM_TIMINGS = 3
+"""Entries of `MeasurementInterval.timing`."""
 LAG = 2
 """Measured steps between a timing and the interval that rests on it.
 
@@ -97,10 +99,25 @@ class MeasurementInterval:
         step_s = _median([step for _, step in self._window])
         return max(1, math.ceil(cost_s / (self._budget * step_s)))
 
+    def align(self, step: int) -> None:
+        """Begin after so many steps, so that a run which goes on measures the steps that it would have measured.
+
+        Only a fixed interval can: what is chosen from timings is chosen anew, beginning with the first step.
+        """
+        self._wait = 1 + (-step % self.every if self._fixed else 0)
+
     def next_is_measured(self) -> bool:
         """Say whether the step that begins now is measured; asked once per step."""
         self._wait -= 1
         return self._wait == 0
+
+
+class NeverMeasured(MeasurementInterval):
+    """Measures no step."""
+
+    def next_is_measured(self) -> bool:
+        """Say no."""
+        return False
 
 
 def _median(values: list[float]) -> float:

@@ -19,14 +19,13 @@ from dptrain.observe.global_gradient import GlobalGradient
 from dptrain.observe.groups import Groups
 from dptrain.observe.hooks.base import GradientHook
 from dptrain.observe.hooks.join import JoinedRank, check_divisor, check_step
-from dptrain.observe.measurement_interval import LAG, MeasurementInterval
+from dptrain.observe.measurement_interval import LAG, NUM_TIMINGS, MeasurementInterval
 from dptrain.observe.reading import Reading
-from dptrain.observe.reduction import PendingSum
+from dptrain.observe.reduction import PendingSum, on_device
 from dptrain.observe.sizes import MicroBatchSizes
 
 LossScale = Callable[[], float | Tensor]
 
-_NUM_TIMINGS = 3
 _UNSEEN = {"cpu": 1.2}
 """What measuring costs to what its own clock shows, by kind of device: on a CPU the norms push from the caches what the
 model's kernels then fetch again. In trials over the models of `benchmarks.overhead` it was 1.04 to 1.22."""
@@ -78,6 +77,7 @@ class Meter(Joinable):
         self._combined = GlobalGradient(trained, groups=groups, geometry=self._geometry, num_shards=num_shards)
         self._device = trained[0].device
         self._num_entries = groups.num_entries
+        self._num_groups = len(groups.names)
         self._hook = hook
         self._group = group
         self._world_size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
@@ -98,6 +98,10 @@ class Meter(Joinable):
         self._by_hand = False
         self._divides_by_active = False
         self._pending: deque[tuple[PendingSum, PendingSum | None]] = deque()
+        num_values = 2 * self._num_entries + NUM_SIZES + NUM_TIMINGS
+        self._nothing = torch.zeros(num_values, dtype=torch.float64, device=self._device)
+        if not self._measuring:
+            hook.listen(on=False)
         self._closers: list[Callable[[], None]] = [hook.remove]
 
     # One micro-batch
@@ -164,7 +168,7 @@ class Meter(Joinable):
         if values not in self._size_vectors:
             if len(self._size_vectors) >= _MAX_SIZE_VECTORS:
                 self._size_vectors.clear()
-            self._size_vectors[values] = torch.tensor(values, dtype=torch.float64, device=self._device)
+            self._size_vectors[values] = on_device(values, device=self._device)
         return self._size_vectors[values]
 
     def absorb(self, sums: list[float]) -> SquaredNorms | None:
@@ -176,6 +180,57 @@ class Meter(Joinable):
         # DDP divides by the ranks that still have samples only where Join was told so.
         divisor = sums[-2] if self._divides_by_active else float(self._world_size)
         return self._estimate.absorb(sums, divisor=divisor)
+
+    def close_step(self, *, grad_norm: Tensor | None = None) -> tuple[Tensor, bool]:
+        """Close an optimizer step in a loop that has a reduction of its own. No host sync, no collective.
+
+        Args:
+            grad_norm: as for `local_sums`.
+
+        Returns:
+            A float64 vector of `num_sums` entries to be summed over the replicas and handed to `absorb_step`, in the
+            order of the steps and before the third measured step from there on is closed; and whether the step was
+            measured. If not, the vector is zero.
+        """
+        measured = self._measuring
+        vector = self._nothing
+        if measured:
+            stopwatch = self._hook.stopwatch
+            began = stopwatch.start()
+            sums = self.local_sums(grad_norm=grad_norm)
+            stopwatch.stop(began)
+            cost_s = stopwatch.take() * _UNSEEN.get(self._device.type, 1.0)
+            vector = torch.cat([sums, on_device(self._interval_rule.timing(cost_s), device=self._device)])
+            self._interval_rule.close()
+        self._turn()
+        return vector, measured
+
+    def absorb_step(self, sums: list[float], *, usable: bool) -> None:
+        """Take in the sum over all replicas of a measured step's `close_step`.
+
+        Args:
+            sums: as `close_step` gave them, summed.
+            usable: whether the combined gradient was finite; if not, only the timing counts.
+        """
+        if usable:
+            self.absorb(sums[:-NUM_TIMINGS])
+        self._interval_rule.note(sums[-NUM_TIMINGS:])
+
+    def align(self, step: int) -> None:
+        """Go on after so many steps of a run: a fixed interval measures the steps that it would have measured."""
+        self._interval_rule.align(step)
+        self._measuring = self._interval_rule.next_is_measured()
+        self._hook.listen(on=self._measuring)
+
+    @property
+    def num_groups(self) -> int:
+        """Parts of the model that have a noise scale of their own."""
+        return self._num_groups
+
+    @property
+    def num_sums(self) -> int:
+        """Length of the vector of `close_step`."""
+        return len(self._nothing)
 
     def step(self, *, grad_norm: Tensor | None = None) -> Reading:
         """Close an optimizer step: call it after the last backward pass, before clipping. A collective; no wait.
@@ -198,9 +253,9 @@ class Meter(Joinable):
         stopwatch = self._hook.stopwatch
         own = vector[: self._num_entries].sum()
         cost_s = stopwatch.take() * _UNSEEN.get(self._device.type, 1.0)
-        timing = torch.tensor(self._interval_rule.timing(cost_s), dtype=torch.float64)
+        timing = on_device(self._interval_rule.timing(cost_s), device=self._device)
         began = stopwatch.start()
-        pending = PendingSum(torch.cat([vector, timing.to(self._device, non_blocking=True)]), group=self._group)
+        pending = PendingSum(torch.cat([vector, timing]), group=self._group)
         self._num_closed += 1
         squares = None if self._guard is None else self._guard.exchange(own, number=self._num_closed)
         self._pending.append((pending, squares))
@@ -221,8 +276,8 @@ class Meter(Joinable):
         while len(self._pending) > num_left:
             pending, squares = self._pending.popleft()
             values = pending.read()
-            self.absorb(values[:-_NUM_TIMINGS])
-            self._interval_rule.note(values[-_NUM_TIMINGS:])
+            self.absorb(values[:-NUM_TIMINGS])
+            self._interval_rule.note(values[-NUM_TIMINGS:])
             if squares is not None and self._guard is not None:
                 self._guard.judge(squares.read())
 

@@ -15,7 +15,7 @@ from dptrain.noise import NoiseScale, Smoothing
 from dptrain.observe.estimate import Estimate, from_record, to_record
 from dptrain.observe.measurement_interval import LAG
 from dptrain.observe.reading import Reading
-from dptrain.observe.reduction import PendingSum
+from dptrain.observe.reduction import PendingSum, on_device
 from dptrain.observe.sizes import MicroBatchSizes
 
 
@@ -83,12 +83,15 @@ class Observer:
             )
         own = MicroBatchSizes(num_samples=list(sizes), weights=given)
         resolved = own.resolved_weights()
-        device = next((x.device for x in (large_sq_norm, *small_sq_norms) if isinstance(x, Tensor)), None)
-        squares = [torch.as_tensor(x, dtype=torch.float64, device=device).reshape(()) for x in small_sq_norms]
-        small = sum((x * v for x, v in zip(squares, resolved, strict=True)), torch.zeros((), dtype=torch.float64))
-        large = torch.as_tensor(large_sq_norm, dtype=torch.float64, device=device).reshape(()) * self._world_size
-        numbers = torch.tensor(own.sums(accumulated=False), dtype=torch.float64, device=device)
-        vector = torch.cat([torch.stack([small.to(large.device), large]), numbers])
+        device = next(
+            (x.device for x in (large_sq_norm, *small_sq_norms) if isinstance(x, Tensor)), torch.device("cpu")
+        )
+        squares = [_scalar(x, device=device) for x in small_sq_norms]
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        small = sum((x * v for x, v in zip(squares, resolved, strict=True)), zero)
+        large = _scalar(large_sq_norm, device=device) * self._world_size
+        numbers = on_device(own.sums(accumulated=False), device=device)
+        vector = torch.cat([torch.stack([small, large]), numbers])
         self._pending.append(PendingSum(vector, group=self._group))
         self._absorb_up_to(LAG)
         return Reading(self)
@@ -121,3 +124,10 @@ class Observer:
         """Go on from a `state_dict`; the sums under way belong to what is left behind, and are waited for."""
         self._absorb_up_to(0)
         self._estimate.restore(from_record(record))
+
+
+def _scalar(value: Tensor | float, *, device: torch.device) -> Tensor:
+    """Return a float64 scalar on the device, without a wait where the value is a number of the host."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float64, non_blocking=True).reshape(())
+    return torch.full((), value, dtype=torch.float64, device=device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dptrain.ranges import LEVEL, POSITIVE, setting
+from dptrain.ranges import AT_LEAST_1, LEVEL, POSITIVE, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +16,11 @@ class NoiseConfig:
     """parameters: each micro-batch; hook: each replica's accumulated gradient, in DDP's communication hook."""
     memory: float = setting(0.2, POSITIVE)
     """Half-life of the running means, as a fraction of the run so far, in samples or in steps: the faster counts."""
+    every: int | None = setting(None, AT_LEAST_1)
+    """Steps between two that are measured. Default: what the budget allows; 1 where control.mode=adapt acts by a law
+    that reads no clock, so that a seed decides the run."""
+    budget: float = setting(0.01, POSITIVE)
+    """Share of the step time that measuring may take, where `every` is not given."""
     half_life_samples: float | None = setting(None, POSITIVE)
     """A fixed half-life instead, in samples."""
     level: float = setting(0.95, LEVEL)

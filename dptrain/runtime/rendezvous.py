@@ -29,7 +29,7 @@ def collective_timeout_s() -> float:
     return _seconds("DPTRAIN_COLLECTIVE_TIMEOUT_S", default=_COLLECTIVE_TIMEOUT_S)
 
 
-def rendezvous(*, device: str = "auto") -> None:
+def rendezvous(*, device: str = "auto", share_devices: bool = False) -> None:
     """Make the process group of this replica and all others; nothing where there is one already.
 
     Replicas that `dptrain train` started meet by a file (DPTRAIN_STORE), and nobody can listen in. Others, such as
@@ -38,6 +38,7 @@ def rendezvous(*, device: str = "auto") -> None:
 
     Args:
         device: "cpu", or "auto" for GPUs where there are some.
+        share_devices: gloo on GPUs, too: NCCL takes one replica per device.
 
     Raises:
         RendezvousError: naming the replicas that did not come, or what keeps this one from reaching them.
@@ -51,7 +52,8 @@ def rendezvous(*, device: str = "auto") -> None:
     path = os.environ.get("DPTRAIN_STORE")
     store = FileStore(path, world_size) if path else _tcp_store(rank=rank, world_size=world_size, timeout_s=join_s)
     _wait_for_all(store, rank=rank, world_size=world_size, timeout_s=join_s)
-    _connect(store, device=device, rank=rank, world_size=world_size, timeout_s=collective_s)
+    backend = _backend(device, share_devices=share_devices)
+    _connect(store, backend=backend, rank=rank, world_size=world_size, timeout_s=collective_s)
     if rank == 0 and world_size > _number("LOCAL_WORLD_SIZE", default=world_size):
         _log.warning(
             "the replicas of several nodes talk without encryption or password: let them do so only on a network "
@@ -108,11 +110,16 @@ def _tcp_store(*, rank: int, world_size: int, timeout_s: float) -> Store:
     return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _connect(store: Store, *, device: str, rank: int, world_size: int, timeout_s: float) -> None:
-    on_gpu = device != "cpu" and torch.cuda.is_available()
+def _backend(device: str, *, share_devices: bool) -> str:
+    if device == "cpu" or not torch.cuda.is_available():
+        return "gloo"
+    return "cpu:gloo,cuda:gloo" if share_devices else "cpu:gloo,cuda:nccl"  # with NCCL: not run on a GPU
+
+
+def _connect(store: Store, *, backend: str, rank: int, world_size: int, timeout_s: float) -> None:
     try:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",  # with NCCL: not run on a GPU
+            backend,
             store=PrefixStore("group", store),
             rank=rank,
             world_size=world_size,

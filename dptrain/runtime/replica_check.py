@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dptrain.errors import DesyncError
+from dptrain.observe.reduction import PendingSum
 
 _BITS_AS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MAX_NAMES = 3
@@ -18,27 +19,25 @@ class ReplicaCheck:
     """Compares the parameters of all replicas now and then, with one small reduction that is read a step later.
 
     Each replica adds up the bits of each tensor, as whole numbers: one pass over the parameters, without a wait. The
-    largest and the smallest sum over all replicas are equal where there is no drift.
+    largest and the smallest sum over all replicas are equal where there is no drift. Reading them waits for that
+    reduction alone, and not for the step that was queued behind it.
 
     Args:
-        parameters: by name, in the same order on all replicas.
+        parameters: by name, in the same order on all replicas; buffers that are to be equal, too.
         every_steps: steps between two comparisons; 0: never.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, Tensor]], *, every_steps: int) -> None:
         self._parameters = dict(parameters)
         self._every_steps = every_steps if dist.is_initialized() and dist.get_world_size() > 1 else 0
-        self._pending: tuple[int, Tensor, Tensor, dist.Work] | None = None
+        self._pending: tuple[int, Tensor, PendingSum] | None = None
 
     def start(self, step: int) -> None:
         """Begin a comparison where one is due after `step`; a collective on such steps. Does not wait."""
         if not self._every_steps or step % self._every_steps:
             return
         own = torch.stack([_sum_of_bits(p) for p in self._parameters.values()])
-        extremes = torch.cat([own, -own])
-        work = dist.all_reduce(extremes, op=dist.ReduceOp.MAX, async_op=True)
-        assert work is not None
-        self._pending = (step, own, extremes, work)
+        self._pending = (step, own, PendingSum(torch.cat([own, -own]), op=dist.ReduceOp.MAX))
 
     def finish(self) -> None:
         """End the comparison under way, if there is one.
@@ -48,10 +47,10 @@ class ReplicaCheck:
         """
         if self._pending is None:
             return
-        (step, own, extremes, work), self._pending = self._pending, None
-        work.wait()
-        largest, smallest = extremes.chunk(2)
-        apart = torch.nonzero(largest != -smallest).flatten().tolist()
+        (step, own, pending), self._pending = self._pending, None
+        extremes = pending.read()
+        half = len(extremes) // 2
+        apart = [index for index in range(half) if extremes[index] != -extremes[half + index]]
         if apart:
             raise DesyncError(self._complaint(step, own, apart))
 

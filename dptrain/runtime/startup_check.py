@@ -98,8 +98,8 @@ def check_device(config: TrainConfig) -> None:
     num_gpus, num_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if config.device == "cuda" and num_gpus == 0:
         raise ConfigError("device is cuda, but torch finds no GPU: use device=auto or device=cpu")
-    if 0 < num_gpus < num_here:
+    if 0 < num_gpus < num_here and not config.execution.share_devices:
         raise ConfigError(
-            f"there are {num_here} replicas on this node, but {num_gpus} GPUs: start {num_gpus} replicas, or use "
-            f"device=cpu"
+            f"there are {num_here} replicas on this node, but {num_gpus} GPUs: start {num_gpus} replicas, use "
+            f"device=cpu, or have them share GPUs with execution.share_devices=true"
         )

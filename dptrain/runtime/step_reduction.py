@@ -15,6 +15,8 @@ from torch import Tensor
 
 from dptrain.errors import AbortedError, DesyncError, DptrainError, PeerLostError
 from dptrain.observe import NUM_SIZES, PendingSum
+from dptrain.observe.measurement_interval import NUM_TIMINGS
+from dptrain.observe.reduction import on_device
 
 Result = TypeVar("Result")
 
@@ -35,8 +37,9 @@ _FLAGS = (
     "energy_j",
 )
 _BAD = 2  # ranks whose own gradient was not finite, and the sum of their numbers
-# tags, flags, halved, bad ranks, loss sum, then the meter's sums, of which the last is the number of samples
-_NUM_HOST = len(_TAGS) + len(_FLAGS) + 1
+_OWN = ("halved", "measured", "num_samples")
+_NUM_HOST = len(_TAGS) + len(_FLAGS) + len(_OWN)
+# Then bad ranks, loss sum and squared norm of the combined gradient, and the meter's sums.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +136,8 @@ class StepOutcome:
         step_s: mean seconds that the step before this one took; None where any replica did not just train.
         energy_j: joules that all devices drew, up to this step; NaN where that of any is not known.
         halved: how many replicas had too little memory for their micro-batches, and took them in halves.
-        meter_sums: for `Meter.absorb`.
+        measured: whether the meter measured the step.
+        meter_sums: for `Meter.absorb_step`, where it did.
     """
 
     loss: float
@@ -150,11 +154,20 @@ class StepOutcome:
     step_s: float | None
     energy_j: float
     halved: int
+    measured: bool
     meter_sums: list[float]
 
 
 def send(
-    record: StepRecord, *, report: RankReport, loss_sum: Tensor, meter_sums: Tensor, halved: bool = False
+    record: StepRecord,
+    *,
+    report: RankReport,
+    loss_sum: Tensor,
+    num_samples: int,
+    grad_norm: Tensor,
+    meter_sums: Tensor,
+    measured: bool,
+    halved: bool = False,
 ) -> PendingSum:
     """Start the reduction of a step. A collective; does not wait.
 
@@ -162,17 +175,21 @@ def send(
         record: the step.
         report: what this replica's host has to say.
         loss_sum: of this replica's samples.
-        meter_sums: of this replica, from `Meter.local_sums`.
+        num_samples: of this replica.
+        grad_norm: of the combined gradient, the same on all replicas.
+        meter_sums: of this replica, from `Meter.close_step`.
+        measured: from there too.
         halved: whether this replica had too little memory for its micro-batches.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    host = [float(getattr(record, tag)) for tag in _TAGS] + report.values(rank=rank) + [float(halved)]
-    header = torch.tensor(host, dtype=torch.float64, device=meter_sums.device)
-    # The first half of the meter's sums is of this replica's own gradients. A zero times infinity would be no number.
-    own = meter_sums[: (len(meter_sums) - NUM_SIZES) // 2].sum()
-    is_bad = (~torch.isfinite(own + loss_sum)).double()
+    host = [float(getattr(record, tag)) for tag in _TAGS] + report.values(rank=rank)
+    header = on_device([*host, float(halved), float(measured), float(num_samples)], device=meter_sums.device)
+    found = torch.stack([loss_sum, grad_norm]).double()
+    # The meter's sums begin with the squares of this replica's own gradients, by group; zeros where it did not measure.
+    own = meter_sums[: (len(meter_sums) - NUM_SIZES - NUM_TIMINGS) // 2].sum()
+    is_bad = (~torch.isfinite(found[0] + own)).double()
     bad = torch.stack([is_bad, is_bad * rank])
-    return PendingSum(torch.cat([header, bad, loss_sum.double().reshape(1), meter_sums]))
+    return PendingSum(torch.cat([header, bad, found[:1], found[1:].square(), meter_sums]))
 
 
 def receive(pending: PendingSum, record: StepRecord) -> StepOutcome:
@@ -189,12 +206,15 @@ def receive(pending: PendingSum, record: StepRecord) -> StepOutcome:
                 f"replicas disagree at step {record.step}: {tag} is {getattr(record, tag)} here, "
                 f"but {total / world_size:g} on average over {world_size} replicas"
             )
-    flags = dict(zip(_FLAGS, values[len(_TAGS) : _NUM_HOST - 1], strict=True))
-    num_bad, bad_number, loss_sum, *meter_sums = values[_NUM_HOST:]
-    num_entries = (len(meter_sums) - NUM_SIZES) // 2  # one for each group
-    sq_norm = sum(meter_sums[num_entries : 2 * num_entries]) / world_size
+    flags = dict(zip(_FLAGS + _OWN, values[len(_TAGS) : _NUM_HOST], strict=True))
+    if flags["measured"] not in (0, world_size):
+        raise DesyncError(
+            f"replicas disagree at step {record.step}: {flags['measured']:g} of {world_size} measured the noise scale"
+        )
+    num_bad, bad_number, loss_sum, sq_norms, *meter_sums = values[_NUM_HOST:]
+    sq_norm = sq_norms / world_size
     return StepOutcome(
-        loss=loss_sum / meter_sums[-1],
+        loss=loss_sum / flags["num_samples"],
         grad_norm=math.sqrt(sq_norm) if sq_norm >= 0 else math.nan,
         finite=math.isfinite(sq_norm),
         bad_ranks=round(num_bad),
@@ -207,7 +227,8 @@ def receive(pending: PendingSum, record: StepRecord) -> StepOutcome:
         busy_s=flags["busy_s"] / world_size,
         step_s=flags["step_s"] / world_size if flags["timed"] == world_size else None,
         energy_j=flags["energy_j"],
-        halved=round(values[_NUM_HOST - 1]),
+        halved=round(flags["halved"]),
+        measured=flags["measured"] > 0,
         meter_sums=meter_sums,
     )
 

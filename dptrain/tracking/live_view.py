@@ -69,6 +69,10 @@ class LiveView(View):
         )
         self._draw(self._live.start)
 
+    def takes(self, step: int) -> bool:  # noqa: ARG002 - the newest row, whichever it is
+        """Whether a redraw is due."""
+        return time.monotonic() >= self._due_at
+
     def update(self, row: Row) -> None:
         """Show a train row; costs microseconds unless a redraw is due."""
         self._speed.add(row)

@@ -16,7 +16,7 @@ from dptrain.errors import ConfigError, DptrainError
 from dptrain.noise import NoiseScale
 from dptrain.tracking.console import make_view
 from dptrain.tracking.export import start_exports
-from dptrain.tracking.jsonl import JsonlLog, Value, read_rows
+from dptrain.tracking.jsonl import JsonlLog, Value, rows_from_end
 from dptrain.tracking.redact import refuse_secrets
 from dptrain.tracking.row_text import is_rate_alone
 from dptrain.tracking.run_folder import RunFolder, write_config
@@ -33,6 +33,9 @@ class RunLog(Protocol):
         Pairs (step, global batch size from there on), and at the end (last step that was decided on, 0); empty where
         there was no earlier attempt.
         """
+
+    def takes(self, step: int) -> bool:
+        """Whether anybody would see the row of this step; no other need be made."""
 
     def train(self, row: Mapping[str, Value]) -> None:
         """Take the row of an optimizer step."""
@@ -57,6 +60,10 @@ class SilentLog:
     """The log of every rank but 0."""
 
     on_record: Sequence[tuple[int, int]] = ()
+
+    def takes(self, step: int) -> bool:  # noqa: ARG002 - nobody sees any
+        """Say no."""
+        return False
 
     def train(self, row: Mapping[str, Value]) -> None:
         """Do nothing."""
@@ -97,6 +104,8 @@ class WritingLog:
         self._folder = folder
         self._every_steps = config.log.every_steps
         self._num_failures = 0
+        settings = config.log
+        self._is_exported = bool(settings.metrics_file or settings.metrics_port or settings.opentelemetry)
         with ExitStack() as stack:
             stack.callback(folder.close)
             refuse_secrets(config)
@@ -139,6 +148,10 @@ class WritingLog:
             )
             stack.callback(self._tracker.finish, {})  # where the run ended before its end; else it is done already
             self._closing = stack.pop_all()
+
+    def takes(self, step: int) -> bool:
+        """Whether the row of this step is written or shown."""
+        return step % self._every_steps == 0 or self._is_exported or self._view.takes(step)
 
     def train(self, row: Mapping[str, Value]) -> None:
         """Show the row, and write it where its step is to be logged."""
@@ -207,15 +220,16 @@ def _on_record(folder: RunFolder, *, from_step: int) -> list[tuple[int, int]]:
     """
     if not from_step:
         return []
-    decisions = read_rows(folder.decisions) if folder.decisions.exists() else []
-    metrics = read_rows(folder.metrics) if folder.metrics.exists() else []
-    found = [
-        (_whole(row, "step"), _whole(row, "batch/after"))
-        for row in decisions
-        if row.get("applied", True) and _whole(row, "step") >= from_step
-    ]
+    found: list[tuple[int, int]] = []
+    for _, _, row in rows_from_end(folder.decisions):
+        if _whole(row, "step") < from_step:
+            break
+        if row.get("applied", True):
+            found.insert(0, (_whole(row, "step"), _whole(row, "batch/after")))
     # The latest step that is told of may not have been decided on when the attempt ended.
-    steps = [_whole(row, "step") - 1 for row in metrics] + [step for step, _ in found]
+    steps = [step for step, _ in found]
+    if latest := next(rows_from_end(folder.metrics), None):
+        steps.append(_whole(latest[2], "step") - 1)
     return [*found, (max(steps, default=0), 0)]
 
 

@@ -20,19 +20,20 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from dptrain.errors import ConfigError
+from dptrain.tracking.local_trackers import LocalSink, accelerate_tracker
 from dptrain.tracking.redact import without_secrets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from dptrain.tracking.jsonl import Value
 
-Choice = Literal["auto", "wandb", "none"]
-"""auto: wandb where somebody is logged in to it."""
+NAMES = ("wandb", "tensorboard", "trackio", "mlflow")
+"""Trackers by name. Of these tensorboard, trackio and mlflow need no account."""
 
 START_LIMIT_S = 8.0
 """Longest time that a run waits for its tracker to start."""
@@ -54,19 +55,30 @@ class Tracker(Protocol):
         """Hand on the figures of the whole run and close, within `FINISH_LIMIT_S`."""
 
 
-class NullTracker:
-    """The tracker of a run that has none."""
+class SeveralTrackers:
+    """Hands everything on to some trackers, or to none.
+
+    Args:
+        trackers: each gets every row.
+    """
+
+    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = trackers
 
     def log(self, row: Mapping[str, Value], *, step: int) -> None:
-        """Do nothing."""
+        """Hand on one row."""
+        for tracker in self._trackers:
+            tracker.log(row, step=step)
 
     def finish(self, summary: Mapping[str, Value]) -> None:
-        """Do nothing."""
+        """Hand on the figures of the whole run, and close one after the other."""
+        for tracker in self._trackers:
+            tracker.finish(summary)
 
 
 def start_tracker(
     *,
-    choice: Choice,
+    choice: str,
     project: str,
     run_name: str,
     run_dir: Path,
@@ -78,10 +90,10 @@ def start_tracker(
     A user's WANDB_MODE is respected. Where it does not say offline, the server is asked first; if it does not answer,
     if nobody is logged in, or if wandb does not start, the run is recorded offline below `run_dir`. A run that is
     resumed goes on in wandb under the name it had there; what was recorded offline is a run of its own.
-    Call it on rank 0 only and after `accelerate.Accelerator` exists, which accelerate's tracker relies on.
+    Call it on rank 0 only.
 
     Args:
-        choice: "auto", "wandb" or "none".
+        choice: "auto" for wandb where somebody is logged in to it, "none", or names joined by "+".
         project: project in wandb.
         run_name: name of the run there.
         run_dir: folder of the run; wandb's files go below it.
@@ -89,15 +101,30 @@ def start_tracker(
         warn: gets each warning or notice, one sentence, from within this function and the tracker's methods only.
 
     Raises:
-        ConfigError: where `choice` is none of the three.
+        ConfigError: where `choice` is none of these.
     """
-    if choice not in ("auto", "wandb", "none"):
-        raise ConfigError(f'tracker must be "auto", "wandb" or "none", got {choice!r}')
-    switched_off = choice == "none" or os.environ.get("WANDB_MODE", "").lower() == "disabled"
-    if switched_off or (choice == "auto" and not _has_credentials()):
-        return NullTracker()
-    sink = _WandbSink(project=project, run_name=run_name, run_dir=run_dir, config=without_secrets(config))
-    return BackgroundTracker(sink, warn=warn)
+    if not is_choice(choice):
+        raise ConfigError(f"tracker must be auto, none, or some of {', '.join(NAMES)} joined by +, got {choice!r}")
+    names = [] if choice == "none" else ["wandb"] if choice == "auto" else choice.split("+")
+    is_disabled = os.environ.get("WANDB_MODE", "").lower() == "disabled" or (
+        choice == "auto" and not _has_credentials()
+    )
+    settings: dict[str, Any] = {"project": project, "run_name": run_name, "run_dir": run_dir}
+    settings["config"] = without_secrets(config)
+    trackers = [
+        BackgroundTracker(
+            _WandbSink(**settings) if name == "wandb" else LocalSink(name, **settings), name=name, warn=warn
+        )
+        for name in names
+        if not (name == "wandb" and is_disabled)
+    ]
+    return trackers[0] if len(trackers) == 1 else SeveralTrackers(trackers)
+
+
+def is_choice(text: str) -> bool:
+    """Whether a text names trackers, each once, or is auto or none."""
+    names = text.split("+")
+    return text in ("auto", "none") or (set(names) <= set(NAMES) and len(set(names)) == len(names))
 
 
 class Sink(Protocol):
@@ -127,6 +154,7 @@ class BackgroundTracker:
 
     Args:
         sink: what does the work.
+        name: of the tracker, for those sentences.
         warn: gets sentences for the user.
         start_limit_s: how long the constructor waits for the sink before it leaves it to start in the background.
         finish_limit_s: how long `finish` waits.
@@ -136,11 +164,13 @@ class BackgroundTracker:
         self,
         sink: Sink,
         *,
+        name: str = "wandb",
         warn: Callable[[str], None],
         start_limit_s: float = START_LIMIT_S,
         finish_limit_s: float = FINISH_LIMIT_S,
     ) -> None:
         self._sink = sink
+        self._name = name
         self._warn = warn
         self._finish_limit_s = finish_limit_s
         self._rows: queue.SimpleQueue[Mapping[str, Value]] = queue.SimpleQueue()
@@ -152,7 +182,7 @@ class BackgroundTracker:
         self._thread.start()
         if not started.wait(start_limit_s):
             self._notices.put(
-                f"wandb has not started after {start_limit_s:g} s; training goes on without waiting for it"
+                f"{self._name} has not started after {start_limit_s:g} s; training goes on without waiting for it"
             )
         self._tell()
 
@@ -165,7 +195,7 @@ class BackgroundTracker:
             if self._rows.qsize() > _MAX_PENDING_ROWS:
                 self._off = True
                 self._notices.put(
-                    f"wandb is {_MAX_PENDING_ROWS:,} rows behind, so it is switched off; training goes on"
+                    f"{self._name} is {_MAX_PENDING_ROWS:,} rows behind, so it is switched off; training goes on"
                 )
         self._tell()
 
@@ -178,7 +208,7 @@ class BackgroundTracker:
         self._thread.join(self._finish_limit_s)
         if self._thread.is_alive():
             self._off = True  # what breaks from here on is our own doing, and no news
-            self._notices.put(f"wandb did not finish within {self._finish_limit_s:g} s and is left behind")
+            self._notices.put(f"{self._name} did not finish within {self._finish_limit_s:g} s and is left behind")
             self._sink.abandon()
             self._thread.join(1.0)
         self._tell()
@@ -198,7 +228,7 @@ class BackgroundTracker:
         except BaseException as error:  # noqa: BLE001 - whatever a tracker does, the training goes on
             if not self._off:
                 self._off = True
-                self._notices.put(f"wandb is switched off, training goes on: {_one_line(error)}")
+                self._notices.put(f"{self._name} is switched off, training goes on: {_one_line(error)}")
         finally:
             started.set()
             with contextlib.suppress(BaseException):
@@ -254,12 +284,9 @@ class _WandbSink:
             self._id_file.write_text(run_id, encoding="utf-8")
 
     def _open(self, *, settings: dict[str, Any], **same_run: str) -> None:
-        from accelerate.tracking import WandBTracker
-
+        tracker = accelerate_tracker("WandBTracker")
         # console: what the terminal shows is not worth a copy, and a wrapped stdout would tear the live view
-        self._tracker = WandBTracker(
-            self._project, settings={"console": "off", **settings}, **self._options, **same_run
-        )
+        self._tracker = tracker(self._project, settings={"console": "off", **settings}, **self._options, **same_run)
         self._tracker.start()
 
     def log(self, values: Mapping[str, Value]) -> None:

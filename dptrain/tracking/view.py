@@ -32,6 +32,10 @@ class View(ABC):
         self._broken = False
 
     @abstractmethod
+    def takes(self, step: int) -> bool:
+        """Whether a train row of this step would be seen."""
+
+    @abstractmethod
     def update(self, row: Row) -> None:
         """Show a train row."""
 

@@ -59,9 +59,11 @@ class CheckpointManager:
 
     def is_due(self, record: StepRecord) -> bool:
         """Whether to save after a step: by samples where that is set, else by the clock."""
-        if self._config.every_samples is not None:
-            return crosses(record, self._config.every_samples)
-        return time.monotonic() - self._saved_s >= self._interval_s
+        return crosses(record, self._config.every_samples) or self.is_due_by_clock()
+
+    def is_due_by_clock(self) -> bool:
+        """Whether to save now where that is not set by samples."""
+        return self._config.every_samples is None and time.monotonic() - self._saved_s >= self._interval_s
 
     def save(self) -> None:
         """Copy the state and have it written while training goes on.
@@ -119,6 +121,6 @@ class CheckpointManager:
             )
 
 
-def crosses(record: StepRecord, every_samples: int) -> bool:
+def crosses(record: StepRecord, every_samples: int | None) -> bool:
     """Whether the step ended at or beyond the next multiple of `every_samples`."""
-    return record.end // every_samples > record.position // every_samples
+    return every_samples is not None and record.end // every_samples > record.position // every_samples

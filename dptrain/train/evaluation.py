@@ -131,7 +131,10 @@ def _evaluate(
     model.eval()
     try:
         with torch.no_grad():
-            for indices, counts in _shares(len(data), batch_size=batch_size, rank=rank, world_size=world_size):  # type: ignore[arg-type]
+            # Sharded parameters are gathered in each forward pass, by all replicas.
+            in_step = any(hasattr(p, "full_tensor") for p in model.parameters())
+            layout = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
+            for indices, counts in _shares(len(data), in_step=in_step, **layout):  # type: ignore[arg-type]
                 batch = send_to_device(_read(data, indices, collate=task.collate), device, non_blocking=True)
                 with precision():
                     loss, outputs = _outputs(task, model, batch)
@@ -166,15 +169,21 @@ def _read(data: Dataset[Any], indices: range, *, collate: Callable[[list[Any]], 
     return (collate or default_collate)([data[index] for index in indices])
 
 
-def _shares(num_samples: int, *, batch_size: int, rank: int, world_size: int) -> Iterator[tuple[range, bool]]:
+def _shares(
+    num_samples: int, *, batch_size: int, rank: int, world_size: int, in_step: bool = False
+) -> Iterator[tuple[range, bool]]:
     """Yield this replica's ranges of indices, and whether they count: blocks dealt out in turn.
 
     Blocks are the same on any number of replicas, so that a loss that depends on its batch is the same, too. A replica
-    without one runs the first for nothing: only so does it know the names of the parts of the loss.
+    without one runs the first for nothing: only so does it know the names of the parts of the loss. With `in_step` all
+    replicas have the same number.
     """
     starts = range(rank * batch_size, num_samples, world_size * batch_size)
     for start in starts or [0]:
         yield range(start, min(start + batch_size, num_samples)), bool(starts)
+    num_rounds = -(-num_samples // (batch_size * world_size)) if in_step else 0
+    for _ in range(num_rounds - max(len(starts), 1)):
+        yield range(min(batch_size, num_samples)), False
 
 
 def _over_replicas(name: str, metric: Any) -> float:  # noqa: ANN401 - torchmetrics is not always installed

@@ -237,17 +237,29 @@ def skips_on_device(optimizer: Optimizer) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
-def step_if_finite(optimizer: Optimizer, grad_norm: Tensor) -> None:
+def step_if_finite(optimizer: Optimizer, grad_norm: Tensor, *, grad_scale: Tensor | None = None) -> Tensor:
     """Take an optimizer step unless the gradient's norm is not finite: then parameters and moments stay as they are.
 
     The norm is that of the combined gradient, so all replicas skip together or not at all. (Synchronises the device
     where the optimizer cannot skip by itself.)
+
+    Args:
+        optimizer: its parameters have their gradients.
+        grad_norm: without the scale.
+        grad_scale: factor on the gradients, by which the step divides them; None for 1.
+
+    Returns:
+        1 where the norm was not finite, else 0; a float32 scalar on the device.
     """
     not_finite = (~torch.isfinite(grad_norm)).to(torch.float32)
     if skips_on_device(optimizer):
-        # The protocol of torch.amp.GradScaler with fused optimizers, without a scale.
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        # The protocol of torch.amp.GradScaler with fused optimizers.
+        optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
         optimizer.found_inf = not_finite  # type: ignore[attr-defined]
         optimizer.step()
     elif not_finite.item() == 0:
+        if grad_scale is not None:
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_mul_(grads, 1 / grad_scale)
         optimizer.step()
+    return not_finite

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -30,6 +31,8 @@ from dptrain.train.progress import Progress
 from dptrain.train.step_plan import StepPlan
 
 _MAX_FAILED_SAVES = 3
+_GROUPS_A_ROW = 8
+"""Groups that each row of the log has, on average."""
 _LOSS_HALF_LIFE = 0.02  # of the running mean of the loss, as a part of the run; only a law that reads the loss uses it
 
 
@@ -66,6 +69,8 @@ class RunProgress:
         batch = given(config.global_batch_size)
         factor = self._batch_control.learning_rate_factor(meter.read(), batch)
         self._progress = Progress(global_batch_size=batch, learning_rate_factor=factor)
+        # A fit takes a third of a millisecond, and nobody asks how long other batches would take where none is tried.
+        self._asks_time = config.control.mode in ("advise", "adapt") and config.control.law != "constant"
         self._unread: tuple[StepRecord, PendingSum, float | None] | None = None
         self._undecided: StepRecord | None = None
         self._outcome: StepOutcome | None = None
@@ -156,8 +161,8 @@ class RunProgress:
             flops_per_sample=flops_per_sample,
             energy_j=outcome.energy_j,
         )
-        if outcome.finite and self._config.control.mode != "off":
-            self._meter.absorb(outcome.meter_sums)
+        if outcome.measured:
+            self._meter.absorb_step(outcome.meter_sums, usable=outcome.finite)
         self.step_timer.learn(record, outcome)
         self._progress = replace(
             self._progress,
@@ -170,7 +175,8 @@ class RunProgress:
         self._undecided = record
         self._outcome = outcome
         self._save_agreed = self._save_agreed or outcome.save
-        log.train(self._row(record, outcome, self._meter.read()))
+        if log.takes(record.step):
+            log.train(self._row(record, outcome, self._meter.read()))
         if straggler := self.stragglers.learn(outcome, record):
             log.note(straggler)
         if not outcome.finite:
@@ -204,6 +210,15 @@ class RunProgress:
         """Name the samples that a replica reads in a step, the first of them at least."""
         return self._plan.samples_of(record, rank=rank)
 
+    @contextmanager
+    def located(self, record: StepRecord, *, rank: int) -> Iterator[None]:
+        """Add the step and its samples to whatever the task raises."""
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"in step {record.step:,}, {self.samples_of(record, rank=rank)}")
+            raise
+
     def decide(self, log: RunLog) -> None:
         """Ask the controller for the batch of the next step, and the rule for the rate that goes with it.
 
@@ -224,7 +239,7 @@ class RunProgress:
             samples_seen=record.end,
             global_batch_size=before.global_batch_size,
             noise_scale=self._meter.read(),
-            step_time=self.step_timer.model,
+            step_time=self.step_timer.model if self._asks_time else None,
             loss=before.loss_mean,
         )
         self._progress = self._batch_control.decide(record, before, measurement, log)
@@ -280,7 +295,13 @@ class RunProgress:
             "time/world_size": self._world_size,
             **self._ledger.columns(),
         }
-        return train_row(columns, noise_scale=scale, groups=self._meter.read_groups())
+        return train_row(columns, noise_scale=scale, groups=self._groups(record))
+
+    def _groups(self, record: StepRecord) -> Mapping[str, NoiseScale]:
+        """Return the noise scale of the groups, as often as keeps a row short: 200 groups are 26 KB."""
+        stride = self._config.log.every_steps * max(1, self._meter.num_groups // _GROUPS_A_ROW)
+        is_last = record.end >= given(self._config.max_samples)
+        return self._meter.read_groups() if is_last or record.step % stride == 0 else {}
 
     def figures(self) -> dict[str, Value]:
         """Return the figures of the whole run, as far as they are known here."""
@@ -319,6 +340,7 @@ class RunProgress:
         self._meter.load_state_dict(state["meter"])
         self._batch_control.restore(state["control"])
         self._progress = Progress(**state["progress"])
+        self._meter.align(self._progress.step)
         self._apply_limit()
         self.step_timer.restore(state["step_timer"])
         self._ledger.restore(state["ledger"])

@@ -14,9 +14,12 @@ from dptrain.checkpoint.opened import Checkpoint
 from dptrain.checkpoint.state import pack_model, pack_optimizer, unpack_model, unpack_optimizer
 from dptrain.config.filled_in import given
 from dptrain.config.train_config import TrainConfig
+from dptrain.cost.flops import FlopCounter
 from dptrain.errors import CheckpointError, ConfigError
 from dptrain.tasks.base import TrainHook
 from dptrain.tracking.run_log import RunLog
+from dptrain.train.execution.loss_scale import LossScale
+from dptrain.train.execution.master_weights import MasterWeights
 from dptrain.train.hooks import WeightAverage
 from dptrain.train.run_progress import RunProgress
 
@@ -34,6 +37,9 @@ class RunState:
         world_size: number of replicas.
         hook: is called at saves, and has a state.
         average: of the weights, where there is one.
+        masters: float32 copies of bfloat16 parameters.
+        loss_scale: of float16 training.
+        flops: what passes of known shapes cost.
     """
 
     def __init__(
@@ -48,6 +54,9 @@ class RunState:
         world_size: int,
         hook: TrainHook,
         average: WeightAverage | None,
+        masters: MasterWeights | None = None,
+        loss_scale: LossScale | None = None,
+        flops: FlopCounter | None = None,
     ) -> None:
         self._config = config
         self._model = model
@@ -58,11 +67,17 @@ class RunState:
         self._world_size = world_size
         self._hook = hook
         self._average = average
+        self._masters = masters
+        self._loss_scale = loss_scale
+        self._flops = flops or FlopCounter()
+        # Now: after a forward pass FSDP has the gathered parameters in the modules, and the optimizer has the shards.
+        named = {parameter: name for name, parameter in model.named_parameters()}
+        self._names = named if masters is None else masters.names
 
     def pack(self) -> tuple[int, tuple[Mapping[str, Mapping[str, torch.Tensor]], Mapping[str, JSON]]]:
         """Return the step, and the tensors and the state that a checkpoint of this moment holds."""
         self._hook.on_save(self._run.moment(self._model))
-        optimizer_tensors, optimizer_state = pack_optimizer(self._optimizer, names=self._names())
+        optimizer_tensors, optimizer_state = pack_optimizer(self._optimizer, names=self._names)
         state: dict[str, JSON] = {
             "config": asdict(self._config),
             "world_size": self._world_size,
@@ -70,11 +85,15 @@ class RunState:
             "data": self._fingerprint,
             "optimizer": optimizer_state,
             "hook": dict(self._hook.state_dict()),
+            "flops": self._flops.state(),
+            "loss_scale": None if self._loss_scale is None else self._loss_scale.state(),
             **self._run.state(),
         }
         tensors = {"model": pack_model(self._model), "optimizer": optimizer_tensors}
         if self._average is not None:
             tensors["average"] = self._average.tensors()
+        if self._masters is not None:
+            tensors["masters"] = self._masters.tensors()
         return self._run.progress.step, (tensors, state)
 
     def check_same_data(self, saved: Checkpoint) -> None:
@@ -103,6 +122,9 @@ class RunState:
             self._hook.load_state_dict(state.get("hook", {}))
             if self._average is not None:
                 self._average.restore(saved.tensors("average"), step=self._run.progress.step)
+            self._flops.restore(state.get("flops", []))
+            if self._loss_scale is not None and state.get("loss_scale") is not None:
+                self._loss_scale.restore(state["loss_scale"])
         progress = self._run.progress
         log.note(f"resumed from step {progress.step:,}, {progress.position:,} samples seen")
 
@@ -127,13 +149,12 @@ class RunState:
         unpack_model(self._model, checkpoint.tensors("model"))
         unpack_optimizer(
             self._optimizer,
-            names=self._names(),
+            names=self._names,
             tensors=checkpoint.tensors("optimizer"),
             state=checkpoint.state["optimizer"],
         )
-
-    def _names(self) -> dict[torch.nn.Parameter, str]:
-        return {parameter: name for name, parameter in self._model.named_parameters()}
+        if self._masters is not None:
+            self._masters.restore(checkpoint.tensors("masters"))
 
 
 @contextmanager

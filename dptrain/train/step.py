@@ -4,67 +4,71 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from dptrain.cost.flops import FlopCounter
+from dptrain.cost.flops import FlopCounter, uncompiled
 from dptrain.data import MicroBatchLoader
 from dptrain.errors import OutOfMemoryError
 from dptrain.exchange.running_statistics import RunningStatistics
 from dptrain.observe import Meter, PendingSum
 from dptrain.observe.stopwatch import Stopwatch
+from dptrain.runtime.replica import num_replicas, rank_of_replica
 from dptrain.runtime.step_reduction import RankReport, StepRecord, send
 from dptrain.tasks.base import Batch, LossFunction, split_loss
+from dptrain.train.execution.device_copy import DeviceCopy
+from dptrain.train.execution.update import Update
+from dptrain.train.execution.wrapping import defer_combining, is_sharded
 from dptrain.train.memory import release_memory, split
-from dptrain.train.optimizer import set_rate, step_if_finite
 
 
 class Stepper:
     """Holds what a step works on, and takes steps.
 
     Args:
-        accelerator: device, precision, synchronisation.
-        model: the prepared (wrapped) model.
+        model: the wrapped model.
         loss: mean loss of a micro-batch.
-        optimizer: over the model's parameters.
+        update: what makes parameters of gradients.
         meter: sees the gradients.
         loader: gives this replica's micro-batches.
+        device: of this replica.
         statistics: of the model's batch norms.
-        max_grad_norm: clip the combined gradient to this norm, or None.
+        precision: makes the context of a forward pass.
+        flops: counts passes.
         seed_of: position in the stream → seed of the forward pass that begins there.
     """
 
     def __init__(
         self,
         *,
-        accelerator: Accelerator,
         model: nn.Module,
         loss: LossFunction,
-        optimizer: Optimizer,
+        update: Update,
         meter: Meter,
         loader: MicroBatchLoader,
+        device: torch.device,
         statistics: RunningStatistics,
-        max_grad_norm: float | None,
+        precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+        flops: FlopCounter | None = None,
         seed_of: Callable[[int], int],
     ) -> None:
-        self._accelerator = accelerator
         self._model = model
         self._loss = loss
-        self._optimizer = optimizer
+        self._update = update
         self._meter = meter
         self._loader = loader
+        self._device = device
+        self._precision = precision
         self._statistics = statistics
-        self._max_grad_norm = max_grad_norm
+        self._flops = flops or FlopCounter()
         self._seed_of = seed_of
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._stopwatch = Stopwatch(accelerator.device)
-        self._flops = FlopCounter()
+        self._rank, self._world_size = rank_of_replica(), num_replicas()
+        self._is_sharded = is_sharded(model)
+        self._to_device = DeviceCopy(device)
+        self._stopwatch = Stopwatch(device)
         self._is_combining = False
 
     def take_busy_s(self) -> float:
@@ -88,27 +92,34 @@ class Stepper:
         Returns:
             What the replicas tell each other of the step, under way.
         """
-        self._statistics.begin_step()
-        loss_sum, halved = self._backward(record)
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        sums = self._meter.local_sums(grad_norm=grad_norm)
-        pending = send(record, report=report, loss_sum=loss_sum, meter_sums=sums, halved=halved)
-        if self._max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, grad_norm)
-        set_rate(self._optimizer, record.learning_rate, betas=record.betas, weight_decay=record.weight_decay)
-        step_if_finite(self._optimizer, grad_norm)
-        self._optimizer.zero_grad(set_to_none=True)
-        self._statistics.end_step(num_micro_batches=record.num_micro_batches, finite=torch.isfinite(grad_norm))
+        if self._statistics:
+            self._statistics.begin_step()
+        loss_sum, num_samples, halved = self._backward(record)
+        grad_norm, scaled_norm = self._update.grad_norms()
+        sums, measured = self._meter.close_step(grad_norm=scaled_norm)
+        pending = send(
+            record,
+            report=report,
+            loss_sum=loss_sum,
+            num_samples=num_samples,
+            grad_norm=grad_norm,
+            meter_sums=sums,
+            measured=measured,
+            halved=halved,
+        )
+        self._update.step(grad_norm, record)
+        if self._statistics:
+            self._statistics.end_step(num_micro_batches=record.num_micro_batches, finite=torch.isfinite(grad_norm))
         return pending
 
-    def _backward(self, record: StepRecord) -> tuple[Tensor, bool]:
+    def _backward(self, record: StepRecord) -> tuple[Tensor, int, bool]:
         """Accumulate the gradient of the mean loss over the global batch.
 
         Where the memory does not suffice, this replica begins the step anew with each micro-batch in halves: the same
         samples, the same batch, nothing for the others to wait for but the time it takes.
 
         Returns:
-            This replica's sum of losses, and whether micro-batches had to be halved.
+            This replica's sum of losses, over how many samples, and whether micro-batches had to be halved.
 
         Raises:
             OutOfMemoryError: where that does not help.
@@ -117,37 +128,51 @@ class Stepper:
         while True:
             passes = self._passes(record, parts=parts)
             try:
-                return self._accumulate(passes, record), parts > 1
+                return *self._accumulate(passes, record), parts > 1
             except torch.OutOfMemoryError as error:
                 told = str(error).splitlines()[0]
             # Only here, past the error, is the memory that its traceback held free.
             self._check_can_begin_anew(record, parts=parts, told=told)
             passes.close()
-            self._optimizer.zero_grad(set_to_none=True)
+            self._update.zero_grad()
             self._meter.discard_step()
             self._statistics.discard_step()
-            release_memory(self._accelerator.device)
+            release_memory(self._device)
             parts *= 2
 
-    def _accumulate(self, passes: Iterator[_Pass], record: StepRecord) -> Tensor:
-        world_size = self._accelerator.num_processes
-        loss_sum = torch.zeros((), device=self._accelerator.device)
+    def _accumulate(self, passes: Iterator[_Pass], record: StepRecord) -> tuple[Tensor, int]:
+        loss_sum: Tensor | None = None
+        num_samples = 0
         for one in passes:
             # Replicas are averaged with equal weight; this factor makes it the mean over samples, whatever their sizes.
-            weight = one.num_samples * world_size / record.global_batch_size
+            weight = one.num_samples * self._world_size / record.global_batch_size
             self._meter.begin(num_samples=one.num_samples, weight=weight)
             self._statistics.begin_micro_batch(one.number if one.num_samples else None)
-            _seed_forward(self._seed_of(one.position), self._accelerator.device)
-            together = nullcontext() if one.is_last else self._accelerator.no_sync(self._model)
-            with together, self._flops.counting(one.batch, num_samples=one.num_samples):
-                began = self._stopwatch.start()
-                loss, _ = split_loss(self._loss(self._model, one.batch))
-                self._stopwatch.stop(began)
-                self._is_combining = one.is_last and world_size > 1
-                self._accelerator.backward(loss * weight)
+            _seed_forward(self._seed_of(one.position), self._device)
+            with defer_combining(self._model, is_last=one.is_last), self._as_counted(one, record):
+                loss = self._forward(one)
+                self._is_combining = one.is_last and self._world_size > 1
+                self._update.scaled(loss * weight).backward()  # type: ignore[no-untyped-call]
                 self._is_combining = False
-            loss_sum += loss.detach() * one.num_samples
-        return loss_sum
+            summed = loss.detach() * one.num_samples
+            loss_sum = summed if loss_sum is None else loss_sum + summed
+            num_samples += one.num_samples
+        assert loss_sum is not None, "a step without a pass"
+        return loss_sum, num_samples
+
+    def _forward(self, one: _Pass) -> Tensor:
+        began = self._stopwatch.start()
+        with self._precision():
+            loss, _ = split_loss(self._loss(self._model, one.batch))
+        self._stopwatch.stop(began)
+        return loss
+
+    @contextmanager
+    def _as_counted(self, one: _Pass, record: StepRecord) -> Iterator[None]:
+        """Count the pass; one of a size off the ladder runs uncompiled, for it would be compiled to run once."""
+        stance = uncompiled() if one.num_samples != record.micro_batch_size else nullcontext()
+        with stance, self._flops.counting(one.batch, num_samples=one.num_samples):
+            yield
 
     def _passes(self, record: StepRecord, *, parts: int) -> Generator[_Pass]:
         """Yield the forward and backward passes of a step: the micro-batches, each in so many parts."""
@@ -156,25 +181,26 @@ class Stepper:
             global_batch_size=record.global_batch_size,
             micro_batch_size=record.micro_batch_size,
         )
-        least = self._statistics.smallest_micro_batch
+        num_micro_steps = record.micro_steps(self._world_size)
         for number, micro in enumerate(window, start=1):
-            batch = send_to_device(micro.batch, self._accelerator.device, non_blocking=True)
-            num_pieces = min(parts, micro.num_samples // least)
+            batch = self._to_device(micro.batch)
+            num_pieces = min(parts, micro.num_samples // self._statistics.smallest_micro_batch)
             pieces = [batch] if num_pieces <= 1 else split(batch, num_pieces)
-            is_last = number == record.micro_steps(self._accelerator.num_processes)
             position, left = micro.position, micro.num_samples
             for index, piece in enumerate(pieces, start=1):
                 share = -(-left // (len(pieces) - index + 1))
-                yield _Pass(
-                    batch=piece,
-                    num_samples=share,
-                    number=(number - 1) * self._accelerator.num_processes + self._accelerator.process_index,
-                    position=position,
-                    is_last=is_last and index == len(pieces),
-                )
+                is_last = number == num_micro_steps and index == len(pieces)
+                place = (number - 1) * self._world_size + self._rank
+                yield _Pass(batch=piece, num_samples=share, number=place, position=position, is_last=is_last)
                 position, left = position + share, left - share
 
     def _check_can_begin_anew(self, record: StepRecord, *, parts: int, told: str) -> None:
+        if self._is_sharded and self._world_size > 1:
+            raise OutOfMemoryError(
+                f"micro-batches of {record.micro_batch_size} did not fit into memory, and a replica with sharded "
+                f"parameters cannot begin a step anew by itself: go on from the latest checkpoint with --resume "
+                f"--micro_batch_size {max(1, record.micro_batch_size // 2)} ({told})"
+            )
         if self._is_combining:
             raise OutOfMemoryError(
                 f"micro-batches of {record.micro_batch_size} did not fit into memory while the replicas combined their "

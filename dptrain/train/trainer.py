@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from dptrain.checkpoint.opened import Checkpoint
 from dptrain.checkpoint.state import infinite_buffers
 from dptrain.checkpoint.store import load_checkpoint, load_newest, set_aside
-from dptrain.config.built import smoothing
-from dptrain.config.filled_in import as_saved, filled_in, given
+from dptrain.config.filled_in import as_saved, filled_in
 from dptrain.config.resume_check import check_same_settings
 from dptrain.config.settings_file import settings_text
 from dptrain.config.train_config import LogConfig, TrainConfig
-from dptrain.cost.device_peaks import matmul_precision, peak_flops_per_s
 from dptrain.cost.energy import EnergyCounter
-from dptrain.cost.ledger import Ledger
+from dptrain.cost.flops import FlopCounter
 from dptrain.data import MicroBatchLoader
-from dptrain.errors import ConfigError
 from dptrain.exchange import RunningStatistics
 from dptrain.models.adaptation import adapt_model
-from dptrain.observe import DdpCommHook, Meter, ParameterHook
-from dptrain.observe.groups import Groups, resolve_groups
-from dptrain.observe.hooks.base import GradientHook
-from dptrain.observe.hooks.null import NullHook
-from dptrain.runtime.rendezvous import collective_timeout_s
+from dptrain.runtime.garbage import GarbageCollection
+from dptrain.runtime.launcher import is_replica
+from dptrain.runtime.rendezvous import rendezvous
+from dptrain.runtime.replica import num_replicas, rank_of_replica, replica_device, wait_for_everyone
 from dptrain.runtime.replica_check import ReplicaCheck
 from dptrain.runtime.signals import SignalHandler
 from dptrain.runtime.startup_check import check_agreement, check_device, data_fingerprint
@@ -53,9 +47,12 @@ from dptrain.tracking.run_folder import RunFolder, checkpoints_in, default_run_d
 from dptrain.tracking.run_log import RunLog, SilentLog, WritingLog
 from dptrain.train.checkpoint_schedule import CheckpointManager, crosses
 from dptrain.train.evaluation import HeldOut
+from dptrain.train.execution.loss_scale import LossScale
+from dptrain.train.execution.master_weights import MasterWeights, needs_masters
+from dptrain.train.execution.wrapping import autocast, autocast_dtype, is_sharded, wrap
 from dptrain.train.hooks import build_hooks, wants_end
-from dptrain.train.memory import find_micro_batch_size
-from dptrain.train.optimizer import build_optimizer, num_states, skips_on_device
+from dptrain.train.optimizer import build_optimizer, skips_on_device
+from dptrain.train.parts import build_ledger, build_meter, build_update, fitting_micro_batch_size
 from dptrain.train.run_progress import RunProgress
 from dptrain.train.run_state import RunState
 from dptrain.train.step import Stepper, forward_seed
@@ -88,27 +85,24 @@ class Trainer:
         self._resume = resume
         self._allow_fresh = allow_fresh
         check_device(config)
-        self._accelerator = Accelerator(
-            # Accelerate initialises gloo only when it is told to use the CPU; it does not see by itself that it must.
-            cpu=config.device == "cpu" or not torch.cuda.is_available(),
-            mixed_precision=config.precision,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=dt.timedelta(seconds=collective_timeout_s()))],
-        )
-        # A replica that fails in what follows must not tear connections that another still makes.
-        self._accelerator.wait_for_everyone()
+        self._device = replica_device(config)
+        if is_replica():
+            rendezvous(device=config.device, share_devices=config.execution.share_devices)
+        wait_for_everyone(self._device)  # one that fails in what follows must not tear connections still being made
         torch.manual_seed(config.seed)
         self._task = task if isinstance(task, Task) else resolve_task(task or config.task, options=config.task_options)
         adapt_model(self._task.model, config.model)
         self._unused = check_task(self._task)
         check_evaluation(self._task)
-        rank = self._accelerator.process_index
-        self._statistics = RunningStatistics(self._task.model, rank=rank, world_size=self._world_size)
+        self._statistics = RunningStatistics(self._task.model, rank=self._rank, world_size=self._world_size)
         self._run_dir = Path(config.run_dir or default_run_dir(config.task))
         self._saved = load_newest(checkpoints_in(self._run_dir), allow_fresh=allow_fresh) if resume else None
         if self._saved is not None:
             config = as_saved(config, saved=self._saved.state["config"])  # type: ignore[arg-type]
         if config.micro_batch_size == "auto":
-            config = replace(config, micro_batch_size=self._fitting_micro_batch_size(config))
+            smallest = self._statistics.smallest_micro_batch
+            found = fitting_micro_batch_size(self._task, config, smallest=smallest, device=self._device)
+            config = replace(config, micro_batch_size=found)
         self._config = filled_in(config, self._task.suggestion, world_size=self._world_size)
         # What a run branched off from is in its own checkpoints by then.
         begins = config.branch_from is not None and self._saved is None
@@ -117,40 +111,53 @@ class Trainer:
         self._check_agreement()
 
         self._bare_model = self._task.model
-        self._statistics.hide_from_ddp(self._bare_model)
-        looks = bool(self._unused) if config.find_unused_parameters is None else config.find_unused_parameters
-        self._accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=looks)
-        self._model = self._accelerator.prepare(self._bare_model)
+        execution, precision = self._config.execution, self._config.precision
+        looks = self._config.find_unused_parameters
+        self._masters = MasterWeights(self._bare_model) if needs_masters(self._config) else None
+        self._model = wrap(
+            self._bare_model,
+            execution=execution,
+            precision=precision,
+            device=self._device,
+            find_unused_parameters=bool(self._unused) if looks is None else looks,
+            ignored_buffers=self._statistics.buffer_names(),
+        )
         self._optimizer = build_optimizer(
             self._config.optimizer, self._bare_model, parameter_groups=self._task.parameter_groups
         )
+        if self._masters is not None:
+            self._masters.take_over(self._optimizer, device=self._device)
+        self._loss_scale = LossScale(self._device) if precision == "fp16" else None
+        self._is_sharded = is_sharded(self._bare_model)
+        # FSDP casts parameters itself, once for all passes of a step.
+        self._autocast = partial(autocast, self._device, dtype=None if self._is_sharded else autocast_dtype(precision))
         self._hook, average = build_hooks(self._config, self._task, model=self._bare_model)
         self._held_out = HeldOut(
             self._task,
             self._bare_model,
             average=average,
-            rank=rank,
+            rank=self._rank,
             world_size=self._world_size,
-            device=self._accelerator.device,
-            precision=self._accelerator.autocast,
+            device=self._device,
+            precision=self._autocast,
         )
-        groups = resolve_groups("module" if self._config.noise.groups else None, model=self._bare_model)
-        self._meter = Meter(
-            self._bare_model.parameters(),
-            hook=self._gradient_hook(groups),
-            groups=groups,
-            smoothing=smoothing(self._config),
-            level=self._config.noise.level,
+        self._meter = build_meter(
+            self._config,
+            model=self._model,
+            bare_model=self._bare_model,
+            device=self._device,
+            loss_scale=self._loss_scale,
             population=self._num_samples,
         )
+        self._flops = FlopCounter()
         self._stream = self._task.order(seed=self._config.seed)
-        self._energy = EnergyCounter(self._accelerator.device)
+        self._energy = EnergyCounter(self._device)
         self._run = RunProgress(
             self._config,
             meter=self._meter,
             world_size=self._world_size,
             stream=self._stream,
-            ledger=self._ledger(),
+            ledger=build_ledger(self._config, device=self._device),
             smallest_micro_batch=self._statistics.smallest_micro_batch,
         )
         self._state = RunState(
@@ -163,12 +170,15 @@ class Trainer:
             world_size=self._world_size,
             hook=self._hook,
             average=average,
+            masters=self._masters,
+            loss_scale=self._loss_scale,
+            flops=self._flops,
         )
 
     @property
     def is_main(self) -> bool:
         """Whether this replica writes the run folder."""
-        return bool(self._accelerator.is_main_process)
+        return self._rank == 0
 
     @property
     def run_dir(self) -> Path:
@@ -177,48 +187,20 @@ class Trainer:
 
     @property
     def _world_size(self) -> int:
-        return int(self._accelerator.num_processes)
+        return num_replicas()
+
+    @property
+    def _rank(self) -> int:
+        return rank_of_replica()
 
     @property
     def _num_samples(self) -> int:
         return len(self._task.train_data)  # type: ignore[arg-type]
 
-    def _ledger(self) -> Ledger:
-        device = self._accelerator.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        precision = matmul_precision(device, mixed_precision=self._config.precision)
-        return Ledger(
-            world_size=self._world_size,
-            peak_flops_per_s=peak_flops_per_s(name, precision=precision),
-            price_per_device_hour=self._config.log.price_per_device_hour,
-        )
-
-    def _gradient_hook(self, groups: Groups) -> GradientHook:
-        if self._config.control.mode == "off":
-            return NullHook(self._accelerator.device, num_entries=groups.num_entries)
-        if self._config.noise.observer == "parameters":
-            return ParameterHook(self._bare_model.parameters(), groups=groups)
-        if self._world_size == 1:  # which may be wrapped all the same
-            raise ConfigError("noise.observer=hook needs at least two replicas: use noise.observer=parameters")
-        return DdpCommHook(self._model, groups=groups)
-
     def _replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield what must be the same on all replicas, by name: parameters, and statistics of batch norms."""
         yield from self._bare_model.named_parameters()
         yield from ((name, self._bare_model.get_buffer(name)) for name in self._statistics.buffer_names())
-
-    def _fitting_micro_batch_size(self, config: TrainConfig) -> int:
-        """Find by trying what fits into the memory of all GPUs. Without one the task's size will do: hosts swap."""
-        suggestion, device = self._task.suggestion, self._accelerator.device
-        on_host = device.type == "cpu"
-        return find_micro_batch_size(
-            self._task,
-            smallest=self._statistics.smallest_micro_batch,
-            largest=suggestion.micro_batch_size if on_host else self._num_samples,
-            device=device,
-            num_states=num_states(config.optimizer),
-            precision=self._accelerator.autocast,
-        )
 
     def _check_agreement(self) -> None:
         check_agreement(
@@ -232,16 +214,29 @@ class Trainer:
                 "the checkpoint to branch from": None if self._branch is None else self._branch.step,
                 "the checkpoint to resume from": None if self._saved is None else self._saved.step,
             },
-            device=self._accelerator.device,
+            device=self._device,
         )
 
     # The run
 
     def run(self) -> Mapping[str, Value] | None:
-        """Train to the end.
+        """Train to the end; raises as `steps` does.
 
         Returns:
             The summary, or None where the run was asked to stop and can be resumed.
+        """
+        steps = self.steps()
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return cast("Mapping[str, Value] | None", end.value)
+
+    def steps(self) -> Generator[StepRecord, None, Mapping[str, Value] | None]:
+        """Train to the end, and hand over after each optimizer step, for who has something else to do in between.
+
+        Returns:
+            As `run`.
 
         Raises:
             PeerLostError: where another replica ended or hung.
@@ -273,27 +268,28 @@ class Trainer:
             loader = stack.enter_context(self._loader())
             stop = stack.enter_context(SignalHandler())
             stack.enter_context(translate_peer_errors(lambda: self._run.progress.step))
-            return self._train(self._stepper(loader), stop, checkpoint_manager, log)
+            return (yield from self._train(self._stepper(loader), stop, checkpoint_manager, log))
 
     def _follow_record(self, log: RunLog) -> None:
         """Have all replicas take the decisions that an earlier attempt had acted upon, up to the end of its log."""
-        told = broadcast_from_rank_0(
-            [value for pair in log.on_record for value in pair], device=self._accelerator.device
-        )
+        told = broadcast_from_rank_0([value for pair in log.on_record for value in pair], device=self._device)
         if told:
             *decisions, (up_to, _) = zip(told[::2], told[1::2], strict=True)
             self._run.follow(dict(decisions), up_to=up_to)
 
     def _train(
         self, stepper: Stepper, stop: SignalHandler, checkpoint_manager: CheckpointManager | None, log: RunLog
-    ) -> Mapping[str, Value] | None:
+    ) -> Generator[StepRecord, None, Mapping[str, Value] | None]:
         run, began_s = self._run, time.monotonic() - self._run.progress.wall_s
-        drift = ReplicaCheck(self._replicated(), every_steps=self._config.replica_check_every_steps)
-        with Watchdog(world_size=self._world_size) as watchdog:
+        # Shards differ by design.
+        every_steps = 0 if self._is_sharded else self._config.replica_check_every_steps
+        drift = ReplicaCheck(self._replicated(), every_steps=every_steps)
+        garbage = GarbageCollection(self._config.execution.collect_garbage_every_steps)
+        with Watchdog(world_size=self._world_size) as watchdog, garbage.held():
             while not (run.at_end or run.stop_agreed):
                 record = run.next_record(wall_s=time.monotonic() - began_s)
                 report = self._report(stepper, stop, checkpoint_manager)
-                with self._located(record):
+                with run.located(record, rank=self._rank):
                     pending = stepper.step(record, report=report)
                 # What the step before taught is read only now, while the device works on this one.
                 run.read_outcome(log)
@@ -303,10 +299,12 @@ class Trainer:
                 run.sent(record, pending, flops_per_sample=flops, wall_s=time.monotonic() - began_s)
                 self._hook.on_step(run.moment(self._bare_model))
                 drift.start(record.step)
+                garbage.stepped(record.step)
                 watchdog.beat()
                 if self._pause(record, checkpoint_manager, log):
                     run.paused(wall_s=time.monotonic() - began_s)
                     watchdog.beat()
+                yield record
             drift.finish()
         if not run.at_end:
             log.note(
@@ -317,16 +315,6 @@ class Trainer:
         log.finish(summary)
         return summary
 
-    @contextmanager
-    def _located(self, record: StepRecord) -> Iterator[None]:
-        """Add the step and its samples to whatever the task raises."""
-        try:
-            yield
-        except Exception as error:
-            samples = self._run.samples_of(record, rank=self._accelerator.process_index)
-            error.add_note(f"in step {record.step:,}, {samples}")
-            raise
-
     def _report(
         self, stepper: Stepper, stop: SignalHandler, checkpoint_manager: CheckpointManager | None
     ) -> RankReport:
@@ -334,7 +322,9 @@ class Trainer:
         self._run.stragglers.note(busy_s)
         return RankReport(
             stop=stop.requested,
-            save=stop.take_save(),
+            # Shards are put together by all replicas, and only rank 0 has a clock for it.
+            save=stop.take_save()
+            or (self._is_sharded and checkpoint_manager is not None and checkpoint_manager.is_due_by_clock()),
             failed_saves=0 if checkpoint_manager is None else checkpoint_manager.failed_saves(),
             slowness=self._run.stragglers.slowness,
             busy_s=busy_s,
@@ -349,15 +339,21 @@ class Trainer:
         the next step all the same.
         """
         run = self._run
-        evaluates = run.at_end or crosses(record, given(self._config.log.eval_every_samples))
+        evaluates = run.at_end or crosses(record, self._config.log.eval_every_samples)
         ends = run.at_end or run.stop_agreed
-        saves = checkpoint_manager is not None and (run.take_save() or checkpoint_manager.is_due(record))
+        saves = run.take_save()
+        if self._is_sharded:
+            saves = saves or crosses(record, self._config.checkpoint.every_samples)
+        else:
+            saves = checkpoint_manager is not None and (saves or checkpoint_manager.is_due(record))
         if not (evaluates or ends or saves):
             return False
         run.read_outcome(log)
         if evaluates:
             self._evaluate(log)
             ends = ends or run.at_end
+        if (ends or saves) and self._is_sharded and checkpoint_manager is None:
+            self._state.pack()  # to put shards together takes all replicas; rank 0 alone keeps what comes of it
         if ends:
             self._on_rank_0(lambda: None if checkpoint_manager is None else checkpoint_manager.save_and_wait())
         elif checkpoint_manager is not None and saves:
@@ -378,7 +374,7 @@ class Trainer:
                 **{f"eval/{name}": value for name, value in figures.items()},
             }
         )
-        ends = wants_end(self._hook, run.moment(self._bare_model), figures, device=self._accelerator.device)
+        ends = wants_end(self._hook, run.moment(self._bare_model), figures, device=self._device)
         if ends and not run.at_end:
             run.end_early()
             log.note(f"ended early after step {run.progress.step:,}, as a hook or early stopping asked for")
@@ -389,7 +385,7 @@ class Trainer:
             "task": self._task.name,
             "world_size": self._world_size,
             "backend": str(dist.get_backend()) if dist.is_initialized() else "none",
-            "device": str(self._accelerator.device.type),
+            "device": str(self._device.type),
             **self._run.figures(),
             "bits_per_byte": None,
             **{name: value for name, value in figures.items() if name != "loss"},
@@ -405,32 +401,36 @@ class Trainer:
         if saved is None and self._allow_fresh:
             set_aside(checkpoints_in(self._run_dir))
         replicas = "replica" if self._world_size == 1 else "replicas"
-        title = f"{self._task.name} on {self._world_size} {self._accelerator.device.type} {replicas} → {self._run_dir}"
+        title = f"{self._task.name} on {self._world_size} {self._device.type} {replicas} → {self._run_dir}"
         return WritingLog(folder, config=self._config, up_to_step=0 if saved is None else saved.step, title=title)
 
     def _loader(self) -> MicroBatchLoader:
         return MicroBatchLoader(
             self._task.train_data,
             stream=self._stream,
-            rank=self._accelerator.process_index,
+            rank=self._rank,
             world_size=self._world_size,
             num_workers=self._config.num_workers,
             collate=self._task.collate,
-            pin_memory=self._accelerator.device.type == "cuda",
+            pin_memory=self._device.type == "cuda",
             filler_size=self._statistics.smallest_micro_batch,
         )
 
     def _stepper(self, loader: MicroBatchLoader) -> Stepper:
         self._model.train()
+        update = build_update(
+            self._config, self._model, optimizer=self._optimizer, loss_scale=self._loss_scale, masters=self._masters
+        )
         return Stepper(
-            accelerator=self._accelerator,
             model=self._model,
             loss=self._task.loss,
-            optimizer=self._optimizer,
+            update=update,
             meter=self._meter,
             loader=loader,
             statistics=self._statistics,
-            max_grad_norm=self._config.optimizer.max_grad_norm,
+            device=self._device,
+            precision=self._autocast,
+            flops=self._flops,
             seed_of=lambda position: forward_seed(self._config.seed, position),
         )
 
@@ -447,4 +447,4 @@ class Trainer:
         )
 
     def _on_rank_0(self, action: Callable[[], Result]) -> Result | None:
-        return on_rank_0(action, rank=self._accelerator.process_index, device=self._accelerator.device)
+        return on_rank_0(action, rank=self._rank, device=self._device)

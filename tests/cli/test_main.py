@@ -85,7 +85,7 @@ def test_each_error_is_a_sentence_and_has_a_code(kind, code, monkeypatch, capsys
     def fail(_arguments):
         raise kind("something is wrong")
 
-    monkeypatch.setattr(command, "_train", fail)
+    monkeypatch.setattr(command, "_command", lambda _: fail)
     assert main(["train"]) == code
     assert capsys.readouterr().err == "dptrain train: something is wrong\n"
 
@@ -96,7 +96,7 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
     def fail(_arguments):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(command, "_train", fail)
+    monkeypatch.setattr(command, "_command", lambda _: fail)
     with pytest.raises(ZeroDivisionError):
         main(["train"])
 
@@ -108,7 +108,7 @@ def test_a_replica_leaves_its_error_to_the_launcher(kind, code, monkeypatch, cap
     def fail(_arguments):
         raise kind("something is wrong")
 
-    monkeypatch.setattr(command, "_train", fail)
+    monkeypatch.setattr(command, "_command", lambda _: fail)
     monkeypatch.setenv("DPTRAIN_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("RANK", "1")
     assert main(["train"]) == code
@@ -128,3 +128,12 @@ def test_the_package_runs_as_a_module(tmp_path):
     )
     assert (found.returncode, found.stdout) == (2, "")
     assert "unknown command 'trian'" in found.stderr
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch, capsys):
+    """`dptrain train` without jsonargparse says what to install, and ends with the code of wrong settings."""
+    for name in [name for name in sys.modules if name.startswith(("dptrain.cli.settings", "dptrain.cli.train"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert command.main(["train"]) == 2
+    assert "pip install jsonargparse" in capsys.readouterr().err

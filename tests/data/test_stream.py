@@ -68,3 +68,12 @@ def test_an_empty_dataset_is_refused():
     """There is no stream of no samples."""
     with pytest.raises(ConfigError, match="got 0"):
         SampleStream(0, seed=0)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("num_samples", [1, 5, 1497, 5000])
+def test_a_window_is_what_its_positions_say(num_samples, shuffle):
+    """Read as one stretch or position by position, across blocks and epochs: the same indices."""
+    stream = SampleStream(num_samples, seed=3, shuffle=shuffle)
+    for start, count in ((0, 1), (1020, 9), (num_samples - 1, 3), (3 * num_samples + 1, 2 * num_samples + 5)):
+        assert stream.window(start, count).tolist() == stream.indices(np.arange(start, start + count)).tolist()

@@ -41,3 +41,11 @@ def test_weights_that_are_none_are_refused(weights):
     """Negative, all 0, no number, or a table."""
     with pytest.raises(ConfigError, match="one number of at least 0 for each sample"):
         WeightedStream(weights, seed=0)
+
+
+def test_a_window_of_a_weighted_order_is_drawn_by_weight():
+    """Read as one stretch the order is the one that its positions give, not a permutation."""
+    stream = WeightedStream([0.0, 1.0, 3.0, 0.0], seed=1)
+    found = stream.window(5, 300).tolist()
+    assert found == stream.indices(np.arange(5, 305)).tolist()
+    assert set(found) == {1, 2}

@@ -18,7 +18,7 @@ from dptrain.observe import Meter
 from dptrain.tasks import Suggestion, Task
 from dptrain.tracking.jsonl import read_rows
 from dptrain.tracking.run_log import WritingLog
-from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, OptimizerConfig, TrainConfig, Trainer
+from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, NoiseConfig, OptimizerConfig, TrainConfig, Trainer
 from tests.replicas import run_replicas
 
 NUM_SAMPLES = 64
@@ -48,7 +48,7 @@ def make_task(broken=None, *, model=None, loss=squared_error):
 
 
 def make_config(folder, **settings):
-    settings = {"control": ControlConfig(law="constant"), "device": "cpu", **settings}
+    settings = {"control": ControlConfig(law="constant"), "noise": NoiseConfig(every=1), "device": "cpu", **settings}
     return TrainConfig(task="numerics", run_dir=str(folder), log=LogConfig(tracker="none"), **settings)
 
 

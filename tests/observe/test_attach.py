@@ -162,3 +162,29 @@ def test_wrong_settings_are_told_apart():
         with pytest.raises(ObservationError, match=text):
             dptrain.attach(model, **settings)
     assert all(not p._backward_hooks for p in model.parameters())
+
+
+def test_a_scaler_is_read_where_it_is():
+    """The meter takes the GradScaler itself: the noise scale of the plain loop, and no value is asked of a tensor."""
+    from benchmarks.gpu.host_syncs import counted
+
+    found = {}
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        generator = torch.Generator().manual_seed(1)
+        with dptrain.attach(model, every=1, loss_scale=scaler) as meter:
+            for _ in range(3):
+                for _ in range(2):
+                    loss = model(torch.randn(8, 4, generator=generator)).square().mean() / 2
+                    scaler.scale(loss).backward()
+                with counted() as places:
+                    meter.step()
+                assert places == []
+                model.zero_grad()
+            sums = meter.state().sums
+        found[scaled] = sums
+    plain, with_scaler = (smoothed(found[scaled]) for scaled in (False, True))
+    assert with_scaler.grad_sq_norm == pytest.approx(plain.grad_sq_norm, rel=1e-6)
+    assert with_scaler.noise_trace == pytest.approx(plain.noise_trace, rel=1e-6)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
-from dptrain.runtime.startup_check import check_agreement, data_fingerprint
+from dptrain.errors import ConfigError
+from dptrain.runtime.startup_check import check_agreement, check_device, data_fingerprint
+from dptrain.train import ExecutionConfig, TrainConfig
 
 
 class Augmented(Dataset):
@@ -54,3 +57,12 @@ def test_the_fingerprint_reads_a_handful_of_samples():
 def test_one_process_agrees_with_itself():
     """Without a process group nothing is compared."""
     check_agreement({"the settings": 1}, device=torch.device("cpu"))
+
+
+def test_replicas_share_a_gpu_only_where_that_is_asked_for(monkeypatch):
+    """Two replicas on one GPU are refused, with the setting that allows it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"execution\.share_devices"):
+        check_device(TrainConfig())
+    check_device(TrainConfig(execution=ExecutionConfig(share_devices=True)))

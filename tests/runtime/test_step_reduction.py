@@ -10,18 +10,27 @@ import torch
 
 from dptrain.errors import AbortedError, ConfigError, DesyncError
 from dptrain.observe import NUM_SUMS
+from dptrain.observe.measurement_interval import NUM_TIMINGS
 from dptrain.runtime.step_reduction import RankReport, StepRecord, on_rank_0, receive, send
 from tests.replicas import run_replicas
 
 RECORD = StepRecord(step=7, position=96, global_batch_size=16, micro_batch_size=4, learning_rate=0.1, wall_s=1.0)
 
 
-def agree(record, *, report=RankReport(), loss_sum=8.0, small=1.0, large=9.0):  # noqa: B008 - frozen
-    # A meter's sums begin with the squares of this replica's own gradients and end with the number of samples; the
-    # second is the squared norm of the combined gradient.
-    sums = torch.zeros(NUM_SUMS, dtype=torch.float64)
-    sums[0], sums[1], sums[-1] = small, large, record.global_batch_size / 2
-    return receive(send(record, report=report, loss_sum=torch.tensor(loss_sum), meter_sums=sums), record)
+def agree(record, *, report=RankReport(), loss_sum=8.0, small=1.0, large=9.0, measured=True):  # noqa: B008 - frozen
+    # A meter's sums begin with the squares of this replica's own gradients.
+    sums = torch.zeros(NUM_SUMS + NUM_TIMINGS, dtype=torch.float64)
+    sums[0] = small
+    pending = send(
+        record,
+        report=report,
+        loss_sum=torch.tensor(loss_sum),
+        num_samples=record.global_batch_size // 2,
+        grad_norm=torch.tensor(large).sqrt(),
+        meter_sums=sums,
+        measured=measured,
+    )
+    return receive(pending, record)
 
 
 def agree_in_many_ways(rank, world_size):
@@ -35,6 +44,8 @@ def agree_in_many_ways(rank, world_size):
         "nan": agree(RECORD, large=math.nan if rank == 1 else 9.0),
         "inf": agree(RECORD, large=math.inf if rank == 0 else 9.0),
     }
+    with pytest.raises(DesyncError, match="1 of 2 measured"):
+        agree(RECORD, measured=rank == 0)
     errors = {}
     for name in ("step", "position", "global_batch_size"):
         mine = dataclasses.replace(RECORD, **{name: getattr(RECORD, name) + 2 * rank})

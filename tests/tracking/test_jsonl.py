@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dptrain.errors import DptrainError
+from dptrain.tracking import jsonl
 from dptrain.tracking.jsonl import JsonlLog, read_rows
 
 values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
@@ -206,3 +207,28 @@ def test_the_file_is_json_for_other_readers(tmp_path):
     write(tmp_path / "m.jsonl", [1, 2])
     lines = Path(tmp_path / "m.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_resume_reads_the_end_of_a_log_only(tmp_path, monkeypatch):
+    """Of 20,000 rows those behind the checkpoint are parsed and one more, and the rest is kept byte for byte."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(b'{"step": %d, "text": "a line\\u2028in it"}\n' % step for step in range(1, 20_001)))
+    before = path.read_bytes()
+    parsed, parse = [], jsonl._parse
+    monkeypatch.setattr(jsonl, "_parse", lambda line: parsed.append(line) or parse(line))
+    JsonlLog.resume(path, up_to=19_990).close()
+    assert len(parsed) <= 13
+    assert path.read_bytes() == b"".join(before.splitlines(keepends=True)[:19_990])
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 16])
+def test_lines_from_the_end_are_the_lines(tmp_path, monkeypatch, block):
+    """Whatever the size of a block, and with or without a line break at the end."""
+    monkeypatch.setattr(jsonl, "_BLOCK_BYTES", block)
+    path = tmp_path / "log"
+    for text in (b"", b"\n", b"a", b"a\n", b"a\nbb\n\nccc", b"\n\na\n"):
+        path.write_bytes(text)
+        found = list(jsonl._lines_from_end(path))[::-1]
+        assert b"".join(line for _, line in found) == text
+        assert all(text[start:].startswith(line) for start, line in found)
+        assert [line for _, line in found] == text.splitlines(keepends=True)

@@ -18,7 +18,15 @@ from dptrain.tracking.run_folder import (
     newest_step,
     write_config,
 )
-from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, NoiseConfig, OptimizerConfig, TrainConfig
+from dptrain.train import (
+    CheckpointConfig,
+    ControlConfig,
+    ExecutionConfig,
+    LogConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 
 def begin_run(path):
@@ -112,6 +120,7 @@ EVERYTHING_ELSE = TrainConfig(
     replica_check_every_steps=7,
     device="cpu",
     precision="bf16",
+    execution=ExecutionConfig(compile="blocks", wrapper="hsdp", shard_size=2),
     num_workers=1,
     control=ControlConfig(mode="advise", law="schedule", schedule="0:4 8:2", min_gain=0.1),
     noise=NoiseConfig(observer="hook", half_life_samples=1e9, level=0.5),

@@ -15,7 +15,7 @@ import pytest
 
 from dptrain.errors import ConfigError
 from dptrain.tracking import tracker
-from dptrain.tracking.tracker import BackgroundTracker, NullTracker, start_tracker
+from dptrain.tracking.tracker import BackgroundTracker, SeveralTrackers, start_tracker
 
 CANARY = "canary0123456789canary0123456789canary01"
 
@@ -168,7 +168,7 @@ def test_no_tracker_where_none_is_wanted(tmp_path, monkeypatch, choice, environm
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     tracked = start(tmp_path, choice=choice)
-    assert isinstance(tracked, NullTracker)
+    assert isinstance(tracked, SeveralTrackers)
     tracked.log({"step": 1}, step=1)
     tracked.finish({})
 
@@ -178,7 +178,7 @@ def test_a_users_disabled_mode_is_respected(tmp_path, monkeypatch, choice):
     """WANDB_MODE=disabled wins over a key and over the config."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("WANDB_API_KEY", CANARY)
-    assert isinstance(start(tmp_path, choice=choice), NullTracker)
+    assert isinstance(start(tmp_path, choice=choice), SeveralTrackers)
 
 
 def test_an_unknown_choice_is_refused(tmp_path):
@@ -343,3 +343,46 @@ def test_an_offline_record_is_a_run_of_its_own(tmp_path, online):
     assert "id" not in online[1]
     assert online[1]["settings"]["mode"] == "offline"
     assert (tmp_path / "wandb" / "run-id").read_text() == "id-0"
+
+
+def test_tensorboard_gets_every_row_without_an_account(tmp_path):
+    """Numbers at their steps, and the figures of the whole run, can be read back from its files."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    said = []
+    tracked = start(tmp_path, choice="tensorboard", said=said)
+    for step in (1, 2):
+        row = {"kind": "train", "step": step, "train/loss": 1 / step, "noise_scale/state": "resolved", "x": None}
+        tracked.log(row, step=step)
+    tracked.finish({"steps": 2, "eval_loss": 0.25, "task": "text"})
+    found = EventAccumulator(str(next((tmp_path / "tensorboard").iterdir())))
+    found.Reload()
+    assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]
+    assert [event.value for event in found.Scalars("summary/eval_loss")] == [0.25]
+    assert any("tensorboard --logdir" in sentence for sentence in said)
+
+
+def test_several_trackers_all_get_what_one_would(tmp_path, monkeypatch):
+    """One that is not installed says so and how to get it, and takes nothing from the other."""
+    pytest.importorskip("tensorboard")
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    said = []
+    tracked = start(tmp_path, choice="tensorboard+trackio", said=said)
+    tracked.log({"kind": "train", "step": 1, "train/loss": 0.5}, step=1)
+    tracked.finish({"steps": 1})
+    assert list((tmp_path / "tensorboard").rglob("events.*"))
+    assert any("trackio is switched off" in text and "pip install trackio" in text for text in said)
+
+
+@pytest.mark.parametrize("choice", ["tensorboard+tensorboard", "auto+wandb", "comet", ""])
+def test_a_list_that_cannot_be_meant_is_refused(choice):
+    """Twice the same, auto beside others, unknown names, and nothing."""
+    with pytest.raises(ConfigError):
+        LogConfigOf(choice)
+
+
+def LogConfigOf(choice):  # noqa: N802 - reads as the class
+    from dptrain.train import LogConfig, TrainConfig
+
+    return TrainConfig(log=LogConfig(tracker=choice))

@@ -83,7 +83,9 @@ def test_off_measures_nothing_and_measure_decides_nothing(runs):
 def test_parts_of_the_model_are_measured_and_add_up(tmp_path):
     """With noise.groups each module has columns of its own; training does not see it."""
     plain, _ = train(tmp_path / "plain", control=ControlConfig(law="constant"))
-    grouped, _ = train(tmp_path / "groups", control=ControlConfig(law="constant"), noise=NoiseConfig(groups=True))
+    grouped, _ = train(
+        tmp_path / "groups", control=ControlConfig(law="constant"), noise=NoiseConfig(groups=True, every=1)
+    )
     assert plain == grouped
     last, whole = rows(tmp_path, "groups")[-1], rows(tmp_path, "plain")[-1]
     names = {key.split("/")[1] for key in last if key.count("/") == 2 and key.startswith("noise_scale/")}

@@ -64,7 +64,8 @@ def make_task(broken=()):
 
 
 def make_config(folder, **settings):
-    settings = {"control": ControlConfig(law="constant"), "seed": SEED, "device": "cpu", **settings}
+    settings = {"control": ControlConfig(law="constant"), "noise": NoiseConfig(every=1), "seed": SEED, **settings}
+    settings = {"device": "cpu", **settings}
     return TrainConfig(task="small", run_dir=str(folder), log=LogConfig(tracker="none"), **settings)
 
 
@@ -128,7 +129,7 @@ def compare_with_plain_loop(rank, world_size, folder):
             global_batch_size=BATCH,
             micro_batch_size=MICRO,
             max_samples=STEPS * BATCH,
-            noise=NoiseConfig(observer=observer),
+            noise=NoiseConfig(observer=observer, every=1),
             optimizer=OptimizerConfig(learning_rate=RATE, warmup_samples=WARMUP, max_grad_norm=CLIP),
         )
         same[observer] = all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
@@ -285,7 +286,7 @@ def train_with_a_broken_sample(rank, world_size, folder, name, broken_step):
 
     def everything(stepper):
         tensors = [p.detach() for p in stepper._model.parameters()]
-        for state in stepper._optimizer.state.values():
+        for state in stepper._update._optimizer.state.values():
             tensors += [state[key] for key in sorted(state)]
         return torch.cat([tensor.flatten().double() for tensor in tensors])
 

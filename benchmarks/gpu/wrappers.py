@@ -1,38 +1,23 @@
-"""Does the meter work on a GPU?"""
-# bash benchmarks/gpu_check.sh FOLDER; on a machine without a GPU it goes as far as it can and says so
+"""Is the meter right on this device in every wrapper, and does it leave the parameters as they are?"""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import json
 import math
-import platform
-import sys
-import tempfile
-import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import dptrain
+from benchmarks.gpu.rows import DEVICE, Report, Row
 from benchmarks.problems import Problem, linear, quadratic
-from benchmarks.variants import Case, Limits, measure_arms
 from dptrain.noise import SmoothedMoments, smoothed
-
-Row = dict[str, Any]
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-NOT_RUN = "**not run on a GPU**"
 
 _STEPS = 3
 _MICRO_BATCHES = 2
@@ -124,7 +109,7 @@ class Loop:
         self._scaler = torch.amp.GradScaler(DEVICE.type, enabled=setting.precision == "fp16")
         self.meter: dptrain.Meter | None = None
         if measured:
-            scale = self._scaler.get_scale if self._scaler.is_enabled() else None
+            scale = self._scaler if self._scaler.is_enabled() else None
             self.meter = dptrain.attach(self.model, method=setting.method, every=1, loss_scale=scale)  # type: ignore[arg-type]
 
     def step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
@@ -165,12 +150,14 @@ def _data() -> list[list[tuple[Tensor, Tensor]]]:
     return [list(zip(*step, strict=True)) for step in zip(pixels, classes, strict=True)]
 
 
-def check_wrappers() -> Iterator[Row]:
-    """Each wrapper: the first step's moments against plain gradients, and the parameters with and without a meter."""
+def measure(report: Report) -> None:
+    """The first step's moments against plain gradients; parameters with and without a meter; known answers."""
     data = _data()
     truth = _reference(data[0])
     for name, setting in SETTINGS.items():
-        yield _guarded(name, functools.partial(_check_wrapper, setting, data=data, truth=truth))
+        report.guarded(name, functools.partial(_check_wrapper, setting, data=data, truth=truth))
+    for make in (linear, quadratic):
+        report.guarded(f"known answer: {make.__name__}", functools.partial(_check_accuracy, make))
 
 
 def _check_wrapper(setting: Setting, *, data: list[list[tuple[Tensor, Tensor]]], truth: tuple[float, float]) -> Row:
@@ -183,16 +170,18 @@ def _check_wrapper(setting: Setting, *, data: list[list[tuple[Tensor, Tensor]]],
         with_meter.step(micro_batches)
         without.step(micro_batches)
     identical = all(map(torch.equal, with_meter.weights(), without.weights()))
-    row: Row = {"method": with_meter.meter.method, "identical": identical}
     if first is None:
         # One replica is one small batch there: nothing to compare, which the meter must notice.
-        return row | {
-            "ok": identical and with_meter.meter.state().steps_dropped == _STEPS,
-            "result": "dropped, as it must",
-        }
+        dropped = with_meter.meter.state().steps_dropped == _STEPS
+        return _verdict(identical and dropped, "one replica is one small batch: dropped" if dropped else "not dropped")
     error = max(abs(a / b - 1) for a, b in zip((first.grad_sq_norm, first.noise_trace), truth, strict=True))
     bound = _EXACT if setting.precision == "fp32" else _ROUNDED
-    return row | {"error": error, "ok": identical and error <= bound, "result": f"off by {error:.1e}"}
+    same = "parameters identical" if identical else "PARAMETERS DIFFER"
+    return _verdict(identical and error <= bound, f"error {error:.1e} (allowed {bound:g}), {same}")
+
+
+def _verdict(ok: bool, result: str) -> Row:  # noqa: FBT001 - the row's own fields
+    return {"ok": ok, "result": result, "figures": {"right": float(ok)}}
 
 
 def _reference(micro_batches: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
@@ -212,13 +201,7 @@ def _reference(micro_batches: list[tuple[Tensor, Tensor]]) -> tuple[float, float
     return big - noise / num, noise * _MICRO_BATCH_SIZE
 
 
-def check_accuracy() -> Iterator[Row]:
-    """Problems whose noise is known, in one process with accumulation."""
-    for make in (linear, quadratic):
-        yield _guarded(make.__name__, functools.partial(_check_accuracy, make))
-
-
-def _check_accuracy(make: Callable[[], Problem], *, num_steps: int = 1000, accumulation_steps: int = 4) -> Row:
+def _check_accuracy(make: Callable[[], Problem], *, num_steps: int = 400, accumulation_steps: int = 4) -> Row:
     with torch.device(DEVICE):
         problem = make()
         size = problem.micro_batch_size
@@ -237,10 +220,7 @@ def _check_accuracy(make: Callable[[], Problem], *, num_steps: int = 1000, accum
     chances = {name: math.sqrt(variance) / true for name, (_, variance, true) in errors.items()}
     return {
         "ok": all(abs(errors[name][0]) <= _WIDE * chances[name] for name in errors),
-        "result": ", ".join(f"{name} off by {errors[name][0]:+.2%} (chance {chances[name]:.2%})" for name in errors),
-        "interval": _interval(meter),
-        "errors": {name: error for name, (error, *_) in errors.items()},
-        "chances": chances,
+        "result": ", ".join(f"{name} error {errors[name][0]:+.2%} (chance {chances[name]:.2%})" for name in errors),
     }
 
 
@@ -250,115 +230,3 @@ def _moments(meter: dptrain.Meter) -> SmoothedMoments:
     if found is None:
         raise RuntimeError("the meter measured nothing: each step was dropped")
     return found
-
-
-def _interval(meter: dptrain.Meter) -> str:
-    return str(meter.read()) if importlib.util.find_spec("scipy") else "not read: scipy is not installed"
-
-
-_LIGHT = Case(parameters="12M", compute="light", num_blocks=6, width=416, num_tokens=64, world_size=1)
-GPU_CASES = (
-    _LIGHT,
-    replace(_LIGHT, compute="heavy", num_tokens=512, num_samples=16),
-    replace(_LIGHT, parameters="50M", compute="heavy", num_blocks=8, width=720, num_tokens=512, num_samples=16),
-)
-CPU_CASES = (Case(parameters="2M", compute="light", num_blocks=4, width=208, num_tokens=8, world_size=1),)
-
-
-def check_overhead() -> Iterator[Row]:
-    """The arms of `benchmarks.overhead` in a group of one, timed by events in the stream."""
-    on_gpu = DEVICE.type == "cuda"
-    limits = Limits(seconds=20 if on_gpu else 1, fewest_rounds=2, longest_warm_up=80 if on_gpu else 16)
-    for case in GPU_CASES if on_gpu else CPU_CASES:
-        try:
-            rows = measure_arms(case, device=DEVICE, limits=limits)
-        except Exception as error:  # noqa: BLE001 - one failure must not hide the other answers
-            yield _failure(case.name, error)
-            continue
-        for row in rows:
-            result = f"{row['shown']} × bare (bare to bare {row['shown_floor']}), every {row['every']}"
-            yield row | {
-                "check": f"{row['case']}, {row['arm']}",
-                "ok": True,
-                "result": row["shown"] if "absent" in row else result,
-            }
-
-
-def _guarded(name: str, check: Callable[[], Row]) -> Row:
-    try:
-        return {"check": name} | check()
-    except Exception as error:  # noqa: BLE001 - one failure must not hide the other answers
-        return _failure(name, error)
-    finally:
-        torch.compiler.reset()
-
-
-def _failure(name: str, error: Exception) -> Row:
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
-    return {"check": name, "ok": False, "result": text, "traceback": traceback.format_exc()}
-
-
-CHECKS = {"Wrappers": check_wrappers, "Accuracy": check_accuracy, "Overhead": check_overhead}
-
-
-def main(folder: Path) -> int:
-    """Write both pages and return how many checks failed."""
-    began_s = time.perf_counter()
-    sections: dict[str, list[Row]] = {}
-    with tempfile.TemporaryDirectory() as store:
-        backend = "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{store}/store", rank=0, world_size=1)
-        for title, check in CHECKS.items():
-            sections[title] = []
-            for row in check():
-                sections[title].append(row)
-                print(f"{'ok  ' if row['ok'] else 'FAIL'} {title}: {row['check']}: {row['result']}", flush=True)
-        dist.destroy_process_group()
-    environment = _environment(seconds=time.perf_counter() - began_s)
-    record = {"question": __doc__, "environment": environment, "sections": sections}
-    (folder / "gpu_check.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "gpu_check.md").write_text(_page(sections, environment=environment), encoding="utf-8")
-    return sum(not row["ok"] for rows in sections.values() for row in rows)
-
-
-def _environment(*, seconds: float) -> dict[str, str | float]:
-    return {
-        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "none",
-        "python": platform.python_version(),
-        "dptrain": dptrain.__version__,
-        "seconds": round(seconds),
-    }
-
-
-def _page(sections: dict[str, list[Row]], *, environment: dict[str, str | float]) -> str:
-    lines = ["# Does the meter work on a GPU?", ""]
-    if DEVICE.type != "cuda":
-        lines += [f"{NOT_RUN}: these are the same checks on a CPU, with gloo in place of NCCL.", ""]
-    lines += [", ".join(f"{name} {value}" for name, value in environment.items()), ""]
-    for title, rows in sections.items():
-        lines += [f"## {title}", "", "| check | | result |", "|---|---|---|"]
-        lines += [
-            f"| {_cell(row['check'])} | {'ok' if row['ok'] else '**FAILED**'} | {_cell(row['result'])} |"
-            for row in rows
-        ]
-        lines.append("")
-    lines += [
-        (
-            "Wrappers: a group of one; |G|² and tr(Σ) of one step of two micro-batches against plain gradients, and "
-            "parameters bit-identical after three steps with and without the meter. Accuracy: one process, four "
-            "micro-batches a step, 1000 steps. Overhead: median over rounds, arms in turns; in a group of one "
-            "nothing travels, so that a step is shorter than between replicas and measuring a larger share of it."
-        ),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-if __name__ == "__main__":
-    sys.exit(min(main(Path(sys.argv[1])), 1))

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks.gpu_day`, one question each."""

@@ -1,0 +1,1 @@
+"""How a step runs on the device: wrapping, precision, copies, and the update of the parameters."""

@@ -1,0 +1,130 @@
+"""Parts of a run, built from its settings: the meter with its hook, the ledger, the micro-batch that fits."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dptrain.config.built import measurement_interval, smoothing
+from dptrain.config.train_config import TrainConfig
+from dptrain.cost.device_peaks import matmul_precision, peak_flops_per_s
+from dptrain.cost.ledger import Ledger
+from dptrain.errors import ConfigError
+from dptrain.observe import DdpCommHook, Meter, ParameterHook
+from dptrain.observe.groups import Groups, resolve_groups
+from dptrain.observe.hooks.base import GradientHook
+from dptrain.observe.hooks.null import NullHook
+from dptrain.runtime.replica import num_replicas
+from dptrain.tasks import Task
+from dptrain.train.execution.loss_scale import LossScale
+from dptrain.train.execution.master_weights import MasterWeights
+from dptrain.train.execution.update import Update
+from dptrain.train.execution.wrapping import autocast, autocast_dtype, is_sharded, num_shards
+from dptrain.train.memory import find_micro_batch_size
+from dptrain.train.optimizer import num_states
+
+if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
+
+
+def build_meter(
+    config: TrainConfig,
+    *,
+    model: nn.Module,
+    bare_model: nn.Module,
+    device: torch.device,
+    loss_scale: LossScale | None,
+    population: int,
+) -> Meter:
+    """Return the meter of a run, with its hook on the model.
+
+    Args:
+        config: filled in.
+        model: wrapped.
+        bare_model: inside of it.
+        device: of this replica.
+        loss_scale: of float16 training.
+        population: samples in the training data.
+
+    Raises:
+        ConfigError: where the hook that is asked for sees nothing of such a model.
+    """
+    groups = resolve_groups("module" if config.noise.groups else None, model=bare_model)
+    return Meter(
+        bare_model.parameters(),
+        hook=_hook(config, model=model, bare_model=bare_model, groups=groups, device=device),
+        loss_scale=None if loss_scale is None else loss_scale.current,
+        groups=groups,
+        num_shards=num_shards(bare_model),
+        smoothing=smoothing(config),
+        level=config.noise.level,
+        population=population,
+        interval_rule=measurement_interval(config),
+    )
+
+
+def _hook(
+    config: TrainConfig, *, model: nn.Module, bare_model: nn.Module, groups: Groups, device: torch.device
+) -> GradientHook:
+    if config.control.mode == "off":
+        return NullHook(device, num_entries=groups.num_entries)
+    if is_sharded(bare_model):
+        from dptrain.observe.hooks.fsdp import FsdpHook
+
+        if config.noise.observer == "hook":
+            raise ConfigError(
+                f"noise.observer=hook is DDP's communication hook, but execution.wrapper is "
+                f"{config.execution.wrapper}: use noise.observer=parameters"
+            )
+        return FsdpHook(bare_model, groups=groups)
+    if config.noise.observer == "parameters":
+        return ParameterHook(bare_model.parameters(), groups=groups)
+    if num_replicas() == 1:  # which may be wrapped all the same
+        raise ConfigError("noise.observer=hook needs at least two replicas: use noise.observer=parameters")
+    return DdpCommHook(cast("DistributedDataParallel", model), groups=groups)
+
+
+def build_update(
+    config: TrainConfig,
+    model: nn.Module,
+    *,
+    optimizer: Optimizer,
+    loss_scale: LossScale | None,
+    masters: MasterWeights | None,
+) -> Update:
+    """Return what makes a step of gradients, for a wrapped model."""
+    return Update(
+        [p for p in model.parameters() if p.requires_grad],
+        optimizer=optimizer,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        loss_scale=loss_scale,
+        masters=masters,
+    )
+
+
+def build_ledger(config: TrainConfig, *, device: torch.device) -> Ledger:
+    """Return the ledger of a run."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    precision = matmul_precision(device, mixed_precision=config.precision)
+    return Ledger(
+        world_size=num_replicas(),
+        peak_flops_per_s=peak_flops_per_s(name, precision=precision),
+        price_per_device_hour=config.log.price_per_device_hour,
+    )
+
+
+def fitting_micro_batch_size(task: Task, config: TrainConfig, *, smallest: int, device: torch.device) -> int:
+    """Find by trying what fits into the memory of all GPUs. Without one the task's size will do: hosts swap."""
+    on_host = device.type == "cpu"
+    return find_micro_batch_size(
+        task,
+        smallest=smallest,
+        largest=task.suggestion.micro_batch_size if on_host else len(task.train_data),  # type: ignore[arg-type]
+        device=device,
+        num_states=num_states(config.optimizer),
+        precision=partial(autocast, device, dtype=autocast_dtype(config.precision)),
+    )
