@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +135,8 @@ def _factor(loss_scale: LossScale | GradScaler | None) -> LossScale | None:
         return loss_scale
     scaler = loss_scale
     # The tensor itself: its public form is a number, and reading that waits for all that is queued.
-    return lambda: 1.0 if scaler._scale is None else scaler._scale  # noqa: SLF001
+    # One that is switched off has none, and one that has scaled no loss yet has it empty.
+    return lambda: 1.0 if getattr(scaler, "_scale", None) is None else cast("Tensor", scaler._scale)  # noqa: SLF001
 
 
 def _geometry(

@@ -10,7 +10,9 @@ import pytest
 from filelock import FileLock
 
 from dptrain.cli.settings import parse
+from dptrain.config.train_config import EarlyStoppingConfig
 from dptrain.errors import ConfigError
+from dptrain.models.settings import ModelConfig
 from dptrain.tracking.run_folder import (
     RunFolder,
     default_run_dir,
@@ -122,6 +124,9 @@ EVERYTHING_ELSE = TrainConfig(
     precision="bf16",
     execution=ExecutionConfig(compile="blocks", wrapper="hsdp", shard_size=2),
     num_workers=1,
+    find_unused_parameters=True,
+    model=ModelConfig(freeze="head.*"),
+    early_stopping=EarlyStoppingConfig(patience=3, figure="accuracy", higher_is_better=True),
     control=ControlConfig(mode="advise", law="schedule", schedule="0:4 8:2", min_gain=0.1),
     noise=NoiseConfig(observer="hook", half_life_samples=1e9, level=0.5),
     optimizer=OptimizerConfig(name="sgd", learning_rate=1e-5, max_grad_norm=None, schedule="linear"),
