@@ -35,6 +35,7 @@ class _Counted(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401 - as torch calls it
         kwargs = dict(kwargs or {})
         makes = func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None
+        makes = makes and not isinstance(args[0], Tensor)  # of a tensor it is a copy on the device
         if func in _READS or func in _COPIES or makes:
             self._note(func)
         return func(*args, **kwargs)

@@ -133,9 +133,11 @@ def _factor(loss_scale: LossScale | GradScaler | None) -> LossScale | None:
     """Return a function of the factor that needs no wait."""
     if not isinstance(loss_scale, GradScaler):
         return loss_scale
+    if not loss_scale.is_enabled():
+        return None
     scaler = loss_scale
     # The tensor itself: its public form is a number, and reading that waits for all that is queued.
-    # One that is switched off has none, and one that has scaled no loss yet has it empty.
+    # One that has scaled no loss yet has none.
     return lambda: 1.0 if getattr(scaler, "_scale", None) is None else cast("Tensor", scaler._scale)  # noqa: SLF001
 
 

@@ -181,7 +181,7 @@ def test_a_scaler_is_read_where_it_is():
                     scaler.scale(loss).backward()
                 with counted() as places:
                     meter.step()
-                assert places == []
+                assert not places, places
                 model.zero_grad()
             sums = meter.state().sums
         found[scaled] = sums
