@@ -84,7 +84,8 @@ def weighted_by_tokens(rank, world_size):
                 (token_losses(model, step, micro_step, rank).sum() * world_size / num_tokens).backward()
             meter.step()
             model.zero_grad()
-    return meter.read().noise_trace / meter.read().grad_sq_norm
+    window = meter.read_window()
+    return window.noise_trace / window.grad_sq_norm
 
 
 def test_losses_that_are_weighted_by_tokens():
