@@ -27,6 +27,7 @@ usage: dptrain [--version] COMMAND [OPTIONS]
 commands:
   train    train a task on all GPUs (2 CPU replicas without one); measure the noise scale and adapt the batch
   tasks    list the built-in tasks
+  bench    measure a task's training step: speed, memory, all-reduce bandwidth
   report   write report.html and figures for one run, or compare several
   plan     time and cost of a training on more GPUs, from one measured run
   sweep    train a grid of batch sizes and learning rates; fit steps against samples
@@ -169,8 +170,8 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
     return command
 
 
-_COMMANDS = ("train", "tasks", "report", "plan", "sweep", "branch", "export", "doctor")
-_PLACES = {"doctor": "operations.doctor"}
+_COMMANDS = ("train", "tasks", "bench", "report", "plan", "sweep", "branch", "export", "doctor")
+_PLACES = {"bench": "operations.bench", "doctor": "operations.doctor"}
 """Modules of commands that are not named after them."""
 _PACKAGES = {"yaml": "PyYAML", "sklearn": "scikit-learn"}
 """Names of packages that are imported by another one."""

@@ -1,0 +1,141 @@
+"""`dptrain bench`: speed, memory and all-reduce bandwidth of a task's training step."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dptrain.config.train_config import TrainConfig
+from dptrain.errors import ConfigError
+
+_DESCRIPTION = """Take some steps of a task on all replicas and print how fast they are; nothing is kept. What is not an
+option below is a setting of `dptrain train`, such as --task or --execution.compile."""
+_WARM_UP = 10
+_NEVER = 10**9
+_SIZES = (2**10, 2**14, 2**18, 2**22)
+_ALL_REDUCES = 10
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """Measure as a replica where a launcher started this process, else start the replicas.
+
+    Raises:
+        ConfigError: where a setting is wrong.
+    """
+    from dptrain.cli.settings import parse
+    from dptrain.runtime.launcher import GRACE_S, count_gpus, is_replica, start_replicas
+    from dptrain.tracking.run_folder import write_config
+
+    parser = argparse.ArgumentParser(prog="dptrain bench", description=_DESCRIPTION, allow_abbrev=False)
+    parser.add_argument(
+        "--steps", type=int, default=50, help="steps that are timed, after 10 that are not (default 50)"
+    )
+    own, rest = parser.parse_known_args(arguments)
+    if own.steps < 1:
+        raise ConfigError(f"--steps must be at least 1, got {own.steps}")
+    config, options = parse(rest)
+    if is_replica():
+        _measure(config, num_steps=own.steps)
+        return 0
+    num_gpus = count_gpus(cpu=config.device == "cpu")
+    with tempfile.TemporaryDirectory(prefix="dptrain-") as folder:
+        path = Path(folder) / "config.yaml"
+        write_config(path, replace(config, run_dir=f"{folder}/run"))
+        return start_replicas(
+            ["bench", "--config", str(path), "--steps", str(own.steps)],
+            num_replicas=(num_gpus or 2) if options.replicas is None else options.replicas,
+            run_dir=Path(folder) / "run",
+            max_restarts=0,
+            grace_s=GRACE_S,
+            fork=num_gpus == 0,
+        )
+
+
+def _measure(config: TrainConfig, *, num_steps: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from dptrain.runtime.rendezvous import rendezvous
+    from dptrain.train import Trainer
+
+    rendezvous(device=config.device, share_devices=config.execution.share_devices)
+    try:
+        quiet = replace(config.log, tracker="none", print_every_steps=_NEVER, eval_every_samples=_NEVER)
+        saves = replace(config.checkpoint, every_samples=_NEVER)
+        control = replace(config.control, law="constant") if config.control.mode == "adapt" else config.control
+        trainer = Trainer(
+            replace(config, log=quiet, checkpoint=saves, control=control, max_samples=_NEVER, max_steps=None)
+        )
+        on_gpu = torch.cuda.is_available() and config.device != "cpu"
+        seconds, samples = [], 0
+        with contextlib.redirect_stdout(io.StringIO()):
+            steps = trainer.steps()
+            for number in range(_WARM_UP + num_steps):
+                began_s = time.perf_counter()
+                record = next(steps)
+                if on_gpu:
+                    torch.cuda.synchronize()
+                if number >= _WARM_UP:
+                    seconds.append(time.perf_counter() - began_s)
+                    samples += record.global_batch_size
+            steps.close()
+        bandwidths = _all_reduce_bandwidths(torch.device("cuda") if on_gpu else torch.device("cpu"))
+        if dist.get_rank() == 0:
+            peak_bytes = torch.cuda.max_memory_allocated() if on_gpu else _resident_bytes()
+            sys.stdout.write("".join(f"{line}\n" for line in _lines(seconds, samples, peak_bytes, bandwidths)))
+            sys.stdout.flush()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _lines(seconds: list[float], samples: int, peak_bytes: int, bandwidths: dict[int, float]) -> list[str]:
+    ordered = sorted(seconds)
+    shares = {name: ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)] for name, share in _SHARES}
+    return [
+        f"throughput    {samples / sum(seconds):,.1f} samples/s",
+        f"step time     median {1e3 * statistics.median(seconds):.2f} ms, "
+        + ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in shares.items()),
+        f"memory        {peak_bytes / 2**20:,.0f} MiB on rank 0",
+        *(f"all-reduce    {size * 4 / 2**10:,.0f} KiB: {rate / 1e9:.3f} GB/s" for size, rate in bandwidths.items()),
+    ]
+
+
+_SHARES = (("p90", 0.9), ("p99", 0.99))
+
+
+def _all_reduce_bandwidths(device: object) -> dict[int, float]:
+    """Return bus bytes per second by number of float32 values: 2·(n − 1)/n of the message, as nccl-tests counts."""
+    import torch
+    import torch.distributed as dist
+
+    found = {}
+    world_size = dist.get_world_size()
+    for size in _SIZES if world_size > 1 else ():
+        values = torch.ones(size, device=device)  # type: ignore[call-overload] # a device
+        dist.all_reduce(values)
+        if values.is_cuda:
+            torch.cuda.synchronize()
+        began_s = time.perf_counter()
+        for _ in range(_ALL_REDUCES):
+            dist.all_reduce(values)
+        if values.is_cuda:
+            torch.cuda.synchronize()
+        taken_s = (time.perf_counter() - began_s) / _ALL_REDUCES
+        found[size] = 4 * size * 2 * (world_size - 1) / world_size / taken_s
+    return found
+
+
+def _resident_bytes() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,31 @@
+"""`dptrain bench` on two replicas, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+
+def bench(*more):
+    command = [sys.executable, "-m", "dptrain", "bench", "--task", "digits", "--device", "cpu", *more]
+    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def test_it_prints_speed_memory_and_bandwidth():
+    """One line each, with positive figures; percentiles do not fall; no run folder is left."""
+    ended = bench("--steps", "5", "--replicas", "2")
+    assert ended.returncode == 0, ended.stderr
+    speed = re.search(r"throughput +([\d,.]+) samples/s", ended.stdout)
+    times = [float(found) for found in re.findall(r"(?:median|p90|p99) ([\d.]+) ms", ended.stdout)]
+    assert float(speed[1].replace(",", "")) > 0
+    assert 0 < times[0] <= times[1] <= times[2]
+    assert len(re.findall(r"all-reduce +[\d,]+ KiB: [\d.]+ GB/s", ended.stdout)) == 4
+    assert re.search(r"memory +[\d,]+ MiB", ended.stdout)
+
+
+def test_no_steps_are_refused():
+    """A number of steps below 1 is a wrong setting."""
+    ended = bench("--steps", "0")
+    assert ended.returncode == 2
+    assert "--steps must be at least 1" in ended.stderr
