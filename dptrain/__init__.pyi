@@ -18,11 +18,11 @@ from dptrain.noise import NoiseScale as NoiseScale
 from dptrain.noise import Resolution as Resolution
 from dptrain.noise import Smoothing as Smoothing
 from dptrain.noise.from_norms import noise_scale as noise_scale
+from dptrain.noise.settings import NoiseConfig as NoiseConfig
 from dptrain.observe.attach import attach as attach
 from dptrain.observe.meter import Meter as Meter
 from dptrain.observe.observer import Observer as Observer
 from dptrain.observe.reading import Reading as Reading
-from dptrain.observe.settings import NoiseConfig as NoiseConfig
 from dptrain.tasks.base import Suggestion as Suggestion
 from dptrain.tasks.base import Task as Task
 from dptrain.train.trainer import Trainer as Trainer

@@ -21,7 +21,7 @@ _HOME = {
     "TrainConfig": "dptrain.config.train_config",
     "OptimizerConfig": "dptrain.config.train_config",
     "LogConfig": "dptrain.config.train_config",
-    "NoiseConfig": "dptrain.observe.settings",
+    "NoiseConfig": "dptrain.noise.settings",
     "CheckpointConfig": "dptrain.checkpoint.settings",
     "Task": "dptrain.tasks.base",
     "Suggestion": "dptrain.tasks.base",

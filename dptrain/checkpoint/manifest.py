@@ -2,7 +2,7 @@
 
 Strict JSON, extended in two places by objects with one reserved key: a non-finite float is written as its eight bytes
 (`{"$float64": "7ff8000000000000"}`), a tuple as `{"$tuple": [...]}`. No file is opened here. The text of a
-CheckpointError is the bare reason: whoever reads the file says which checkpoint it is about.
+CheckpointError is the bare reason: the caller adds which checkpoint it is about.
 """
 
 from __future__ import annotations

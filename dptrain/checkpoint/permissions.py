@@ -17,14 +17,14 @@ _MAX_NAMED = 3
 def warn_if_exposed(folder: Path) -> None:
     """Warn, in one sentence, where others can change `folder` or what is directly in it.
 
-    Checksums find damage and not malice, so whoever can write to a checkpoint decides what the run goes on with.
+    Checksums find damage, not malice: anyone who can write to a checkpoint decides what the run continues with.
     Others are every user but this one and root, and a group that is not this process's own. A run works all the same:
     shared folders are common, and only their owner knows whether they are meant.
     """
     try:
         exposed = [f"{path.name}: {reason}" for path in (folder, *folder.iterdir()) for reason in _reasons(path)]
     except OSError:
-        return  # it cannot be listed: whoever reads or writes there says so
+        return  # it cannot be listed; the error follows when it is read or written
     if exposed:
         more = f" and {len(exposed) - _MAX_NAMED} more" if len(exposed) > _MAX_NAMED else ""
         warnings.warn(

@@ -66,7 +66,7 @@ def unpack_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def infinite_buffers(model: nn.Module) -> frozenset[str]:
     """Return the entries (`model/mask`) of buffers that hold infinities now, as a mask of attention does on purpose.
 
-    For `AsyncWriter`, before training: later they could not be told from what went wrong. Synchronises the device.
+    For `AsyncWriter`, before training: later they could not be distinguished from an error. Synchronises the device.
     """
     buffers = {f"model/{name}": buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
     return frozenset(name for name, buffer in buffers.items() if buffer.isinf().any())

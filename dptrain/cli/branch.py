@@ -24,7 +24,7 @@ from dptrain.errors import CheckpointError, ConfigError
 from dptrain.explain.model.branching import Branched, branched
 from dptrain.runtime.launcher import GRACE_S
 from dptrain.runtime.signals import EXIT_RESUMABLE
-from dptrain.sweep.child_runs import ArmProcess, Site
+from dptrain.sweep.child_runs import RunProcess, Site
 from dptrain.tracking.jsonl import read_rows
 from dptrain.tracking.run_folder import checkpoints_in, holds_run
 
@@ -162,7 +162,7 @@ def _train(trunk: _Trunk, *, multiple: int, options: argparse.Namespace, out: Pa
         f"step {trunk.step}: batch {trunk.global_batch_size * multiple}, {options.window_samples} samples\n"
     )
     sys.stdout.flush()
-    arm = ArmProcess(
+    arm = RunProcess(
         _arguments(trunk, multiple=multiple, options=options, folder=folder),
         log=folder / "output.txt",
         environment=site.environment(0),
@@ -211,7 +211,7 @@ def _arguments(trunk: _Trunk, *, multiple: int, options: argparse.Namespace, fol
     return ["train", f"--config={source}", f"--replicas={options.replicas}", *given]
 
 
-def _wait(arm: ArmProcess) -> int:
+def _wait(arm: RunProcess) -> int:
     try:
         while arm.code is None:
             time.sleep(_POLL_S)

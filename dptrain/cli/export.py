@@ -1,4 +1,4 @@
-"""`dptrain export RUN_OR_CHECKPOINT --to FILE` and `dptrain export RUN --metrics FILE.csv|.parquet`."""
+"""`dptrain export`: the weights of a checkpoint as safetensors, or the metrics of a run as CSV or Parquet."""
 
 from __future__ import annotations
 

@@ -29,8 +29,11 @@ _COMMON = (
 )
 _GROUPS: Mapping[str, str] = {
     "run": "seed, length in steps, device, branching, data loading",
+    "model": "weights to start from, frozen parameters, low-rank adapters",
+    "execution": "precision, compilation and wrapping of the model",
     "optimizer": "name, learning-rate schedule and rule, betas, clipping",
-    "control": "law, bounds and cool-down of the batch size",
+    "early_stopping": "when a run ends before its length",
+    "control": "law and bounds of the batch size",
     "noise": "how the noise scale is measured",
     "checkpoint": "how often state is saved, how many are kept",
     "log": "rows, evaluations, console, tracker, price",

@@ -1,4 +1,4 @@
-"""`dptrain plan RUN`: how many GPUs to rent, told from one run."""
+"""`dptrain plan RUN`: time and cost of a training on other numbers of GPUs, from one measured run."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _MOST_NUMBERS = 100
 _PLAIN_WIDTH = 150
 """Columns of a table that goes to a file or a pipe, whose width nobody can ask for."""
 
-_DESCRIPTION = """Plan a training from one run that measured its noise scale and its step times: what it takes to come
-to a loss on each number of GPUs, in time, compute and money. Writes plan.png and plan.json into the run folder."""
+_DESCRIPTION = """Time, compute and cost to a target loss on each number of GPUs, from one run that measured its noise
+scale and its step times. Writes plan.png and plan.json into the run folder."""
 
 
 def plan(arguments: Sequence[str]) -> int:
-    """Plan, draw, write, and tell.
+    """Make the plan, write it into the run folder, and print it.
 
     Raises:
-        ConfigError: where the run does not tell what is asked for, or cannot be written to.
+        ConfigError: if the run lacks what a plan needs, or its folder cannot be written.
     """
     options = _parser().parse_args(arguments)
     record = read_run(options.run)
@@ -92,13 +92,13 @@ def show(found: Plan, *, console: Console, picture: Path) -> None:
 
 def _size(size: OptimalSize) -> str:
     return (
-        f"Compute-optimal by {size.law}: {size.num_parameters:.3g} parameters and {size.num_tokens:.3g} tokens, "
-        f"{size.num_tokens / size.num_parameters:.3g} for each, to {size.loss:.3f} nats per token"
+        f"Compute-optimal by {size.law}: {size.num_parameters:.3g} parameters, {size.num_tokens:.3g} tokens "
+        f"({size.num_tokens / size.num_parameters:.3g} per parameter), loss {size.loss:.3f} nats per token"
     )
 
 
 def _table(found: Plan) -> Table:
-    table = Table(title=words.goal(found), caption=f"bold: the number of {found.device}s that the run had")
+    table = Table(title=words.goal(found), caption=f"bold: the run's own number of {found.device}s")
     columns = _columns(found)
     for head in columns:
         table.add_column(head, justify="right")
@@ -117,15 +117,15 @@ def _columns(found: Plan) -> dict[str, Callable[[Point], str]]:
         "steps": lambda point: short(point.steps),
         "samples": lambda point: short(point.samples),
         "time": lambda point: words.about(point.seconds),
-        "by interval and fits": lambda point: _range(point.seconds_range),
+        "interval and fits": lambda point: _range(point.seconds_range),
         "noise scale off by 6×": lambda point: _range(point.seconds_history),
         "cost": lambda point: words.price(found, point),
     }
     first = found.points[0]
     if first.compute.by_count is not None:
-        columns["pfs-days, counted"] = lambda point: words.petaflop_s_days(point.compute.by_count)
+        columns["PF/s-days, counted"] = lambda point: words.petaflop_s_days(point.compute.by_count)
     if first.compute.by_time is not None:
-        columns["pfs-days by time"] = lambda point: words.petaflop_s_days(point.compute.by_time)
+        columns["PF/s-days by time"] = lambda point: words.petaflop_s_days(point.compute.by_time)
     if first.energy_j is not None:
         columns["energy"] = lambda point: words.energy(point.energy_j or 0.0)
     return columns
@@ -146,19 +146,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gpus", type=numbers, metavar="LIST", help=f"numbers of GPUs (default {_ALL}, as far as the data set allows)"
     )
-    parser.add_argument("--target", type=float, metavar="LOSS", help="to come to (the lowest of the run)")
-    parser.add_argument("--price-per-gpu-hour", type=_positive, metavar="X", help="in $; of any currency")
+    parser.add_argument("--target", type=float, metavar="LOSS", help="target loss (default: the lowest of the run)")
+    parser.add_argument("--price-per-gpu-hour", type=_positive, metavar="X", help="price per GPU-hour, any currency")
     parser.add_argument(
         "--allreduce-gb-per-s",
         type=_positive,
         metavar="X",
-        help="bandwidth between two GPUs (told from the run: from two numbers of them, or as an upper bound)",
+        help="all-reduce bandwidth between two GPUs in GB/s (default: estimated from the run)",
     )
     parser.add_argument(
-        "--allreduce-latency-us", type=_positive, default=1e6 * LATENCY_S, metavar="X", help="of a hop (%(default)g)"
+        "--allreduce-latency-us",
+        type=_positive,
+        default=1e6 * LATENCY_S,
+        metavar="X",
+        help="all-reduce latency per hop in µs (default %(default)g)",
     )
-    parser.add_argument("--flops-budget", type=_positive, metavar="X", help="find a language model's sizes for it")
-    parser.add_argument("--json", metavar="PATH|-", help="write plan.json there too; - is stdout")
+    parser.add_argument(
+        "--flops-budget", type=_positive, metavar="X", help="compute budget: prints compute-optimal model sizes"
+    )
+    parser.add_argument("--json", metavar="PATH|-", help="also write plan.json there (- for stdout)")
     return parser
 
 
@@ -174,7 +180,7 @@ def numbers(text: str) -> list[int]:
         for index, part in enumerate(parts):
             found += _between(found, int(parts[index + 1])) if part == "..." else [int(part)]
     except (ValueError, IndexError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list such as 1,2,8 or {_ALL}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 1,2,8 or {_ALL}") from None
     if not found or min(found) < 1 or len(found) > _MOST_NUMBERS:
         raise argparse.ArgumentTypeError(f"{text!r}: from 1 to {_MOST_NUMBERS} numbers, each at least 1")
     return found
@@ -194,7 +200,7 @@ def _between(before: list[int], last: int) -> list[int]:
 def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return value
 
 

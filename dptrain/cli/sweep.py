@@ -1,4 +1,4 @@
-"""`dptrain sweep`: has what is asked for trained, and tells what came out."""
+"""`dptrain sweep`: trains a grid of batch sizes and learning rates, and prints the fitted frontiers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dptrain.sweep.view import SweepView
 
 
 def sweep(arguments: Sequence[str]) -> int:
-    """Train what is asked for and tell what came out.
+    """Train the grid and print the results.
 
     Returns:
         0; 75 where it was asked to stop; else the exit code of a run that failed.
@@ -37,7 +37,7 @@ def sweep(arguments: Sequence[str]) -> int:
         TaskError: where the task has nothing to measure.
     """
     if is_replica():
-        raise ConfigError("a sweep starts its own replicas: start it once, and not under a launcher")
+        raise ConfigError("dptrain sweep starts its own replicas: run it once, without torchrun or srun")
     request = read_request(arguments)
     config = request.config
     site = Site.here(
@@ -68,12 +68,12 @@ def _run(spec: SweepSpec, *, folder: SweepFolder, site: Site, max_skipped_steps:
             spec,
             ending.searches,
             course_of=loop.course_of,
-            clock_of=lambda arm: read_clock(folder.run_dir(arm)),
+            clock_of=lambda run: read_clock(folder.run_dir(run)),
         )
     )
     write_csv(folder.path / "table.csv", rows)
     has_parquet = write_parquet(folder.path / "table.parquet", rows)
-    files = "table.csv and table.parquet" if has_parquet else "table.csv (without pyarrow there is no table.parquet)"
+    files = "table.csv and table.parquet" if has_parquet else "table.csv (table.parquet needs pyarrow)"
     if ending.was_stopped or ending.failures:
         return _tell_of_the_rest(ending, folder=folder)
     found = list(outcomes(spec, rows, ending.searches))
@@ -86,11 +86,11 @@ def _run(spec: SweepSpec, *, folder: SweepFolder, site: Site, max_skipped_steps:
 def _tell_of_the_rest(ending: Ending, *, folder: SweepFolder) -> int:
     """Say why it is not done, and how it goes on."""
     unsettled = sum(len(found.unsettled) for found in ending.searches)
-    for arm, code in ending.failures.items():
-        sys.stderr.write(f"dptrain sweep: {arm.name} ended with exit code {code}: {folder.log(arm)} says why\n")
+    for run, code in ending.failures.items():
+        sys.stderr.write(f"dptrain sweep: {run.name} ended with exit code {code}; see {folder.log(run)}\n")
     sys.stderr.write(
-        f"dptrain sweep: {'stopped on request' if ending.was_stopped else 'not done'}, {unsettled} runs or more are "
-        f"left: go on with dptrain sweep --out {folder.path}\n"
+        f"dptrain sweep: {'stopped on request' if ending.was_stopped else 'not done'}, {unsettled} or more runs "
+        f"left: continue with dptrain sweep --out {folder.path}\n"
     )
     return next(iter(ending.failures.values()), EXIT_RESUMABLE)
 
@@ -98,17 +98,17 @@ def _tell_of_the_rest(ending: Ending, *, folder: SweepFolder) -> int:
 def _sentences(spec: SweepSpec, outcome: Outcome) -> Iterable[str]:
     yield f"target {outcome.target:g}: {outcome.sentence}"
     if len(spec.seeds) == 1:
-        yield "  one seed: there is no interval, and what is scatter counts as misfit"
+        yield "  one seed: no interval; scatter between seeds counts as misfit"
     if missed := [batch for batch in spec.batch_sizes if batch not in outcome.rates]:
         yield f"  not reached by every seed at any learning rate: batch {_listed(missed)}"
     if outcome.early:
         yield (
-            f"  reached before the first evaluation, and left out of the fit: batch {_listed(outcome.early)}; "
-            "a smaller log.eval_every_samples finds it"
+            f"  reached before the first evaluation, not in the fit: batch {_listed(outcome.early)}; "
+            "use a smaller --log.eval-every-samples"
         )
     if outcome.at_edge:
         yield (
-            f"  the best learning rate is at the edge of those tried, and a better one may lie beyond: batch "
+            f"  best learning rate at the edge of the grid, a better one may lie beyond: batch "
             f"{_listed(outcome.at_edge)}"
         )
 

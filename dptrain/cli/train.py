@@ -17,6 +17,8 @@ from dptrain.config.train_config import TrainConfig
 from dptrain.errors import ConfigError
 from dptrain.runtime.launcher import GRACE_S, count_gpus, is_replica, start_replicas
 from dptrain.runtime.signals import EXIT_RESUMABLE
+from dptrain.tracking.redact import printable
+from dptrain.tracking.row_text import spelled
 from dptrain.tracking.run_folder import default_run_dir, holds_run, write_config
 from dptrain.tracking.run_log import finite
 
@@ -35,10 +37,13 @@ def train(arguments: Sequence[str]) -> int:
         resume = options.resume or _is_restarted(config)
         return _train_here(config, resume=resume, allow_fresh=options.allow_fresh)
     _refuse_in_many_tasks()
-    num_gpus = count_gpus(cpu=config.device == "cpu")
+    # torch takes a second to load; without a device file there is nothing for it to count.
+    num_gpus = count_gpus(cpu=config.device == "cpu" or not _may_have_gpus())
     # Two on the CPU: the least that has gradients to compare.
     num_replicas = (num_gpus or 2) if options.replicas is None else options.replicas
     config = replace(config, run_dir=config.run_dir or default_run_dir(config.task))
+    if num_replicas > 0:  # else it is refused below
+        _announce(config, num_replicas=num_replicas, device="cuda" if num_gpus else "cpu")
     with tempfile.TemporaryDirectory(prefix="dptrain-") as folder:
         path = Path(folder) / "config.yaml"
         write_config(path, config)
@@ -51,6 +56,27 @@ def train(arguments: Sequence[str]) -> int:
             grace_s=GRACE_S if options.grace is None else options.grace,
             fork=num_gpus == 0,
         )
+
+
+def _may_have_gpus() -> bool:
+    """Whether the system has a GPU that torch may know: always, where it is not known how to tell."""
+    return sys.platform != "linux" or any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd", "dxg"))
+
+
+def _announce(config: TrainConfig, *, num_replicas: int, device: str) -> None:
+    """Print what is about to be trained, before anything slow is loaded; rank 0 adds what the task decides."""
+    parts = (
+        f"run {config.run_dir}",
+        f"task {config.task}",
+        f"{num_replicas} {device} replica{'s' if num_replicas > 1 else ''}",
+        f"precision {config.precision}",
+        f"tracker {config.log.tracker}",
+        "starting …",
+    )
+    with contextlib.suppress(OSError, ValueError):  # a closed stream
+        encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+        sys.stdout.write(spelled(printable(" | ".join(parts)), encoding) + "\n")
+        sys.stdout.flush()
 
 
 def _is_restarted(config: TrainConfig) -> bool:

@@ -37,11 +37,11 @@ from dptrain.tasks.resolve import load_object
 
 
 def micro_batch_size(config: TrainConfig, *, global_batch_size: int) -> int:
-    """Return the largest micro-batch on the ladder that the settings allow for a batch; the rest is accumulated.
+    """Return the largest micro-batch size that the settings allow for a batch; the rest is accumulated.
 
     It depends on the replicas that the run is laid out for, and not on those that there are.
     """
-    # At least two micro-batches, on whatever replicas: from a single one no noise can be told.
+    # At least two micro-batches over all replicas: one alone does not show any noise.
     largest = max(1, min(largest_micro_batch_size(config), global_batch_size // 2))
     return choose_micro_batch_size(
         global_batch_size=global_batch_size, world_size=given(config.layout_replicas), largest=largest

@@ -14,7 +14,7 @@ from dptrain.control.settings import ControlConfig
 from dptrain.errors import ConfigError
 from dptrain.models.settings import ModelConfig
 from dptrain.noise import Smoothing
-from dptrain.observe.settings import NoiseConfig
+from dptrain.noise.settings import NoiseConfig
 from dptrain.ranges import (
     AT_LEAST_0,
     AT_LEAST_1,

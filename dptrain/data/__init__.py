@@ -9,7 +9,7 @@ from dptrain.data.window import (
     accumulation_steps,
     choose_micro_batch_size,
     is_full,
-    micro_batch_ladder,
+    micro_batch_sizes,
     slots,
 )
 
@@ -23,6 +23,6 @@ __all__ = [
     "accumulation_steps",
     "choose_micro_batch_size",
     "is_full",
-    "micro_batch_ladder",
+    "micro_batch_sizes",
     "slots",
 ]

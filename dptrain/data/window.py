@@ -75,10 +75,10 @@ def slots(
     )
 
 
-def micro_batch_ladder(largest: int) -> tuple[int, ...]:
+def micro_batch_sizes(largest: int) -> tuple[int, ...]:
     """The micro-batch sizes a run may use, ascending: the powers of two up to `largest`, then `largest` itself.
 
-    `largest` is a rung also where it is no power of two: it is the size that its user chose or measured, and a ladder
+    `largest` is a size also if it is not a power of two: it is the size that its user chose or measured, and a list
     that ends at 32 when 48 was asked for would give away a third of it. It costs one more compiled shape.
 
     Raises:
@@ -92,16 +92,16 @@ def micro_batch_ladder(largest: int) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=256)
 def choose_micro_batch_size(*, global_batch_size: int, world_size: int, largest: int) -> int:
-    """The largest rung whose full micro-batches make up the global batch.
+    """The largest size whose full micro-batches make up the global batch.
 
-    Where the world size does not divide the batch no rung does; then the largest that is no more than one replica's
+    Where the world size does not divide the batch, no size does; then the largest that is no more than one replica's
     share, rounded up, and some replicas have a micro-batch fewer.
 
     Raises:
         ConfigError: where a size is below 1.
     """
     share = accumulation_steps(global_batch_size=global_batch_size, micro_batch_size=1, world_size=world_size)
-    grid_points = [grid_point for grid_point in micro_batch_ladder(largest) if grid_point <= share]
+    grid_points = [grid_point for grid_point in micro_batch_sizes(largest) if grid_point <= share]
     full = [
         grid_point
         for grid_point in grid_points

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,11 +30,12 @@ _NEEDED = {
 }
 """Figures without which a row stands nowhere."""
 
-_TEXTS = {"kind", "reason", "noise_scale/state", "task", "backend", "device"}
+_FACTS = {"started", "dptrain_version", "torch_version", "python_version", "machine", "device_type", "device_name"}
+_TEXTS = {"kind", "reason", "noise_scale/state", "task", "backend", "device", *_FACTS}
 """Fields that are read as text; every other one is read as a number."""
 
 SMOOTHING_SHARE = 0.02
-"""Part of the run, in samples, that each point of a smoothed line averages over; a matter of taste."""
+"""Part of the run, in samples, that each point of a smoothed line averages over; chosen by eye."""
 
 _INTERVAL = ("value", "lower", "upper")
 _KNOWN = (str(Resolution.RESOLVED), str(Resolution.AT_LEAST))
@@ -61,6 +62,7 @@ class RunRecord:
         decisions: one row per decision of the controller, in order, with the advice that was not acted on.
         summary: the figures written at the end of a run, or empty for a run that has not ended.
         config: the settings that the run was started with, or empty; read it through `setting`.
+        facts: date, versions, device and sizes from the start of the run, or empty.
     """
 
     name: str
@@ -69,6 +71,7 @@ class RunRecord:
     decisions: Sequence[Row]
     summary: Mapping[str, Any]
     config: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def batch_changes(self) -> list[Row]:
@@ -105,7 +108,14 @@ class RunRecord:
         value: Any = self.config
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, bool):
+            return str(value).lower()
         return plain(value) if isinstance(value, str) else _number(value)
+
+    def names_in(self, group: str) -> list[str]:
+        """Return the names of the settings of a group, such as those of "control"."""
+        settings = self.config.get(group)
+        return [plain(name) for name in settings if isinstance(name, str)] if isinstance(settings, dict) else []
 
     def groups(self) -> dict[str, Row]:
         """Return the latest noise scale of each group of parameters, with the fields of a training row."""
@@ -134,12 +144,12 @@ class RunRecord:
 
 
 def is_applied(row: Row) -> bool:
-    """Tell whether a decision was acted on; those of a run that only advises were not."""
+    """Return whether a decision was applied; those of a run that only advises were not."""
     return row.get("applied") is not False
 
 
 def is_resolved(row: Row) -> bool:
-    """Tell whether the noise scale of a row and both ends of its interval are known."""
+    """Return whether the noise scale of a row and both ends of its interval are known."""
     return row.get("noise_scale/state") == Resolution.RESOLVED
 
 
@@ -174,13 +184,14 @@ def read_run(run_dir: Path, *, most_rows: int | None = MOST_ROWS) -> RunRecord:
         decisions=_standing(read_jsonl(run_dir / "decisions.jsonl"), kind="decision"),
         summary=_read_summary(run_dir / "summary.json"),
         config=_read_config(run_dir / "config.yaml"),
+        facts=_read_summary(run_dir / "run.json"),
     )
 
 
 def _standing(rows: Sequence[Row], *, kind: str, most: int | None = None) -> list[Row]:
     """Return the rows of a kind that say where they stand, in the order of their samples, and no more than are needed.
 
-    The last two are among them: they tell whether the end cut the last step short.
+    The last two are among them: they show whether the end of the run shortened the last step.
     """
     spacing = 1 if most is None else max(1, len(rows) // most)
     every = [*rows[:-2:spacing], *rows[-2:]]
@@ -202,7 +213,7 @@ def _state(row: Row, *, said: str | None) -> str:
 
 
 def _stands(row: Row, key: str, *, kind: str) -> bool:
-    """Tell whether a row has a needed figure, of a size that it can have."""
+    """Return whether a row has a needed figure, of a possible size."""
     value = row.get(key)
     return value is not None and value >= (1 if kind == "train" or key.startswith("batch/") else 0)
 

@@ -1,4 +1,4 @@
-"""The report of one run or several: a page to read, and its figures as pictures."""
+"""The report of one run or several: report.html and its figures as PNG."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 _DPI = 200
 _LETTERS_WIDE = 96
+_FACTS_WIDE = 105  # letters of the first line, which is smaller and not bold
 _FOOT = (
-    f"{findings.CAVEAT} Made by dptrain report from the logs of the run alone, as far as they had come. The page loads "
-    "nothing from anywhere: it can be sent on as it is."
+    f"{findings.CAVEAT} Made by dptrain report from the logs of the run. The page is self-contained and loads nothing."
 )
 
 
@@ -46,7 +46,7 @@ def draw_report(*run_dirs: Path, out: Path | None = None) -> Path:
         ConfigError: where a folder is no run folder, has no logged step yet or a damaged log, or takes no files.
     """
     if not 1 <= len(run_dirs) <= MOST_RUNS:
-        raise ConfigError(f"a report is of 1 to {MOST_RUNS} runs, got {len(run_dirs)}")
+        raise ConfigError(f"a report compares 1 to {MOST_RUNS} runs, got {len(run_dirs)}")
     records = _named([read_run(path) for path in run_dirs], run_dirs)
     several = len(records) > 1
     folder = out or (run_dirs[0].resolve().parent if several else run_dirs[0])
@@ -68,7 +68,7 @@ def _page(records: Sequence[RunRecord], drawn: Sequence[RunFigure]) -> str:
     several = len(records) > 1
     return html(
         title=", ".join(record.name for record in records),
-        facts=f"{len(records)} runs laid over each other" if several else findings.about_run(records[0]),
+        facts=f"{len(records)} runs compared" if several else findings.about_run(records[0]),
         blocks=_several(records, drawn) if several else _alone(records[0], drawn),
         foot=_FOOT,
     )
@@ -85,7 +85,7 @@ def _named(records: Sequence[RunRecord], run_dirs: Sequence[Path]) -> list[RunRe
 
 def _alone(record: RunRecord, drawn: Sequence[RunFigure]) -> list[Answer | Figures | Table]:
     return [
-        Answer(title="What batch to use", sentences=advise(record)),
+        Answer(title="Recommended batch size", sentences=advise(record)),
         Figures(figures=drawn),
         tables.decisions([record]),
         tables.costs(record),
@@ -99,7 +99,7 @@ def _several(records: Sequence[RunRecord], drawn: Sequence[RunFigure]) -> list[A
         Figures(figures=drawn),
         *(
             Answer(
-                title=f"What batch to use, by {label(index, record)}",
+                title=f"Recommended batch size, from {label(index, record)}",
                 sentences=[text for text in advise(record) if text != CAUTION],  # the page's last line is enough of it
             )
             for index, record in enumerate(records)
@@ -128,7 +128,7 @@ def _stacked(records: Sequence[RunRecord], drawn: Sequence[RunFigure]) -> Figure
         figure.align_ylabels(axes)
         facts = " · ".join(label(index, record) for index, record in enumerate(records))
         about = findings.about_run(records[0]) if len(records) == 1 else facts
-        figure.suptitle(about, x=0.01, ha="left", fontsize=10.5, color=SOFT)
+        figure.suptitle(textwrap.fill(about, _FACTS_WIDE), x=0.01, ha="left", fontsize=10.5, color=SOFT)
         figure.supxlabel(_caption(records), x=0.01, ha="left", fontsize=8.5, color=SOFT)
     return figure
 

@@ -50,13 +50,13 @@ def attach(
 
     ```python
     meter = dptrain.attach(model)        # after wrapping in DDP or fully_shard, before training
-    ...                                  # forward, loss / accumulation_steps, backward: as ever
+    ...                                  # forward, loss / accumulation_steps, backward: unchanged
     reading = meter.step()               # after the last backward, before clipping and optimizer.step()
     print(reading.noise_scale)           # when you like; only this waits
     ```
 
     The step's gradient is taken to be the mean over its micro-batches (each loss divided by the number of
-    accumulation steps). Micro-batches are told apart by the model's forward passes in training mode, until the loop
+    accumulation steps). Micro-batches are separated by the model's forward passes in training mode, until the loop
     calls `meter.begin` itself. `docs/measure.md` has the table of wrappers.
 
     Args:
@@ -176,7 +176,7 @@ def _hook(
         return DdpCommHook(model, inner=inner, inner_state=inner_state, groups=groups, geometry=geometry)
     if inner is not None:
         raise ObservationError(
-            "`inner` is for method='hook': with the parameters, register your communication hook with DDP as ever"
+            "`inner` is for method='hook': with the parameters, register your communication hook with DDP yourself"
         )
     if wrapping.kind == "fsdp":
         from dptrain.observe.hooks.fsdp import FsdpHook

@@ -1,4 +1,4 @@
-"""The meter: from a tap's squared norms and the combined gradient to one reduction per measured step."""
+"""The meter: from a hook's squared norms and the combined gradient to one reduction per measured step."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Meter(Joinable):
         smoothing: how fast the past is forgotten.
         level: confidence of the interval.
         population: samples in the data set if steps draw from it without replacement, see `unbiased_moments`.
-        groups: parts of the model with a noise scale of their own; the tap must have the same.
-        geometry: the norm; the tap must have the same.
+        groups: parts of the model with a noise scale of their own; the hook must have the same.
+        geometry: the norm; the hook must have the same.
         num_shards: ranks over which the combined gradient is cut up.
         pace: which steps are measured; each by default.
         guard: looks for replicas that are not independent; nobody by default.
@@ -109,7 +109,7 @@ class Meter(Joinable):
     def begin(self, *, num_samples: float, weight: float | None = None) -> None:
         """Announce a micro-batch before its backward pass.
 
-        From the first call on, a meter of `attach` counts no forward passes any more: the loop tells it all.
+        From the first call on, a meter of `attach` counts no forward passes any more: the loop passes everything.
 
         Args:
             num_samples: b, the samples whose mean gradient it computes.
@@ -177,7 +177,7 @@ class Meter(Joinable):
         Returns:
             The step's squared norms, or None for a step that was dropped.
         """
-        # DDP divides by the ranks that still have samples only where Join was told so.
+        # DDP divides by the ranks that still have samples only if Join was configured so.
         divisor = sums[-2] if self._divides_by_active else float(self._world_size)
         return self._estimate.absorb(sums, divisor=divisor)
 

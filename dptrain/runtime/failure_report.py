@@ -92,10 +92,10 @@ class Cause:
 
 
 def write_failure(error: Exception, *, environment: Mapping[str, str] = os.environ) -> bool:
-    """Leave an error for the launcher, which tells the cause of a failure once instead of each replica its view.
+    """Leave an error for the launcher, which reports the root cause once.
 
     Returns:
-        Whether there is a launcher that will read it; if not, the error is to be told here.
+        Whether there is a launcher that will read it; if not, the caller reports the error.
     """
     if "DPTRAIN_STORE" not in environment:
         return False

@@ -41,7 +41,7 @@ _PASSED_ON = _STOP | {signal.SIGUSR1}
 _PR_SET_PDEATHSIG = 1
 
 _NEEDED_LATER = ("dptrain.train", "torch.distributed.tensor", "torch._dynamo", "scipy.special")
-"""What a replica would load at its first use, when it wraps its model and when it tells the noise scale."""
+"""Modules that a replica would load at its first use, when it wraps its model and reads the noise scale."""
 
 
 def is_replica(environment: Mapping[str, str] = os.environ) -> bool:
@@ -69,9 +69,11 @@ def end_replica(code: int) -> NoReturn:
 
 def count_gpus(*, cpu: bool) -> int:
     """Return how many GPUs there are to use; with `cpu`, none."""
+    if cpu:
+        return 0
     import torch
 
-    return 0 if cpu else torch.cuda.device_count()
+    return torch.cuda.device_count()
 
 
 def start_replicas(
@@ -85,7 +87,7 @@ def start_replicas(
 ) -> int:
     """Run `dptrain ARGUMENTS` as `num_replicas` processes, again where that can help, and wait for the end.
 
-    Replicas meet in a private folder and talk over the loopback device alone. What goes wrong is told once, by its
+    Replicas meet in a private folder and use the loopback device alone. A failure is reported once, by its root
     cause. A request to stop (SIGINT, SIGTERM, SIGHUP) is passed on, and so is SIGUSR1.
 
     Args:

@@ -64,7 +64,7 @@ class ReplicaCheck:
         names = list(self._parameters)
         shown = ", ".join(names[index] for index in apart[:_MAX_NAMES])
         more = f" and {len(apart) - _MAX_NAMES} more" if len(apart) > _MAX_NAMES else ""
-        # Of two replicas nobody can tell which one is right.
+        # With two replicas it is unknown which one is right.
         who = "both replicas" if len(sums) == 2 else f"rank {', '.join(map(str, ranks))} of {len(sums)}"  # noqa: PLR2004 - two
         return (
             f"the parameters of the replicas have drifted apart by step {step}: {shown}{more} on {who}; go on from an "

@@ -246,13 +246,13 @@ def on_rank_0(action: Callable[[], Result], *, rank: int, device: torch.device) 
     if rank == 0:
         try:
             result = action()
-        except Exception as caught:  # noqa: BLE001 - raised again below, after the others were told
+        except Exception as caught:  # noqa: BLE001 - raised again below, after the others know
             error = caught
     (failed,) = PendingSum(torch.tensor([float(error is not None)], dtype=torch.float64, device=device)).read()
     if error is not None:
         raise error
     if failed:
-        raise AbortedError("rank 0 failed and says why")
+        raise AbortedError("aborted: rank 0 failed (see its error)")
     return result
 
 

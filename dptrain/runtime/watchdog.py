@@ -34,7 +34,7 @@ class Watchdog:
     def beat(self) -> None:
         """Say that all is well."""
         now_s = time.monotonic()
-        # Arming starts a thread, which is too dear for each of many short steps.
+        # Arming starts a thread, which costs too much for each of many short steps.
         if now_s - self._armed_s > min(_EASE_S, self._patience_s / 10):
             self._armed_s = now_s
             faulthandler.dump_traceback_later(self._patience_s, exit=True, file=sys.__stderr__ or sys.stderr)

@@ -3,7 +3,7 @@
 from dptrain.sweep.course import Course, CourseLog, read_clock, read_course
 from dptrain.sweep.forecast import samples_left
 from dptrain.sweep.search import CourseOf, Search, search
-from dptrain.sweep.spec import Arm, SweepSpec
+from dptrain.sweep.spec import SweepRun, SweepSpec
 from dptrain.sweep.table import (
     COLUMNS,
     Outcome,
@@ -17,12 +17,12 @@ from dptrain.sweep.table import (
 
 __all__ = [
     "COLUMNS",
-    "Arm",
     "Course",
     "CourseLog",
     "CourseOf",
     "Outcome",
     "Search",
+    "SweepRun",
     "SweepSpec",
     "TableRow",
     "fits_record",

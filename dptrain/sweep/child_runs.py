@@ -79,7 +79,7 @@ def _gpus(count: int) -> list[str]:
     return visible[:count] if visible else [str(number) for number in range(count)]
 
 
-class ArmProcess:
+class RunProcess:
     """One `dptrain train`.
 
     It is a copy of this process, which has everything loaded, so that it is at work at once; where there are GPUs,
@@ -97,7 +97,7 @@ class ArmProcess:
         self.log = log
         self._is_asked = False
         self._process = multiprocessing.get_context("fork").Process(
-            target=_become_arm,
+            target=_become_run,
             args=(list(arguments),),
             kwargs={"log": log, "environment": dict(environment), "launcher": os.getpid(), "fork": fork},
         )
@@ -135,7 +135,7 @@ class ArmProcess:
         return lines[-1] if lines else ""
 
 
-def _become_arm(arguments: list[str], *, log: Path, environment: Mapping[str, str], launcher: int, fork: bool) -> None:
+def _become_run(arguments: list[str], *, log: Path, environment: Mapping[str, str], launcher: int, fork: bool) -> None:
     """Turn this copy of the sweep into a training; ends the process."""
     os.setsid()
     die_with(launcher)

@@ -135,7 +135,7 @@ class CourseLog:
     def _take_in(self, file: BinaryIO) -> None:
         status = os.fstat(file.fileno())
         if status.st_ino != self._file_number or status.st_size < self._num_bytes:
-            self._forget()  # another attempt has cut the log, and what it trained again is told again
+            self._forget()  # another attempt has truncated the log, and writes its steps again
             self._file_number = status.st_ino
         file.seek(self._num_bytes)
         whole = file.read().rpartition(b"\n")[0]

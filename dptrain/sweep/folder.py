@@ -15,7 +15,7 @@ from dptrain.config.settings_file import build_config, read_settings
 from dptrain.config.train_config import TrainConfig
 from dptrain.config.validation import leaves
 from dptrain.errors import ConfigError
-from dptrain.sweep import Arm, SweepSpec
+from dptrain.sweep import SweepRun, SweepSpec
 from dptrain.tracking.run_folder import write_config
 
 _CONFIG, _SPEC = "config.yaml", "sweep.json"
@@ -83,21 +83,21 @@ class SweepFolder:
         """What each run printed."""
         return self.path / "logs"
 
-    def run_dir(self, arm: Arm) -> Path:
+    def run_dir(self, run: SweepRun) -> Path:
         """Return the folder of a run."""
-        return self.runs / arm.name
+        return self.runs / run.name
 
-    def log(self, arm: Arm) -> Path:
+    def log(self, run: SweepRun) -> Path:
         """Return the file that has what a run printed."""
-        return self.logs / f"{arm.name}.txt"
+        return self.logs / f"{run.name}.txt"
 
-    def wait_for(self, arm: Arm) -> None:
+    def wait_for(self, run: SweepRun) -> None:
         """Wait until nobody trains in the folder of a run.
 
         Raises:
             ConfigError: where somebody still does after some seconds.
         """
-        lock = self.run_dir(arm) / ".lock"
+        lock = self.run_dir(run) / ".lock"
         if not lock.exists():
             return
         try:

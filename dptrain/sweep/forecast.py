@@ -1,4 +1,4 @@
-"""How much of a sweep is left, as far as that can be told before its rates are found; an estimate, no promise."""
+"""How many samples of a sweep are left: an estimate, before the best learning rates are known."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from dptrain.sweep.search import CourseOf, Search
-from dptrain.sweep.spec import Arm, SweepSpec
+from dptrain.sweep.spec import SweepRun, SweepSpec
 
 
 def samples_left(spec: SweepSpec, searches: Iterable[Search], course_of: CourseOf) -> float:
@@ -23,14 +23,14 @@ def samples_left(spec: SweepSpec, searches: Iterable[Search], course_of: CourseO
     """
     searches = list(searches)
     ends: dict[int, list[float]] = {}
-    for arm in (arm for found in searches for arm in found.arms if arm not in found.unsettled):
-        ends.setdefault(arm.global_batch_size, []).append(_position(arm, course_of))
+    for run in (run for found in searches for run in found.runs if run not in found.unsettled):
+        ends.setdefault(run.global_batch_size, []).append(_position(run, course_of))
     left = 0.0
     for found in searches:
-        batch = found.arms[0].global_batch_size
+        batch = found.runs[0].global_batch_size
         length = min(_usual_end(batch, ends), spec.max_samples(batch), found.cap)
-        left += sum(max(0.0, length - _position(arm, course_of)) for arm in found.unsettled)
-        if found.unsettled and all(arm.seed == spec.seeds[0] for arm in found.arms):
+        left += sum(max(0.0, length - _position(run, course_of)) for run in found.unsettled)
+        if found.unsettled and all(run.seed == spec.seeds[0] for run in found.runs):
             left += length * (len(spec.seeds) - 1)
     return left
 
@@ -43,5 +43,5 @@ def _usual_end(batch: int, ends: Mapping[int, Sequence[float]]) -> float:
     return statistics.fmean(ends[nearest]) * math.sqrt(batch / nearest)
 
 
-def _position(arm: Arm, course_of: CourseOf) -> float:
-    return max(course_of(arm).positions, default=0.0)
+def _position(run: SweepRun, course_of: CourseOf) -> float:
+    return max(course_of(run).positions, default=0.0)

@@ -1,4 +1,4 @@
-"""What a sweep is asked to try: batches, learning rates, seeds, targets; and the arm, which is one run of it."""
+"""What a sweep is asked to try: batches, learning rates, seeds, targets; and one run of it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ FACTOR = 2.0
 """Between neighbouring learning rates that are searched. Near its best, half or twice the rate costs some 10 to 30 %
 of the steps; a finer grid would choose between rates that the seeds do not tell apart."""
 
-_MOST_RUNGS = 12  # to each side of the first guess: a factor of 4,096
+_MOST_GRID_POINTS = 12  # to each side of the first guess: a factor of 4,096
 _DIGITS = 4  # of a learning rate, so that what a run's name says is what it has
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
-class Arm:
+class SweepRun:
     """One run of a sweep.
 
     Attributes:
         global_batch_size: in samples.
-        rung: of the learning rate, in the order of the rates.
+        grid_point: of the learning rate, in the order of the rates.
         learning_rate: in the whole run.
         seed: of the run.
     """
@@ -72,22 +72,26 @@ class SweepSpec:
         assert list(self.targets) == sorted(self.targets, reverse=True)
 
     @property
-    def first_rungs(self) -> range:
+    def first_grid_points(self) -> range:
         """The learning rates that are tried at every batch to begin with."""
         return range(-1, 2) if self.learning_rates is None else range(len(self.learning_rates))
 
-    def has_rung(self, grid_point: int) -> bool:
+    def has_grid_point(self, grid_point: int) -> bool:
         """Whether there is such a learning rate to try."""
-        return abs(grid_point) <= _MOST_RUNGS if self.learning_rates is None else grid_point in self.first_rungs
+        return (
+            abs(grid_point) <= _MOST_GRID_POINTS
+            if self.learning_rates is None
+            else grid_point in self.first_grid_points
+        )
 
-    def arm(self, global_batch_size: int, *, grid_point: int, seed: int) -> Arm:
+    def run(self, global_batch_size: int, *, grid_point: int, seed: int) -> SweepRun:
         """Return the run at a batch, at a learning rate, of a seed."""
         if self.learning_rates is None:
             guess = self.base_learning_rate * (global_batch_size / self.base_batch_size) ** self.exponent
             rate = float(f"{guess * FACTOR**grid_point:.{_DIGITS}g}")
         else:
             rate = self.learning_rates[grid_point]
-        return Arm(global_batch_size=global_batch_size, grid_point=grid_point, learning_rate=rate, seed=seed)
+        return SweepRun(global_batch_size=global_batch_size, grid_point=grid_point, learning_rate=rate, seed=seed)
 
     def max_samples(self, global_batch_size: int) -> int:
         """Return how long a run may go on, in samples.

@@ -16,7 +16,7 @@ from dptrain.errors import ConfigError
 from dptrain.explain.model.frontier import Frontier, Point, fit_frontier
 from dptrain.sweep.course import Course
 from dptrain.sweep.search import Search
-from dptrain.sweep.spec import Arm, SweepSpec
+from dptrain.sweep.spec import SweepRun, SweepSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -83,8 +83,8 @@ def table(
     spec: SweepSpec,
     searches: Iterable[Search],
     *,
-    course_of: Callable[[Arm], Course],
-    clock_of: Callable[[Arm], Clock],
+    course_of: Callable[[SweepRun], Course],
+    clock_of: Callable[[SweepRun], Clock],
 ) -> Iterator[TableRow]:
     """Yield a row for each run that the sweep asked for and each target.
 
@@ -95,25 +95,25 @@ def table(
         clock_of: samples and seconds of a run; asked only where a target was reached.
     """
     for found in searches:
-        for arm in sorted(found.arms):
-            course = course_of(arm)
+        for run in sorted(found.runs):
+            course = course_of(run)
             clock = None
             for at, target in enumerate(spec.targets):
                 samples = course.reached(target, up_to=found.cap)
                 known = None if course.is_early(target) else samples
                 if known is not None and clock is None:
-                    clock = clock_of(arm)
+                    clock = clock_of(run)
                 yield TableRow(
-                    global_batch_size=arm.global_batch_size,
-                    learning_rate=arm.learning_rate,
-                    seed=arm.seed,
+                    global_batch_size=run.global_batch_size,
+                    learning_rate=run.learning_rate,
+                    seed=run.seed,
                     target=target,
                     reached=samples is not None,
-                    steps=None if known is None else known / arm.global_batch_size,
+                    steps=None if known is None else known / run.global_batch_size,
                     samples=known,
                     seconds=None if known is None or clock is None else _seconds(clock, known),
-                    status=_status(spec, arm, course, found),
-                    chosen=bool(found.choices) and found.choices[at].grid_point == arm.grid_point,
+                    status=_status(spec, run, course, found),
+                    chosen=bool(found.choices) and found.choices[at].grid_point == run.grid_point,
                 )
 
 
@@ -122,9 +122,9 @@ def _seconds(clock: Clock, samples: float) -> float | None:
     return float(np.interp(samples, positions, seconds)) if len(positions) else None
 
 
-def _status(spec: SweepSpec, arm: Arm, course: Course, found: Search) -> str:
-    """Say how a run ended, told by samples: it may have gone on for a while until it was stopped."""
-    if arm in found.unsettled:
+def _status(spec: SweepSpec, run: SweepRun, course: Course, found: Search) -> str:
+    """Return how a run ended, by its samples: it may have continued for a while until it was stopped."""
+    if run in found.unsettled:
         return "unfinished"
     if all(course.reached(target, up_to=found.cap) is not None for target in spec.targets):
         return "done"
@@ -138,12 +138,12 @@ def outcomes(spec: SweepSpec, rows: Sequence[TableRow], searches: Sequence[Searc
     for at, target in enumerate(spec.targets):
         chosen = [row for row in rows if row.target == target and row.chosen]
         early = sorted({row.global_batch_size for row in chosen if row.steps is None})
-        settled = [(found.arms[0].global_batch_size, found.choices[at]) for found in searches if found.choices]
+        settled = [(found.runs[0].global_batch_size, found.choices[at]) for found in searches if found.choices]
         frontier, sentence = _fit(row for row in chosen if row.global_batch_size not in early)
         yield Outcome(
             target=target,
             rates={
-                batch: spec.arm(batch, grid_point=choice.grid_point, seed=spec.seeds[0]).learning_rate
+                batch: spec.run(batch, grid_point=choice.grid_point, seed=spec.seeds[0]).learning_rate
                 for batch, choice in settled
                 if choice.grid_point is not None
             },

@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: a live table on a terminal, one line per event elsewhere; nothing is decided here."""
+"""What a sweep shows on the console: a live table on a terminal, one line per event elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from dptrain.explain.model.frontier import shown
-from dptrain.sweep import Arm, CourseOf, Search, SweepSpec, samples_left
+from dptrain.sweep import CourseOf, Search, SweepRun, SweepSpec, samples_left
 
 _LINE_EVERY_S = 60.0
 _SHOWN_EVERY_S = 0.5
@@ -30,15 +30,15 @@ class Standing:
     """
 
     searches: Sequence[Search]
-    running: Collection[Arm]
+    running: Collection[SweepRun]
     samples_per_s: float
 
 
 class SweepView:
     """Shows a sweep on stderr.
 
-    It draws when it is told to, and not from a thread: runs are copies of this process, and a copy of a process that
-    has threads may wait for a lock for ever.
+    It draws inside the calls, not from a thread: runs are forked from this process, and a fork of a process with
+    threads may wait for a lock forever.
 
     Args:
         spec: of the sweep.
@@ -62,13 +62,13 @@ class SweepView:
         self._closing.close()
 
     def note(self, text: str) -> None:
-        """Tell a sentence."""
+        """Print a line."""
         self._console.print(text, markup=False)
 
-    def ended(self, arm: Arm, standing: Standing) -> None:
-        """Tell that a run ended, where there is no table that shows it."""
+    def ended(self, run: SweepRun, standing: Standing) -> None:
+        """Print that a run ended, where no table shows it."""
         if self._live is None:
-            self.note(f"{self._result(arm)}; {self._summary(standing)}")
+            self.note(f"{self._result(run)}; {self._summary(standing)}")
 
     def update(self, standing: Standing) -> None:
         """Show how far the sweep is, now and then."""
@@ -81,26 +81,26 @@ class SweepView:
             self.note(self._summary(standing))
         self._shown_s = time.monotonic()
 
-    def _result(self, arm: Arm) -> str:
-        course = self._course_of(arm)
+    def _result(self, run: SweepRun) -> str:
+        course = self._course_of(run)
         reached = [
-            f"{target:g} after {shown(samples)} samples ({shown(samples / arm.global_batch_size)} steps)"
+            f"{target:g} after {shown(samples)} samples ({shown(samples / run.global_batch_size)} steps)"
             for target in self._spec.targets
             if (samples := course.reached(target)) is not None
         ]
         what = ", ".join(reached) or f"no target, lowest held-out loss {course.lowest():.4g}"
-        return f"{arm.name}: {'diverged; ' if course.has_diverged else ''}{what}"
+        return f"{run.name}: {'diverged; ' if course.has_diverged else ''}{what}"
 
     def _summary(self, standing: Standing) -> str:
-        arms = [arm for found in standing.searches for arm in found.arms]
-        settled = len(arms) - sum(len(found.unsettled) for found in standing.searches)
+        runs = [run for found in standing.searches for run in found.runs]
+        settled = len(runs) - sum(len(found.unsettled) for found in standing.searches)
         left = samples_left(self._spec, standing.searches, self._course_of)
         time_left = (
             f", left about {_duration(left / standing.samples_per_s)}" if standing.samples_per_s and left else ""
         )
         done = sum(not found.unsettled for found in standing.searches)
         return (
-            f"{settled} of {len(arms)} runs so far, {len(standing.running)} under way, "
+            f"{settled} of {len(runs)} runs so far, {len(standing.running)} under way, "
             f"{done} of {len(standing.searches)} batches done{time_left}"
         )
 
@@ -110,28 +110,28 @@ class SweepView:
         for head in ("batch", "runs", "learning rates", f"best steps to {hardest:g}", "under way"):
             table.add_column(head)
         for found in standing.searches:
-            batch = found.arms[0].global_batch_size
-            rates = sorted({arm.learning_rate for arm in found.arms})
-            running = [arm for arm in standing.running if arm.global_batch_size == batch]
+            batch = found.runs[0].global_batch_size
+            rates = sorted({run.learning_rate for run in found.runs})
+            running = [run for run in standing.running if run.global_batch_size == batch]
             table.add_row(
                 f"{batch:,}",
-                f"{len(found.arms) - len(found.unsettled)} of {len(found.arms)}",
+                f"{len(found.runs) - len(found.unsettled)} of {len(found.runs)}",
                 f"{rates[0]:g}–{rates[-1]:g}" if len(rates) > 1 else f"{rates[0]:g}",
-                self._best(found.arms, hardest),
+                self._best(found.runs, hardest),
                 ", ".join(map(self._under_way, sorted(running))),
             )
         return table
 
-    def _best(self, arms: Iterable[Arm], target: float) -> str:
-        needed = [(self._course_of(arm).reached(target), arm) for arm in arms]
-        best = min(((samples, arm) for samples, arm in needed if samples is not None), default=None)
+    def _best(self, runs: Iterable[SweepRun], target: float) -> str:
+        needed = [(self._course_of(run).reached(target), run) for run in runs]
+        best = min(((samples, run) for samples, run in needed if samples is not None), default=None)
         return "" if best is None else f"{shown(best[0] / best[1].global_batch_size)} (lr {best[1].learning_rate:g})"
 
-    def _under_way(self, arm: Arm) -> str:
-        course = self._course_of(arm)
-        share = max(course.positions, default=0.0) / self._spec.max_samples(arm.global_batch_size)
+    def _under_way(self, run: SweepRun) -> str:
+        course = self._course_of(run)
+        share = max(course.positions, default=0.0) / self._spec.max_samples(run.global_batch_size)
         loss = f" loss {course.losses[-1]:.3g}" if course.losses else ""
-        return f"lr {arm.learning_rate:g} seed {arm.seed}{loss} {share:.0%}"
+        return f"lr {run.learning_rate:g} seed {run.seed}{loss} {share:.0%}"
 
 
 def _duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ def digits(*, model: str = "mlp") -> Task:
     """Ten classes, 1,497 training and 300 held-out images of 8×8 pixels, scaled to 0 … 1.
 
     Every sixth image of scikit-learn's order is held out, so the split needs no random numbers. Writers occur on both
-    sides: the held-out loss tells how well the task is fitted, not how well it reads a stranger's hand.
+    sides: the held-out loss measures the fit to these writers, not to new ones.
 
     Args:
         model: `"softmax"`, one linear layer; `"mlp"`, layers 64-32-10; `"cnn"`, two convolutions of stride 2 below a

@@ -31,7 +31,7 @@ def make_view(
 
     Args:
         max_samples: length of the run in samples.
-        title: what is trained; shown above the progress.
+        title: what is trained and where; the first line, or above the progress.
         print_every_steps: steps between two printed lines; the live view shows the newest step.
         num_steps: length of the run in steps, where the batch is constant.
         stream: where to write; None is standard output as it is now.
@@ -47,7 +47,9 @@ def make_view(
         from dptrain.tracking.live_view import LiveView  # rich takes 0.1 s to load, and a log file has no use for it
 
         return LiveView(stream=stream, max_samples=max_samples, title=title, level=level)
-    return LineView(stream=stream, max_samples=max_samples, print_every_steps=print_every_steps, num_steps=num_steps)
+    view = LineView(stream=stream, max_samples=max_samples, print_every_steps=print_every_steps, num_steps=num_steps)
+    view.note(title)
+    return view
 
 
 def _is_capable_terminal(stream: TextIO) -> bool:

@@ -1,7 +1,7 @@
 """The JSONL log, which is the truth of a run: how rows are written, read and cut back; who fills them is the trainer.
 
 A log is UTF-8 text with one strict JSON object per line. Values are flat: number, string, boolean or null; a number
-that is not finite is written as null. `metrics.jsonl` holds two kinds of row, told apart by `kind`:
+that is not finite is written as null. `metrics.jsonl` holds two kinds of row, by `kind`:
 
 kind="train", one per logged optimizer step
     step                        optimizer steps done, this one included; steps that were dropped count
@@ -77,7 +77,7 @@ class JsonlLog:
             `resume` cuts it at a step first.
 
     Raises:
-        DptrainError: where `path` exists already and `append` is false: two runs in one log could not be told apart.
+        DptrainError: where `path` exists already and `append` is false: two runs in one log could not be separated.
     """
 
     def __init__(self, path: Path | str, *, key: str = "step", append: bool = False) -> None:

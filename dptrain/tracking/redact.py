@@ -1,4 +1,4 @@
-"""What may be told and kept of a run: no secret, no character that a terminal acts on; nothing is told here."""
+"""Redaction of what a run shows and stores: no secrets, no control characters."""
 
 from __future__ import annotations
 

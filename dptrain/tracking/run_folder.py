@@ -65,7 +65,7 @@ class RunFolder:
         warn_if_exposed(path)
 
     def _sign(self) -> None:
-        """Leave for the next one who comes who has the lock; its own file is emptied by whoever asks for it."""
+        """Write who has the lock, for the error of another process: asking for a lock empties the lock's own file."""
         signature = {
             "pid": os.getpid(),
             "host": platform.node(),
@@ -98,6 +98,11 @@ class RunFolder:
     def config(self) -> Path:
         """The settings, filled in."""
         return self.path / "config.yaml"
+
+    @property
+    def facts(self) -> Path:
+        """Date, versions, device and sizes, written at the start."""
+        return self.path / "run.json"
 
     @property
     def summary(self) -> Path:
@@ -139,7 +144,7 @@ def newest_step(run_dir: Path) -> int:
     """Return the step of the newest checkpoint by its name alone, whether or not it can be trusted; 0 without one."""
     try:
         names = [path.name for path in checkpoints_in(run_dir).iterdir()]
-    except (OSError, ValueError):  # whoever makes the folder says what is wrong with it
+    except (OSError, ValueError):  # the error follows when the folder is made
         return 0
     return max((int(found[1]) for name in names if (found := re.fullmatch(r"step-([0-9]{12,})", name))), default=0)
 

@@ -1,4 +1,4 @@
-"""Where a run tells what it does: log files, tracker and view on rank 0, nothing on the others."""
+"""The log of a run: JSONL files, tracker and console on rank 0, nothing on the other ranks."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from dptrain.tracking.export import start_exports
 from dptrain.tracking.jsonl import JsonlLog, Value, rows_from_end
 from dptrain.tracking.redact import refuse_secrets
 from dptrain.tracking.row_text import is_rate_alone
+from dptrain.tracking.run_facts import RunFacts
 from dptrain.tracking.run_folder import RunFolder, write_config
 from dptrain.tracking.tracker import start_tracker
 
@@ -53,7 +54,7 @@ class RunLog(Protocol):
         """Take the figures of the whole run."""
 
     def close(self) -> None:
-        """Stop telling; safe to call twice."""
+        """Close it; safe to call twice."""
 
 
 class SilentLog:
@@ -87,20 +88,20 @@ class SilentLog:
 class WritingLog:
     """The log of rank 0.
 
-    Training does not depend on what is told of it. A row that a file does not take is kept, and goes out before the
-    next one; the first such failure is told, and the summary counts them.
+    Training does not depend on the log. A row that cannot be written is kept and written before the next one; the
+    first such failure is shown, and the summary counts them.
 
     Args:
         folder: the run's; closed with the log, also where the log cannot be opened.
         config: filled in.
         up_to_step: the step after which rows of an earlier attempt are dropped; 0 for a new run.
-        title: for the view.
+        facts: for the first line of the view, and for `run.json`.
 
     Raises:
         ConfigError: where the settings hold a secret, or the folder does not take them.
     """
 
-    def __init__(self, folder: RunFolder, *, config: TrainConfig, up_to_step: int, title: str) -> None:
+    def __init__(self, folder: RunFolder, *, config: TrainConfig, up_to_step: int, facts: RunFacts) -> None:
         self._folder = folder
         self._every_steps = config.log.every_steps
         self._num_failures = 0
@@ -112,15 +113,17 @@ class WritingLog:
             self.on_record = _on_record(folder, from_step=up_to_step)
             try:
                 write_config(folder.config, config)
+                if not (up_to_step and folder.facts.exists()):  # a resumed run keeps the date of its start
+                    write_json(folder.facts, facts.record())
                 folder.summary.unlink(missing_ok=True)  # of an earlier end, which this run extends
                 self._metrics = JsonlLog.resume(folder.metrics, up_to=up_to_step)
-                # Decisions stay on record as far as they are followed: they are not told again.
+                # Decisions that are followed again stay in the file: they are not logged twice.
                 self._decisions = JsonlLog.resume(folder.decisions, up_to=self.on_record[-1][0] if up_to_step else -1)
             except OSError as error:
                 raise ConfigError(f"cannot write to run folder {folder.path}: {error.strerror or error}") from error
             self._view = make_view(
                 max_samples=given(config.max_samples),
-                title=title,
+                title=facts.line(run_dir=folder.path),
                 print_every_steps=config.log.print_every_steps,
                 num_steps=_num_steps(config),
                 level=config.noise.level,
@@ -186,7 +189,7 @@ class WritingLog:
         self._tracker.finish(summary)
 
     def close(self) -> None:
-        """Give terminal, files and folder back."""
+        """Release terminal, files and folder."""
         self._closing.close()
 
     def _go_on(self, write: Callable[[], object], *, file: Path) -> None:
@@ -196,8 +199,8 @@ class WritingLog:
             self._num_failures += 1
             if self._num_failures == 1:
                 self._view.note(
-                    f"cannot write {file}: {error.strerror or error}; training goes on, and what was not written "
-                    "follows as soon as there is room"
+                    f"cannot write {file}: {error.strerror or error}; training continues; unwritten rows "
+                    "follow once the file can be written"
                 )
 
     def _end(self, log: JsonlLog, *, file: Path) -> None:
@@ -226,7 +229,7 @@ def _on_record(folder: RunFolder, *, from_step: int) -> list[tuple[int, int]]:
             break
         if row.get("applied", True):
             found.insert(0, (_whole(row, "step"), _whole(row, "batch/after")))
-    # The latest step that is told of may not have been decided on when the attempt ended.
+    # The latest logged step may not have been decided on when the attempt ended.
     steps = [step for step, _ in found]
     if latest := next(rows_from_end(folder.metrics), None):
         steps.append(_whole(latest[2], "step") - 1)
@@ -236,7 +239,7 @@ def _on_record(folder: RunFolder, *, from_step: int) -> list[tuple[int, int]]:
 def _whole(row: Mapping[str, Value], key: str) -> int:
     value = row.get(key)
     if type(value) is not int or value < 1:
-        raise DptrainError(f"a row of the log has {key} = {value!r}, which is no count: the file was damaged")
+        raise DptrainError(f"a row of the log has {key} = {value!r}, which is not a count: the file is damaged")
     return value
 
 

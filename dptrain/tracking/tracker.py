@@ -361,7 +361,7 @@ def _ask(url: str, *, limit_s: float) -> str | None:
     except urllib.error.HTTPError as error:
         error.close()  # any status is an answer
     except urllib.error.URLError as error:
-        # A certificate that we do not trust may be one that wandb was told to trust.
+        # A certificate that is not trusted here may be one that wandb is configured to trust.
         return None if isinstance(error.reason, ssl.SSLError) else _one_line(error.reason)
     except (OSError, ValueError, http.client.HTTPException) as error:
         return _one_line(error)

@@ -4,7 +4,7 @@ from dptrain.checkpoint.settings import CheckpointConfig
 from dptrain.config.execution import ExecutionConfig
 from dptrain.config.train_config import LogConfig, OptimizerConfig, TrainConfig
 from dptrain.control.settings import ControlConfig
-from dptrain.observe.settings import NoiseConfig
+from dptrain.noise.settings import NoiseConfig
 from dptrain.train.trainer import Trainer
 
 __all__ = [

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Packed = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, JSON]]
 
 _FIRST_S = 5.0
-"""The first checkpoint by the clock comes after this: it tells what one costs."""
+"""The first checkpoint by the clock comes after this; it measures the cost of one."""
 _WORTH_TELLING = 2.0
 
 
@@ -35,7 +35,7 @@ class CheckpointManager:
         pack: returns step, tensors and state of this moment, which may share memory with the live objects.
         infinite: entries that hold infinities on purpose, see `AsyncWriter`.
         committed_step: of the checkpoint that the run goes on from, 0 for none.
-        log: is told what failed, and how often is saved.
+        log: gets failures and changes of the interval.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class CheckpointManager:
         self._log = log
         self._writer = AsyncWriter(folder, keep=config.keep, committed_step=committed_step, infinite=infinite)
         self._interval_s = _FIRST_S
-        self._told_s: float | None = None
+        self._logged_s: float | None = None
         self._failed = 0
         self._saved_s = time.monotonic()
 
@@ -110,14 +110,14 @@ class CheckpointManager:
             write_s=self._writer.status().write_s,
             mean_time_between_failures_s=3600 * self._config.hours_between_failures,
         )
-        told_s = self._told_s
+        logged_s = self._logged_s
         if self._config.every_samples is None and (
-            told_s is None or not 1 / _WORTH_TELLING < self._interval_s / told_s < _WORTH_TELLING
+            logged_s is None or not 1 / _WORTH_TELLING < self._interval_s / logged_s < _WORTH_TELLING
         ):
-            self._told_s = self._interval_s
+            self._logged_s = self._interval_s
             self._log.note(
-                f"a checkpoint every {self._interval_s:.0f} s from here on: each holds training up for "
-                f"{stall_s:.2g} s, and a failure every {self._config.hours_between_failures:g} h is reckoned with"
+                f"checkpoint interval: {self._interval_s:.0f} s (stall {1e3 * stall_s:.2g} ms, assumed MTBF "
+                f"{self._config.hours_between_failures:g} h)"
             )
 
 

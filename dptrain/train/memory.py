@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import default_collate
 
-from dptrain.data import micro_batch_ladder
+from dptrain.data import micro_batch_sizes
 from dptrain.errors import OutOfMemoryError, TaskError
 from dptrain.tasks import Batch, Task
 from dptrain.tasks.base import split_loss
@@ -67,7 +67,7 @@ def find_micro_batch_size(
         OutOfMemoryError: where a single sample does not fit.
     """
     task.model.to(device)
-    ladder = micro_batch_ladder(min(largest, len(task.train_data)))  # type: ignore[arg-type]
+    ladder = micro_batch_sizes(min(largest, len(task.train_data)))  # type: ignore[arg-type]
     grid_points = [size for size in ladder if size >= smallest]
     with _as_it_was(task.model):
         reserve = [torch.empty_like(p) for _ in range(num_states) for p in task.model.parameters() if p.requires_grad]

@@ -126,7 +126,7 @@ class RunProgress:
     def paused(self, *, wall_s: float) -> None:
         """Note that something else than training took time up to now."""
         self.step_timer.disturbed()
-        self._ledger.pause(seconds=wall_s - self._progress.wall_s, energy_j=0.0)  # its energy is told with a step
+        self._ledger.pause(seconds=wall_s - self._progress.wall_s, energy_j=0.0)  # its energy is part of the next step
         self._clock = (self._progress.position, wall_s)
 
     @property

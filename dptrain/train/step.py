@@ -87,7 +87,7 @@ class Stepper:
 
         Args:
             record: position, batch and learning rate.
-            report: what this replica has to tell the others.
+            report: what this replica sends to the others.
 
         Returns:
             What the replicas tell each other of the step, under way.

@@ -50,6 +50,7 @@ from dptrain.train.evaluation import HeldOut
 from dptrain.train.execution.loss_scale import LossScale
 from dptrain.train.execution.master_weights import MasterWeights, needs_masters
 from dptrain.train.execution.wrapping import autocast, autocast_dtype, is_sharded, wrap
+from dptrain.train.facts import facts_of
 from dptrain.train.hooks import build_hooks, wants_end
 from dptrain.train.optimizer import build_optimizer, skips_on_device
 from dptrain.train.parts import build_ledger, build_meter, build_update, fitting_micro_batch_size
@@ -400,9 +401,8 @@ class Trainer:
         folder = RunFolder(self._run_dir, resume=self._resume)
         if saved is None and self._allow_fresh:
             set_aside(checkpoints_in(self._run_dir))
-        replicas = "replica" if self._world_size == 1 else "replicas"
-        title = f"{self._task.name} on {self._world_size} {self._device.type} {replicas} → {self._run_dir}"
-        return WritingLog(folder, config=self._config, up_to_step=0 if saved is None else saved.step, title=title)
+        facts = facts_of(self._task, num_samples=self._num_samples, world_size=self._world_size, device=self._device)
+        return WritingLog(folder, config=self._config, up_to_step=0 if saved is None else saved.step, facts=facts)
 
     def _loader(self) -> MicroBatchLoader:
         return MicroBatchLoader(
@@ -433,8 +433,6 @@ class Trainer:
             flops=self._flops,
             seed_of=lambda position: forward_seed(self._config.seed, position),
         )
-
-    # Checkpoints
 
     def _checkpoint_manager(self, log: RunLog) -> CheckpointManager:
         return CheckpointManager(

@@ -29,9 +29,9 @@ def test_it_writes_a_picture_and_a_record_and_tells(run, capsys):
     found = json.loads((run / "plan.json").read_text())
     assert (run / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert [point["num_devices"] for point in found["points"]] == [2, 8, 64]
-    assert found["finding"].startswith("on 2 GPUs ")
-    assert "On 2 GPUs " in out
-    assert "noise scale is no optimal batch" in out
+    assert found["finding"].startswith("2 GPUs: ")
+    assert "Time on 2 GPUs: " in out
+    assert "noise scale is not the optimal batch size" in out
     for point in found["points"]:
         assert f"{point['micro_batch_size']} × {point['accumulation_steps']}" in out
 

@@ -69,5 +69,5 @@ def test_help(capsys):
         main(["report", "--help"])
     assert ended.value.code == 0
     told = capsys.readouterr().out
-    assert "a run folder" in told
+    assert "run folder" in told
     assert "--out DIR" in told

@@ -161,7 +161,7 @@ def test_a_sweep_that_is_stopped_says_how_to_go_on(tmp_path):
     started.wait_for_evaluations(3)
     os.kill(started.process.pid, signal.SIGINT)
     assert started.wait() == 75, started.text("err")
-    assert f"go on with dptrain sweep --out {tmp_path / 'stopped'}" in started.text("err")
+    assert f"continue with dptrain sweep --out {tmp_path / 'stopped'}" in started.text("err")
     assert "unfinished" in {row["status"] for row in rows(tmp_path / "stopped")}
     assert not (tmp_path / "stopped" / "fit.json").exists()
     assert any((tmp_path / "stopped").glob("runs/*/checkpoints/step-*"))
@@ -220,6 +220,6 @@ def test_what_could_not_be_told_is_told_so():
         ("one seed", 0),
         ("not reached by every seed at any learning rate", 1),
         ("reached before the first evaluation", 1),
-        ("the best learning rate is at the edge of those tried", 1),
+        ("best learning rate at the edge of the grid", 1),
     ]
     assert all(batch in line for line, batch in zip(more[1:], ("batch 8", "batch 4", "batch 16"), strict=True))

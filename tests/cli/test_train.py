@@ -327,8 +327,42 @@ def test_several_replicas_say_it_once(tmp_path):
     for found, part in ((every, "does not import"), (one, "already holds a run")):
         assert found.returncode == 2, found.stderr
         assert_one_sentence(found.stderr, part)
-        assert found.stdout == ""
+        assert found.stdout.startswith("run ")
+        assert found.stdout.endswith(" | starting …\n")
+        assert found.stdout.count("\n") == 1
     assert [path.name for path in (tmp_path / "held").iterdir()] == ["metrics.jsonl"]
+
+
+def test_the_first_line_waits_for_nothing_slow(tmp_path):
+    """Run folder, task, replicas, device, precision and tracker are printed before torch is loaded."""
+    program = """
+import sys
+from dptrain.cli import train
+train.start_replicas = lambda *_, **__: print("torch" in sys.modules)
+train.train(sys.argv[1:])
+"""
+    arguments = [
+        "--task",
+        "digits",
+        "--device",
+        "cpu",
+        "--run-dir",
+        "a",
+        "--precision",
+        "bf16",
+        "--log.tracker",
+        "none",
+    ]
+    found = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    line = "run a | task digits | 2 cpu replicas | precision bf16 | tracker none | starting …"
+    assert found.stdout.splitlines() == [line, "False"]
 
 
 def test_torchrun_starts_it_too(tmp_path):

@@ -24,7 +24,7 @@ NUM_SAMPLES = 37
 STREAM = SampleStream(NUM_SAMPLES, seed=3)
 
 STEPS = [(8, 2), (8, 2), (24, 2), (16, 2), (16, 4), (32, 4), (13, 4), (13, 4), (3, 4), (16, 4)]
-"""(global batch, micro-batch) of successive steps: full, grown, shrunk, another rung, ragged, very few, full."""
+"""(global batch, micro-batch) of successive steps: full, grown, shrunk, another size, ragged, very few, full."""
 
 
 class Numbers(Dataset):

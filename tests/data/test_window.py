@@ -13,7 +13,7 @@ from dptrain.data.window import (
     accumulation_steps,
     choose_micro_batch_size,
     is_full,
-    micro_batch_ladder,
+    micro_batch_sizes,
     slots,
 )
 from dptrain.errors import ConfigError
@@ -94,9 +94,9 @@ def test_sizes_below_one_are_refused(name):
 
 
 @given(largest=st.integers(1, 10**6))
-def test_the_ladder_is_short_and_ends_where_asked(largest):
-    """Rungs ascend, begin at 1, end at the largest, and at most double."""
-    grid = micro_batch_ladder(largest)
+def test_the_sizes_are_few_and_end_where_asked(largest):
+    """Sizes ascend, begin at 1, end at the largest, and at most double."""
+    grid = micro_batch_sizes(largest)
     assert grid[0] == 1
     assert grid[-1] == largest
     assert all(lower < upper <= 2 * lower for lower, upper in itertools.pairwise(grid))
@@ -104,27 +104,27 @@ def test_the_ladder_is_short_and_ends_where_asked(largest):
 
 
 @pytest.mark.parametrize(("largest", "grid"), [(1, (1,)), (8, (1, 2, 4, 8)), (12, (1, 2, 4, 8, 12))])
-def test_known_ladders(largest, grid):
+def test_known_sizes(largest, grid):
     """Powers of two, and the largest itself."""
-    assert micro_batch_ladder(largest) == grid
+    assert micro_batch_sizes(largest) == grid
 
 
-def test_an_empty_ladder_is_refused():
+def test_an_empty_list_is_refused():
     """The largest micro-batch holds at least one sample."""
     with pytest.raises(ConfigError, match="got 0"):
-        micro_batch_ladder(0)
+        micro_batch_sizes(0)
 
 
 @given(
     grid_point=st.integers(1, 64), repeats=st.integers(1, 50), world_size=st.integers(1, 9), largest=st.integers(1, 64)
 )
 def test_a_divisible_batch_is_laid_out_with_full_micro_batches(grid_point, repeats, world_size, largest):
-    """The choice is full, and no larger rung would be."""
+    """The choice is full, and no larger size would be."""
     global_batch_size = grid_point * repeats * world_size
     layout = {"global_batch_size": global_batch_size, "world_size": world_size}
     chosen = choose_micro_batch_size(**layout, largest=largest)
     assert is_full(**layout, micro_batch_size=chosen)
-    larger = [grid_point for grid_point in micro_batch_ladder(largest) if grid_point > chosen]
+    larger = [grid_point for grid_point in micro_batch_sizes(largest) if grid_point > chosen]
     assert not any(is_full(**layout, micro_batch_size=grid_point) for grid_point in larger)
 
 
@@ -132,7 +132,7 @@ def test_a_divisible_batch_is_laid_out_with_full_micro_batches(grid_point, repea
     ("global_batch_size", "world_size", "largest", "chosen"),
     [(1024, 3, 64, 64), (7, 2, 64, 4), (3, 4, 64, 1), (1024, 3, 1000, 256)],
 )
-def test_an_indivisible_batch_takes_the_largest_rung_within_a_replicas_share(
+def test_an_indivisible_batch_takes_the_largest_size_within_a_replicas_share(
     global_batch_size, world_size, largest, chosen
 ):
     """Where the world size does not divide the batch, no micro-batch is larger than it can ever be filled."""

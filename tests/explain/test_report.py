@@ -56,8 +56,14 @@ def test_the_page_says_what_batch_to_use_before_all_else(drawn):
     """Then come figures, decisions, cost and settings, and at the end how far to trust it."""
     text = (drawn / "report.html").read_text()
     parts = (
-        *("<h1>run</h1>", "What batch to use", "Take a global batch of about", "<figure", "Decisions on the batch"),
-        *("What it cost", "Settings", CAVEAT),
+        *(
+            "<h1>run</h1>",
+            "Recommended batch size",
+            "Recommended constant global batch",
+            "<figure",
+            "Decisions on the batch",
+        ),
+        *("Cost", "Settings", CAVEAT),
     )
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
@@ -68,9 +74,9 @@ def test_the_caption_names_geometry_smoothing_and_the_caveat(tmp_path):
     """The foot of the picture says how the batch was laid out, what was averaged, and how far to trust it."""
     caption = stacked(write_run(tmp_path)).get_supxlabel()
     assert "micro-batch 8 × accumulation steps 1–8 × 2 replicas" in caption
-    assert "Noise scale: mean over about 23 steps, interval at 95%." in caption
+    assert "Noise scale: averaged over about 23 steps, interval at 95 %." in caption
     assert CAVEAT in caption
-    assert "factor of six" in CAVEAT
+    assert "a factor of six" in " ".join(CAVEAT.split())
 
 
 def test_the_curves_stand_over_each_other_under_their_findings(tmp_path):
@@ -107,9 +113,9 @@ def test_several_runs_are_laid_over_each_other_where_they_lie(tmp_path):
     assert path == tmp_path / "report.html"
     assert (tmp_path / "report-loss-over-time.png").is_file()
     assert not (runs[0] / "report.html").exists()
-    assert text.index("The runs side by side") < text.index("<figure")
-    assert "What batch to use, by A one" in text
-    assert "What batch to use, by B two" in text
+    assert text.index("Comparison of the runs") < text.index("<figure")
+    assert "Recommended batch size, from A one" in text
+    assert "Recommended batch size, from B two" in text
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

@@ -151,7 +151,7 @@ def train_each_way(rank, world_size):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_training_is_bit_identical_with_and_without_the_meter(world_size):
-    """Neither tap changes a parameter in any bit, also where 1/world_size is not exact."""
+    """Neither hook changes a parameter in any bit, also where 1/world_size is not exact."""
     for bare, tapped, hooked in run_replicas(train_each_way, world_size=world_size)[0].values():
         assert bare == tapped
         assert bare == hooked

@@ -9,15 +9,15 @@ import pytest
 
 import dptrain
 from dptrain.errors import ConfigError
-from dptrain.sweep import child_runs as arms
-from dptrain.sweep.child_runs import ArmProcess, Site
+from dptrain.sweep import child_runs as runs
+from dptrain.sweep.child_runs import RunProcess, Site
 
 
 @pytest.fixture
 def machine(monkeypatch):
     def made(*, cores=8, gpus=0, visible=None):
-        monkeypatch.setattr(arms.os, "sched_getaffinity", lambda _: set(range(cores)))
-        monkeypatch.setattr(arms, "count_gpus", lambda *, cpu: 0 if cpu else gpus)
+        monkeypatch.setattr(runs.os, "sched_getaffinity", lambda _: set(range(cores)))
+        monkeypatch.setattr(runs, "count_gpus", lambda *, cpu: 0 if cpu else gpus)
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible is not None:
@@ -77,27 +77,27 @@ def test_a_process_prints_into_its_log(tmp_path):
     """Behind what is there, and its last line can be read; its exit code is that of the command."""
     log = tmp_path / "log.txt"
     log.write_text("before\n")
-    assert wait(ArmProcess(["--version"], log=log, environment={}, fork=True)) == 0
-    refused = ArmProcess(["nonsense"], log=log, environment={}, fork=True)
+    assert wait(RunProcess(["--version"], log=log, environment={}, fork=True)) == 0
+    refused = RunProcess(["nonsense"], log=log, environment={}, fork=True)
     assert wait(refused) == 2
     first, second, third = log.read_text().splitlines()
     assert (first, second) == ("before", f"dptrain {dptrain.__version__}")
-    assert "no command 'nonsense'" in third
+    assert "unknown command 'nonsense'" in third
     assert refused.last_words() == third
 
 
 def test_a_fresh_interpreter_does_the_same(tmp_path):
     """Where there are GPUs, a copy of a process would not do."""
     log = tmp_path / "log.txt"
-    assert wait(ArmProcess(["--version"], log=log, environment={}, fork=False)) == 0
+    assert wait(RunProcess(["--version"], log=log, environment={}, fork=False)) == 0
     assert log.read_text() == f"dptrain {dptrain.__version__}\n"
 
 
 def test_a_process_can_be_stopped_and_killed(tmp_path):
     """Both from outside; a stop is asked for once."""
-    process = ArmProcess(["train", "--task=quadratic"], log=tmp_path / "log.txt", environment={}, fork=True)
+    process = RunProcess(["train", "--task=quadratic"], log=tmp_path / "log.txt", environment={}, fork=True)
     process.kill()
     assert process.code == -signal.SIGKILL
     process.stop()
     assert not process.is_asked_to_stop
-    assert ArmProcess.last_words(process) == ""
+    assert RunProcess.last_words(process) == ""

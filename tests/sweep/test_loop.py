@@ -28,8 +28,8 @@ class View:
     def update(self, standing):
         self.standing = standing
 
-    def ended(self, arm, _standing):
-        self.ends.append(arm.name)
+    def ended(self, run, _standing):
+        self.ends.append(run.name)
 
 
 class Play:
@@ -92,12 +92,12 @@ class Actor:
 
 @pytest.fixture
 def played(tmp_path, monkeypatch):
-    def play(parts=None, *, num_parallel=1, rates=(0.05, 0.1, 0.2), batches=(8,)):
+    def play(parts=None, *, num_parallel=1, rates=(0.05, 0.1, 0.2), batches=(8,), targets=(0.5,)):
         acting = Play(parts or {})
-        monkeypatch.setattr(sweep_loop, "ArmProcess", acting)
+        monkeypatch.setattr(sweep_loop, "RunProcess", acting)
         spec = SweepSpec(
             batch_sizes=list(batches),
-            targets=[0.5],
+            targets=list(targets),
             seeds=[0],
             learning_rates=list(rates),
             base_batch_size=8,
@@ -127,6 +127,13 @@ def test_every_run_is_started_once(played):
     assert view.ends == NAMES
     assert ending.searches[0].choices[0].grid_point == 1
     assert (dict(ending.failures), ending.was_stopped) == ({}, False)
+
+
+def test_targets_crossed_before_the_first_evaluation_stop_the_sweep(played):
+    """At the first run that shows it, with the setting to change; no further run is started."""
+    with pytest.raises(ConfigError, match=r"reached target 0.99 at its first evaluation.*--log.eval-every-samples"):
+        played(targets=(0.99, 0.5))
+    assert sweep_loop.RunProcess.started == [(NAMES[0], False)]
 
 
 @pytest.mark.parametrize("num_parallel", [1, 2, 5])
@@ -159,8 +166,8 @@ def test_a_run_that_failed_is_told_and_the_others_go_on(played):
     """It is not started again: `dptrain train` has tried what can be tried."""
     acting, _, ending = played({NAMES[0]: [74, 74]})
     assert len(acting.started) == 3
-    assert {arm.name: code for arm, code in ending.failures.items()} == {NAMES[0]: 74}
-    assert [arm.name for arm in ending.searches[0].unsettled] == [NAMES[0]]
+    assert {run.name: code for run, code in ending.failures.items()} == {NAMES[0]: 74}
+    assert [run.name for run in ending.searches[0].unsettled] == [NAMES[0]]
 
 
 def test_a_run_that_diverged_is_done(played):

@@ -25,39 +25,39 @@ def spec(**changes):
 
 
 def test_the_first_guess_follows_the_rule():
-    """Four times the batch is twice the rate by the square root, four times by the linear rule; rungs are doublings."""
-    assert [spec().arm(32, grid_point=grid_point, seed=0).learning_rate for grid_point in spec().first_rungs] == [
+    """Four times the batch: twice the rate by the square root, four times by the linear rule."""
+    assert [spec().run(32, grid_point=grid_point, seed=0).learning_rate for grid_point in spec().first_grid_points] == [
         0.01,
         0.02,
         0.04,
     ]
-    assert spec(exponent=1.0).arm(32, grid_point=0, seed=0).learning_rate == 0.04
-    assert spec(exponent=0.0).arm(32, grid_point=3, seed=0).learning_rate == 0.08
+    assert spec(exponent=1.0).run(32, grid_point=0, seed=0).learning_rate == 0.04
+    assert spec(exponent=0.0).run(32, grid_point=3, seed=0).learning_rate == 0.08
 
 
 def test_a_rate_is_what_the_name_says():
     """Four digits are all that it has, so two runs of one name are one run."""
-    arm = spec(base_learning_rate=1 / 3).arm(32, grid_point=0, seed=7)
-    assert arm.learning_rate == 0.6667
-    assert arm.name == "batch-32-lr-0.6667-seed-7"
-    names = {spec().arm(8, grid_point=grid_point, seed=0).name for grid_point in range(-12, 13)}
+    run = spec(base_learning_rate=1 / 3).run(32, grid_point=0, seed=7)
+    assert run.learning_rate == 0.6667
+    assert run.name == "batch-32-lr-0.6667-seed-7"
+    names = {spec().run(8, grid_point=grid_point, seed=0).name for grid_point in range(-12, 13)}
     assert len(names) == 25
 
 
 def test_listed_rates_are_taken_as_they_are():
     """At every batch, and no other."""
     listed = spec(learning_rates=[0.001, 0.0123456])
-    assert [listed.arm(32, grid_point=grid_point, seed=0).learning_rate for grid_point in listed.first_rungs] == [
+    assert [listed.run(32, grid_point=grid_point, seed=0).learning_rate for grid_point in listed.first_grid_points] == [
         0.001,
         0.0123456,
     ]
-    assert [grid_point for grid_point in range(-3, 5) if listed.has_rung(grid_point)] == [0, 1]
+    assert [grid_point for grid_point in range(-3, 5) if listed.has_grid_point(grid_point)] == [0, 1]
 
 
 def test_the_search_ends_somewhere():
     """After some four thousandfold to either side."""
-    assert spec().has_rung(12)
-    assert not spec().has_rung(13)
+    assert spec().has_grid_point(12)
+    assert not spec().has_grid_point(13)
 
 
 def test_a_longer_run_for_a_larger_batch():

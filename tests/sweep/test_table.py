@@ -45,7 +45,7 @@ def swept():
         base_samples=10_000,
         exponent=0.5,
     )
-    courses = {spec.arm(b, grid_point=0, seed=s): course(b, seed=s, early=b == 4) for b in BATCHES for s in (0, 1)}
+    courses = {spec.run(b, grid_point=0, seed=s): course(b, seed=s, early=b == 4) for b in BATCHES for s in (0, 1)}
     searches = [search(spec, batch, courses.__getitem__) for batch in BATCHES]
     clock = (np.array([0.0, 1e6]), np.array([0.0, 1e3]))
     rows = list(table(spec, searches, course_of=courses.__getitem__, clock_of=lambda _: clock))

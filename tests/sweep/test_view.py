@@ -27,14 +27,14 @@ def shown(monkeypatch):
         base_samples=800,
         exponent=0.5,
     )
-    slow, fast = (spec.arm(8, grid_point=grid_point, seed=0) for grid_point in (0, 1))
+    slow, fast = (spec.run(8, grid_point=grid_point, seed=0) for grid_point in (0, 1))
     courses = {
         slow: Course(positions=[80, 160, 240], losses=[0.9, 0.7, 0.6]),
         fast: Course(positions=[80, 160, 240, 320], losses=[0.8, 0.4, 0.2, 0.1]),
     }
 
-    def course_of(arm):
-        return courses.get(arm, Course())
+    def course_of(run):
+        return courses.get(run, Course())
 
     def standing():
         searches = [search(spec, batch, course_of) for batch in spec.batch_sizes]

@@ -14,6 +14,7 @@ from dptrain.errors import ConfigError
 from dptrain.tasks import Suggestion
 from dptrain.tracking import run_log
 from dptrain.tracking.jsonl import JsonlLog, read_rows
+from dptrain.tracking.run_facts import RunFacts
 from dptrain.tracking.run_folder import RunFolder
 from dptrain.tracking.run_log import WritingLog
 from dptrain.train import LogConfig, TrainConfig
@@ -22,6 +23,17 @@ SUGGESTION = Suggestion(
     learning_rate=0.01, global_batch_size=16, micro_batch_size=4, max_samples=10_000, eval_every_samples=1_000
 )
 CONFIG = filled_in(TrainConfig(log=LogConfig(tracker="none", print_every_steps=1000)), SUGGESTION, world_size=1)
+
+FACTS = RunFacts(
+    task="t",
+    num_parameters=3,
+    num_samples=8,
+    num_held_out=2,
+    world_size=1,
+    device="cpu",
+    device_name=None,
+    torch_version="2.9",
+)
 
 
 @pytest.fixture
@@ -50,7 +62,7 @@ def disk(monkeypatch):
 
 
 def open_log(path, *, config=CONFIG, resume=False):
-    return WritingLog(RunFolder(path, resume=resume), config=config, up_to_step=0, title="t")
+    return WritingLog(RunFolder(path, resume=resume), config=config, up_to_step=0, facts=FACTS)
 
 
 def row(step):
@@ -89,7 +101,7 @@ def test_a_full_disk_delays_rows_and_is_told_once(tmp_path, said, disk):
     assert [found["step"] for found in read_rows(tmp_path / "decisions.jsonl")] == [4]
     assert json.loads((tmp_path / "summary.json").read_text())["log_failures"] == 4
     (note,) = [line for line in said() if "cannot write" in line]
-    assert "metrics.jsonl: No space left on device; training goes on" in note
+    assert "metrics.jsonl: No space left on device; training continues" in note
 
 
 def test_rows_that_never_found_room_are_said_to_be_lost(tmp_path, said, disk):

@@ -18,7 +18,7 @@ class StaircaseSchedule:
     """A falling schedule as a staircase of halvings: 1, ½, ¼, … from where the schedule itself is down to each.
 
     The warm-up is the schedule's. The staircase is the base rate of a Seesaw run, and the rate rule multiplies it by
-    its factor for the batch, as ever: with `square_root` the rate falls by √2 at each doubling of the batch (Adam),
+    its factor for the batch as usual: with `square_root` the rate falls by √2 at each doubling of the batch (Adam),
     with `linear` it stays (SGD; Smith et al. 2018, arXiv 1711.00489). Where the batch cannot be doubled any more, or
     not yet, the rate falls by the whole half: nothing acts twice, and nothing is lost.
 

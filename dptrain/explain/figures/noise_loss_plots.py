@@ -34,8 +34,8 @@ def against_loss(records: Sequence[RunRecord], *, title: str) -> RunFigure:
         shows="Noise scale with its interval over training loss",
         title=title,
         reading=(
-            "The loss falls from left to right. Each point is where the run first came so low, the diamond its end; "
-            "bars are intervals, an open triangle is a lower bound. Where it rises, the batch that still pays grows."
+            "The loss falls from left to right. Each point: where the run first reached that loss; diamond: its end; "
+            "bars: intervals; open triangle: lower bound. Where the points rise, larger batches become useful."
         ),
         draw=partial(_draw_against_loss, records=records) if shown else None,
     )
@@ -94,9 +94,9 @@ def frontier(
         shows="Samples over optimizer steps, both logarithmic",
         title=title,
         reading=(
-            "Star: what was done. Curve: what fixed batches (numbers, in samples) would have needed for the "
-            "same progress, if the measured noise scale tells all and the learning rate suits each; shaded: the ends "
-            "of its interval. Left is fewer steps, hence faster on more devices; down is fewer samples, hence cheaper. "
+            "Star: this run. Curve: constant batches (numbers, in samples) for the same progress, estimated from the "
+            "measured noise scale with a tuned learning rate for each; shaded: from the ends of its interval. "
+            "Left: fewer steps, faster on more devices. Down: fewer samples, cheaper. "
             f"{note}"
         ).strip(),
         draw=partial(_draw_frontier, records=records, found=found) if any(found) else None,
@@ -110,7 +110,7 @@ def _draw_frontier(axes: Axes, *, records: Sequence[RunRecord], found: Sequence[
     _limit(axes, [place for _, place in placed])
     for index, place in placed:
         style = _ALONE if alone else series(index)
-        name = "fixed batches" if alone else label(index, records[index])
+        name = "constant batches" if alone else label(index, records[index])
         _draw_curve(axes, place, style=style, name=name, shaded=len(placed) <= _FEW_RUNS)
         colour = VERMILLION if alone else style["color"]
         star = "this run" if alone else None

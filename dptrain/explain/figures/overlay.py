@@ -59,7 +59,7 @@ def _loss(records: Sequence[RunRecord]) -> RunFigure:
         shows="Loss over samples seen",
         title=compare.about_losses(records),
         reading="Lower is better; at equal height, further left took fewer samples. Lines: training, smoothed. "
-        "Dots: data that is not trained on.",
+        "Dots: held-out data.",
         draw=partial(_draw_loss, records=records, over=SAMPLES),
         legend={"loc": "upper right", "ncols": 3},
     )
@@ -70,7 +70,7 @@ def _loss_over_time(records: Sequence[RunRecord], target: compare.Target | None)
         name="loss-over-time",
         shows="Loss over seconds of training",
         title=compare.about_seconds(records, target),
-        reading="Lower is better; at equal height, further left was sooner. It holds for the hardware of each run.",
+        reading="Lower is better; at equal height, further left was faster. Valid for the hardware of each run.",
         draw=partial(_draw_loss, records=records, over="progress/wall_s"),
     )
 
@@ -98,7 +98,7 @@ def _batch(records: Sequence[RunRecord]) -> RunFigure:
         name="batch",
         shows="Global batch over samples seen",
         title=compare.about_batches(records),
-        reading="Samples in one optimizer step, on all replicas together; each line of the grid twice the one below.",
+        reading="Samples per optimizer step over all replicas; each grid line is twice the one below.",
         draw=partial(_draw_batches, records=records),
         height_in=2.5,
         legend={},
@@ -117,8 +117,8 @@ def _draw_batches(axes: Axes, *, records: Sequence[RunRecord]) -> None:
 
 def _noise_scale(records: Sequence[RunRecord]) -> RunFigure:
     known = any(is_resolved(row) for record in records for row in record.train)
-    few = "Bands: the intervals; where they overlap, no difference is proven."
-    bands = few if len(records) <= _FEW_RUNS else "Intervals are left out where so many runs overlap."
+    few = "Bands: the intervals; where they overlap, the difference is not significant."
+    bands = few if len(records) <= _FEW_RUNS else "Intervals are not drawn for so many runs."
     return RunFigure(
         name="noise-scale",
         shows="Noise scale over samples seen",
@@ -148,7 +148,7 @@ def _learning_rate(records: Sequence[RunRecord]) -> RunFigure:
         name="learning-rate",
         shows="Learning rate over samples seen",
         title=compare.about_learning_rates(records),
-        reading="The rate that the optimizer was given: base rate × schedule × the factor that goes with the batch.",
+        reading="Learning rate of the optimizer: base rate × schedule × scaling with the batch.",
         draw=partial(_draw_rates, records=records),
         height_in=2.3,
         legend={},
@@ -170,8 +170,8 @@ def _throughput(records: Sequence[RunRecord]) -> RunFigure:
         name="throughput",
         shows="Throughput over samples seen",
         title=compare.about_throughputs(records),
-        reading="Samples per second on all replicas together, smoothed; evaluation and saving left out. It tells "
-        "as much of the hardware as of the run.",
+        reading="Samples per second over all replicas, smoothed, without evaluations and checkpoints. It depends on "
+        "the hardware as much as on the run.",
         draw=partial(_draw_throughputs, records=records),
         height_in=2.3,
         legend={},

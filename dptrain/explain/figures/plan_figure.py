@@ -58,7 +58,7 @@ def _by_devices(axes: Axes, plan: Plan, *, unit_s: float, unit: str) -> None:
     axes.plot(numbers, times, color=BLUE, marker="o", markersize=4, linewidth=1.6, label="planned")
     axes.axvline(plan.knee, color=VERMILLION, linestyle="--", linewidth=1, label=f"knee: {plan.knee:,}")
     if plan.ceiling is not None:
-        label = f"nothing gained beyond {plan.ceiling:,}"
+        label = f"no gain beyond {plan.ceiling:,}"
         axes.axvline(plan.ceiling, color=INK, linestyle=":", linewidth=1.2, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -70,8 +70,8 @@ def _by_devices(axes: Axes, plan: Plan, *, unit_s: float, unit: str) -> None:
         finding=words.headline(plan),
         unit=f"number of {plan.device}s",
         reading=(
-            f"Left of the knee twice the {plan.device}s save at least 30 % of the time; a flat line means that more of "
-            f"them buy nothing"
+            f"Left of the knee, twice the {plan.device}s save at least 30 % of the time; where the line is flat, more "
+            f"of them save none"
         ),
         width=105,
     )
@@ -87,7 +87,7 @@ def _by_work(axes: Axes, plan: Plan, *, unit_s: float, unit: str) -> None:
 
     _frontier(axes, plan.points, amount, unit_s=unit_s)
     axes.set_ylabel(f"time to the target ({unit})")
-    reading = f"Each point is a number of {plan.device}s; further down is sooner, further right is more work"
+    reading = f"Each point is a number of {plan.device}s; lower is faster, further right is more work"
     _explain(axes, finding=words.traded(plan, what, amount), unit=name, reading=reading, width=52)
 
 
@@ -100,7 +100,7 @@ def _by_money(axes: Axes, plan: Plan, *, unit_s: float, unit: str) -> None:
 
     _frontier(axes, plan.points, amount, unit_s=unit_s)
     axes.set_ylabel(f"time to the target ({unit})")
-    reading = "A steep line is a good bargain; where it turns flat, money buys no more time"
+    reading = "Where the line is flat, more money saves no time"
     _explain(axes, finding=words.traded(plan, what, amount), unit=name, reading=reading, width=52)
 
 

@@ -63,7 +63,7 @@ def _loss(record: RunRecord) -> RunFigure:
         title=findings.about_loss(record),
         reading=(
             f"Lower is better. Faint: each step's mean loss; thick: its mean over {record.window:,.0f} samples "
-            f"({SMOOTHING_SHARE:.0%} of the run); dots: data that is not trained on."
+            f"({SMOOTHING_SHARE:.0%} of the run); dots: held-out data."
         ),
         draw=partial(_draw_loss, record=record),
         legend={"loc": "upper right", "ncols": 4},
@@ -103,7 +103,7 @@ def _mark_dropped(axes: Axes, record: RunRecord) -> None:
     if len(where):
         edge = axes.get_xaxis_transform()
         height = np.full_like(where, 0.04)
-        axes.plot(where, height, "x", color=INK, markersize=6, transform=edge, label="step dropped")
+        axes.plot(where, height, "x", color=INK, markersize=6, transform=edge, label="skipped step")
 
 
 def _second_axis_in_bits(axes: Axes, record: RunRecord) -> None:
@@ -124,8 +124,8 @@ def _batch(record: RunRecord) -> RunFigure:
         shows="Global batch over samples seen",
         title=findings.about_batch(record),
         reading=(
-            "Samples in one optimizer step, on all replicas together, each line twice the one below. A triangle is a "
-            "decision, hollow where it was only advised; the table says why."
+            "Samples per optimizer step over all replicas; each grid line is twice the one below. A triangle is a "
+            "decision, hollow if only advised; the table has the reasons."
         ),
         draw=partial(_draw_batch, record=record),
         height_in=2.5,
@@ -159,8 +159,8 @@ def _noise_scale(record: RunRecord) -> RunFigure:
         shows="Noise scale with its interval over samples seen",
         title=findings.about_noise_scale(record),
         reading=(
-            f"Band: {findings.level(record) or 'the'} interval; black: the batch in force. Below the band a larger "
-            f"batch still saves steps, above it hardly. {findings.about_averaging(record)}"
+            f"Band: {findings.level(record) or 'the'} interval; black: the batch in use. Below the band a larger "
+            f"batch saves steps, above it hardly any. {findings.about_averaging(record)}"
         ).strip(),
         draw=partial(_draw_noise_scale, record=record),
         legend={"loc": "lower right", "ncols": 4},
@@ -219,8 +219,8 @@ def _groups(record: RunRecord) -> RunFigure:
         shows="Noise scale of groups of parameters at the end",
         title=findings.about_groups(record),
         reading=(
-            "One line per group: the estimate in its interval; an arrow is a lower bound, open above. The dashed line "
-            f"is the whole model. A step has one batch: it cannot suit groups that lie far apart.{left_out}"
+            "One line per group: the estimate with its interval; an arrow is a lower bound. Dashed: the whole model. "
+            f"All groups share one batch size.{left_out}"
         ),
         draw=partial(_draw_groups, record=record, groups={name: groups[name] for name in largest}) if groups else None,
         height_in=1.2 + 0.24 * len(largest),
@@ -250,7 +250,7 @@ def _learning_rate(record: RunRecord) -> RunFigure:
         name="learning-rate",
         shows="Learning rate over samples seen",
         title=findings.about_learning_rate(record),
-        reading="The rate that the optimizer was given: base rate × schedule × the factor that goes with the batch.",
+        reading="Learning rate of the optimizer: base rate × schedule × scaling with the batch.",
         draw=partial(_draw_learning_rate, record=record),
         height_in=2.3,
         legend={},
@@ -273,7 +273,7 @@ def _throughput(record: RunRecord) -> RunFigure:
         shows="Throughput over samples seen",
         title=findings.about_throughput(record),
         reading=(
-            "Samples per second on all replicas together, evaluation and saving left out. Faint: between logged "
+            "Samples per second over all replicas, without evaluations and checkpoints. Faint: between logged "
             "steps; thick: smoothed like the loss."
         ),
         draw=partial(_draw_throughput, record=record),

@@ -33,7 +33,7 @@ yellow is a brown. They stay apart for the colour-blind, see the tests.
 
 SERIES = (BLUE, VERMILLION, GREEN, PURPLE, INK, BROWN)
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
-"""Line styles: no curve is told by its colour alone. Five of them and six colours make thirty pairs."""
+"""Line styles: colour alone never distinguishes curves. Five styles and six colours make thirty pairs."""
 
 STYLE: dict[Any, Any] = {
     "font.size": 9,

@@ -1,4 +1,4 @@
-"""What an adaptive batch saves, told from the noise scale along a run; no run is read here, and nothing is fitted."""
+"""What an adaptive batch saves, estimated from the noise scale along a run; reads no run and fits nothing."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def devices(
     Args:
         record: the run.
         gradient_bytes: of one all-reduce; needed with `gb_per_s`.
-        gb_per_s: bandwidth of the all-reduce between two devices. Where it is not given it is told from the run: from
+        gb_per_s: bandwidth of the all-reduce between two devices. If not given, it is estimated from the run: from
             two numbers of devices if it was resumed on another one; else it is half of what a step costs beside its
             samples, and may be all or nothing of it.
         latency_s: of a hop.
@@ -97,13 +97,15 @@ def devices(
     """
     timed = list(_timed(record))
     if not timed:
-        raise ConfigError(f"{record.name} has no step times: plan from a run of this version, with log.every_steps=1")
+        raise ConfigError(f"{record.name} has no step times: plan from a run of this version with log.every_steps=1")
     times = StepTimes()
     for shape, seconds in timed:
         times = times.timed(shape, seconds)
     model = times.model()
     if model is None:
-        raise ConfigError(f"{record.name} is too short to time its steps, it has {len(timed)}: train on")
+        raise ConfigError(
+            f"{record.name} has only {len(timed)} timed steps, too few for a model of step times: train longer"
+        )
     micro = [shape.micro_batch_size for shape, _ in timed]
     if gb_per_s is not None:
         all_reduce = _given(gradient_bytes=gradient_bytes, gb_per_s=gb_per_s, latency_s=latency_s)
@@ -114,7 +116,9 @@ def devices(
 
 def _given(*, gradient_bytes: float | None, gb_per_s: float, latency_s: float) -> AllReduce:
     if gradient_bytes is None:
-        raise ConfigError("the size of the gradients is not known: keep a checkpoint in the run folder, it tells")
+        raise ConfigError(
+            "the size of the gradients is unknown: keep a checkpoint in the run folder, from which it is read"
+        )
     volume_s = gradient_bytes / (1e9 * gb_per_s)
     source = f"{gradient_bytes / 1e6:,.3g} MB at {gb_per_s:g} GB/s, as given"
     return AllReduce(volume_s=volume_s, volume_range_s=(volume_s, volume_s), latency_s=latency_s, source=source)
@@ -126,19 +130,21 @@ def _fitted(timed: list[tuple[StepShape, float]], model: StepTimeModel, *, laten
         (few, least), *_, (many, most) = sorted(models.items())
         latency = 2 * (math.log2(many) - math.log2(few)) * latency_s
         volume_s = max(most.per_step_s - least.per_step_s - latency, 0.0) / (2 * (1 / few - 1 / many))
-        source = f"fitted to the run's own steps on {few} and on {many} devices"
+        source = f"fitted to the run's steps on {few} and on {many} devices"
         return AllReduce(volume_s=volume_s, volume_range_s=(volume_s, volume_s), latency_s=latency_s, source=source)
     if model.world_size == 1:
-        source = "not known from a run on one device, and taken to be nothing"
+        source = "unknown from a run on one device; assumed to be zero"
         return AllReduce(volume_s=0.0, volume_range_s=(0.0, 0.0), latency_s=latency_s, source=source)
     own = max(model.per_step_s - 2 * math.log2(model.world_size) * latency_s, 0.0)
     most_s = own / (2 * (1 - 1 / model.world_size))
-    source = f"taken to be half of what a step costs beside its samples on {model.world_size} devices"
+    source = (
+        f"assumed to be half of the time per step that does not depend on its samples, on {model.world_size} devices"
+    )
     return AllReduce(volume_s=most_s / 2, volume_range_s=(0.0, most_s), latency_s=latency_s, source=source)
 
 
 def _by_number_of_devices(timed: list[tuple[StepShape, float]]) -> dict[int, StepTimeModel]:
-    """Fit each number of devices by itself, where at least two batches tell a step's cost from its samples'."""
+    """Fit each number of devices separately, if at least two batches separate cost per step and per sample."""
     found = {}
     for number in {shape.world_size for shape, _ in timed}:
         times = StepTimes()

@@ -78,12 +78,15 @@ class Estimate:
     level: float | None
 
     def __str__(self) -> str:
-        level = "" if self.level is None else f", {100 * self.level:g}%"
         if self.value is None:
             bounds = [f"at least {shown(self.lower)}"] * (self.lower > 0)
             bounds += [f"at most {shown(self.upper)}"] * math.isfinite(self.upper)
-            return f"{' and '.join(bounds) or 'unknown'}{f' ({level[2:]})' if level else ''}"
-        return f"{shown(self.value)}{f' ({shown(self.lower)}–{shown(self.upper)}{level})' if level else ''}"
+            return " and ".join(bounds) or "not identified"
+        return (
+            shown(self.value)
+            if self.level is None
+            else f"{shown(self.value)} [{shown(self.lower)}, {shown(self.upper)}]"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +248,7 @@ def _estimates(
     Args:
         best: (ln S_min, ln B_crit), of one fit.
         others: the same, of many; without a level, all of them bound the true one.
-        curves: whose grid ends where B_crit cannot be told from 0 or infinity.
+        curves: whose grid ends where B_crit is not significantly different from 0 or infinity.
         level: of the interval.
     """
     tail = 0.0 if level is None else (1 - level) / 2
@@ -275,7 +278,7 @@ def _estimates(
 def _judge(fitted: tuple[Estimate, Estimate, Estimate], misfit: Misfit, runs: Runs) -> tuple[Verdict, str]:
     min_steps, _, critical = fitted
     if not misfit.is_chance and abs(misfit.largest) > math.log1p(LARGEST_MISFIT):
-        return Verdict.NOT, f"the best one is off by more than {LARGEST_MISFIT:.0%}"
+        return Verdict.NOT, f"the best fit is off by more than {100 * LARGEST_MISFIT:.0f} %"
     if critical.value is None:
         return Verdict.NO_BEND, _without_bend(critical, runs)
     if min_steps.value is not None and min_steps.value < 1:
@@ -289,10 +292,10 @@ def _judge(fitted: tuple[Estimate, Estimate, Estimate], misfit: Misfit, runs: Ru
 def _without_bend(critical: Estimate, runs: Runs) -> str:
     first, last = shown(runs.batch_sizes[0]), shown(runs.batch_sizes[-1])
     if critical.upper < math.inf:
-        return f"from {first} to {last} the steps do not fall in a way that could be told from none"
+        return f"batch {first}–{last}: no significant fall of the steps"
     if critical.lower > 0:
-        return f"from {first} to {last} the steps fall as one over the batch, without a bend that could be told"
-    return "the seeds scatter too much to tell whether more batch saves steps"
+        return f"batch {first}–{last}: steps fall as 1/batch, no significant bend"
+    return "scatter between seeds hides whether a larger batch saves steps"
 
 
 def shown(value: float) -> str:

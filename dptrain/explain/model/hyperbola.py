@@ -60,7 +60,7 @@ class Runs:
         self.means: Array = np.bincount(self._at, self._logs) / self.counts
 
     def scatter(self) -> Scatter | None:
-        """Tell the scatter apart by where it comes from; None where there is one run at each batch, or no scatter."""
+        """Return the scatter by its source; None with one run at each batch, or without scatter."""
         residuals = self._logs - self.means[self._at]
         freedom = len(self._logs) - len(self.counts)
         total = math.sqrt(float(residuals @ residuals) / freedom) if freedom else 0.0

@@ -106,7 +106,7 @@ def make_plan(
         flops_budget: to find the sizes of a language model for.
 
     Raises:
-        ConfigError: where the run does not tell what is asked for.
+        ConfigError: if the run lacks what is needed.
     """
     if numbers is not None and (not numbers or min(numbers) < 1):
         raise ConfigError(f"numbers of devices must be at least 1, got {list(numbers)}")

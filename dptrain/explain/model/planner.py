@@ -89,7 +89,7 @@ class Planner:
         price_per_device_hour: in any currency.
 
     Raises:
-        ConfigError: where the run does not tell what is asked for.
+        ConfigError: if the run lacks what is needed.
 
     Attributes:
         curve: the loss that the target is one of.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 RESOLVED_SHARE = 0.5
-"""Part of the samples that must have a resolved noise scale; a matter of taste, and said where it is missed."""
+"""Part of the samples that must have a resolved noise scale; chosen by hand, and named where it is missed."""
 
 
 _LEAST_SAVING = 0.005  # half a per cent is less than what the estimate leaves out

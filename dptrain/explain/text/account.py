@@ -1,4 +1,4 @@
-"""What a run cost: compute, time, energy, money; each where it was measured, else why it was not."""
+"""What a run cost: compute, time, energy and money, or why one of them was not measured."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def account(record: RunRecord) -> list[Entry]:
 
 def _work(record: RunRecord) -> Entry:
     samples, steps = record.last(SAMPLES, in_summary="samples_seen") or 0, record.last("step", in_summary="steps") or 0
-    return Entry(name="Work", value=f"{samples:,.0f} samples in {steps:,.0f} optimizer steps", note="seen in training")
+    return Entry(name="Work", value=f"{samples:,.0f} samples in {steps:,.0f} optimizer steps", note="training")
 
 
 def _time(record: RunRecord) -> Entry:
     wall_s = record.last("progress/wall_s", in_summary="wall_s")
     if wall_s is None:
         return Entry(name="Time", value=NOT_MEASURED, note="the log has no clock")
-    return Entry(name="Time", value=duration(wall_s), note="of training, evaluation and saving included")
+    return Entry(name="Time", value=duration(wall_s), note="training, evaluation and checkpoints")
 
 
 def _devices(record: RunRecord) -> Entry:
@@ -65,16 +65,16 @@ def _compute(record: RunRecord) -> list[Entry]:
     flops, mfu = record.last("ledger/flops", in_summary="flops"), record.last("ledger/mfu", in_summary="mfu")
     device = record.summary.get("device")
     if flops is None:
-        counted = Entry(name="Compute", value=NOT_MEASURED, note="the run counted no operations")
+        counted = Entry(name="Compute", value=NOT_MEASURED, note="operations were not counted")
     else:
         days = flops / PETAFLOP_S_DAY
         value = f"{flops:.3g} FLOP = {days:.2g} petaflop/s-days"
         counted = Entry(name="Compute", value=value, note="operations counted in forward and backward")
     if mfu is None:
         unknown = f"the peak of this device{f' ({device})' if device else ''} is not known"
-        why = "the run counted no operations" if flops is None else unknown
+        why = "operations were not counted" if flops is None else unknown
         return [counted, Entry(name="Utilisation (MFU)", value=NOT_MEASURED, note=why)]
-    note = "counted operations over those that the devices could have done at their published peak"
+    note = "counted operations ÷ operations at the published peak of the devices"
     return [counted, Entry(name="Utilisation (MFU)", value=f"{mfu:.1%}", note=note)]
 
 
@@ -82,14 +82,16 @@ def _energy(record: RunRecord) -> Entry:
     energy_j = record.last("ledger/energy_j", in_summary="energy_j")
     if energy_j is None:
         return Entry(name="Energy", value=NOT_MEASURED, note="no energy counter was read; NVIDIA GPUs have one")
-    return Entry(name="Energy", value=f"{short(energy_j / _KWH_J)} kWh", note="of the devices alone, by their counters")
+    return Entry(
+        name="Energy", value=f"{short(energy_j / _KWH_J)} kWh", note="energy counters of the devices; host not included"
+    )
 
 
 def _money(record: RunRecord) -> Entry:
     cost = record.last("ledger/cost", in_summary="cost")
     if cost is None:
-        return Entry(name="Money", value="not known", note="no price per device-hour was given")
-    return Entry(name="Money", value=short(cost), note="in the currency of the price per device-hour that was given")
+        return Entry(name="Money", value="not known", note="log.price_per_device_hour is not set")
+    return Entry(name="Money", value=short(cost), note="at log.price_per_device_hour, in its currency")
 
 
 def duration(seconds: float) -> str:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 BITS_PER_BYTE = "eval/bits_per_byte"
 
 CAVEAT = (
-    "The noise scale is no optimal batch: it has been off by a typical factor of six "
-    "against the critical batch size in published tasks."
+    "The noise scale is not the optimal batch size: it typically differs from the critical batch size by a factor of "
+    "six (tasks in McCandlish et al. 2018)."
 )
 
 _NUM_MOMENTS = 20
@@ -52,10 +52,10 @@ def about_batch(record: RunRecord) -> str:
     """Say how often the global batch moved, and from where to where; or that it was only advised to."""
     first, last = (f"{size:,.0f}" for size in first_and_last_batch(record))
     if num_changes := len(record.batch_changes):
-        return f"The batch moved {_times(num_changes)}, from {first} to {last} samples"
-    stayed = f"The global batch stayed at {first} samples"
+        return f"Batch size: {first} → {last} samples in {count(num_changes, 'change')}"
+    stayed = f"Batch size: constant, {first} samples"
     if advice := record.advice:
-        return f"{stayed}; {count(len(advice), 'change')} advised, the last to {advice[-1]['batch/after']:,.0f}"
+        return f"{stayed}; {count(len(advice), 'change')} advised, the last one to {advice[-1]['batch/after']:,.0f}"
     return stayed
 
 
@@ -76,7 +76,7 @@ def about_noise_against_loss(record: RunRecord) -> str:
     losses, rows = moments(record)
     if len(rows) < 2:  # noqa: PLR2004 - one moment shows no move
         return about_noise_scale(record)
-    return f"While the training loss {_moved(losses[[0, -1]])}, the noise scale {_from_to(rows[0], rows[-1])}"
+    return f"The training loss {_moved(losses[[0, -1]])}; the noise scale {_from_to(rows[0], rows[-1])}"
 
 
 def moments(record: RunRecord) -> tuple[NDArray[np.float64], list[Row]]:
@@ -104,26 +104,26 @@ def about_position(found: RunPlacement | None, record: RunRecord) -> str:
     if found is None:
         if record.first_and_last_known() is None:
             return about_noise_scale(record)
-        return f"The noise scale was resolved for {resolved_share(record):.0%} of the samples, too few for a frontier"
+        return f"No frontier: the noise scale was resolved for only {resolved_share(record):.0%} of the samples"
     steps, samples = found.steps / found.implied.min_steps, found.samples / found.implied.min_samples
-    took = f"took {short(steps, digits=2)} × the fewest steps and {short(samples, digits=2)} × the fewest samples"
+    took = f"{short(steps, digits=2)}× the minimum steps, {short(samples, digits=2)}× the minimum samples"
     if not record.batch_changes:
-        return f"The fixed batch of {short(found.batch)} {took}"
-    return f"The run {took}: {about_saving(found)}"
+        return f"Constant batch {short(found.batch)}: {took}"
+    return f"This run: {took}; {about_saving(found)}"
 
 
 def about_fewest(found: RunPlacement) -> str:
     """Say what no fixed batch can undercut."""
     fewest = found.implied
-    return f"Dotted: the fewest steps, {short(fewest.min_steps)}, and the fewest samples, {short(fewest.min_samples)}."
+    return f"Dotted: minimum steps {short(fewest.min_steps)}, minimum samples {short(fewest.min_samples)}."
 
 
 def about_saving(found: RunPlacement) -> str:
     """Say what the run saved against a fixed batch that spends steps and samples in the same proportion."""
-    against = f"a fixed batch of {short(found.batch, digits=2)}"
+    against = f"a constant batch of {short(found.batch, digits=2)}"
     if found.saving is None:
         return f"no gain over {against}"
-    return f"{abs(found.saving):.0%} {'fewer' if found.saving > 0 else 'more'} of both than {against}"
+    return f"{abs(found.saving):.0%} {'fewer' if found.saving > 0 else 'more'} steps and samples than {against}"
 
 
 def about_groups(record: RunRecord) -> str:
@@ -134,7 +134,7 @@ def about_groups(record: RunRecord) -> str:
     least = min(groups, key=lambda name: groups[name]["noise_scale/upper"] or math.inf)
     most = max(groups, key=lambda name: float(groups[name]["noise_scale/lower"]))
     if groups[most]["noise_scale/lower"] <= (groups[least]["noise_scale/upper"] or math.inf):
-        return f"Of {count(len(groups), 'group')} with a noise scale, no two are proven to differ"
+        return f"{count(len(groups), 'group')} with a noise scale; no significant difference between any two"
     texts = (f"{noise_scale_text(groups[name])} in {name}" for name in (least, most))
     return f"The noise scale goes from {' to '.join(texts)}"
 
@@ -147,10 +147,10 @@ def about_learning_rate(record: RunRecord) -> str:
         return "No learning rate was logged"
     factors = column([row for row in record.decisions if is_applied(row)], "lr_factor/after")
     factor = factors[-1] if len(factors) else 1.0
-    because = f" (its rule: × {short(factor)})" if np.isfinite(factor) and factor != 1 else ""
+    because = f" (scaling with the batch: ×{short(factor)})" if np.isfinite(factor) and factor != 1 else ""
     peak = rates.max()
     if peak > max(rates[0], rates[-1]) * 1.01:
-        return f"The learning rate rose to {short(peak)} and ended at {short(rates[-1])}{because}"
+        return f"Learning rate: peak {short(peak)}, final {short(rates[-1])}{because}"
     return f"The learning rate {_moved(rates)}{because}"
 
 
@@ -163,25 +163,39 @@ def about_throughput(record: RunRecord) -> str:
     first, last = first_and_last_batch(record)
     at_first, at_last = (speeds[timed & (sizes == size)] for size in (first, last))
     if first == last or min(len(at_first), len(at_last)) < _MIN_ROWS_PER_MEDIAN:
-        return f"The run did {short(np.median(speeds[timed]))} samples/s (median)"
+        return f"Throughput: {short(np.median(speeds[timed]))} samples/s (median)"
     return (
-        f"A batch of {first:,.0f} ran at {short(np.median(at_first))} samples/s, "
-        f"a batch of {last:,.0f} at {short(np.median(at_last))} (medians)"
+        f"Throughput: {short(np.median(at_first))} samples/s at batch {first:,.0f}, "
+        f"{short(np.median(at_last))} samples/s at batch {last:,.0f} (medians)"
     )
 
 
 def about_run(record: RunRecord) -> str:
-    """Say in one line what was run, where, and whether it came to its end."""
+    """Say in one line what was run, when, where, and whether it came to its end."""
     samples = record.last(SAMPLES, in_summary="samples_seen") or 0
     wall = record.last("progress/wall_s", in_summary="wall_s")
     backend = f" ({record.summary['backend']})" if record.summary.get("backend") else ""
     parts = [
         task(record) or record.name,
         *([f"{count(replicas, 'replica')}{backend}"] if (replicas := num_replicas(record)) else []),
+        *_about_facts(record),
         f"{samples:,.0f} samples" + (f" in {wall:,.0f} s" if wall else ""),
         *([] if record.summary else ["not finished (no summary.json)"]),
     ]
     return " · ".join(parts)
+
+
+def _about_facts(record: RunRecord) -> list[str]:
+    """Return device, parameter count, date and version, those that are known."""
+    facts = record.facts
+    device, parameters = facts.get("device_name") or facts.get("device_type"), facts.get("num_parameters")
+    return [
+        *([str(device)] if device else []),
+        *([f"{parameters:,.0f} parameters"] if isinstance(parameters, (int, float)) else []),
+        *([f"started {facts['started']}"] if facts.get("started") else []),
+        *([f"dptrain {facts['dptrain_version']}"] if facts.get("dptrain_version") else []),
+        *([f"torch {facts['torch_version']}"] if facts.get("torch_version") else []),
+    ]
 
 
 def task(record: RunRecord) -> str:
@@ -203,13 +217,13 @@ def about_averaging(record: RunRecord) -> str:
     steps = record.train[-1].get("noise_scale/effective_steps")
     known = level(record)
     interval = f", interval at {known}" if known else ""
-    return f"Noise scale: mean over about {steps:,.0f} steps{interval}." if steps else ""
+    return f"Noise scale: averaged over about {steps:,.0f} steps{interval}." if steps else ""
 
 
 def level(record: RunRecord) -> str:
-    """Return the level of the intervals, such as "95%"; empty where it is not known."""
+    """Return the level of the intervals, such as "95 %"; empty where it is not known."""
     value = record.setting("noise.level")
-    return f"{100 * value:g}%" if isinstance(value, (int, float)) else ""
+    return f"{100 * value:g} %" if isinstance(value, (int, float)) else ""
 
 
 def noise_scale_text(row: Row) -> str:
@@ -219,7 +233,7 @@ def noise_scale_text(row: Row) -> str:
     """
     if is_resolved(row):
         value, lower, upper = (short(row[f"noise_scale/{name}"], digits=2) for name in ("value", "lower", "upper"))
-        return f"{value} ({lower}–{upper})"
+        return f"{value} [{lower}, {upper}]"
     return f"at least {short(row['noise_scale/lower'], digits=2)}"
 
 
@@ -280,7 +294,7 @@ def _metrics(row: Row) -> str:
 
 def _dropped(record: RunRecord) -> str:
     dropped = record.last("train/steps_dropped", in_summary="steps_dropped")
-    return f"; {count(int(dropped), 'step')} dropped" if dropped else ""
+    return f"; {count(int(dropped), 'step')} skipped" if dropped else ""
 
 
 def _range(values: Sequence[float] | NDArray[np.float64]) -> str:

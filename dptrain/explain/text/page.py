@@ -1,6 +1,6 @@
 """A self-contained HTML page of sentences, figures and tables; what they say is decided elsewhere.
 
-The page is built as a tree, so every text in it is escaped when it is written, whoever it comes from. It holds no
+The page is built as a tree, so every text in it is escaped when it is written, whatever its source. It holds no
 script and no address, and asks the browser to allow neither.
 """
 

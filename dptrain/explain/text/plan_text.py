@@ -1,4 +1,4 @@
-"""A plan in words: its finding, how sure it is, and what it rests on; each sentence for a terminal or a figure."""
+"""The sentences of a plan for a terminal or a figure: result, uncertainty, and what it is based on."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _MINUTE_S, _HOUR_S, _DAY_S = 60.0, 3600.0, 86_400.0
 _KWH_J = 3.6e6
 
 NO_OPTIMUM = (
-    "The noise scale is no optimal batch: against the critical batch size it has been off by a typical factor of six "
-    "in published tasks. `dptrain branch` checks it on this run."
+    "The noise scale is not the optimal batch size: it typically differs from the critical batch size by a factor of "
+    "six (tasks in McCandlish et al. 2018). `dptrain branch` measures the critical batch size of this run."
 )
 
 
@@ -30,30 +30,29 @@ def headline(plan: Plan) -> str:
 def goal(plan: Plan) -> str:
     """Say which loss is meant, and where it lies."""
     if plan.samples_of_run is not None:
-        where = f"which the run reached after {plan.samples_of_run:,.0f} samples"
+        where = f"reached by the run after {plan.samples_of_run:,.0f} samples"
     else:
-        where = f"beyond the run, which came to {plan.lowest:.4g}"
-    return f"To a {plan.loss} of {plan.target:.4g}, {where}"
+        where = f"extrapolated: the run reached {plan.lowest:.4g}"
+    return f"Target: {plan.loss} {plan.target:.4g}, {where}"
 
 
 def doubt(plan: Plan) -> str:
     """Say how sure the times are: by what was measured, and by how the method fared elsewhere."""
     point = _telling(plan)[0]
-    measured, history = (f"{about(low)} to {about(high)}" for low, high in (point.seconds_range, point.seconds_history))
+    measured, history = (f"{about(low)}–{about(high)}" for low, high in (point.seconds_range, point.seconds_history))
     return (
-        f"On {_devices(plan, point.num_devices)}: {measured} by the noise scale's interval and the fits; {history} "
-        f"were the noise scale off by a factor of six, which in published tasks it typically was"
+        f"Time on {_devices(plan, point.num_devices)}: {measured} (interval of the noise scale and fits); {history} if "
+        f"the noise scale is off by 6× (typical in McCandlish et al. 2018)"
     )
 
 
 def trade_off(plan: Plan) -> str:
     """Say the fewest steps and samples, and the batch between the two, with what it is to the noise scale."""
     low, high = (short(value, digits=2) for value in plan.twice_both_range)
-    times = "" if plan.update_factor == 1 else f"{short(plan.update_factor)} times (control.critical_ratio) "
+    times = "" if plan.update_factor == 1 else f", {short(plan.update_factor)}× the noise scale (critical_ratio)"
     return (
-        f"No batch needs fewer than {short(plan.min_steps)} steps, nor fewer than {short(plan.min_samples)} samples; a "
-        f"batch of {short(plan.twice_both, digits=2)} ({low} to {high}) takes twice both: {times}the noise scale on "
-        f"the way"
+        f"Minimum steps {short(plan.min_steps)}, minimum samples {short(plan.min_samples)}, critical batch size "
+        f"{short(plan.twice_both, digits=2)} [{low}, {high}]{times}"
     )
 
 
@@ -61,22 +60,20 @@ def compute(plan: Plan) -> str:
     """Say what the run has computed, by both methods, and how far they are apart."""
     found = plan.compute_of_run
     counted, timed = petaflop_s_days(found.by_count), petaflop_s_days(found.by_time)
-    by_time = f"{timed} by the time of devices at {UTILISATION:.0%} of their peak"
+    by_time = f"{timed} by device time at {100 * UTILISATION:.0f} % of peak"
     if found.disagreement is not None:
-        return f"The run took {counted} petaflop/s-days by counting and {by_time}, {found.disagreement:.2g} times apart"
+        return f"Compute of the run: {counted} petaflop/s-days counted, {by_time} (ratio {found.disagreement:.2g})"
     if found.by_count is not None:
-        return f"The run took {counted} petaflop/s-days by counting; the peak of its device is not known to check it by"
+        return f"Compute of the run: {counted} petaflop/s-days counted; not checked, the peak of this device is unknown"
     if found.by_time is not None:
-        return f"The run took petaflop/s-days: {by_time}; it did not count its operations"
-    return "The compute is not known: the run counted no operations, and the peak of its device is not known"
+        return f"Compute of the run: petaflop/s-days: {by_time}; operations were not counted"
+    return "Compute of the run: unknown (operations were not counted, the peak of this device is unknown)"
 
 
 def step_times(plan: Plan) -> str:
     """Say how good the model of step times is, and where its all-reduce is from."""
-    error = (
-        "not tested on other shapes" if plan.step_time_error is None else f"±{plan.step_time_error:.0%} on new shapes"
-    )
-    return f"Step times: fitted to the run, {error}; all-reduce: {plan.all_reduce}"
+    error = "error unknown" if plan.step_time_error is None else f"±{100 * plan.step_time_error:.0f} % on new shapes"
+    return f"Step time: fitted to the run ({error}); all-reduce: {plan.all_reduce}"
 
 
 def about(seconds: float) -> str:
@@ -109,11 +106,11 @@ def traded(plan: Plan, what: str, amount: Callable[[Point], float]) -> str:
     """Say by how much time falls and something else rises, such as samples, between the points of the headline."""
     first, last = _telling(plan)[0], _telling(plan)[-1]
     if first is last:
-        return f"{_devices(plan, first.num_devices)} are at the knee"
+        return f"{_devices(plan, first.num_devices)}: at the knee"
     faster, more = (
-        f"{short(ratio, digits=2)} times" for ratio in (first.seconds / last.seconds, amount(last) / amount(first))
+        f"{short(ratio, digits=2)}×" for ratio in (first.seconds / last.seconds, amount(last) / amount(first))
     )
-    return f"{first.num_devices:,} to {_devices(plan, last.num_devices)}: {faster} as fast for {more} the {what}"
+    return f"{first.num_devices:,} → {_devices(plan, last.num_devices)}: {faster} as fast, {more} the {what}"
 
 
 def _telling(plan: Plan) -> list[Point]:
@@ -124,13 +121,13 @@ def _telling(plan: Plan) -> list[Point]:
 
 
 def _point(plan: Plan, point: Point) -> str:
-    return f"on {_devices(plan, point.num_devices)} {about(point.seconds)} and {price(plan, point)}"
+    return f"{_devices(plan, point.num_devices)}: {about(point.seconds)}, {price(plan, point)}"
 
 
 def _end(plan: Plan) -> str:
     if plan.ceiling is None:
-        return f"the time still falls at {_devices(plan, plan.points[-1].num_devices)}"
-    return f"beyond {_devices(plan, plan.ceiling)} nothing is gained"
+        return f"still faster at {_devices(plan, plan.points[-1].num_devices)}"
+    return f"no gain beyond {_devices(plan, plan.ceiling)}"
 
 
 def _devices(plan: Plan, number: int) -> str:

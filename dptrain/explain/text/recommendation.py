@@ -1,4 +1,4 @@
-"""What batch to use and why, in two or three sentences, as far as a run's noise scale allows to say."""
+"""The recommended batch size and its reasons, from the noise scale of a run."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from dptrain.explain.record import Row, RunRecord
 
 CAUTION = (
-    "Take it as an order of magnitude: in published tasks the noise scale was off by a typical factor of six from the "
-    "critical batch size of whole sweeps, which dptrain sweep measures."
+    "This is an order of magnitude: the noise scale typically differs from the critical batch size by a factor of six "
+    "(tasks in McCandlish et al. 2018). dptrain sweep measures the critical batch size itself."
 )
 
 _GEOMETRIES = {
-    "sgd": "measured on plain gradients, as SGD sees them",
-    "adam": "measured on gradients as Adam's second moments scale them",
+    "sgd": "measured on plain gradients, as in SGD",
+    "adam": "measured on gradients scaled by Adam's second moments",
 }
 _LEAST_SAVING = 0.005
 
 
 def advise(record: RunRecord) -> list[str]:
-    """Say what batch to use, then why; where the run does not tell, say that, and what would."""
+    """Return the recommended batch and its reasons; without one, what is missing."""
     known = record.first_and_last_known()
     if known is None:
         return _unknown(record)
@@ -44,10 +44,10 @@ def advise(record: RunRecord) -> list[str]:
 
 def _unknown(record: RunRecord) -> list[str]:
     if any("noise_scale/state" in row for row in record.train):
-        how = "train longer, or with more replicas or micro-batches in a step: it is their gradients that are compared"
+        how = "train longer, or with more replicas or micro-batches per step, whose gradients are compared"
     else:
-        how = "it takes two or more replicas or micro-batches in a step, and measuring switched on"
-    return ["This run does not say what batch to use.", f"{about_noise_scale(record)}: {how}."]
+        how = "measuring needs control.mode other than off, and at least two micro-batches per step over all replicas"
+    return ["No recommendation from this run.", f"{about_noise_scale(record)}: {how}."]
 
 
 def _fixed(record: RunRecord, found: RunPlacement) -> list[str]:
@@ -56,41 +56,41 @@ def _fixed(record: RunRecord, found: RunPlacement) -> list[str]:
     )
     return [
         (
-            f"Take a global batch of about {_power_of_two(found.implied.noise_scale)} samples, if it stays fixed "
-            "through a run like this one."
+            f"Recommended constant global batch for a run like this one: about "
+            f"{_power_of_two(found.implied.noise_scale)} samples."
         ),
         (
-            f"Averaged over the run's progress, the noise scale was {value} samples ({low}–{high} by the ends of its "
-            f"{_conditions(record)}): a batch of that size takes twice the fewest steps and twice the fewest "
-            "samples. A smaller one saves samples, a larger one saves steps."
+            f"Noise scale, averaged over the progress of the run: {value} [{low}, {high}] samples "
+            f"({_conditions(record)}). A batch of that size takes twice the minimum steps and twice the minimum "
+            "samples. A smaller batch saves samples, a larger one saves steps."
         ),
     ]
 
 
 def _moving(record: RunRecord, found: RunPlacement) -> str:
     most = (
-        f"following it exactly would save {found.best_saving:.1%} of both at best"
+        f"upper bound for any adaptive batch: {100 * found.best_saving:.1f} %"
         if found.best_saving >= _LEAST_SAVING
-        else "it moved too little for a moving batch to gain anything"
+        else "the noise scale changed too little for an adaptive batch to gain"
     )
     if not record.batch_changes:
-        return f"{about_noise_scale(record)}; against the best fixed batch, {most}."
+        return f"{about_noise_scale(record)}. Estimated gain over the best constant batch: {most}."
     first, last = first_and_last_batch(record)
     goodput = record.setting("control.law") == "goodput"
-    law = "a law that also weighs this hardware's step times" if goodput else "the run"
+    law = ", by progress per second on this hardware" if goodput else ""
     return (
-        f"{about_noise_scale(record)}, and {law} moved the batch from {first:,.0f} to {last:,.0f}. In steps and "
-        f"samples, by the same estimate, that was {about_saving(found)} ({most})."
+        f"{about_noise_scale(record)}. Batch: {first:,.0f} → {last:,.0f}{law}. Estimated effect on steps and samples: "
+        f"{about_saving(found)} ({most})."
     )
 
 
 def _late(last: Row, record: RunRecord) -> list[str]:
     return [
-        f"To go on from here, take a global batch of about {_power_of_two(last['noise_scale/value'])} samples.",
+        f"Recommended global batch from here on: about {_power_of_two(last['noise_scale/value'])} samples.",
         (
-            f"At the end the noise scale was {noise_scale_text(last)} samples ({_conditions(record)}): from there, a "
-            "batch of that size takes twice the fewest steps and twice the fewest samples. It was known too late to "
-            "speak for the whole run."
+            f"Noise scale at the end: {noise_scale_text(last)} samples ({_conditions(record)}). From there, a batch of "
+            "that size takes twice the minimum steps and twice the minimum samples. It was resolved too late for a "
+            "statement about the whole run."
         ),
     ]
 
@@ -99,14 +99,14 @@ def _bound(last: Row, record: RunRecord) -> list[str]:
     return [
         f"A global batch of {short(last['noise_scale/lower'], digits=2)} samples is not too large.",
         (
-            f"The noise scale is {noise_scale_text(last)} samples ({_conditions(record)}). How much larger it is stays "
-            "open; a longer run, or more micro-batches in a step, would tell."
+            f"Noise scale: {noise_scale_text(last)} samples ({_conditions(record)}). Its upper end is not identified "
+            "yet; train longer, or with more micro-batches per step."
         ),
     ]
 
 
 def _conditions(record: RunRecord) -> str:
-    """Name what a noise scale must not be told without: the level of its interval, the geometry, the optimizer."""
+    """Return what belongs to every noise scale: the level of its interval, the geometry, the optimizer."""
     geometry = str(record.setting("noise.geometry") or "sgd")
     optimizer = str(record.setting("optimizer.name") or "")
     other = f", though the optimizer is {optimizer}" if geometry == "sgd" and "adam" in optimizer.lower() else ""

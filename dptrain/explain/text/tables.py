@@ -14,42 +14,32 @@ from dptrain.explain.text.findings import count, short
 from dptrain.explain.text.page import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 _MOST_DECISIONS = 400
 
-_SETTINGS = (
-    "task",
-    "seed",
-    "max_samples",
-    "global_batch_size",
-    "micro_batch_size",
-    "precision",
-    "mode",
-    "control.mode",
-    "control.law",
-    "control.ratio",
-    "control.z",
-    "control.smallest",
-    "control.largest",
-    "control.max_change",
-    "noise.observer",
-    "noise.geometry",
-    "noise.groups",
-    "noise.memory",
-    "noise.half_life_samples",
-    "noise.level",
-    "optimizer.name",
-    "optimizer.learning_rate",
-    "optimizer.rule",
-    "optimizer.schedule",
-    "optimizer.warmup_samples",
-    "optimizer.beta1",
-    "optimizer.beta2",
-    "optimizer.weight_decay",
-    "optimizer.max_grad_norm",
-)
-"""What decides about batch, rate and noise, by the names that the command line knows; config.yaml has all."""
+_RUN = ("task", "seed", "max_samples", "global_batch_size", "micro_batch_size", "layout_replicas", "precision")
+_GROUPS = ("control", "noise", "optimizer")
+_USED_BY: Mapping[str, tuple[str, ...]] = {
+    "control.ratio": ("noise",),
+    "control.critical_ratio": ("goodput",),
+    "control.min_gain": ("goodput", "noise"),
+    "control.smallest": ("goodput", "noise", "pollux", "seesaw", "kaplan"),
+    "control.largest": ("goodput", "noise", "pollux", "seesaw", "kaplan"),
+}
+"""Settings that some laws ignore, by the laws that use them. What is not set is not shown, so others need no entry."""
+
+
+def _deciding(record: RunRecord) -> dict[str, str]:
+    """Return the settings that decide batch, learning rate and noise scale in this run; config.yaml has all."""
+    in_groups = [f"{group}.{name}" for group in _GROUPS for name in record.names_in(group)]
+    known = {name: record.setting(name) for name in (*_RUN, *in_groups)}
+    law = record.setting("control.law")
+    return {
+        name: str(value)
+        for name, value in known.items()
+        if value is not None and (law is None or law in _USED_BY.get(name, (law,)))
+    }
 
 
 def decisions(records: Sequence[RunRecord]) -> Table:
@@ -63,23 +53,23 @@ def decisions(records: Sequence[RunRecord]) -> Table:
     several = len(records) > 1
     left_out = len(found) - _MOST_DECISIONS
     rows = [[*([letter(index)] if several else []), *_decision(row)] for index, row in found[:_MOST_DECISIONS]]
-    about = "Each change of the global batch, with the factor on the learning rate that goes with it."
+    about = "Each change of the global batch, with the change of the learning rate."
     if any(not is_applied(row) for _, row in found):
-        about += " Advice was written down and not acted on."
+        about += " Advice was logged, not applied."
     if left_out > 0:
-        about += f" The last {left_out:,} are in decisions.jsonl alone."
+        about += f" The last {left_out:,} are only in decisions.jsonl."
     return Table(
         title="Decisions on the batch",
         head=[*(["Run"] if several else []), "Step", "Samples seen", "Batch", "Learning rate", "Reason"],
         rows=rows,
-        about=about if found else "No decision moved the batch.",
+        about=about if found else "The batch never changed.",
         wordy=True,
     )
 
 
 def _decision(row: Row) -> list[str]:
     factors = row.get("lr_factor/before"), row.get("lr_factor/after")
-    rate = f"× {short(factors[1] / factors[0])}" if factors[0] and factors[1] is not None else ""
+    rate = f"×{short(factors[1] / factors[0])}" if factors[0] and factors[1] is not None else ""
     reason = str(row.get("reason") or "")
     return [
         f"{row['step']:,.0f}",
@@ -94,22 +84,26 @@ def costs(record: RunRecord) -> Table:
     """Return what the run cost."""
     entries = [[entry.name, entry.value, entry.note] for entry in account(record)]
     return Table(
-        title="What it cost",
-        head=["What", "How much", "How it was counted, or why not"],
+        title="Cost",
+        head=["Quantity", "Value", "How it was counted, or why it was not"],
         rows=entries,
-        about="So far, through all attempts; what was not measured is not guessed.",
+        about="Of all attempts so far.",
         wordy=True,
     )
 
 
 def settings(record: RunRecord) -> Table:
-    """Return the settings that matter here."""
-    known = ((name, record.setting(name)) for name in _SETTINGS)
+    """Return the settings that decided in this run."""
     return Table(
         title="Settings",
         head=["Name", "Value"],
-        rows=[[name, str(value)] for name, value in known if value is not None],
-        about=" ".join(["Those that decide about batch, rate and noise.", _sentence(findings.about_geometry(record))]),
+        rows=[[name, value] for name, value in _deciding(record).items()],
+        about=" ".join(
+            [
+                "The settings that decide batch, learning rate and noise scale, with defaults filled in.",
+                _sentence(findings.about_geometry(record)),
+            ]
+        ),
     )
 
 
@@ -120,15 +114,16 @@ def _sentence(text: str) -> str:
 def comparison(records: Sequence[RunRecord]) -> Table:
     """Return what each run was, found and cost, a column for each."""
     target = compare.common_target(records)
-    columns = [_found(record, target) | _costs(record) | _given(record) for record in records]
+    columns = [_found(record, target) | _costs(record) | _deciding(record) for record in records]
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [[name, *(column.get(name, "") for column in columns)] for name in names]
-    differing = [row for row in rows if row[0] not in _SETTINGS or len(set(row[1:])) > 1]
+    settings_of_all = {name for record in records for name in _deciding(record)}
+    differing = [row for row in rows if row[0] not in settings_of_all or len(set(row[1:])) > 1]
     about = "Settings are listed where they differ."
     if target is not None:
-        about = f"The rows “to the target” end where a run first reached {target}, which all of them did. {about}"
+        about = f"“To the target”: until the run first reached {target}, which all runs did. {about}"
     return Table(
-        title="The runs side by side",
+        title="Comparison of the runs",
         head=["", *(label(index, record) for index, record in enumerate(records))],
         rows=differing,
         about=about,
@@ -164,7 +159,3 @@ def _found(record: RunRecord, target: compare.Target | None) -> dict[str, str]:
 
 def _costs(record: RunRecord) -> dict[str, str]:
     return {entry.name: entry.value for entry in account(record)}
-
-
-def _given(record: RunRecord) -> dict[str, str]:
-    return {name: str(value) for name in _SETTINGS if (value := record.setting(name)) is not None}

@@ -83,7 +83,9 @@ class NoiseScaleMonitor(Callback):
         if self.meter.measuring:
             grad_norm = torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
             if not getattr(optimizer, "_step_supports_amp_scaling", False):
-                grad_norm = grad_norm * amplified  # the gradients were unscaled by now, those that the tap saw were not
+                grad_norm = (
+                    grad_norm * amplified
+                )  # the gradients were unscaled by now, those that the hook saw were not
         self.meter.step(grad_norm=grad_norm)
         self._micro_steps = 0
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set where mypy does not look
@@ -122,7 +124,7 @@ class NoiseScaleMonitor(Callback):
 
 
 def _refuse(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Raise where the taps would not see what a replica's own gradient is."""
+    """Raise where the hooks would not see what a replica's own gradient is."""
     if not pl_module.automatic_optimization:
         raise ObservationError(
             "with manual optimization Lightning does not know which backward passes belong to a step: measure "

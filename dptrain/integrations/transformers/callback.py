@@ -177,7 +177,7 @@ class NoiseScaleMonitor(TrainerCallback, ExportableState):
 
 
 def _refuse(args: TrainingArguments, model: nn.Module) -> None:
-    """Raise where the taps would not see what a replica's own gradient is."""
+    """Raise where the hooks would not see what a replica's own gradient is."""
     if args.n_gpu > 1:
         raise ObservationError(
             f"the Trainer runs {args.n_gpu} devices in one process (DataParallel), where no replica's own gradient "

@@ -1,4 +1,4 @@
-"""The callback of a Trainer with the mixin: measures for it, tells it when an update is done, carries its state."""
+"""The callback of a Trainer with the mixin: measures, reports finished updates, and keeps its state."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class WindowOwner(Protocol):
 
 
 class WindowCallback(NoiseScaleMonitor):
-    """Measures for a Trainer with the mixin, tells it when an update is done, and carries its state.
+    """Measures for a Trainer with the mixin, reports finished updates to it, and keeps its state.
 
     Args:
         trainer: the one with the mixin.

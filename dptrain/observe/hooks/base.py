@@ -14,10 +14,10 @@ class GradientHook(Protocol):
     """Sees this replica's own gradients and keeps nothing but squared norms. Never changes a gradient.
 
     Attributes:
-        name: how the tap is named to a user.
+        name: its name in messages.
         accumulated: True where it sees the sum over a replica's micro-batches once per step, False where it sees
             each micro-batch singly.
-        stopwatch: counts the time that the tap takes.
+        stopwatch: counts the time that the hook takes.
     """
 
     name: str
@@ -25,7 +25,7 @@ class GradientHook(Protocol):
     stopwatch: Stopwatch
 
     def listen(self, *, on: bool) -> None:
-        """Look at the gradients from now on, or let go of them at no cost; a new tap looks."""
+        """Look at the gradients from now on, or let go of them at no cost; a new hook looks."""
 
     def begin(self, *, ignore: bool = False) -> bool:
         """Say that the gradients seen from now on belong to a new micro-batch, or to none at all.
@@ -44,7 +44,7 @@ class GradientHook(Protocol):
             A float64 vector on the gradients' device, one entry for each group, or one for the whole model.
 
         Raises:
-            ObservationError: where what was seen cannot be told apart into micro-batches.
+            ObservationError: if the gradients seen cannot be assigned to micro-batches.
         """
 
     def discard(self) -> None:

@@ -1,4 +1,4 @@
-"""A tap in DDP's communication hook: the replica's accumulated gradient, bucket by bucket, before the all-reduce."""
+"""A hook in DDP's communication hook: the replica's accumulated gradient, bucket by bucket, before the all-reduce."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class DdpCommHook:
     """Squared norm of each replica's accumulated gradient: one kernel per bucket and step.
 
     A replica's whole local batch is one small batch, so it needs at least two replicas, and sees fewer small
-    batches than a tap on the parameters where gradients are accumulated. Under `no_sync` it is not called; at the
+    batches than a hook on the parameters where gradients are accumulated. Under `no_sync` it is not called; at the
     synchronising pass it sees the sum. It is right where one micro-batch takes several backward passes.
 
     DDP has one slot for such a hook, which can be neither shared nor emptied: an own hook is given as `inner` and

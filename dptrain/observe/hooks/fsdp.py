@@ -1,4 +1,4 @@
-"""A tap for FSDP2 and `replicate()`: each micro-batch's gradient of the gathered parameters, before it is reduced."""
+"""A hook for FSDP2 and `replicate()`: each micro-batch's gradient of the gathered parameters, before it is reduced."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def check_step(meter: Joinable, *, num_micro_batches: int) -> None:
 
 
 def check_divisor(*, by_active: bool, accumulated: bool) -> None:
-    """Raise where a tap sees gradients that are divided by another number of ranks than those combined."""
+    """Raise where a hook sees gradients that are divided by another number of ranks than those combined."""
     if by_active and accumulated:
         raise ObservationError(
             "divide_by_initial_world_size=False does not reach a communication hook, which divides by all ranks: "

@@ -1,4 +1,4 @@
-"""Norms of single micro-batches, collected parameter by parameter; where they come from is a tap's business."""
+"""Norms of single micro-batches, collected parameter by parameter; which hook they come from is not known here."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class MicroBatchNorms:
         """Return Σ ‖seen‖²/v over the micro-batches of the step, by group, and forget them.
 
         Raises:
-            ObservationError: where what was seen cannot be told apart into micro-batches.
+            ObservationError: if the gradients seen cannot be assigned to micro-batches.
         """
         self._close_last()
         seen, overlap = self._squares, self._overlap

@@ -1,4 +1,4 @@
-"""A tap that sees nothing, for runs in which nothing is to be measured."""
+"""A hook that measures nothing, for runs with measuring off."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dptrain.observe.stopwatch import Stopwatch
 
 
 class NullHook:
-    """Stands where a tap is asked for, puts no hook anywhere, and tells zeros.
+    """Registers no hook and returns zeros.
 
     Args:
         device: of the gradients.
@@ -26,11 +26,11 @@ class NullHook:
     def listen(self, *, on: bool) -> None:
         """Do nothing."""
 
-    def begin(self, *, ignore: bool = False) -> bool:  # noqa: ARG002 - a tap's form
+    def begin(self, *, ignore: bool = False) -> bool:  # noqa: ARG002 - the interface of a hook
         """Do nothing."""
         return True
 
-    def collect(self, weights: list[float]) -> Tensor:  # noqa: ARG002 - a tap's form
+    def collect(self, weights: list[float]) -> Tensor:  # noqa: ARG002 - the interface of a hook
         """Return zeros."""
         return self._zeros
 

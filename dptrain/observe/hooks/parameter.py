@@ -1,4 +1,4 @@
-"""A tap on the parameters: each micro-batch's gradient, seen by a tensor hook before it is accumulated."""
+"""A hook on the parameters: each micro-batch's gradient, seen by a tensor hook before it is accumulated."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def _identify_sharded(model: nn.Module, *, complete: bool) -> Wrapping:
 
 
 def _fsdp_modules(model: nn.Module) -> list[Any]:
-    # Whoever wrapped a module has imported this; nobody else should wait for it.
+    # A module that is wrapped has imported this already; no other should wait for it.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 

@@ -62,4 +62,4 @@ def test_many_runs_have_lines_without_bands(tmp_path):
     few, many = ({figure.name: figure for figure in overlays(runs(tmp_path, *([{}] * number)))} for number in (3, 7))
     assert len(axes_of(few["noise-scale"]).collections) == 3
     assert len(axes_of(many["noise-scale"]).collections) == 0
-    assert "left out" in many["noise-scale"].reading
+    assert "not drawn" in many["noise-scale"].reading

@@ -33,13 +33,13 @@ def test_each_figure_says_what_it_found(tmp_path):
         *("loss", "batch", "noise-scale", "noise-against-loss", "frontier", "learning-rate", "throughput")
     ]
     assert title["loss"] == "Held-out loss fell from 5.53 to 1.81 nats (2.61 bits per byte)"
-    assert title["batch"] == "The batch moved 4 times, from 16 to 128 samples"
-    assert title["noise-scale"].startswith("The noise scale went from 94 (34–260) to 300 (")
-    assert title["noise-against-loss"].startswith("While the training loss fell from ")
-    assert title["frontier"].startswith("The run took ")
-    assert title["learning-rate"].startswith("The learning rate rose to 0.0027")
-    assert title["learning-rate"].endswith("ended at 0.0006 (its rule: × 2.83)")
-    assert title["throughput"].startswith("A batch of 16 ran at 40")
+    assert title["batch"] == "Batch size: 16 → 128 samples in 4 changes"
+    assert title["noise-scale"].startswith("The noise scale went from 94 [34, 260] to 300 [")
+    assert title["noise-against-loss"].startswith("The training loss fell from ")
+    assert title["frontier"].startswith("This run: ")
+    assert title["learning-rate"].startswith("Learning rate: peak 0.0027")
+    assert title["learning-rate"].endswith("final 0.0006 (scaling with the batch: ×2.83)")
+    assert title["throughput"].startswith("Throughput: 40")
 
 
 @pytest.mark.parametrize("noise", ["resolves", "bound only", "never"])
@@ -99,7 +99,7 @@ def test_an_open_bound_never_shows_a_number_as_an_estimate(tmp_path):
     triangles = [line for line in axes_of(found["noise-against-loss"]).get_lines() if line.get_marker() == "^"]
     assert len(triangles[0].get_xdata()) > 5
     assert found["frontier"].draw is None
-    assert found["frontier"].title == "The noise scale was resolved for 0% of the samples, too few for a frontier"
+    assert found["frontier"].title == "No frontier: the noise scale was resolved for only 0% of the samples"
 
 
 def test_a_run_without_a_noise_scale_has_sentences_in_place_of_figures(tmp_path):
@@ -144,7 +144,7 @@ def test_groups_are_drawn_where_there_are_some(tmp_path):
 def test_a_run_of_a_few_rows_is_drawn(tmp_path, num_steps, noise):
     """Few rows, no evaluation and no end are no reason to fail."""
     found = made(tmp_path, num_steps=num_steps, noise=noise, batches=(32,), eval_every=0, finished=False)
-    assert found["batch"].title == "The global batch stayed at 32 samples"
+    assert found["batch"].title == "Batch size: constant, 32 samples"
     for figure in found.values():
         if figure.draw is not None:
             figure.figure(titled=True).draw_without_rendering()
@@ -160,8 +160,8 @@ def test_dropped_steps_are_counted_and_marked(tmp_path):
 
     record = read_run(write_run(tmp_path, edit=drop))
     loss = figures(record)[0]
-    (marks,) = (line for line in axes_of(loss).get_lines() if line.get_label() == "step dropped")
-    assert loss.title.endswith("; 2 steps dropped")
+    (marks,) = (line for line in axes_of(loss).get_lines() if line.get_label() == "skipped step")
+    assert loss.title.endswith("; 2 steps skipped")
     assert list(marks.get_xdata()) == [record.train[index]["progress/samples"] for index in (50, 120)]
 
 

@@ -53,7 +53,7 @@ def test_without_one_it_may_be_all_or_nothing_of_a_steps_own_cost():
         ends = sorted([two, two + 2 * share * PER_STEP_S])
         assert (low, high) == (pytest.approx(ends[0], rel=0.02), pytest.approx(ends[1], rel=0.02))
     assert found.seconds_range(_shape(2)) == (two, two)
-    assert "taken to be half" in found.all_reduce.source
+    assert "assumed to be half" in found.all_reduce.source
 
 
 def test_one_device_tells_nothing_of_an_all_reduce():
@@ -61,7 +61,7 @@ def test_one_device_tells_nothing_of_an_all_reduce():
     record = ideal_record(world_size=1)
     found = devices(record, latency_s=0.0)
     assert found.seconds(_shape(64)) == found.seconds(_shape(1))
-    assert "not known" in found.all_reduce.source
+    assert "unknown" in found.all_reduce.source
 
 
 def test_a_run_on_two_numbers_of_devices_tells_the_all_reduce():
@@ -77,7 +77,7 @@ def test_a_run_on_two_numbers_of_devices_tells_the_all_reduce():
     record = ideal_record(edit=resumed, batches=(32, 64, 64, 128))
     found = devices(record, latency_s=0.0)
     assert found.all_reduce.volume_s == pytest.approx(volume_s, rel=0.1)
-    assert found.all_reduce.source == "fitted to the run's own steps on 2 and on 4 devices"
+    assert found.all_reduce.source == "fitted to the run's steps on 2 and on 4 devices"
     assert found.seconds(_shape(64)) == pytest.approx(
         step_s(micro=8, accumulation=2) + volume_s * 2 * 63 / 64, rel=0.05
     )
@@ -99,7 +99,7 @@ def test_micro_batches_that_were_timed_are_known():
     assert devices(ideal_record(edit=two_sizes)).micro_batch_sizes == (8, 16)
 
 
-@pytest.mark.parametrize(("num_steps", "why"), [(0, "no step times"), (3, "too short")])
+@pytest.mark.parametrize(("num_steps", "why"), [(0, "no step times"), (3, "only 3 timed steps")])
 def test_a_run_without_enough_times_is_refused(num_steps, why):
     """Rows that know no time are passed over; where too few are left, it says what to do."""
 

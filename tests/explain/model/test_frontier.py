@@ -228,11 +228,11 @@ def test_what_cannot_be_fitted_is_refused(sweep, said):
 @pytest.mark.parametrize(
     ("estimate", "text"),
     [
-        (Estimate(value=6.789, lower=6.0, upper=7.2, level=0.95), "6.79 (6–7.2, 95%)"),
+        (Estimate(value=6.789, lower=6.0, upper=7.2, level=0.95), "6.79 [6, 7.2]"),
         (Estimate(value=67_890.0, lower=67_890.0, upper=67_890.0, level=None), "67,900"),
-        (Estimate(value=None, lower=600.0, upper=math.inf, level=0.95), "at least 600 (95%)"),
+        (Estimate(value=None, lower=600.0, upper=math.inf, level=0.95), "at least 600"),
         (Estimate(value=None, lower=0.0, upper=1234.0, level=None), "at most 1,230"),
-        (Estimate(value=None, lower=0.0, upper=math.inf, level=0.95), "unknown (95%)"),
+        (Estimate(value=None, lower=0.0, upper=math.inf, level=0.95), "not identified"),
     ],
 )
 def test_an_estimate_says_what_is_known(estimate, text):

@@ -22,10 +22,10 @@ def test_a_run_without_a_ledger_is_told_what_is_missing(tmp_path):
     assert found["Time"].value == "3 min 32 s"
     assert found["Device-hours"].value == "0.118"
     assert "kept no ledger" in found["Device-hours"].note
-    for name, why in (("Compute", "no operations"), ("Utilisation (MFU)", "no operations"), ("Energy", "no energy")):
+    for name, why in (("Compute", "not counted"), ("Utilisation (MFU)", "not counted"), ("Energy", "no energy")):
         assert found[name].value == NOT_MEASURED
         assert why in found[name].note
-    assert (found["Money"].value, "no price" in found["Money"].note) == ("not known", True)
+    assert (found["Money"].value, "is not set" in found["Money"].note) == ("not known", True)
 
 
 def test_figures_come_with_their_units(tmp_path):

@@ -51,17 +51,17 @@ def test_a_change_is_claimed_only_where_the_intervals_lie_apart():
     grew, fell, unclear = (
         findings.about_noise_scale(_record(*rows)) for rows in ((low, high), (high, low), (low, wide))
     )
-    assert grew == "The noise scale grew from 40 (30–50) to 310 (240–420) samples"
-    assert fell == "The noise scale fell from 310 (240–420) to 40 (30–50) samples"
-    assert unclear == "The noise scale went from 40 (30–50) to 60 (20–300) samples"
+    assert grew == "The noise scale grew from 40 [30, 50] to 310 [240, 420] samples"
+    assert fell == "The noise scale fell from 310 [240, 420] to 40 [30, 50] samples"
+    assert unclear == "The noise scale went from 40 [30, 50] to 60 [20, 300] samples"
 
 
 def test_a_lower_bound_above_the_first_interval_is_growth():
     """An interval that is open above proves growth, though never a fall."""
-    assert "grew from 40 (30–50) to at least 90" in findings.about_noise_scale(
+    assert "grew from 40 [30, 50] to at least 90" in findings.about_noise_scale(
         _record(_resolved(40, 30, 50), _at_least(90))
     )
-    assert "went from 40 (30–50) to at least 2 " in findings.about_noise_scale(
+    assert "went from 40 [30, 50] to at least 2 " in findings.about_noise_scale(
         _record(_resolved(40, 30, 50), _at_least(2))
     )
 
@@ -69,7 +69,7 @@ def test_a_lower_bound_above_the_first_interval_is_growth():
 def test_the_first_resolved_value_counts_where_there_is_one():
     """Bounds from before the first estimate are not what the run started from."""
     record = _record(UNKNOWN, _at_least(3), _resolved(40, 30, 50), UNKNOWN)
-    assert findings.about_noise_scale(record) == "The noise scale was 40 (30–50) samples"
+    assert findings.about_noise_scale(record) == "The noise scale was 40 [30, 50] samples"
     assert findings.about_noise_scale(_record(UNKNOWN)) == "The noise scale was not resolved in this run"
     assert findings.about_noise_scale(_record({})) == "The noise scale was not measured in this run"
 
@@ -82,7 +82,7 @@ def test_the_noise_scale_is_told_beside_the_loss():
         {"train/loss": 1.0, **_resolved(90, 80, 99)},
     )
     assert findings.about_noise_against_loss(record) == (
-        "While the training loss fell from 2 to 1, the noise scale grew from 40 (30–50) to 90 (80–99) samples"
+        "The training loss fell from 2 to 1; the noise scale grew from 40 [30, 50] to 90 [80, 99] samples"
     )
     assert findings.about_noise_against_loss(_record(UNKNOWN)) == "The noise scale was not resolved in this run"
 
@@ -102,17 +102,17 @@ def test_only_decisions_that_moved_the_batch_are_moves():
     stay = {"progress/samples": 16, "batch/before": 16, "batch/after": 16}
     move = {"progress/samples": 32, "batch/before": 16, "batch/after": 32}
     rows = ({}, {"batch/global": 32})
-    assert findings.about_batch(_record(*rows, decisions=[stay, move])) == "The batch moved once, from 16 to 32 samples"
-    assert findings.about_batch(_record({}, {}, decisions=[stay])) == "The global batch stayed at 16 samples"
+    assert findings.about_batch(_record(*rows, decisions=[stay, move])) == "Batch size: 16 → 32 samples in 1 change"
+    assert findings.about_batch(_record({}, {}, decisions=[stay])) == "Batch size: constant, 16 samples"
     advised = _record({}, {}, decisions=[{**move, "applied": False}])
-    assert findings.about_batch(advised) == "The global batch stayed at 16 samples; 1 change advised, the last to 32"
+    assert findings.about_batch(advised) == "Batch size: constant, 16 samples; 1 change advised, the last one to 32"
 
 
 def test_a_last_step_that_the_end_cut_short_is_no_move():
     """The batch that was decided on counts, not what was left of the samples for the last step."""
     move = {"progress/samples": 32, "batch/before": 16, "batch/after": 32}
     record = _record({}, {"batch/global": 32}, {"batch/global": 10, "batch/micro": 4}, decisions=[move])
-    assert findings.about_batch(record).endswith("from 16 to 32 samples")
+    assert findings.about_batch(record).endswith("16 → 32 samples in 1 change")
     assert findings.about_geometry(record).endswith("× 2 replicas")
 
 
@@ -135,8 +135,11 @@ def test_a_fixed_batch_is_no_gain_and_a_moving_one_is_told_against_it(tmp_path):
     """A run of one batch is told what it took; one that moved, what it saved, or that there was no gain."""
     phi = [_resolved(value, value / 2, value * 2) for value in (10.0, 1000.0)]
     fixed = _record(phi[0], phi[1])
-    assert findings.about_position(position(fixed), fixed).startswith("The fixed batch of 16 took ")
-    for batches, end in (((70, 700), "% fewer of both than a fixed batch of 380"), ((700, 70), "% more of both")):
+    assert findings.about_position(position(fixed), fixed).startswith("Constant batch 16: ")
+    for batches, end in (
+        ((70, 700), "% fewer steps and samples than a constant batch of 380"),
+        ((700, 70), "% more steps and samples"),
+    ):
         samples = (batches[0], sum(batches))
         rows = [
             {"step": step, "progress/samples": done, "batch/global": batch, **known}
@@ -146,7 +149,7 @@ def test_a_fixed_batch_is_no_gain_and_a_moving_one_is_told_against_it(tmp_path):
         record = _record({}, train=rows, decisions=[move])
         assert end in findings.about_position(position(record), record)
     small = read_run(write_run(tmp_path, batches=(16, 20)))
-    assert findings.about_position(position(small), small).endswith("no gain over a fixed batch of 18")
+    assert findings.about_position(position(small), small).endswith("no gain over a constant batch of 18")
 
 
 def test_groups_differ_only_where_their_intervals_do(tmp_path):
@@ -156,7 +159,7 @@ def test_groups_differ_only_where_their_intervals_do(tmp_path):
     assert text.startswith("The noise scale goes from 1")
     assert text.index("in head") < text.index("in embedding")
     same = read_run(write_run(tmp_path / "b", groups={"embedding": 1.1, "head": 1.0}))
-    assert findings.about_groups(same) == "Of 2 groups with a noise scale, no two are proven to differ"
+    assert findings.about_groups(same) == "2 groups with a noise scale; no significant difference between any two"
     never = read_run(write_run(tmp_path / "c", noise="never", groups={"head": 1.0}))
     assert findings.about_groups(never) == "The noise scale of no group was resolved"
 

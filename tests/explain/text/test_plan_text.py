@@ -33,20 +33,20 @@ def _at(plan, **seconds):
 def test_the_headline_tells_two_points_and_the_end(plan):
     """The run's own number of devices and the knee, each with time and money."""
     told = replace(_at(plan, on_2=3.1 * 3600, on_8=0.61 * 3600), knee=8, ceiling=90)
-    assert words.headline(told) == "on 2 GPUs 3.1 h and 2 $; on 8 GPUs 0.61 h and 8 $; beyond 90 GPUs nothing is gained"
+    assert words.headline(told) == "2 GPUs: 3.1 h, 2 $; 8 GPUs: 0.61 h, 8 $; no gain beyond 90 GPUs"
 
 
 def test_a_run_at_its_knee_tells_one_point(plan):
     """And without an end in sight, that the time still falls."""
     told = replace(_at(plan, on_2=100.0), knee=2, ceiling=None)
-    assert words.headline(told) == "on 2 GPUs 100 s and 2 $; the time still falls at 64 GPUs"
-    assert words.traded(told, "samples", lambda point: point.samples) == "2 GPUs are at the knee"
+    assert words.headline(told) == "2 GPUs: 100 s, 2 $; still faster at 64 GPUs"
+    assert words.traded(told, "samples", lambda point: point.samples) == "2 GPUs: at the knee"
 
 
 def test_what_more_devices_buy(plan):
     """How much faster, and for how much more of what."""
     told = replace(_at(plan, on_2=100.0, on_8=50.0), knee=8)
-    assert words.traded(told, "money", lambda point: point.cost) == "2 to 8 GPUs: 2 times as fast for 4 times the money"
+    assert words.traded(told, "money", lambda point: point.cost) == "2 → 8 GPUs: 2× as fast, 4× the money"
 
 
 @pytest.mark.parametrize(
@@ -70,15 +70,15 @@ def test_the_doubt_names_interval_and_history(plan):
     """Both ranges of the run's own number of devices, and where the factor of six is from."""
     own = replace(plan.points[1], seconds_range=(3600.0, 7200.0), seconds_history=(1800.0, 36_000.0))
     text = words.doubt(replace(plan, points=(plan.points[0], own, *plan.points[2:])))
-    assert text.startswith("On 2 GPUs: 1 h to 2 h by the noise scale's interval and the fits; 0.5 h to 10 h were")
-    assert "factor of six" in text
+    assert text.startswith("Time on 2 GPUs: 1 h–2 h (interval of the noise scale and fits); 0.5 h–10 h if")
+    assert "off by 6×" in text
 
 
 def test_the_goal_says_where_it_lies(plan):
     """Within the run or beyond it."""
-    assert "which the run reached after" in words.goal(plan)
+    assert "reached by the run after" in words.goal(plan)
     assert words.goal(replace(plan, samples_of_run=None, target=0.5)).startswith(
-        "To a held-out loss of 0.5, beyond the run, which came to"
+        "Target: held-out loss 0.5, extrapolated: the run reached"
     )
 
 
@@ -88,11 +88,11 @@ def test_the_goal_says_where_it_lies(plan):
         (
             8.64e19,
             17.28e19,
-            "1 petaflop/s-days by counting and 2 by the time of devices at 33% of their peak, 2 times apart",
+            "1 petaflop/s-days counted, 2 by device time at 33 % of peak (ratio 2)",
         ),
-        (8.64e19, None, "1 petaflop/s-days by counting; the peak"),
-        (None, 8.64e19, "did not count"),
-        (None, None, "not known"),
+        (8.64e19, None, "1 petaflop/s-days counted; not checked, the peak"),
+        (None, 8.64e19, "were not counted"),
+        (None, None, "unknown"),
     ],
 )
 def test_compute_is_told_by_what_is_known(plan, by_count, by_time, said):
@@ -106,8 +106,8 @@ def test_no_sentence_speaks_of_an_optimal_batch(plan):
         [words.headline(plan), words.goal(plan), words.doubt(plan), words.trade_off(plan), words.step_times(plan)]
     )
     assert "optim" not in told
-    assert words.NO_OPTIMUM.startswith("The noise scale is no optimal batch")
-    assert "takes twice both" in words.trade_off(plan)
+    assert words.NO_OPTIMUM.startswith("The noise scale is not the optimal batch size")
+    assert "critical batch size" in words.trade_off(plan)
 
 
 def test_without_a_price_time_of_devices_stands_for_it(plan):

@@ -18,10 +18,10 @@ def _advice(folder, **made):
 def test_a_resolved_run_names_a_batch_and_why(tmp_path):
     """A power of two nearest to the averaged noise scale, its interval, the geometry, and what the optimizer is."""
     answer, why, moved, caution = _advice(tmp_path)
-    assert answer == "Take a global batch of about 256 samples, if it stays fixed through a run like this one."
-    assert re.search(r"noise scale was 200 samples \(\d+–\d+ by the ends of its 95% interval; ", why)
-    assert "as SGD sees them, though the optimizer is adamw" in why
-    assert "moved the batch from 16 to 128" in moved
+    assert answer == "Recommended constant global batch for a run like this one: about 256 samples."
+    assert re.search(r"progress of the run: 200 \[\d+, \d+\] samples \(95 % interval; ", why)
+    assert "as in SGD, though the optimizer is adamw" in why
+    assert "Batch: 16 → 128" in moved
     assert caution == CAUTION
     assert "factor of six" in CAUTION
 
@@ -36,13 +36,13 @@ def test_a_bound_is_no_estimate(tmp_path):
     """Where only a lower end is known, that much is not too large, and more is not said."""
     answer, why, _ = _advice(tmp_path, noise="bound only")
     assert answer == "A global batch of 240 samples is not too large."
-    assert "at least 240 samples (95% interval" in why
+    assert "at least 240 samples (95 % interval" in why
 
 
 def test_where_nothing_is_known_no_batch_is_named(tmp_path):
     """It says that, and what to do; not measured is told from not resolved."""
     unresolved = _advice(tmp_path / "a", noise="never")
-    assert unresolved[0] == "This run does not say what batch to use."
+    assert unresolved[0] == "No recommendation from this run."
     assert "was not resolved in this run: train longer" in unresolved[1]
     unmeasured = _advice(tmp_path / "b", edit=lambda rows: [row.pop("noise_scale/state") for row in rows])
     assert "was not measured in this run" in unmeasured[1]
@@ -51,17 +51,17 @@ def test_where_nothing_is_known_no_batch_is_named(tmp_path):
 def test_no_gain_is_said(tmp_path):
     """A run whose moves saved nothing against a fixed batch is told so."""
     moved = _advice(tmp_path, batches=(64, 72))[2]
-    assert "that was no gain over a fixed batch of 68" in moved
+    assert "no gain over a constant batch of 68" in moved
 
 
 def test_a_law_that_weighs_the_clock_is_named(tmp_path):
     """The goodput law does not aim at steps and samples alone; a fixed batch has no law to name."""
-    assert "also weighs this hardware's step times" in _advice(tmp_path / "a", control={"law": "goodput"})[2]
+    assert "by progress per second on this hardware" in _advice(tmp_path / "a", control={"law": "goodput"})[2]
     fixed = _advice(tmp_path / "b", batches=(64,))[2]
-    assert "against the best fixed batch, following it exactly would save " in fixed
+    assert "gain over the best constant batch: upper bound for any adaptive batch" in fixed
 
 
 def test_a_noise_scale_that_came_late_speaks_for_the_rest(tmp_path):
     """Resolved for a part of the run only, it is the advice for what follows."""
     late = _advice(tmp_path, edit=lambda rows: [row.update({"noise_scale/upper": None}) for row in rows[:280]])
-    assert late[0].startswith("To go on from here, take a global batch of about 256 samples")
+    assert late[0].startswith("Recommended global batch from here on: about 256 samples")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from dptrain.explain.record import read_run
 from dptrain.explain.text import tables
 from tests.explain.made_runs import write_run
@@ -15,29 +19,27 @@ def test_every_decision_has_its_reason(tmp_path):
     """Step, samples, both batches, the factor on the rate, and the sentence."""
     table = tables.decisions([run(tmp_path)])
     assert len(table.rows) == 4
-    assert table.rows[0] == [
-        *("61", "960", "16 → 32", "× 1.41", "the noise scale is above what the batch is right for")
-    ]
+    assert table.rows[0] == [*("61", "960", "16 → 32", "×1.41", "the noise scale is above what the batch is right for")]
 
 
 def test_advice_is_marked(tmp_path):
     """A row that was not acted on says so itself, not by its colour."""
     table = tables.decisions([run(tmp_path, applied=False)])
     assert all(row[-1].startswith("(advice, not applied) ") for row in table.rows)
-    assert "not acted on" in table.about
+    assert "not applied" in table.about
 
 
 def test_a_run_without_a_move_says_so(tmp_path):
     """No empty table."""
     table = tables.decisions([run(tmp_path, batches=(32,))])
-    assert (table.rows, table.about) == ([], "No decision moved the batch.")
+    assert (table.rows, table.about) == ([], "The batch never changed.")
 
 
 def test_of_very_many_decisions_the_first_are_shown_and_the_rest_counted(tmp_path):
     """A page stays a page."""
     table = tables.decisions([run(tmp_path, num_steps=1000, batches=(16, 32) * 500)])
     assert len(table.rows) == 400
-    assert "The last 599 are in decisions.jsonl alone." in table.about
+    assert "The last 599 are only in decisions.jsonl." in table.about
 
 
 def test_settings_are_named_as_the_command_line_names_them(tmp_path):
@@ -64,3 +66,20 @@ def test_runs_stand_side_by_side_with_what_differs(tmp_path):
     assert rows["Samples to the target"][0] == rows["Samples to the target"][1]
     assert "Compute" in rows
     assert all(len(row) == 3 for row in table.rows)
+
+
+@pytest.mark.parametrize(
+    ("law", "shown", "hidden"),
+    [
+        ("goodput", {"control.critical_ratio", "control.min_gain", "optimizer.beta1"}, {"control.ratio"}),
+        ("noise", {"control.ratio", "control.min_gain"}, {"control.critical_ratio"}),
+        ("constant", {"control.law"}, {"control.largest", "control.ratio"}),
+    ],
+)
+def test_settings_that_the_law_ignores_are_not_shown(tmp_path, law, shown, hidden):
+    """Those that decide are, whatever their names are; defaults are filled in by the run."""
+    control = {"law": law, "ratio": 1.0, "critical_ratio": 1.0, "min_gain": 0.02, "largest": 64}
+    record = replace(run(tmp_path), config={"control": control, "optimizer": {"beta1": 0.9}})
+    names = {row[0] for row in tables.settings(record).rows}
+    assert shown <= names
+    assert not hidden & names

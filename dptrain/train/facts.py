@@ -1,0 +1,23 @@
+"""The facts of a run, taken from its task and its device."""
+
+from __future__ import annotations
+
+import torch
+
+from dptrain.tasks import Task
+from dptrain.tracking.run_facts import RunFacts
+
+
+def facts_of(task: Task, *, num_samples: int, world_size: int, device: torch.device) -> RunFacts:
+    """Return the facts of a run; held-out samples are counted over all sets."""
+    held_out = [len(data) for data in task.eval_sets.values()]  # type: ignore[arg-type]
+    return RunFacts(
+        task=task.name,
+        num_parameters=sum(parameter.numel() for parameter in task.model.parameters()),
+        num_samples=num_samples,
+        num_held_out=sum(held_out) if held_out else None,
+        world_size=world_size,
+        device=device.type,
+        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        torch_version=torch.__version__,
+    )
