@@ -20,8 +20,8 @@ _STEPS = (
 _ACCUMULATION = (
     "accumulation steps follow from the batch: --global-batch-size = --micro-batch-size × accumulation steps × replicas"
 )
-_COMPILE = "compile the model in the function of your task: model.compile()"
-_FP16 = "half precision is --precision bf16; fp16 needs loss scaling, which dptrain does not have"
+_COMPILE = "torch.compile is --execution.compile model, or blocks"
+_FP16 = "half precision is --precision fp16 (with a loss scale), or --precision bf16"
 _BF16 = "half precision is --precision bf16"
 _WANDB = "the tracker is --log.tracker wandb, with --log.project NAME"
 _OUT = "the folder of the run is --run-dir {value}"

@@ -12,8 +12,7 @@ import time
 import pytest
 
 from dptrain.tracking import live_view as view
-from dptrain.tracking.console import make_view
-from dptrain.tracking.line_view import LineView
+from dptrain.tracking.console import LineView, make_view
 from dptrain.tracking.live_view import LiveView
 from dptrain.tracking.row_text import noise_scale_text
 
