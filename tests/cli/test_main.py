@@ -60,7 +60,7 @@ def test_an_unknown_command_is_refused(name, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"dptrain: unknown command {name!r}")
-    assert err.endswith("(commands: train, tasks, report, plan, sweep, branch, export, doctor)\n")
+    assert err.endswith("(commands: train, tasks, bench, report, plan, sweep, branch, export, doctor)\n")
     assert ("did you mean train?" in err) == (name != "runs/x")
 
 
