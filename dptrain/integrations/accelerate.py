@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from dptrain.control import RuleName
 from dptrain.control.settings import ControlConfig
 from dptrain.errors import ObservationError
 from dptrain.integrations import batch_adapter as adapter
-from dptrain.noise import Smoothing
+from dptrain.integrations.sample_schedule import SampleSchedule
 from dptrain.observe import Reading, attach
 
 
@@ -32,17 +33,14 @@ class NoiseScaleMonitor:
     accelerator.log(monitor.as_metrics())
     ```
 
-    It is saved and loaded with `accelerator.save_state` and `load_state`.
+    With `checkpointed=True` it is saved and loaded with `accelerator.save_state` and `load_state`. Accelerate loads
+    only checkpoints with as many registered objects as there are, so leave it False where older ones must load.
 
     Args:
         accelerator: the one that prepared the model.
         model: as `accelerator.prepare` returned it.
-        micro_batch_size: see `dptrain.attach`.
-        every: measure each such step; by default the meter chooses by what measuring costs.
-        budget: the share of the step time that measuring may take, where `every` is not given.
-        smoothing: how fast the past is forgotten.
-        level: confidence of the interval.
-        population: samples in the data set where it is small and drawn without replacement.
+        checkpointed: whether accelerate's checkpoints hold what was measured.
+        options: those of `dptrain.attach`, but for `loss_scale`, which accelerate knows.
 
     Raises:
         ObservationError: where the meter could not be right.
@@ -53,12 +51,8 @@ class NoiseScaleMonitor:
         accelerator: Accelerator,
         model: nn.Module,
         *,
-        micro_batch_size: int | None = None,
-        every: int | None = None,
-        budget: float = 0.01,
-        smoothing: Smoothing | None = None,
-        level: float = 0.95,
-        population: int | None = None,
+        checkpointed: bool = False,
+        **options: Any,  # noqa: ANN401 - those of attach, which names their types
     ) -> None:
         if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise ObservationError(
@@ -67,17 +61,9 @@ class NoiseScaleMonitor:
             )
         self._accelerator = accelerator
         self._micro_steps = 0
-        self.meter = attach(
-            model,
-            micro_batch_size=micro_batch_size,
-            loss_scale=self._loss_scale,
-            every=every,
-            budget=budget,
-            smoothing=smoothing,
-            level=level,
-            population=population,
-        )
-        accelerator.register_for_checkpointing(self)
+        self.meter = attach(model, loss_scale=self._loss_scale, **options)
+        if checkpointed:
+            accelerator.register_for_checkpointing(self)
 
     def _loss_scale(self) -> float:
         scaler = self._accelerator.scaler
@@ -108,19 +94,25 @@ class NoiseScaleMonitor:
         return {"meter": self.meter.state_dict()}
 
     def load_state_dict(self, record: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`."""
-        self.meter.load_state_dict(record["meter"])
+        """Go on from a `state_dict`; one that has no meter's state, such as another object's, leaves it fresh."""
+        if "meter" in record:
+            self.meter.load_state_dict(record["meter"])
+        else:
+            warnings.warn("the checkpoint has no noise scale: the meter begins anew", stacklevel=1)
 
     def remove(self) -> None:
-        """Take everything off the model."""
+        """Take everything off the model, and itself out of accelerate's checkpoints."""
         self.meter.remove()
+        registered = self._accelerator._custom_objects  # noqa: SLF001 - accelerate cannot take an object back otherwise
+        registered[:] = [one for one in registered if one is not self]
 
 
 class BatchAdapter(NoiseScaleMonitor):
     """Measures, and lets the number of accumulation steps follow: `accelerator.accumulate` does the rest.
 
     The window changes only while gradients are synchronised, and accelerate's counter starts anew with it, so
-    that no window is cut. Law, limits and step timing are those of `dptrain.BatchAdapter`.
+    that no window is cut. Law, limits and step timing are those of `dptrain.BatchAdapter`. Schedulers that accelerate
+    prepared are advanced by samples, so they end where they would without adapting.
 
     Args:
         accelerator: the one that prepared the model, with the first window in `gradient_accumulation_steps`.
@@ -130,8 +122,8 @@ class BatchAdapter(NoiseScaleMonitor):
         control: law and limits; by default those of `dptrain train`.
         rule: how the learning rate follows the batch; by default that of `dptrain train` for this optimizer.
         max_samples: length of the run, where it is known.
-        options: further settings of `NoiseScaleMonitor`. Each step is measured where `every` is not among them: an
-            interval that rests on timings would make two runs take different decisions.
+        options: further settings of `NoiseScaleMonitor`, which is checkpointed by default. Each step is measured where
+            `every` is not among them: an interval that rests on timings would make two runs take different decisions.
     """
 
     def __init__(
@@ -146,7 +138,8 @@ class BatchAdapter(NoiseScaleMonitor):
         max_samples: int | None = None,
         **options: Any,  # noqa: ANN401 - those of the monitor, which names their types
     ) -> None:
-        super().__init__(accelerator, model, micro_batch_size=micro_batch_size, **{"every": 1, **options})
+        settings = {"every": 1, "checkpointed": True, **options}
+        super().__init__(accelerator, model, micro_batch_size=micro_batch_size, **settings)
         self.adapter = adapter.BatchAdapter(
             self.meter,
             getattr(optimizer, "optimizer", optimizer),  # the one inside, whose step is the real one
@@ -156,12 +149,16 @@ class BatchAdapter(NoiseScaleMonitor):
             rule=rule,
             max_samples=max_samples,
         )
+        self._schedule = SampleSchedule(reference_batch_size=self.adapter.global_batch_size)
+        self.meter.on_remove(self._schedule.release)
 
     def step(self) -> Reading | None:
         """Call it after each `accelerator.backward`, before clipping; where gradients were synchronised, decides."""
         if not self._accelerator.sync_gradients:
             return super().step()
         micro_steps = self._micro_steps + 1
+        self._schedule.follow(self._accelerator._schedulers)  # noqa: SLF001 - those that it prepared
+        self._schedule.note(self.adapter.samples_per_micro_step * micro_steps)
         self.adapter.note(self.meter.read())
         reading = super().step()
         self.adapter.decide(micro_steps=micro_steps)
@@ -180,10 +177,11 @@ class BatchAdapter(NoiseScaleMonitor):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `accelerator.save_state` saves."""
-        return {**super().state_dict(), "adapter": self.adapter.state_dict()}
+        return {**super().state_dict(), "adapter": self.adapter.state_dict(), "schedule": self._schedule.state()}
 
     def load_state_dict(self, record: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
         super().load_state_dict(record)
         self.adapter.load_state_dict(record["adapter"])
+        self._schedule.restore(record.get("schedule", ()))
         self._apply()

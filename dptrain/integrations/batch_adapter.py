@@ -111,6 +111,11 @@ class BatchAdapter:
         return self._plan.micro_batch_size * self._world_size
 
     @property
+    def samples_per_micro_step(self) -> int:
+        """Samples in one micro-batch of all replicas together."""
+        return self._quantum
+
+    @property
     def accumulation_steps(self) -> int:
         """Micro-batches per replica in the step that begins now."""
         return self.window.accumulation_steps

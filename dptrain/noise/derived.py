@@ -52,3 +52,26 @@ def norm_test_batch(phi: float, *, tolerance: float) -> float:
 def gradient_diversity(phi: float, *, batch: float) -> float:
     """Return the gradient diversity of a set of `batch` samples, φ being the set's own: (1 + φ)/B (Yin et al. 2018)."""
     return (1 + phi) / batch
+
+
+def expert_noise_scale(phi_routed: float, *, probability: float) -> float:
+    """Return the noise scale of an expert in samples of the batch: (φ_h + 1 − p)/p.
+
+    A sample reaches the expert with probability p and brings the gradient h, else it brings zero. That choice is noise
+    as well: E|rh|² = p·E|h|² and |E rh|² = p²·|E h|². So an expert's noise scale is above φ_h/p, by what routing adds.
+
+    Args:
+        phi_routed: φ_h, the noise scale over the samples that are routed to it, in such samples.
+        probability: p, that a sample is routed to it, above 0 and up to 1.
+    """
+    return (phi_routed + 1 - probability) / probability
+
+
+def routed_noise_scale(phi: float, *, probability: float) -> float:
+    """Return the noise scale in routed samples of an expert whose noise scale in samples is φ: p·φ − 1 + p.
+
+    Args:
+        phi: of the expert's group in `attach(..., groups="experts")`.
+        probability: p, that a sample is routed to it.
+    """
+    return probability * phi - 1 + probability

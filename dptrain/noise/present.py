@@ -232,7 +232,9 @@ def present_moments(state: PresentState) -> SmoothedMoments | None:
     effective = state.weight * state.weight / state.square_weight
     trace, var_trace = drifts.present(state.trace, noise=noise_trace, step=state.steps, effective_steps=effective)
     grad, var_grad = drifts.present(state.grad, noise=noise_grad, step=state.steps, effective_steps=effective)
-    steps_trace, steps_grad = noise_trace / var_trace, noise_grad / var_grad
+    # A variance is zero where gradients are so small that its squares underflow.
+    steps_trace = noise_trace / var_trace if var_trace > 0 else effective
+    steps_grad = noise_grad / var_grad if var_grad > 0 else effective
     return SmoothedMoments(
         noise_trace=trace,
         grad_sq_norm=grad,

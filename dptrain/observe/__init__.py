@@ -1,4 +1,4 @@
-"""OBSERVE: what each replica's own gradient was against the combined one; never changes a gradient."""
+"""OBSERVE: what each replica's own gradient was against the averaged one; never changes a gradient."""
 
 from dptrain.observe.attach import attach
 from dptrain.observe.checks.duplicate_data_check import DuplicateDataCheck

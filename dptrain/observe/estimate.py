@@ -98,10 +98,9 @@ class Estimate:
         Returns:
             The squared norms of the whole, or None for a step that was dropped, as one larger than the data set is.
         """
-        num = max(len(self._names), 1)
-        small, large, sizes = sums[:num], sums[num : 2 * num], sums[2 * num :]
+        small, large, sizes = self._parts(sums)
         divisor = self._world_size if divisor is None else divisor
-        norms = _squared_norms(sum(small), sum(large), sizes, divisor=divisor)
+        norms = self.norms_of(sums, divisor=divisor)
         moments = self._moments(norms)
         updated = self._updated(self._sums, moments)
         if moments is None or updated is self._sums:
@@ -117,6 +116,21 @@ class Estimate:
             norms_of_group = _squared_norms(part, whole, sizes, divisor=divisor)
             self._group_sums[name] = self._updated(self._group_sums[name], self._moments(norms_of_group))
         return norms
+
+    def norms_of(self, sums: list[float], *, divisor: float) -> SquaredNorms | None:
+        """Return the squared norms of the whole of one step, without taking it in."""
+        small, large, sizes = self._parts(sums)
+        return _squared_norms(sum(small), sum(large), sizes, divisor=divisor)
+
+    def _parts(self, sums: list[float]) -> tuple[list[float], list[float], list[float]]:
+        num = max(len(self._names), 1)
+        return sums[:num], sums[num : 2 * num], sums[2 * num :]
+
+    def drop(self) -> None:
+        """Count a step that is not taken in."""
+        self.steps_dropped += 1
+        self._reading = None
+        self._count(self._last_samples)
 
     def skip(self) -> None:
         """Count a step that is not measured, which draws as many samples as the last one that was."""
@@ -256,14 +270,14 @@ def from_record(record: Mapping[str, Any]) -> MeterState:
 def _squared_norms(small: float, large: float, sizes: list[float], *, divisor: float) -> SquaredNorms | None:
     """Turn the sums over all replicas into squared norms with their sizes.
 
-    With weights v_k and V = Σ v_k the combined gradient is (V/divisor)·Σ (v_k/V)·g_k.
+    With weights v_k and V = Σ v_k the averaged gradient is (V/divisor)·Σ (v_k/V)·g_k.
     """
     inverse, inverse_square, weight, count, ranks, samples = sizes
     if weight <= 0 or ranks <= 0:
         return None
     return SquaredNorms(
         small=small / weight,
-        # The mean over the ranks that took part is the square of the combined gradient.
+        # The mean over the ranks that took part is the square of the averaged gradient.
         large=large / ranks * (divisor / weight) ** 2,
         inverse_small=inverse / weight,
         inverse_large=inverse_square / (weight * weight),

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from dptrain.errors import ObservationError
 
-GroupsLike = Mapping[str, str | Iterable[nn.Parameter]] | Literal["module"] | torch.optim.Optimizer
+GroupsLike = Mapping[str, str | Iterable[nn.Parameter]] | Literal["module", "experts"] | torch.optim.Optimizer
 
+_ROUTERS = frozenset({"router", "gate"})
 REST = "rest"
 """The group of those parameters that no given group names; with it the groups always add up to the whole."""
 
@@ -25,10 +26,13 @@ class Groups:
     Attributes:
         names: one for each group; empty where only the whole model is of interest.
         labels: for each trained parameter, in the order of `model.parameters()`, the number of its group.
+        shares: by which each one's square is multiplied: below 1 where several ranks of one replica hold the same
+            parameter; empty where each counts once.
     """
 
     names: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
+    shares: tuple[float, ...] = ()
 
     @property
     def num_entries(self) -> int:
@@ -48,18 +52,23 @@ class Groups:
         if not norms:
             return zero.expand(self.num_entries)
         values = torch.stack(list(norms.values())).double().square()
-        if not self.names:
+        if not self.names and not self.shares:
             return values.sum().reshape(1)
-        return _membership(tuple(self.labels[i] for i in norms), len(self.names), values.device) @ values
+        labels = tuple(self.labels[i] for i in norms) if self.names else (0,) * len(norms)
+        shares = tuple(self.shares[i] for i in norms) if self.shares else None
+        return _membership(labels, shares, self.num_entries, values.device) @ values
 
 
 @functools.lru_cache(maxsize=64)
-def _membership(labels: tuple[int, ...], num_groups: int, device: torch.device) -> Tensor:
-    """Return the matrix of zeros and ones that adds up by group, kept so that it is not sent to the device each time.
+def _membership(
+    labels: tuple[int, ...], shares: tuple[float, ...] | None, num_groups: int, device: torch.device
+) -> Tensor:
+    """Return the matrix that adds up by group, kept so that it is not sent to the device each time.
 
     A product has a fixed order of addition; a scatter has none on a GPU.
     """
-    return torch.nn.functional.one_hot(torch.tensor(labels), num_groups).T.double().to(device)
+    matrix = torch.nn.functional.one_hot(torch.tensor(labels), num_groups).T.double()
+    return (matrix if shares is None else matrix * torch.tensor(shares, dtype=torch.float64)).to(device)
 
 
 def resolve_groups(groups: GroupsLike | None, *, model: nn.Module) -> Groups:
@@ -67,8 +76,9 @@ def resolve_groups(groups: GroupsLike | None, *, model: nn.Module) -> Groups:
 
     Args:
         groups: name → prefix of parameter names (whole components) or the parameters themselves; "module" for the
-            model's first-level children; an optimizer for its parameter groups, named by their "name" where they
-            have one and `group_0`, `group_1`, … where not; None for the whole model alone.
+            model's first-level children; "experts" for each expert of a mixture, see `expert_groups`; an optimizer for
+            its parameter groups, named by their "name" where they have one and `group_0`, `group_1`, … where not; None
+            for the whole model alone.
         model: without DDP and torch.compile round it.
 
     Raises:
@@ -105,6 +115,8 @@ def resolve_groups(groups: GroupsLike | None, *, model: nn.Module) -> Groups:
 def _wanted(groups: GroupsLike, *, model: nn.Module) -> Mapping[str, str | Iterable[nn.Parameter]]:
     if isinstance(groups, Mapping):
         return groups
+    if groups == "experts":
+        return expert_groups(model)
     if groups == "module":
         seen: set[int] = set()
         children = {}
@@ -117,6 +129,33 @@ def _wanted(groups: GroupsLike, *, model: nn.Module) -> Mapping[str, str | Itera
         return children
     param_groups = getattr(groups, "param_groups", None)
     if param_groups is None:
-        raise ObservationError(f"groups must be a mapping, 'module' or an optimizer, got {groups!r}")
+        raise ObservationError(f"groups must be a mapping, 'module', 'experts' or an optimizer, got {groups!r}")
     found = {str(group.get("name", f"group_{i}")): group["params"] for i, group in enumerate(param_groups)}
     return {name: parameters for name, parameters in found.items() if any(p.requires_grad for p in parameters)}
+
+
+def expert_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the trained parameters of each expert, by the names of their modules.
+
+    An expert is an entry of a `ModuleList` or `ModuleDict` called `experts`, or, where the experts' weights are stacked
+    in one tensor, all of what is called `experts` in a block. What is outside of them is the group `rest`. The noise
+    scale of a group counts samples of the batch; `routed_noise_scale` of `dptrain.noise.derived` counts routed ones.
+
+    Raises:
+        ObservationError: for a model without experts.
+    """
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        # Every sample passes by the router, which is no expert.
+        if parameter.requires_grad and "experts" in parts[:-1] and not _ROUTERS & set(parts):
+            end = parts.index("experts") + 1
+            if isinstance(model.get_submodule(".".join(parts[:end])), (nn.ModuleList, nn.ModuleDict)):
+                end += 1
+            found.setdefault(".".join(parts[:end]), []).append(parameter)
+    if not found:
+        raise ObservationError(
+            "groups='experts' needs modules called 'experts' in the model: name the parameters yourself, as in "
+            "groups={'expert 0': model.expert_0.parameters()}"
+        )
+    return found

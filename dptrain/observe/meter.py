@@ -1,38 +1,38 @@
-"""The meter: from a hook's squared norms and the combined gradient to one reduction per measured step."""
+"""The meter: from a hook's squared norms and the averaged gradient to one reduction per measured step."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.join import Joinable, JoinHook
 
-from dptrain.noise import NoiseScale, Smoothing, SquaredNorms
+from dptrain.errors import ObservationError
+from dptrain.noise import Smoothing, SquaredNorms
 from dptrain.observe.checks.duplicate_data_check import DuplicateDataCheck
-from dptrain.observe.estimate import NUM_SIZES, Estimate, MeterState, from_record, to_record
+from dptrain.observe.checks.reasons import DropLog, Reason, reason_of_dropped
+from dptrain.observe.checks.step_check import NUM_CHECK_VALUES, StepCheck
+from dptrain.observe.estimate import NUM_SIZES, NUM_SUMS, Estimate
 from dptrain.observe.geometry import Geometry, PlainGeometry
-from dptrain.observe.global_gradient import GlobalGradient
+from dptrain.observe.geometry.dual import DualGeometry
+from dptrain.observe.global_gradient import GlobalGradient, UnreducedGradient
 from dptrain.observe.groups import Groups
 from dptrain.observe.hooks.base import GradientHook
-from dptrain.observe.hooks.join import JoinedRank, check_divisor, check_step
+from dptrain.observe.hooks.join import JoinableMeter, check_step
+from dptrain.observe.loop.halves import HalfBatches
+from dptrain.observe.loop.own_reduction import OwnReduction
+from dptrain.observe.loop.results import MeterResults
+from dptrain.observe.loop.sizes import MicroBatchSizes, SizeVectors
 from dptrain.observe.measurement_interval import LAG, NUM_TIMINGS, MeasurementInterval
 from dptrain.observe.reading import Reading
-from dptrain.observe.reduction import PendingSum, on_device
-from dptrain.observe.sizes import MicroBatchSizes
+from dptrain.observe.step_reductions import StepReductions
 
 LossScale = Callable[[], float | Tensor]
 
-_UNSEEN = {"cpu": 1.2}
-"""What measuring costs to what its own clock shows, by kind of device: on a CPU the norms push from the caches what the
-model's kernels then fetch again. In trials over the models of `benchmarks.overhead` it was 1.04 to 1.22."""
-_MAX_SIZE_VECTORS = 64
 
-
-class Meter(Joinable):
+class Meter(OwnReduction, MeterResults, JoinableMeter):
     """Measures the gradient noise scale of a model in training. Never changes a gradient.
 
     The loop calls `begin` before each micro-batch's forward pass, and `step` once per optimizer step: after the last
@@ -40,7 +40,7 @@ class Meter(Joinable):
     All replicas make the same calls: `step` starts one all-reduce of a few scalars.
 
     Args:
-        parameters: those that are trained; their `.grad` at `step` is the combined gradient.
+        parameters: those that are trained; their `.grad` at `step` is the averaged gradient.
         hook: where the replica's own gradient is seen.
         group: process group over which gradients are averaged; None for the default one.
         loss_scale: factor on the loss at the time of `step`, such as a GradScaler's, or None for 1; a tensor is
@@ -50,9 +50,15 @@ class Meter(Joinable):
         population: samples in the data set if steps draw from it without replacement, see `unbiased_moments`.
         groups: parts of the model with a noise scale of their own; the hook must have the same.
         geometry: the norm; the hook must have the same.
-        num_shards: ranks over which the combined gradient is cut up.
-        pace: which steps are measured; each by default.
-        guard: looks for replicas that are not independent; nobody by default.
+        num_shards: ranks over which the averaged gradient is cut up.
+        interval_rule: which steps are measured; each by default.
+        guard: looks for replicas that are not independent; none by default.
+        check: looks for steps whose gradients do not belong together; none by default.
+        divisor: by what the sum over the ranks' gradients is divided; by default the number of replicas.
+        ranks_per_replica: ranks that hold one copy of the model together (tensor parallelism).
+        halves: splits a micro-batch, where one process has no two of them.
+        averaged: how the averaged gradient is read; by default from `.grad`.
+        dual: dual norms that are measured too, and read in place of the squared ones; it needs `check`.
     """
 
     def __init__(
@@ -70,11 +76,19 @@ class Meter(Joinable):
         num_shards: int = 1,
         interval_rule: MeasurementInterval | None = None,
         guard: DuplicateDataCheck | None = None,
+        check: StepCheck | None = None,
+        divisor: float | None = None,
+        ranks_per_replica: int = 1,
+        halves: HalfBatches | None = None,
+        averaged: GlobalGradient | UnreducedGradient | None = None,
+        dual: DualGeometry | None = None,
     ) -> None:
-        super().__init__()
         trained = [p for p in parameters if p.requires_grad]
         groups, self._geometry = groups or Groups(), geometry or PlainGeometry()
-        self._combined = GlobalGradient(trained, groups=groups, geometry=self._geometry, num_shards=num_shards)
+        self._averaged = averaged or GlobalGradient(
+            trained, groups=groups, geometry=self._geometry, num_shards=num_shards
+        )
+        JoinableMeter.__init__(self, device=trained[0].device, group=group, accumulated=hook.accumulated)
         self._device = trained[0].device
         self._num_entries = groups.num_entries
         self._num_groups = len(groups.names)
@@ -82,34 +96,56 @@ class Meter(Joinable):
         self._group = group
         self._world_size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
         self._loss_scale = loss_scale
-        self._estimate = Estimate(
-            names=groups.names,
-            world_size=self._world_size,
-            smoothing=smoothing,
-            level=level,
-            population=population,
+        MeterResults.__init__(
+            self,
+            estimate=Estimate(
+                names=groups.names,
+                world_size=self._world_size,
+                smoothing=smoothing,
+                level=level,
+                population=population,
+            ),
+            drops=DropLog(group) if check is None else check.log,
+            guard=guard,
+            dual=dual,
         )
         self._interval_rule = interval_rule or MeasurementInterval(every=1)
-        self._guard = guard
+        self._check = check
+        self._divisor = divisor
+        self._share = 1 / ranks_per_replica
+        self._halves = halves
+        self._parameters = trained
+        self._announced = False
+        self._closed_by_optimizer = False
         self._sizes = MicroBatchSizes()
-        self._size_vectors: dict[tuple[float, ...], Tensor] = {}
+        self._size_vectors = SizeVectors(device=self._device, accumulated=hook.accumulated, share=self._share)
         self._measuring = self._interval_rule.next_is_measured()
-        self._num_closed = 0
         self._by_hand = False
-        self._divides_by_active = False
-        self._pending: deque[tuple[PendingSum, PendingSum | None]] = deque()
+        self._reductions = StepReductions(
+            group=group,
+            device=self._device,
+            interval_rule=self._interval_rule,
+            guard=guard,
+            stopwatch=hook.stopwatch,
+        )
         num_values = 2 * self._num_entries + NUM_SIZES + NUM_TIMINGS
         self._nothing = torch.zeros(num_values, dtype=torch.float64, device=self._device)
         if not self._measuring:
             hook.listen(on=False)
         self._closers: list[Callable[[], None]] = [hook.remove]
+        if check is not None:
+            hook.check_with(check.checksum)
+        if dual is not None:
+            hook.keep_first(dual.note)
+        if check is not None and self._measuring:
+            check.checksum.open()
 
     # One micro-batch
 
     def begin(self, *, num_samples: float, weight: float | None = None) -> None:
         """Announce a micro-batch before its backward pass.
 
-        From the first call on, a meter of `attach` counts no forward passes any more: the loop passes everything.
+        From the first call on, a meter of `attach` counts no forward passes any more: the loop tells it all.
 
         Args:
             num_samples: b, the samples whose mean gradient it computes.
@@ -126,8 +162,11 @@ class Meter(Joinable):
             self._begin(num_samples=num_samples, weight=weight)
 
     def _begin(self, *, num_samples: float, weight: float | None) -> None:
-        if not self._measuring:
+        self._announced = True
+        if not self._measuring or (self._halves is not None and self._halves.running):
             return
+        if self._sizes.num_samples and self._hook.name != "unsharded parameters" and self._cleared():
+            self.discard_step()
         if not self._sizes.num_samples:
             self._geometry.open()
         opened = self._hook.begin(ignore=weight == 0)
@@ -138,9 +177,47 @@ class Meter(Joinable):
         self._sizes.add(num_samples=num_samples, weight=weight)
 
     def discard_step(self) -> None:
-        """Forget the micro-batches of the step under way: it begins anew, because its gradients were lost."""
+        """Forget the micro-batches of the step under way, for its gradients are thrown away; the step begins anew.
+
+        For loops that compute gradients which no optimizer step uses: the first pass of SAM, an update that is skipped
+        because of a spike, a step that is retried. Call it where they are cleared. It costs nothing, is no collective,
+        and is needed only where the gradients are zeroed in place (`set_to_none=False`) or sharded: elsewhere the meter
+        finds `.grad` gone at the next forward pass and does the same by itself.
+        """
         self._sizes = MicroBatchSizes()
         self._hook.discard()
+        if self._check is not None:
+            self._check.checksum.forget()
+        if self._dual is not None:
+            self._dual.forget()
+
+    def _cleared(self) -> bool:
+        # Sharded gradients are kept elsewhere until they are reduced; `_begin` does not ask for them.
+        return all(p.grad is None for p in self._parameters)
+
+    def split(self, loss_of: Callable[..., Tensor], *batch: Any) -> None:  # noqa: ANN401 - whatever the loss takes
+        """Give one process without accumulation two small batches to compare: the halves of the micro-batch.
+
+        In a step that is measured it runs `loss_of` on each half of `batch`, forward and backward, without touching
+        `.grad`, buffers or the random state; elsewhere it does nothing. A measured step then takes about twice its
+        time, which counts towards the budget, so that few are measured. Call it anywhere between two steps.
+
+        Args:
+            loss_of: returns the mean loss over the samples that it is given; it must call the model.
+            batch: its arguments: tensors that begin with the samples, alone or nested; anything else is passed on.
+
+        Raises:
+            ObservationError: where the meter was not made by `attach`, there are several ranks, or fewer than two
+                samples.
+        """
+        if self._halves is None or self._world_size > 1:
+            raise ObservationError("split is for a meter of attach in one process: several ranks have small batches")
+        if self._measuring:
+            began = self._hook.stopwatch.start()
+            self._hook.begin(ignore=True)
+            self._geometry.open()
+            self._halves.run(loss_of, batch)
+            self._hook.stopwatch.stop(began)
 
     # One step
 
@@ -152,24 +229,19 @@ class Meter(Joinable):
         collective.
 
         Args:
-            grad_norm: norm of the combined gradient before clipping where the loop has it already; else it is
+            grad_norm: norm of the averaged gradient before clipping where the loop has it already; else it is
                 computed from `.grad`.
         """
         sizes, self._sizes = self._sizes, MicroBatchSizes()
-        small = self._hook.collect(sizes.resolved_weights())
-        squares = torch.cat([small, self._combined.squares(grad_norm=grad_norm)])
+        if self._halves is not None and self._halves.ready:
+            self._hook.discard()
+            sizes, squares = self._halves.take()
+        else:
+            small = self._hook.collect(sizes.resolved_weights())
+            squares = torch.cat([small, self._averaged.squares(grad_norm=grad_norm)])
         if self._loss_scale is not None:
             squares = squares / torch.as_tensor(self._loss_scale(), dtype=torch.float64, device=self._device) ** 2
-        return torch.cat([squares, self._size_vector(sizes)])
-
-    def _size_vector(self, sizes: MicroBatchSizes) -> Tensor:
-        # Sizes rarely change, so their copy to the device is kept: a fresh one each step would be a transfer each.
-        values = sizes.sums(accumulated=self._hook.accumulated)
-        if values not in self._size_vectors:
-            if len(self._size_vectors) >= _MAX_SIZE_VECTORS:
-                self._size_vectors.clear()
-            self._size_vectors[values] = on_device(values, device=self._device)
-        return self._size_vectors[values]
+        return torch.cat([squares, self._size_vectors.of(sizes)])
 
     def absorb(self, sums: list[float]) -> SquaredNorms | None:
         """Take in the sum over all replicas of one step's `local_sums`.
@@ -177,124 +249,117 @@ class Meter(Joinable):
         Returns:
             The step's squared norms, or None for a step that was dropped.
         """
-        # DDP divides by the ranks that still have samples only if Join was configured so.
-        divisor = sums[-2] if self._divides_by_active else float(self._world_size)
-        return self._estimate.absorb(sums, divisor=divisor)
+        norms = self._estimate.absorb(sums, divisor=self._divisor_of(sums))
+        if norms is None:
+            self._drops.dropped(reason_of_dropped(sums, num_entries=self._num_entries))
+        else:
+            self._drops.measured()
+        return norms
 
-    def close_step(self, *, grad_norm: Tensor | None = None) -> tuple[Tensor, bool]:
-        """Close an optimizer step in a loop that has a reduction of its own. No host sync, no collective.
+    def _divisor_of(self, sums: list[float]) -> float:
+        # DDP divides by the ranks that still have samples only where Join was told so.
+        if self.divides_by_active:
+            return sums[-2]
+        return self._world_size * self._share if self._divisor is None else self._divisor
 
-        Args:
-            grad_norm: as for `local_sums`.
-
-        Returns:
-            A float64 vector of `num_sums` entries to be summed over the replicas and handed to `absorb_step`, in the
-            order of the steps and before the third measured step from there on is closed; and whether the step was
-            measured. If not, the vector is zero.
-        """
-        measured = self._measuring
-        vector = self._nothing
-        if measured:
-            stopwatch = self._hook.stopwatch
-            began = stopwatch.start()
-            sums = self.local_sums(grad_norm=grad_norm)
-            stopwatch.stop(began)
-            cost_s = stopwatch.take() * _UNSEEN.get(self._device.type, 1.0)
-            vector = torch.cat([sums, on_device(self._interval_rule.timing(cost_s), device=self._device)])
-            self._interval_rule.close()
-        self._turn()
-        return vector, measured
-
-    def absorb_step(self, sums: list[float], *, usable: bool) -> None:
-        """Take in the sum over all replicas of a measured step's `close_step`.
-
-        Args:
-            sums: as `close_step` gave them, summed.
-            usable: whether the combined gradient was finite; if not, only the timing counts.
-        """
-        if usable:
-            self.absorb(sums[:-NUM_TIMINGS])
-        self._interval_rule.note(sums[-NUM_TIMINGS:])
-
-    def align(self, step: int) -> None:
-        """Go on after so many steps of a run: a fixed interval measures the steps that it would have measured."""
-        self._interval_rule.align(step)
-        self._measuring = self._interval_rule.next_is_measured()
-        self._hook.listen(on=self._measuring)
+    def _absorb_checked(self, sums: list[float], checks: list[float]) -> None:
+        """Take in a step if its checks allow it, without the factor that they find on the averaged gradient."""
+        if self._check is None:
+            self.absorb(sums)
+            return
+        norms = self._estimate.norms_of(sums, divisor=self._divisor_of(sums))
+        checks, dual = checks[:NUM_CHECK_VALUES], checks[NUM_CHECK_VALUES:]
+        verdict = self._check.judge(checks, norms, ranks=sums[-2], divisor=self._divisor_of(sums))
+        reason = verdict.reason
+        if reason is None and self._dual is not None and verdict.factor != 1:
+            reason = Reason.RESCALED
+        if reason is not None:
+            self._estimate.drop()
+            self._drops.dropped(reason)
+            return
+        large = slice(self._num_entries, 2 * self._num_entries)
+        sums[large] = [x / verdict.factor**2 for x in sums[large]]
+        if self.absorb(sums) is not None and self._dual is not None:
+            self._dual.absorb(dual)
 
     @property
     def num_groups(self) -> int:
         """Parts of the model that have a noise scale of their own."""
         return self._num_groups
 
-    @property
-    def num_sums(self) -> int:
-        """Length of the vector of `close_step`."""
-        return len(self._nothing)
-
     def step(self, *, grad_norm: Tensor | None = None) -> Reading:
         """Close an optimizer step: call it after the last backward pass, before clipping. A collective; no wait.
 
+        After clipping or unscaling it is right too, for the factor between `.grad` and what the backward passes brought
+        is measured and divided out. With attach(..., optimizer=) the optimizer's step closes it, and a call that
+        follows only returns the reading.
+
         Args:
-            grad_norm: norm of the combined gradient before clipping where the loop has it already.
+            grad_norm: norm of the averaged gradient before clipping; not used where the meter checks the gradients
+                (`attach`), because a wrong one could not be noticed.
         """
+        if self._closed_by_optimizer and not self._announced:
+            return Reading(self, measured=False)
         check_step(self, num_micro_batches=len(self._sizes.num_samples))
         measured = self._measuring
         if measured:
             began = self._hook.stopwatch.start()
-            vector = self.local_sums(grad_norm=grad_norm)
+            vector, checks = self._closed_step(grad_norm if self._check is None else None)
             self._hook.stopwatch.stop(began)
-            self._reduce(vector)
+            self._reduce(vector, checks)
         self._turn()
         return Reading(self, measured=measured)
 
-    def _reduce(self, vector: Tensor) -> None:
+    def _closed_step(self, grad_norm: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return this rank's sums and its part of the checks."""
+        split = self._halves is not None and self._halves.ready
+        if not split and not self._hook.end() and self._sizes.num_samples:
+            self._sizes.drop_last()  # its loss was thrown away
+        seen, outside = split or bool(self._sizes.num_samples) or self._by_hand, self._hook.outside and not split
+        repeated = self._hook.repeated
+        sizes = list(self._sizes.num_samples)
+        vector = self.local_sums(grad_norm=grad_norm)
+        if self._check is None:
+            return vector, None
+        if split:
+            return vector, self._check.empty(with_dual=self._dual)
+        checks = self._check.vector(announced=seen, outside=outside, repeated=repeated)
+        return vector, checks if self._dual is None else torch.cat([checks, self._dual.vector(sizes)])
+
+    def expect_optimizer(self) -> None:
+        """Know that an optimizer closes the steps from now on."""
+        self._closed_by_optimizer = True
+
+    def close_by_optimizer(self) -> None:
+        """Close the step unless the loop has done so itself, or another optimizer; a collective as `step`."""
+        if self._announced:
+            self.step()
+
+    def _reduce(self, vector: Tensor, checks: Tensor | None) -> None:
         """Start the one reduction of a measured step, and take in those that are long under way."""
-        stopwatch = self._hook.stopwatch
         own = vector[: self._num_entries].sum()
-        cost_s = stopwatch.take() * _UNSEEN.get(self._device.type, 1.0)
-        timing = on_device(self._interval_rule.timing(cost_s), device=self._device)
-        began = stopwatch.start()
-        pending = PendingSum(torch.cat([vector, timing]), group=self._group)
-        self._num_closed += 1
-        squares = None if self._guard is None else self._guard.exchange(own, number=self._num_closed)
-        self._pending.append((pending, squares))
+        self._reductions.start(vector if checks is None else torch.cat([vector, checks]), own_square=own)
+        began = self._hook.stopwatch.start()
         self._absorb_up_to(LAG)
-        stopwatch.stop(began)
+        self._hook.stopwatch.stop(began)
         self._interval_rule.close()
 
     def _turn(self) -> None:
         """Go over to the next step, which is measured or not."""
+        self._announced = False
         measured, self._measuring = self._measuring, self._interval_rule.next_is_measured()
         if not measured:
             self._interval_rule.skip()
             self._estimate.skip()
+        if self._measuring and self._check is not None:
+            self._check.checksum.open()
         if measured != self._measuring:
             self._hook.listen(on=self._measuring)
 
     def _absorb_up_to(self, num_left: int) -> None:
-        while len(self._pending) > num_left:
-            pending, squares = self._pending.popleft()
-            values = pending.read()
-            self.absorb(values[:-NUM_TIMINGS])
-            self._interval_rule.note(values[-NUM_TIMINGS:])
-            if squares is not None and self._guard is not None:
-                self._guard.judge(squares.read())
-
-    def read(self) -> NoiseScale:
-        """Return the noise scale now; waits for the sums under way."""
-        self._absorb_up_to(0)
-        return self._estimate.read()
-
-    def read_window(self) -> NoiseScale:
-        """Return the noise scale of the means over the window; waits for the sums under way."""
-        self._absorb_up_to(0)
-        return self._estimate.read_window()
-
-    def read_groups(self) -> dict[str, NoiseScale]:
-        """Return the noise scale of each group over the window; waits for the sums under way."""
-        self._absorb_up_to(0)
-        return self._estimate.read_groups()
+        num_sums = NUM_SUMS + 2 * (self._num_entries - 1)
+        for values in self._reductions.arrived(num_left):
+            self._absorb_checked(values[:num_sums], values[num_sums:])
 
     # What it is
 
@@ -309,6 +374,15 @@ class Meter(Joinable):
         return self._measuring
 
     @property
+    def accumulated(self) -> bool:
+        """Whether a replica's accumulated gradient is seen, once per step, and not each micro-batch's."""
+        return self._hook.accumulated
+
+    def count_forward(self) -> None:
+        """Note a forward pass of a step that is not measured."""
+        self._announced = True
+
+    @property
     def by_hand(self) -> bool:
         """Whether the loop announces its micro-batches itself: from its first call of `begin` on."""
         return self._by_hand
@@ -320,8 +394,8 @@ class Meter(Joinable):
 
     @property
     def geometry(self) -> str:
-        """The norm: "sgd" or "adam"."""
-        return self._geometry.name
+        """The norm: "sgd", "adam", "sign", "spectral" or "mixed"."""
+        return self._geometry.name if self._dual is None else self._dual.name
 
     @property
     def every(self) -> int:
@@ -333,62 +407,13 @@ class Meter(Joinable):
         """The share of the step time that measuring took so far, over all ranks; None before it is known."""
         return self._interval_rule.share
 
-    @property
-    def identical_ranks(self) -> tuple[tuple[int, ...], ...]:
-        """Sets of ranks whose gradients were found equal to the last bit; waits for the sums under way."""
-        self._absorb_up_to(0)
-        return () if self._guard is None else self._guard.identical_ranks
-
-    @property
-    def steps_dropped(self) -> int:
-        """Steps that told nothing: squared norms not finite, fewer than two small batches; waits as `read` does."""
-        self._absorb_up_to(0)
-        return self._estimate.steps_dropped
-
-    # State
-
-    def state(self) -> MeterState:
-        """Return what a checkpoint must hold; waits for the sums under way."""
-        self._absorb_up_to(0)
-        return self._estimate.state
-
-    def restore(self, state: MeterState) -> None:
-        """Go on from `state`; the sums under way belong to what is left behind, and are waited for."""
-        self._absorb_up_to(0)
-        self._estimate.restore(state)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return `state` in the form that torch and the frameworks save."""
-        return to_record(self.state())
-
-    def load_state_dict(self, record: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`."""
-        self.restore(from_record(record))
-
-    # Uneven inputs: torch's Join calls these
-
-    def join_hook(self, **kwargs: Any) -> JoinHook:  # noqa: ANN401 - torch hands every joinable the same arguments
-        """Return what answers for a rank that ran out of samples."""
-        self._divides_by_active = not kwargs.get("divide_by_initial_world_size", True)
-        check_divisor(by_active=self._divides_by_active, accumulated=self._hook.accumulated)
-        return JoinedRank(self)
-
-    @property
-    def join_device(self) -> torch.device:
-        """Where its collectives run."""
-        return self._device
-
-    @property
-    def join_process_group(self) -> Any:  # noqa: ANN401 - torch leaves it without a type
-        """Over whom they run."""
-        return self._group
-
     def step_joined(self) -> None:
-        """Answer the step of the ranks that go on; a collective on measured steps."""
+        """Answer the step of the ranks that go on, inside torch's Join; a collective on measured steps."""
         if self._measuring:
             self._hook.collect([])
             num_values = 2 * self._num_entries + NUM_SIZES
-            self._reduce(torch.zeros(num_values, dtype=torch.float64, device=self._device))
+            zeros = torch.zeros(num_values, dtype=torch.float64, device=self._device)
+            self._reduce(zeros, None if self._check is None else self._check.empty(with_dual=self._dual))
         self._turn()
 
     # Life

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dptrain.errors import ObservationError
-from dptrain.noise import NoiseScale, Smoothing
+from dptrain.noise import NoiseScale, Resolution, Smoothing
 from dptrain.observe.estimate import Estimate, from_record, to_record
+from dptrain.observe.loop.sizes import MicroBatchSizes
 from dptrain.observe.measurement_interval import LAG
 from dptrain.observe.reading import Reading
 from dptrain.observe.reduction import PendingSum, on_device
-from dptrain.observe.sizes import MicroBatchSizes
 
 
 class Observer:
@@ -108,6 +108,16 @@ class Observer:
     def read_groups(self) -> dict[str, NoiseScale]:
         """Return nothing: only the whole is handed over."""
         return {}
+
+    @property
+    def reason(self) -> str | None:
+        """Why there is no number; None where there is one."""
+        scale, dropped = self.read(), self.steps_dropped
+        if scale.state in (Resolution.RESOLVED, Resolution.AT_LEAST):
+            return None
+        if scale.state is Resolution.INCONSISTENT:
+            return "inconsistent: tr(Σ) is far below zero; check the sizes, the weights and what large_sq_norm holds"
+        return f"too early: {scale.num_steps} steps measured, {dropped} dropped (not finite, or one small batch)"
 
     @property
     def steps_dropped(self) -> int:

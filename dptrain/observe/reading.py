@@ -22,6 +22,10 @@ class Source(Protocol):
         """Return the noise scale of each group."""
 
     @property
+    def reason(self) -> str | None:
+        """Why there is no number."""
+
+    @property
     def identical_ranks(self) -> tuple[tuple[int, ...], ...]:
         """Ranks that were found to see the same samples."""
 
@@ -60,8 +64,17 @@ class Reading:
         """Sets of ranks whose gradients were equal to the last bit, so that the noise scale is too small."""
         return self._source.identical_ranks
 
+    @property
+    def reason(self) -> str | None:
+        """Why there is no number yet, or why there can be none, with the remedy; None where there is one."""
+        return self._source.reason
+
+    def __str__(self) -> str:
+        reason = self.reason
+        return str(self.noise_scale) if reason is None else f"{self.noise_scale} ({reason})"
+
     def as_metrics(self) -> dict[str, float]:
-        """Return flat floats for any logger, ends that are open left out.
+        """Return flat floats for any logger; what was not measured, and ends that are open, are left out.
 
         They stand under `noise_scale/…`, those of a group under `noise_scale/<group>/…`; under `noise_scale/adam/…`
         where the geometry is Adam's, so that numbers of different kinds never share a name.
@@ -74,9 +87,11 @@ class Reading:
 
 
 def _metrics(prefix: str, scale: NoiseScale) -> dict[str, float]:
+    if scale.num_steps == 0:
+        return {}
     found = {
         f"{prefix}/value": scale.value,
-        f"{prefix}/lower": scale.lower,
+        f"{prefix}/lower": scale.lower if scale.lower > 0 or scale.value is not None else None,
         f"{prefix}/upper": scale.upper,
         f"{prefix}/grad_sq": scale.grad_sq_norm,
         f"{prefix}/trace": scale.noise_trace,

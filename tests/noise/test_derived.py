@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from dptrain.noise.derived import (
     efficiency,
+    expert_noise_scale,
     gain,
     gradient_diversity,
     half_batch_cosine,
     learning_rate_share,
     norm_test_batch,
+    routed_noise_scale,
 )
 
 PHI = st.floats(0, 1e9)
@@ -99,3 +101,17 @@ def test_gradient_diversity_of_a_data_set():
     phi = g.var(axis=0).sum() / (g.mean(axis=0) ** 2).sum()
     direct = (g**2).sum() / (g.sum(axis=0) ** 2).sum()
     assert gradient_diversity(phi, batch=30) == pytest.approx(direct)
+
+
+@pytest.mark.parametrize("probability", [0.5, 1 / 16, 1.0])
+def test_an_expert_counts_the_choice_of_routing_as_noise(probability):
+    """(φ_h + 1 − p)/p is the noise scale of rh, r being 1 with probability p, by enumeration; and back."""
+    generator = np.random.default_rng(3)
+    h = generator.normal(size=(400, 6)) + 0.4
+    mean = h.mean(0)
+    phi_routed = ((h - mean) ** 2).sum(1).mean() / (mean @ mean)
+    # Each gradient comes with weight p, and zero with weight 1 − p.
+    second, first = probability * (h**2).sum(1).mean(), probability * mean
+    exact = (second - first @ first) / (first @ first)
+    assert expert_noise_scale(phi_routed, probability=probability) == pytest.approx(exact)
+    assert routed_noise_scale(exact, probability=probability) == pytest.approx(phi_routed)

@@ -110,3 +110,14 @@ def test_heavy_tails_are_seen():
     normal = [followed(sample_gradients(1e6, rng)) for _ in range(10)]
     assert sum(heavy_tails(state.trace.lone, num_steps=state.steps) is not None for state in heavy) >= 9
     assert not any(heavy_tails(state.trace.lone, num_steps=state.steps) for state in normal)
+
+
+def test_gradients_that_vanish_can_be_read():
+    """As the loss goes to zero the pairs fall to 1e-160 and below, whose variances underflow: no division by zero."""
+    state = PresentState()
+    for step in range(40):
+        size = 10.0 ** (-5 * step)
+        state = present_updated(state, Moments(noise_trace=size, grad_sq_norm=size, num_samples=8.0))
+        found = present_moments(state)
+    assert math.isfinite(found.noise_trace)
+    assert found.num_steps > 10

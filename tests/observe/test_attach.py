@@ -154,11 +154,11 @@ def test_wrong_settings_are_told_apart():
     for settings, text in (
         ({"method": "guess"}, "method must be"),
         ({"loss": "max"}, "loss must be"),
-        ({"geometry": "sign"}, "geometry must be"),
+        ({"geometry": "euclid"}, "geometry must be"),
         ({"geometry": "adam"}, "give it as `optimizer`"),
         ({"every": 0}, "every must be"),
         ({"budget": 0.0}, "budget must be"),
-        ({"inner": sum_loss}, "`inner` is for"),
+        ({"comm_hook": (sum_loss, None)}, "`comm_hook` is for"),
     ):
         with pytest.raises(ObservationError, match=text):
             dptrain.attach(model, **settings)

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dptrain
 from dptrain.errors import ObservationError
 from dptrain.noise import PresentState, SquaredNorms, noise_scale, present_moments, present_updated, unbiased_moments
+from dptrain.noise.derived import expert_noise_scale
 from dptrain.observe.geometry import AdamGeometry
 from dptrain.observe.groups import REST, resolve_groups
 from tests.observe.plain import (
@@ -157,8 +158,8 @@ def test_adams_geometry_is_that_of_its_state_before_the_step(amsgrad):
     assert results[0] == results[1]
     for found, dropped, geometry, names in results[0]:
         assert found == pytest.approx(adam_reference(2, amsgrad), rel=2e-3)
-        # The first step, and the empty one at the end.
-        assert dropped == 2
+        # The first step alone: the call after the optimizer's step only returns the reading.
+        assert dropped == 1
         assert geometry == "adam"
         assert all(name.startswith("noise_scale/adam/") for name in names)
 
@@ -189,3 +190,73 @@ def test_adams_geometry_needs_adam():
         dptrain.attach(model, geometry="adam", optimizer=torch.optim.SGD(model.parameters()))
     with pytest.raises(ObservationError, match="all trained parameters"):
         dptrain.attach(model, geometry="adam", optimizer=torch.optim.Adam(nn.Linear(2, 2).parameters()))
+
+
+class Routed(nn.Module):
+    """Sends each sample to one of four experts at random."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(8, 8)
+        self.experts = nn.ModuleList([nn.Linear(8, 2, bias=False) for _ in range(4)])
+
+    def forward(self, x, to):
+        x = self.stem(x)
+        return torch.stack([self.experts[k](row) for k, row in zip(to.tolist(), x, strict=True)])
+
+
+def test_experts_are_groups_whose_noise_scale_counts_routed_samples():
+    """Routed at random with p = 1/4, the noise scale of an expert is (B_h + 1 − p)/p within its interval."""
+    torch.manual_seed(5)
+    model, probability = Routed(), 0.25
+    generator = torch.Generator().manual_seed(1)
+    data = torch.randn(64, 8, generator=generator) + 0.7
+    with dptrain.attach(model, every=1, groups="experts") as meter:
+        for _ in range(300):
+            for _ in range(2):
+                chosen = torch.randint(0, 64, (16,), generator=generator)
+                to = torch.randint(0, 4, (16,), generator=generator)
+                ((model(data[chosen], to) - 1).square().sum(1).mean() / 2).backward()
+            meter.step()
+            model.zero_grad()
+    found = meter.read_groups()
+    assert set(found) == {"experts.0", "experts.1", "experts.2", "experts.3", "rest"}
+    assert sum(scale.grad_sq_norm for scale in found.values()) == pytest.approx(meter.read_window().grad_sq_norm)
+    for k in range(4):
+        rows = torch.stack(
+            [
+                torch.autograd.grad((model.experts[k](model.stem(x)) - 1).square().sum(), model.experts[k].weight)[0]
+                for x in data
+            ]
+        ).flatten(1)
+        routed = float(rows.var(0, unbiased=False).sum() / rows.mean(0).square().sum())
+        expected = expert_noise_scale(routed, probability=probability)
+        scale = found[f"experts.{k}"]
+        lower, upper = scale.bounds(3.5)
+        assert lower < expected < upper
+        assert scale.value == pytest.approx(expected, rel=0.2)
+    with pytest.raises(ObservationError, match="called 'experts'"):
+        dptrain.attach(make_model(), groups="experts")
+
+
+def test_the_stacked_experts_of_a_gpt_are_a_group_for_each_layer():
+    """Experts of each layer, the router apart from them; the groups add up to the whole."""
+    from dptrain.models.experts import ExpertsConfig
+    from dptrain.models.gpt import Gpt, GptConfig
+
+    torch.manual_seed(0)
+    experts = ExpertsConfig(num_experts=4, top_k=1)
+    model = Gpt(GptConfig(vocab_size=16, context=8, depth=2, heads=2, width=16, experts=experts))
+    with dptrain.attach(model, every=1, groups="experts") as meter:
+        for _ in range(2):
+            for _ in range(2):
+                tokens = torch.randint(0, 16, (3, 8))
+                logits, balance = model(tokens)
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()) + 0.01 * balance
+                (loss / 2).backward()
+            meter.step()
+            model.zero_grad()
+    found, whole = meter.read_groups(), meter.read_window()
+    assert set(found) == {"blocks.0.experts", "blocks.1.experts", "rest"}
+    assert sum(scale.noise_trace for scale in found.values()) == pytest.approx(whole.noise_trace)
+    assert all(scale.noise_trace > 0 for scale in found.values())

@@ -13,6 +13,7 @@ from dptrain.control.settings import ControlConfig
 from dptrain.errors import ConfigError
 from dptrain.integrations import batch_adapter as adapter
 from dptrain.integrations.lightning.monitor import NoiseScaleMonitor
+from dptrain.integrations.sample_schedule import SampleSchedule
 
 
 class BatchAdapter(NoiseScaleMonitor):
@@ -20,7 +21,8 @@ class BatchAdapter(NoiseScaleMonitor):
 
     Lightning steps where the number of the batch within the epoch is a multiple of the accumulation steps, so a
     new number comes into force where it divides the batches done: elsewhere one window would be cut. Law, limits and
-    step timing are those of `dptrain.BatchAdapter`.
+    step timing are those of `dptrain.BatchAdapter`. Schedulers that are stepped with the updates are advanced by
+    samples, so they end where they would without adapting.
 
     Args:
         micro_batch_size: samples in one batch of one replica's data loader.
@@ -65,8 +67,12 @@ class BatchAdapter(NoiseScaleMonitor):
             accumulation_steps=trainer.accumulate_grad_batches,
             **self._settings,
         )
+        self._schedule = SampleSchedule(reference_batch_size=self.adapter.global_batch_size)
+        self._schedule.follow(one.scheduler for one in trainer.lr_scheduler_configs if one.interval == "step")
+        self.meter.on_remove(self._schedule.release)
         if self._saved_adapter is not None:
             self.adapter.load_state_dict(self._saved_adapter)
+            self._schedule.restore(self._saved_adapter.get("schedule", ()))
         trainer.accumulate_grad_batches = self.adapter.accumulation_steps
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -75,6 +81,7 @@ class BatchAdapter(NoiseScaleMonitor):
         assert self.adapter is not None
         self.adapter.note(self.meter.read())
         self._closed_micro_steps = self._micro_steps
+        self._schedule.note(self.adapter.samples_per_micro_step * self._micro_steps)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
@@ -98,7 +105,9 @@ class BatchAdapter(NoiseScaleMonitor):
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold."""
         record = super().state_dict()
-        return {**record, "adapter": self.adapter.state_dict()} if record and self.adapter else record
+        if not record or self.adapter is None:
+            return record
+        return {**record, "adapter": {**self.adapter.state_dict(), "schedule": self._schedule.state()}}
 
     _saved_adapter: dict[str, Any] | None = None
 

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch.optim import Optimizer
 
 from dptrain.errors import ObservationError
-from dptrain.noise import Smoothing
-from dptrain.observe import Meter, ParameterHook, Reading
-from dptrain.observe.checks.duplicate_data_check import DuplicateDataCheck
-from dptrain.observe.measurement_interval import MeasurementInterval
+from dptrain.observe import Meter, Reading
+from dptrain.observe.build import Options, build_meter
+from dptrain.observe.hooks.wrapping import identify
 
 
 class NoiseScaleMonitor(Callback):
     """Measures the gradient noise scale and logs it as `noise_scale/…` every `log_every_n_steps`.
 
-    The loss that `training_step` returns is taken to be the mean over its batch.
+    The loss that `training_step` returns is taken to be the mean over its batch, or the sum with `loss="sum"`.
 
     Args:
-        every: measure each such step; by default the meter chooses by what measuring costs.
-        budget: the share of the step time that measuring may take, where `every` is not given.
-        smoothing: how fast the past is forgotten.
-        level: confidence of the interval.
-        population: samples in the data set where it is small and drawn without replacement.
+        loss: whether the loss is the mean or the sum over the samples.
+        micro_batch_size: samples in a batch; by default what Lightning finds in it.
+        options: those of `dptrain.attach` that say what is measured and how: `method`, `groups`, `geometry` (with
+            `optimizers`), `every`, `budget`, `comm_hook`, `smoothing`, `level`, `population`.
 
     Raises:
         ObservationError: when training begins, where the meter could not be right.
@@ -36,14 +33,12 @@ class NoiseScaleMonitor(Callback):
     def __init__(
         self,
         *,
-        every: int | None = None,
-        budget: float = 0.01,
-        smoothing: Smoothing | None = None,
-        level: float = 0.95,
-        population: int | None = None,
+        loss: Literal["mean", "sum"] = "mean",
+        micro_batch_size: int | None = None,
+        **options: Any,  # noqa: ANN401 - those of attach, which names their types
     ) -> None:
-        self._every, self._budget = every, budget
-        self._options: dict[str, Any] = {"smoothing": smoothing, "level": level, "population": population}
+        self._summed, self._micro_batch_size = loss == "sum", micro_batch_size
+        self._options = options
         self._saved: dict[str, Any] | None = None
         self._micro_steps = 0
         self._scale = 1.0
@@ -53,40 +48,26 @@ class NoiseScaleMonitor(Callback):
         """Put the meter on the parameters, now that the strategy has wrapped them."""
         _refuse(trainer, pl_module)
         self._remove()
-        parameters = list(pl_module.parameters())
-        self.meter = Meter(
-            parameters,
-            hook=ParameterHook(parameters),
-            loss_scale=lambda: self._scale,
-            interval_rule=MeasurementInterval(every=self._every, budget=self._budget),
-            guard=DuplicateDataCheck(None),
-            **self._options,
-        )
+        wrapped = trainer.strategy.model or pl_module
+        self.meter = build_meter(identify(wrapped), Options(loss_scale=lambda: self._scale, **self._options))
         if self._saved is not None:
             self._restore(self._saved)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002 - Lightning's signature
         """Announce a micro-batch."""
         assert self.meter is not None
-        if self.meter.measuring:
-            self.meter.begin_forward(num_samples=extract_batch_size(batch))
+        num_samples = self._micro_batch_size or (extract_batch_size(batch) if self.meter.measuring else 1)
+        self.meter.begin(num_samples=num_samples, weight=num_samples if self._summed else None)
         self._micro_steps += 1
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Close the step; Lightning clips after this."""
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:  # noqa: ARG002 - Lightning's signature
+        """Close the step; Lightning clips after this. It may have unscaled before: the meter finds that factor."""
         assert self.meter is not None
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         amplified = 1.0 if scaler is None else float(scaler.get_scale())
         # The loss was divided by the planned accumulation steps; the last window of an epoch may have fewer.
         self._scale = amplified * self._micro_steps / trainer.accumulate_grad_batches
-        grad_norm = None
-        if self.meter.measuring:
-            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
-            if not getattr(optimizer, "_step_supports_amp_scaling", False):
-                grad_norm = (
-                    grad_norm * amplified
-                )  # the gradients were unscaled by now, those that the hook saw were not
-        self.meter.step(grad_norm=grad_norm)
+        self.meter.step()
         self._micro_steps = 0
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set where mypy does not look
         if every and (trainer.global_step + 1) % every == 0:
@@ -124,15 +105,15 @@ class NoiseScaleMonitor(Callback):
 
 
 def _refuse(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Raise where the hooks would not see what a replica's own gradient is."""
+    """Raise where the taps would not see what a replica's own gradient is."""
     if not pl_module.automatic_optimization:
         raise ObservationError(
             "with manual optimization Lightning does not know which backward passes belong to a step: measure "
             "with dptrain.attach in your training_step"
         )
     # By exact type: DeepSpeed's and XLA's strategies derive from these two, and reduce gradients in their own way.
-    if type(trainer.strategy) not in (DDPStrategy, SingleDeviceStrategy):
+    if type(trainer.strategy) not in (DDPStrategy, SingleDeviceStrategy, ModelParallelStrategy):
         raise ObservationError(
             f"{type(trainer.strategy).__name__} shards or reduces gradients where no replica's own gradient can be "
-            "seen by this callback: use strategy='ddp' or a single device"
+            "seen by this callback: use strategy='ddp', ModelParallelStrategy with fully_shard, or a single device"
         )

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
-from accelerate.state import GradientState
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from dptrain.errors import ObservationError
 from dptrain.integrations.transformers.tokens import token_share
 from dptrain.noise import Smoothing
-from dptrain.observe import Meter, ParameterHook, Reading
-from dptrain.observe.checks.duplicate_data_check import DuplicateDataCheck
-from dptrain.observe.measurement_interval import MeasurementInterval
+from dptrain.observe import Meter, Reading
+from dptrain.observe.build import Options, build_meter
+from dptrain.observe.geometry import GeometryName
+from dptrain.observe.hooks.wrapping import Wrapping
+from dptrain.observe.loop.batch_size import batch_size
 
 
 class NoiseScaleMonitor(TrainerCallback, ExportableState):
@@ -37,6 +38,10 @@ class NoiseScaleMonitor(TrainerCallback, ExportableState):
         half_life_samples: see `dptrain.Smoothing`.
         level: confidence of the interval.
         population: samples in the data set where it is small and drawn without replacement.
+        loss: whether the loss is the mean or the sum over the sequences, where the Trainer does not count tokens.
+        groups: see `dptrain.attach`; of the forms that JSON holds.
+        geometry: the norm, see `dptrain.attach`.
+        micro_batch_size: sequences in a micro-batch; by default the first dimension of the model's inputs.
 
     Raises:
         ObservationError: when training begins, where the meter could not be right.
@@ -52,8 +57,16 @@ class NoiseScaleMonitor(TrainerCallback, ExportableState):
         half_life_samples: float | None = None,
         level: float = 0.95,
         population: int | None = None,
+        loss: Literal["mean", "sum"] = "mean",
+        groups: Literal["module", "experts"] | dict[str, str] | None = None,
+        geometry: GeometryName = "sgd",
+        micro_batch_size: int | None = None,
     ) -> None:
         self._arguments: dict[str, Any] = {
+            "loss": loss,
+            "groups": groups,
+            "geometry": geometry,
+            "micro_batch_size": micro_batch_size,
             "every": every,
             "budget": budget,
             "memory": memory,
@@ -61,10 +74,7 @@ class NoiseScaleMonitor(TrainerCallback, ExportableState):
             "level": level,
             "population": population,
         }
-        self._grad_norm: Tensor | None = None
-        self._armed = False
         self._weight_factor = 1
-        self._parameters: list[nn.Parameter] = []
         self.meter: Meter | None = None
 
     def add_to(self, trainer: Any) -> None:  # noqa: ANN401 - any Trainer
@@ -78,18 +88,21 @@ class NoiseScaleMonitor(TrainerCallback, ExportableState):
         model: nn.Module = kwargs["model"]
         _refuse(args, model)
         self._remove()
-        self._parameters = list(model.parameters())
         scaler = getattr(kwargs["optimizer"], "scaler", None)
         given = self._arguments
-        self.meter = Meter(
-            self._parameters,
-            hook=ParameterHook(self._parameters),
-            loss_scale=None if scaler is None else scaler.get_scale,
-            smoothing=Smoothing(memory=given["memory"], half_life_samples=given["half_life_samples"]),
-            level=given["level"],
-            population=given["population"],
-            interval_rule=MeasurementInterval(every=given["every"], budget=given["budget"]),
-            guard=DuplicateDataCheck(None),
+        self.meter = build_meter(
+            Wrapping(kind="ddp" if args.world_size > 1 else "none", model=model),
+            Options(
+                loss_scale=None if scaler is None else scaler.get_scale,
+                groups=given["groups"],
+                geometry=given["geometry"],
+                optimizers=[kwargs["optimizer"]],
+                every=given["every"],
+                budget=given["budget"],
+                smoothing=Smoothing(memory=given["memory"], half_life_samples=given["half_life_samples"]),
+                level=given["level"],
+                population=given["population"],
+            ),
         )
         self._weight_factor = args.world_size if args.average_tokens_across_devices else 1
         handle = model.register_forward_hook(self._on_forward, with_kwargs=True)
@@ -101,15 +114,9 @@ class NoiseScaleMonitor(TrainerCallback, ExportableState):
             self._restore(saved)
 
     def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
-        """Close the step. The gradients are clipped by now, so their norm was taken at the end of the backward."""
+        """Close the step. The gradients are unscaled and clipped by now: the meter finds the factor."""
         assert self.meter is not None
-        if self._grad_norm is None and self.meter.measuring:
-            raise ObservationError(
-                "the end of the step's last backward pass was not seen: the model must return the loss, or the "
-                "logits that it is computed from, as a tensor of its own in its output"
-            )
-        self.meter.step(grad_norm=self._grad_norm)
-        self._grad_norm = None
+        self.meter.step()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, *_: object, **kwargs: Any) -> None:  # noqa: ANN401, ARG002 - the Trainer's signature
         """Add to rows of training what is known (synchronises the device)."""
@@ -131,27 +138,14 @@ class NoiseScaleMonitor(TrainerCallback, ExportableState):
             return
         assert self.meter is not None
         if not self.meter.measuring:
+            self.meter.count_forward()
             return
         share = token_share(model, kwargs)
-        weight = None if share is None else share * self._weight_factor
-        self.meter.begin_forward(num_samples=_first_dimension(kwargs), weight=weight)
-        self._armed = GradientState().sync_gradients
-        if self._armed:
-            for tensor in _differentiable(output):
-                tensor.register_hook(self._on_backward)  # type: ignore[no-untyped-call]
-
-    def _on_backward(self, _: Tensor) -> None:
-        """At the beginning of a backward pass, ask to be called after its end."""
-        if not self._armed:
-            return
-        self._armed = False
-        queue = torch.autograd.Variable._execution_engine.queue_callback  # noqa: SLF001 - what DDP and FSDP use: there is no public end of a backward pass
-        # DDP asks for the same during the pass, to fetch the reduced gradients: asking again comes after it.
-        queue(lambda: queue(self._note_norm))
-
-    def _note_norm(self) -> None:
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+        num_samples = self._arguments["micro_batch_size"] or batch_size(None, (), kwargs)
+        if share is not None:
+            self.meter.begin(num_samples=num_samples, weight=share * self._weight_factor)
+        else:
+            self.meter.begin(num_samples=num_samples, weight=num_samples if self._arguments["loss"] == "sum" else None)
 
     # State
 
@@ -189,15 +183,3 @@ def _refuse(args: TrainingArguments, model: nn.Module) -> None:
             "the Trainer shards the parameters (FSDP, DeepSpeed or tensor parallelism), where this callback cannot "
             "see a replica's own gradient: measure under DDP or in one process"
         )
-
-
-def _first_dimension(kwargs: Mapping[str, Any]) -> int:
-    sizes = [value.shape[0] for value in kwargs.values() if isinstance(value, Tensor) and value.dim() > 0]
-    if not sizes:
-        raise ObservationError("the model was called without a tensor by name, so its batch size is unknown")
-    return sizes[0]
-
-
-def _differentiable(output: object) -> Iterable[Tensor]:
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
-    return [value for value in values if isinstance(value, Tensor) and value.requires_grad]

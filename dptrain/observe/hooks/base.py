@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
+from dptrain.observe.checks.gradient_checksum import GradientChecksum
 from dptrain.observe.stopwatch import Stopwatch
 
 
@@ -14,7 +15,7 @@ class GradientHook(Protocol):
     """Sees this replica's own gradients and keeps nothing but squared norms. Never changes a gradient.
 
     Attributes:
-        name: its name in messages.
+        name: how the hook is named to a user.
         accumulated: True where it sees the sum over a replica's micro-batches once per step, False where it sees
             each micro-batch singly.
         stopwatch: counts the time that the hook takes.
@@ -24,6 +25,16 @@ class GradientHook(Protocol):
     accumulated: bool
     stopwatch: Stopwatch
 
+    repeated: bool
+    """Whether an average came back into the replica's own gradient, by more than one reduction in the step."""
+
+    @property
+    def outside(self) -> bool:
+        """Whether a gradient came since the last `collect` that belongs to no micro-batch."""
+
+    def check_with(self, checksum: GradientChecksum) -> None:
+        """Have `checksum` see each gradient too."""
+
     def listen(self, *, on: bool) -> None:
         """Look at the gradients from now on, or let go of them at no cost; a new hook looks."""
 
@@ -32,6 +43,16 @@ class GradientHook(Protocol):
 
         Returns:
             False where the micro-batch begun before saw no gradient, so that this one takes its place.
+        """
+
+    def keep_first(self, note: Callable[[int, Tensor], None]) -> None:
+        """Have `note` see the gradients of each step's first micro-batch, with the number of their parameter."""
+
+    def end(self) -> bool:
+        """Say that the step has no more micro-batches.
+
+        Returns:
+            False where the micro-batch begun last saw no gradient, so that it does not count.
         """
 
     def collect(self, weights: list[float]) -> Tensor:
@@ -44,7 +65,7 @@ class GradientHook(Protocol):
             A float64 vector on the gradients' device, one entry for each group, or one for the whole model.
 
         Raises:
-            ObservationError: if the gradients seen cannot be assigned to micro-batches.
+            ObservationError: where what was seen cannot be told apart into micro-batches.
         """
 
     def discard(self) -> None:
@@ -52,13 +73,3 @@ class GradientHook(Protocol):
 
     def remove(self) -> None:
         """Let go of the model."""
-
-
-def unhook(parameter: nn.Parameter, handle: RemovableHandle) -> None:
-    """Take a tensor hook off a parameter, and with the last one torch's call into Python, which it would leave behind.
-
-    Over an empty set of hooks that call still costs 1.5 µs per parameter and backward pass.
-    """
-    handle.remove()
-    if not parameter._backward_hooks:  # noqa: SLF001 - torch has no other way to get rid of it
-        parameter._backward_hooks = None  # noqa: SLF001 - as above

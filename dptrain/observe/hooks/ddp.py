@@ -12,6 +12,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from dptrain.errors import ObservationError
+from dptrain.observe.checks.gradient_checksum import GradientChecksum
 from dptrain.observe.geometry import Geometry, PlainGeometry
 from dptrain.observe.groups import Groups
 from dptrain.observe.stopwatch import Stopwatch
@@ -27,13 +28,12 @@ class DdpCommHook:
     batches than a hook on the parameters where gradients are accumulated. Under `no_sync` it is not called; at the
     synchronising pass it sees the sum. It is right where one micro-batch takes several backward passes.
 
-    DDP has one slot for such a hook, which can be neither shared nor emptied: an own hook is given as `inner` and
-    is called with the bucket untouched; after `remove` the slot passes everything through.
+    DDP has one slot for such a hook, which can be neither shared nor emptied: a hook of the user's is given as
+    `comm_hook` and called with the bucket untouched; after `remove` the slot passes everything through.
 
     Args:
         model: the DDP module, before its first backward pass.
-        inner: hook that reduces the bucket, DDP's own mean where not given.
-        inner_state: its state.
+        comm_hook: (hook, state) that reduces the bucket; DDP's own mean where not given.
         groups: which trained parameter belongs where; the whole model by default.
         geometry: the norm; the plain one by default.
     """
@@ -45,21 +45,21 @@ class DdpCommHook:
         self,
         model: DistributedDataParallel,
         *,
-        inner: CommHook | None = None,
-        inner_state: object = None,
+        comm_hook: tuple[CommHook, object] | None = None,
         groups: Groups | None = None,
         geometry: Geometry | None = None,
     ) -> None:
-        self._inner: CommHook = inner or _mean
-        self._inner_state = model.process_group if inner is None else inner_state
+        self._comm_hook: tuple[CommHook, object] = comm_hook or (_mean, model.process_group)
         self._groups = groups or Groups()
         self._geometry = geometry or PlainGeometry()
         # A plain norm of the whole needs no more than one kernel per bucket.
         self._singly = bool(self._groups.names) or not isinstance(self._geometry, PlainGeometry)
         self._indices = {id(p): i for i, p in enumerate(p for p in model.parameters() if p.requires_grad)}
         self._norms: dict[int, Tensor] = {}
-        self._repeated = False
+        self.repeated = False
         self._listening = True
+        self._checksum: GradientChecksum | None = None
+        self.outside = False
         device = next(model.parameters()).device
         self.stopwatch = Stopwatch(device)
         self._zero = torch.zeros((), dtype=torch.float64, device=device)
@@ -68,7 +68,7 @@ class DdpCommHook:
         except RuntimeError as error:
             raise ObservationError(
                 f"DDP's communication hook is taken already ({error}): measure with method='parameters', "
-                "or hand your hook to dptrain as `inner` instead of registering it"
+                "or give your hook to attach as comm_hook=(hook, state) instead of registering it"
             ) from error
 
     def listen(self, *, on: bool) -> None:
@@ -89,21 +89,32 @@ class DdpCommHook:
                     self._note(index, self._geometry.norm(index, grad))
             else:
                 self._note(bucket.index(), self._geometry.norm(0, bucket.buffer()))
+            if self._checksum is not None:
+                for parameter in bucket.parameters():
+                    self._checksum.reduced(self._indices[id(parameter)])
             self.stopwatch.stop(began)
-        return self._inner(self._inner_state, bucket)
+        reduce, state = self._comm_hook
+        return reduce(state, bucket)
+
+    def check_with(self, checksum: GradientChecksum) -> None:
+        """Have `checksum` see gradients by hooks of its own: a bucket holds what was left over in `.grad` as well."""
+        self._checksum = checksum
+        checksum.watch()
+
+    def keep_first(self, note: Callable[[int, Tensor], None]) -> None:
+        """Do nothing: no single micro-batch is seen here."""
+
+    def end(self) -> bool:
+        """Nothing to do: the micro-batches are counted by their outputs."""
+        return True
 
     def _note(self, key: int, norm: Tensor) -> None:
-        self._repeated = self._repeated or key in self._norms
+        self.repeated = self.repeated or key in self._norms
         self._norms[key] = norm
 
     def collect(self, weights: list[float]) -> Tensor:
         """Return ‖accumulated gradient‖²/Σv of this replica."""
-        (seen, repeated), (self._norms, self._repeated) = (self._norms, self._repeated), ({}, False)
-        if repeated:
-            raise ObservationError(
-                "DDP synchronised more than once in this step, so its buckets mixed the replica's own gradient with "
-                "an average: put all but the last micro-batch under model.no_sync(), or use method='parameters'"
-            )
+        seen, self._norms, self.repeated = self._norms, {}, False
         total = sum(weights)
         if not seen or total == 0:
             return self._zero.expand(self._groups.num_entries)
@@ -111,7 +122,7 @@ class DdpCommHook:
 
     def discard(self) -> None:
         """Forget the buckets of the step under way."""
-        self._norms, self._repeated = {}, False
+        self._norms, self.repeated = {}, False
 
     def remove(self) -> None:
         """Stop measuring; DDP goes on calling the hook, which only reduces."""

@@ -12,10 +12,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from dptrain.errors import ObservationError
+from dptrain.observe.checks.gradient_checksum import GradientChecksum
 from dptrain.observe.geometry import Geometry, PlainGeometry
 from dptrain.observe.groups import Groups
-from dptrain.observe.hooks.base import unhook
 from dptrain.observe.hooks.micro_batches import MicroBatchNorms
+from dptrain.observe.hooks.unhook import unhook
 from dptrain.observe.stopwatch import Stopwatch
 
 
@@ -35,6 +36,7 @@ class FsdpHook:
 
     name = "unsharded parameters"
     accumulated = False
+    repeated = False
 
     def __init__(self, model: nn.Module, *, groups: Groups | None = None, geometry: Geometry | None = None) -> None:
         device = next(model.parameters()).device
@@ -70,7 +72,8 @@ class FsdpHook:
             return
         if known is not None:
             unhook(*known)
-        handle = parameter.register_hook(functools.partial(self._norms.see, index))  # type: ignore[no-untyped-call]
+        see = functools.partial(_see_local if hasattr(parameter, "placements") else MicroBatchNorms.see, self._norms)
+        handle = parameter.register_hook(functools.partial(see, index))  # type: ignore[no-untyped-call]
         self._handles[index] = (parameter, handle)
 
     def listen(self, *, on: bool) -> None:
@@ -84,6 +87,23 @@ class FsdpHook:
     def begin(self, *, ignore: bool = False) -> bool:
         """Start a micro-batch; one that is ignored is not looked at."""
         return self._norms.begin(ignore=ignore)
+
+    def check_with(self, checksum: GradientChecksum) -> None:
+        """Have `checksum` see each gradient too."""
+        self._norms.checksum = checksum
+
+    def keep_first(self, note: Callable[[int, Tensor], None]) -> None:
+        """Have `note` see the gradients of each step's first micro-batch."""
+        self._norms.keep_first = note
+
+    @property
+    def outside(self) -> bool:
+        """Whether a gradient came that belongs to no micro-batch."""
+        return self._norms.outside
+
+    def end(self) -> bool:
+        """End the step's last micro-batch; return False where it saw no gradient."""
+        return self._norms.end()
 
     def collect(self, weights: list[float]) -> Tensor:
         """Return Σ ‖seen‖²/v over the micro-batches of the step."""
@@ -100,6 +120,20 @@ class FsdpHook:
         for handle in self._module_handles:
             handle.remove()
         self._module_handles.clear()
+
+
+@torch.no_grad()
+def _see_local(norms: MicroBatchNorms, index: int, grad: Any) -> None:  # noqa: ANN401 - a DTensor
+    """Note this rank's piece of a gradient that tensor parallelism cuts up.
+
+    A piece may be a summand still, as that of a layer norm whose inputs are cut along the sequence: it is added up
+    first, among the ranks of the replica.
+    """
+    if any(placement.is_partial() for placement in grad.placements):
+        from torch.distributed.tensor import Replicate
+
+        grad = grad.redistribute(placements=[Replicate() if p.is_partial() else p for p in grad.placements])
+    norms.see(index, grad.to_local())
 
 
 def _managed(model: nn.Module) -> dict[nn.Module, list[tuple[int, nn.Module, str]]]:

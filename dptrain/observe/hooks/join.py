@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import abstractmethod
+from typing import Any, Protocol
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.join import Joinable, JoinHook
 
@@ -26,6 +29,41 @@ class JoinedRank(JoinHook):
     def main_hook(self) -> None:
         """Answer one step."""
         self._meter.step_joined()
+
+
+class JoinableMeter(Joinable):
+    """What torch's Join asks of a meter.
+
+    Args:
+        device: where its collectives run.
+        group: over whom they run.
+        accumulated: whether a replica's accumulated gradient is seen.
+    """
+
+    def __init__(self, *, device: torch.device, group: dist.ProcessGroup | None, accumulated: bool) -> None:
+        super().__init__()
+        self._join_device, self._join_group, self._join_accumulated = device, group, accumulated
+        self.divides_by_active = False
+
+    @abstractmethod
+    def step_joined(self) -> None:
+        """Answer one step of the ranks that go on; a collective where it is measured."""
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:  # noqa: ANN401 - torch hands every joinable the same arguments
+        """Return what answers for a rank that ran out of samples."""
+        self.divides_by_active = not kwargs.get("divide_by_initial_world_size", True)
+        check_divisor(by_active=self.divides_by_active, accumulated=self._join_accumulated)
+        return JoinedRank(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Where its collectives run."""
+        return self._join_device
+
+    @property
+    def join_process_group(self) -> Any:  # noqa: ANN401 - torch leaves it without a type
+        """Over whom they run."""
+        return self._join_group
 
 
 def check_model(model: nn.Module, *, meter: Joinable) -> None:

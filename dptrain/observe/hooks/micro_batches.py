@@ -1,11 +1,14 @@
-"""Norms of single micro-batches, collected parameter by parameter; which hook they come from is not known here."""
+"""Norms of single micro-batches, collected parameter by parameter; hooks say where the gradients come from."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dptrain.errors import ObservationError
+from dptrain.observe.checks.gradient_checksum import GradientChecksum
 from dptrain.observe.geometry import Geometry
 from dptrain.observe.groups import Groups
 from dptrain.observe.stopwatch import Stopwatch
@@ -35,6 +38,10 @@ class MicroBatchNorms:
         self._last: dict[int, Tensor] | None = None
         self._current: dict[int, Tensor] | None = None
         self._overlap = False
+        self._ignoring = False
+        self.checksum: GradientChecksum | None = None
+        self.outside = False
+        self.keep_first: Callable[[int, Tensor], None] | None = None
 
     def begin(self, *, ignore: bool) -> bool:
         """Start a micro-batch, or a filler that is not looked at.
@@ -42,6 +49,7 @@ class MicroBatchNorms:
         Returns:
             False where the micro-batch begun before saw no gradient, so that this one takes its place.
         """
+        self._ignoring = ignore
         if ignore:
             self._current = None
             return True
@@ -58,10 +66,15 @@ class MicroBatchNorms:
         """Note the gradient of parameter `index`. Runs once per parameter and micro-batch: keep it short."""
         norms = self._current
         if norms is None:
+            self.outside = self.outside or not self._ignoring
             return
         began = self._stopwatch.start()
         if index in norms:
             self._overlap = True
+        if self.checksum is not None:
+            self.checksum.note(index, grad)
+        if self.keep_first is not None and not self._squares:
+            self.keep_first(index, grad)
         if grad.is_sparse:
             grad = grad.coalesce().values()
         key = index, grad.dtype
@@ -69,6 +82,13 @@ class MicroBatchNorms:
         norm = self._norm(index, grad.detach() if grad.requires_grad else grad, out=self._places.get(key))
         norms[index] = self._places[key] = norm
         self._stopwatch.stop(began)
+
+    def end(self) -> bool:
+        """End the step's last micro-batch; return False where it saw no gradient, and forget it then."""
+        if self._last is None or self._last:
+            return True
+        self._last = self._current = None
+        return False
 
     def _close_last(self) -> None:
         if self._last:
@@ -79,7 +99,7 @@ class MicroBatchNorms:
         """Return Σ ‖seen‖²/v over the micro-batches of the step, by group, and forget them.
 
         Raises:
-            ObservationError: if the gradients seen cannot be assigned to micro-batches.
+            ObservationError: where what was seen cannot be told apart into micro-batches.
         """
         self._close_last()
         seen, overlap = self._squares, self._overlap
@@ -103,3 +123,4 @@ class MicroBatchNorms:
     def forget(self) -> None:
         """Drop what was seen."""
         self._squares, self._last, self._current, self._overlap = [], None, None, False
+        self._ignoring = self.outside = False

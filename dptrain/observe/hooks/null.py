@@ -1,15 +1,18 @@
-"""A hook that measures nothing, for runs with measuring off."""
+"""A hook that sees nothing, for runs in which nothing is to be measured."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from dptrain.observe.checks.gradient_checksum import GradientChecksum
 from dptrain.observe.stopwatch import Stopwatch
 
 
 class NullHook:
-    """Registers no hook and returns zeros.
+    """Stands where a hook is asked for, puts none anywhere, and returns zeros.
 
     Args:
         device: of the gradients.
@@ -18,6 +21,8 @@ class NullHook:
 
     name = "nothing"
     accumulated = False
+    repeated = False
+    outside = False
 
     def __init__(self, device: torch.device, *, num_entries: int = 1) -> None:
         self.stopwatch = Stopwatch(device)
@@ -26,11 +31,21 @@ class NullHook:
     def listen(self, *, on: bool) -> None:
         """Do nothing."""
 
-    def begin(self, *, ignore: bool = False) -> bool:  # noqa: ARG002 - the interface of a hook
+    def begin(self, *, ignore: bool = False) -> bool:  # noqa: ARG002 - a hook's form
         """Do nothing."""
         return True
 
-    def collect(self, weights: list[float]) -> Tensor:  # noqa: ARG002 - the interface of a hook
+    def check_with(self, checksum: GradientChecksum) -> None:
+        """Do nothing."""
+
+    def keep_first(self, note: Callable[[int, Tensor], None]) -> None:
+        """Do nothing: no single micro-batch is seen here."""
+
+    def end(self) -> bool:
+        """Do nothing."""
+        return True
+
+    def collect(self, weights: list[float]) -> Tensor:  # noqa: ARG002 - a hook's form
         """Return zeros."""
         return self._zeros
 

@@ -1,9 +1,10 @@
-"""Finds out how a model's gradients are combined over replicas, and refuses ways in which the meter cannot be right."""
+"""Finds out how a model's gradients are averaged over replicas, and refuses ways in which the meter cannot be right."""
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,29 +14,44 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dptrain.errors import ObservationError
 
+Reduction = Literal["wrapper", "optimizer"]
+
+_BY_HAND = "compute the squared norms where the engine has the gradients, and hand them to dptrain.Observer"
 _REFUSED = {
     "FullyShardedDataParallel": "FSDP1 flattens parameters, and its gradients cannot be seen singly: use fully_shard",
-    "DeepSpeedEngine": "DeepSpeed reduces gradients in its own buffers: use DDP or fully_shard",
+    "DeepSpeedEngine": "DeepSpeed reduces gradients into its own partitions and leaves no .grad: use DDP or "
+    f"fully_shard, or {_BY_HAND} (deepspeed.utils.safe_get_full_grad)",
     "DataParallel": "DataParallel adds up its replicas' gradients inside one backward pass: use "
     "DistributedDataParallel, one process per device",
 }
+_MEGATRON = f"Megatron's wrapper accumulates into main_grad buffers and leaves no .grad: {_BY_HAND} (param.main_grad)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapping:
-    """How the combined gradient comes about.
+    """How the averaged gradient comes about.
 
     Attributes:
-        kind: "none" in one process, "ddp", or "fsdp" for `fully_shard` (FSDP2), HSDP and `replicate()`.
+        kind: "none" without a wrapper, "ddp", or "fsdp" for `fully_shard` (FSDP2), HSDP and `replicate()`.
         model: the module without torch.compile round it.
+        reduction: who averages: the wrapper, or the optimizer inside its step.
         group: process group over which gradients are averaged; None for the default one.
-        num_shards: ranks over which the combined gradient is cut up.
+        num_shards: ranks over which the averaged gradient is cut up.
+        shard: the number of this rank among them.
+        divisor: by what the sum over the replicas is divided; None for their number.
+        ranks_per_replica: ranks that hold one copy of the model together by tensor parallelism.
+        num_data_dimensions: of the parameters' mesh, those that replicas are laid out on.
     """
 
     kind: Literal["none", "ddp", "fsdp"]
     model: nn.Module
+    reduction: Reduction = "wrapper"
     group: dist.ProcessGroup | None = None
     num_shards: int = 1
+    shard: int = 0
+    divisor: float | None = None
+    ranks_per_replica: int = 1
+    num_data_dimensions: int = 0
 
     @property
     def inner(self) -> nn.Module:
@@ -43,38 +59,84 @@ class Wrapping:
         inner = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         return getattr(inner, "_orig_mod", inner)
 
+    def _tensor_placements(self, parameter: Any) -> list[tuple[Any, int]]:  # noqa: ANN401 - a DTensor
+        """Return (placement, ranks) of each dimension of the mesh on which one replica is cut up."""
+        placements = list(getattr(parameter, "placements", ()))[self.num_data_dimensions :]
+        sizes = [parameter.device_mesh.size(self.num_data_dimensions + i) for i in range(len(placements))]
+        return list(zip(placements, sizes, strict=True))
 
-def identify(model: nn.Module) -> Wrapping:
+    def shares(self, parameters: Sequence[nn.Parameter]) -> tuple[float, ...]:
+        """Return by what each parameter's square is multiplied, so that a replica's ranks add up to its square."""
+        if self.ranks_per_replica == 1:
+            return ()
+        cuts = [[size for placement, size in self._tensor_placements(p) if placement.is_shard()] for p in parameters]
+        return tuple(math.prod(sizes) / self.ranks_per_replica for sizes in cuts)
+
+    def cut_by_rows(self, parameter: nn.Parameter) -> bool:
+        """Say whether the data-parallel shards of a parameter are pieces of its first dimension, or it has none."""
+        placements = list(getattr(parameter, "placements", ()))[: self.num_data_dimensions]
+        return all(not p.is_shard() or p.dim == 0 for p in placements)
+
+    def num_rows(self, parameter: nn.Parameter) -> int:
+        """Return the rows of a parameter that one replica's rank has before data parallelism cuts them."""
+        if parameter.dim() == 0:
+            return 1
+        cuts = [size for placement, size in self._tensor_placements(parameter) if placement.is_shard(0)]
+        return -(-parameter.shape[0] // math.prod(cuts))
+
+
+def identify(model: nn.Module, *, reduction: Reduction = "wrapper") -> Wrapping:
     """Look at `model` and at the process group.
 
     Raises:
         ObservationError: for a wrapper in which the meter could not be right; the text has the remedy.
     """
+    if reduction not in ("wrapper", "optimizer"):
+        raise ObservationError(f"reduction must be 'wrapper' or 'optimizer', got {reduction!r}")
+    model = getattr(model, "_forward_module", model)  # what Lightning Fabric wraps
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     for module in model.modules():
-        for base in type(module).__mro__:
-            if base.__name__ in _REFUSED:
-                raise ObservationError(f"cannot measure {type(module).__name__}: {_REFUSED[base.__name__]}")
+        _refuse_engines(module)
     # A sharded parameter is known by its mesh: importing DTensor to ask for its type would double the import time.
     sharded = [hasattr(p, "device_mesh") for p in model.parameters() if p.requires_grad]
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if reduction == "optimizer":
+        if any(sharded) or isinstance(model, DistributedDataParallel):
+            raise ObservationError(
+                "reduction='optimizer' is for a bare model whose .grad stays the rank's own until the optimizer steps, "
+                f"but {type(model).__name__} averages gradients itself: leave `reduction` out"
+            )
+        return Wrapping(kind="none", model=model, reduction=reduction)
     if any(sharded):
         return _identify_sharded(model, complete=all(sharded))
     if isinstance(model, DistributedDataParallel):
         return Wrapping(kind="ddp", model=model, group=model.process_group)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if ranks > 1:
         raise ObservationError(
-            f"{type(model).__name__} is not wrapped in DistributedDataParallel but the process group has "
-            f"{dist.get_world_size()} ranks: attach to the module that DDP or fully_shard returns, after wrapping"
+            f"{type(model).__name__} is not wrapped in DistributedDataParallel but the process group has {ranks} "
+            "ranks: attach to the module that DDP or fully_shard returns, after wrapping; where the optimizer averages "
+            "the gradients in its step, attach with reduction='optimizer'"
         )
     return Wrapping(kind="none", model=model)
+
+
+def _refuse_engines(module: nn.Module) -> None:
+    for base in type(module).__mro__:
+        if base.__name__ in _REFUSED:
+            raise ObservationError(f"cannot measure {type(module).__name__}: {_REFUSED[base.__name__]}")
+        if base.__module__.startswith("megatron.") and base.__name__.startswith("DistributedDataParallel"):
+            raise ObservationError(f"cannot measure {type(module).__name__}: {_MEGATRON}")
+    if any(hasattr(p, "main_grad") for p in module.parameters(recurse=False)):
+        raise ObservationError(f"cannot measure {type(module).__name__}: {_MEGATRON}")
 
 
 def _identify_sharded(model: nn.Module, *, complete: bool) -> Wrapping:
     managers = _fsdp_modules(model)
     if not managers or isinstance(model, DistributedDataParallel):
         raise ObservationError(
-            "the parameters are distributed tensors, but not by fully_shard or replicate() (tensor parallelism): each "
-            "rank then has a part of a gradient, which this version does not put together; measure a data-parallel run"
+            "the parameters are distributed tensors, but not by fully_shard or replicate() (tensor parallelism alone): "
+            "without replicas there is no data-parallel dimension to compare over; apply fully_shard on one, of size 1 "
+            "or more"
         )
     if not complete:
         raise ObservationError(
@@ -82,35 +144,81 @@ def _identify_sharded(model: nn.Module, *, complete: bool) -> Wrapping:
             "apply fully_shard to the root module too, or freeze them"
         )
     parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
-    mesh, placements = parameters[0].device_mesh, parameters[0].placements
-    if any(p.device_mesh != mesh for p in parameters):
+    data_mesh, shard, num_shards = _data_mesh(managers)
+    num_data_dimensions = data_mesh.ndim
+    _refuse_meshes(parameters, data_mesh)
+    kinds = {
+        tuple(type(p).__name__.removeprefix("_Strided") for p in q.placements[:num_data_dimensions]) for q in parameters
+    }
+    known = {("Shard",), ("Replicate",), ("Replicate", "Shard")}
+    tensor_kinds = {type(p).__name__ for q in parameters for p in q.placements[num_data_dimensions:]}
+    if not kinds <= known or len(kinds) > 1 or not tensor_kinds <= {"Shard", "Replicate"}:
         raise ObservationError(
-            "parameters live on several device meshes (such as expert parallelism), so no one average is the combined "
+            f"parameters are placed as {sorted(kinds)} on a mesh of shape {tuple(data_mesh.shape)}: known are "
+            "fully_shard on one dimension, on (replicate, shard) for HSDP, and replicate(), with tensor parallelism "
+            "inside"
+        )
+    ranks = dist.get_world_size()
+    ranks_per_replica = max(p.device_mesh.size() for p in parameters) // data_mesh.size()
+    group = None
+    if data_mesh.size() * ranks_per_replica != ranks:
+        if data_mesh.ndim > 1 or ranks_per_replica > 1:
+            raise ObservationError(
+                f"the mesh of shape {tuple(data_mesh.shape)} covers {data_mesh.size() * ranks_per_replica} of {ranks} "
+                "ranks, and no one process group holds just these: use a mesh over all ranks"
+            )
+        group = data_mesh.get_group()
+    return Wrapping(
+        kind="fsdp",
+        model=model,
+        group=group,
+        num_shards=num_shards,
+        shard=shard,
+        divisor=_divide_factor(managers),
+        ranks_per_replica=ranks_per_replica,
+        num_data_dimensions=num_data_dimensions,
+    )
+
+
+def _data_mesh(managers: list[Any]) -> tuple[Any, int, int]:
+    """Return the mesh that gradients are averaged over, this rank's number among the shards, and their count."""
+    infos = [group.mesh_info for module in managers for group in _param_groups(module)]
+    meshes = [info.mesh for info in infos]
+    if any(mesh != meshes[0] for mesh in meshes):
+        raise ObservationError(
+            "parameters live on several device meshes (such as expert parallelism), so no one average is the averaged "
+            "gradient of all: wrap all of them with one mesh; on an expert-parallel mesh an expert's gradient holds "
+            "the tokens of its whole group"
+        )
+    names = "_".join(meshes[0].mesh_dim_names or ()).lower().split("_")
+    if "cp" in names or "context" in names:
+        raise ObservationError(
+            f"the mesh dimension {meshes[0].mesh_dim_names} contains context parallelism, where a rank's gradient is "
+            "that of a part of each sequence and no sample's: measure without context parallelism"
+        )
+    number, count = getattr(infos[0], "shard_mesh_rank", 0), getattr(infos[0], "shard_mesh_size", 1)
+    return meshes[0], number, count
+
+
+def _refuse_meshes(parameters: list[Any], data_mesh: Any) -> None:  # noqa: ANN401 - a DeviceMesh
+    """Raise where parameters are cut up over ranks other than those of one replica."""
+    meshes = {p.device_mesh for p in parameters}
+    larger = [mesh for mesh in meshes if mesh.size() > data_mesh.size()]
+    if len(larger) > 1 or any(mesh.ndim < data_mesh.ndim for mesh in meshes):
+        raise ObservationError(
+            "parameters live on several device meshes (such as expert parallelism), so no one average is the averaged "
             "gradient: wrap all of them with one mesh"
         )
-    kinds = {tuple(type(placement).__name__ for placement in p.placements) for p in parameters}
-    if not kinds <= {("Shard",), ("Replicate",), ("Replicate", "Shard")} or len(kinds) > 1:
+
+
+def _divide_factor(managers: list[Any]) -> float | None:
+    factors = {group.gradient_divide_factor for module in managers for group in _param_groups(module)}
+    if len(factors) > 1:
         raise ObservationError(
-            f"parameters are placed as {sorted(kinds)} on a mesh of shape {tuple(mesh.shape)}: known are fully_shard "
-            "on one dimension, on (replicate, shard) for HSDP, and replicate(); tensor parallelism is not supported"
+            f"set_gradient_divide_factor gave the modules different factors ({sorted(map(str, factors))}), so the "
+            "averaged gradient is no mean over the replicas: use one factor for all"
         )
-    for module in managers:
-        if any(group.gradient_divide_factor is not None for group in _param_groups(module)):
-            raise ObservationError(
-                "set_gradient_divide_factor was called, so the combined gradient is no mean over the replicas: leave "
-                "the factor to FSDP and scale the loss"
-            )
-    if mesh.size() == dist.get_world_size():
-        group = None
-    elif mesh.ndim == 1:
-        group = mesh.get_group()
-    else:
-        raise ObservationError(
-            f"the mesh of shape {tuple(mesh.shape)} covers {mesh.size()} of {dist.get_world_size()} ranks, and no one "
-            "process group holds just these: use a mesh over all ranks"
-        )
-    sizes = [mesh.size(i) for i, placement in enumerate(placements) if type(placement).__name__ == "Shard"]
-    return Wrapping(kind="fsdp", model=model, group=group, num_shards=math.prod(sizes))
+    return factors.pop() if factors else None
 
 
 def _fsdp_modules(model: nn.Module) -> list[Any]:

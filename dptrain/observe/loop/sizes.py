@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
+from dptrain.observe.reduction import on_device
+
+_MAX_VECTORS = 64
+
 
 @dataclass(kw_only=True)
 class MicroBatchSizes:
     """What a replica knows of its own micro-batches of one step, on the host.
 
-    The gradient of micro-batch m of replica r enters the combined gradient as v_rm·g_rm/world_size, where g_rm
+    The gradient of micro-batch m of replica r enters the averaged gradient as v_rm·g_rm/world_size, where g_rm
     is the mean over its b_rm samples. Only ratios of the v matter for the noise scale; their sum over all
-    replicas, divided by the world size, is the factor by which the combined gradient differs from a mean.
+    replicas, divided by the world size, is the factor by which the averaged gradient differs from a mean.
 
     Attributes:
         num_samples: b of each micro-batch.
@@ -50,3 +57,30 @@ class MicroBatchSizes:
         if accumulated:
             return square / total if total else 0.0, square, total, float(total > 0), 1.0, sum(self.num_samples)
         return sum(v / b for b, v in pairs), square, total, float(len(pairs)), 1.0, sum(self.num_samples)
+
+
+class SizeVectors:
+    """Brings the sizes of a step to the device, and keeps what it brought.
+
+    Sizes rarely change; a fresh vector each step would be a transfer each.
+
+    Args:
+        device: where to.
+        accumulated: see `MicroBatchSizes.sums`.
+        share: of a replica that a rank is.
+    """
+
+    def __init__(self, *, device: torch.device, accumulated: bool, share: float) -> None:
+        self._device = device
+        self._accumulated = accumulated
+        self._share = share
+        self._vectors: dict[tuple[float, ...], Tensor] = {}
+
+    def of(self, sizes: MicroBatchSizes) -> Tensor:
+        """Return `sizes.sums` as a float64 vector."""
+        values = tuple(x * self._share for x in sizes.sums(accumulated=self._accumulated))
+        if values not in self._vectors:
+            if len(self._vectors) >= _MAX_VECTORS:
+                self._vectors.clear()
+            self._vectors[values] = on_device(values, device=self._device)
+        return self._vectors[values]

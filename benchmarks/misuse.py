@@ -1,0 +1,77 @@
+"""Does the meter notice loops in which it cannot be right, and leave the correct ones alone?"""
+# python -m benchmarks.misuse [--json PATH|-] [--quick]
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch.distributed as dist
+
+from benchmarks import harness
+from benchmarks.random_loops import CORRECT, MISUSES, Outcome, drawn, is_false_alarm, is_silent_wrong, run
+from benchmarks.replicas import run_replicas
+
+NUM_LOOPS, NUM_QUICK = 1000, 60
+"""Of each kind, correct and misused."""
+
+
+def measure(quick: bool) -> harness.Findings:  # noqa: FBT001 - the harness's own signature
+    """Run the loops of two replicas in one launch, and those of one process in another."""
+    number = NUM_QUICK if quick else NUM_LOOPS
+    counts: dict[str, Counter[str]] = {}
+    for world_size in (2, 1):
+        for row in run_replicas(run_loops, world_size=world_size, args=(number,)):
+            counts.setdefault(row.pop("misuse"), Counter()).update(row)
+    correct = counts[CORRECT]
+    misused = sum((count for misuse, count in counts.items() if misuse != CORRECT), Counter[str]())
+    figures = {
+        "num_loops": float(correct["num_loops"] + misused["num_loops"]),
+        "silent_wrong": float(misused["bad"] + correct["wrong"]),
+        "false_alarms": float(correct["bad"]),
+    }
+    rows: list[dict[str, str | float]] = [{"misuse": misuse, **count} for misuse, count in counts.items()]
+    columns = {
+        "misuse": "{misuse}",
+        "loops": "{num_loops}",
+        "told": "{told}",
+        "measured steps": "{measured}",
+        "wrong silently, or alarmed in vain": "{bad}",
+    }
+    note = (
+        "last column: among misused loops a wrong number without a word, among correct ones a warning, an error or no "
+        "number at all; a misused loop that is measured is one whose numbers are right in spite of it"
+    )
+    return harness.Findings(figures=figures, rows=rows, columns=columns, note=note)
+
+
+def run_loops(rank: int, world_size: int, number: int) -> list[dict[str, Any]]:
+    """Run the first `number` correct and misused loops that are for so many replicas."""
+    if world_size == 1:  # a bare model must not find a process group
+        dist.destroy_process_group()
+    rows = []
+    for seed in range(number):
+        for misuse in (CORRECT, MISUSES[seed % len(MISUSES)]):
+            loop = drawn(seed, misuse=misuse)
+            if loop.in_ddp == (world_size > 1):
+                rows.append(_row(misuse, run(loop, rank=rank, world_size=world_size)))
+    if world_size == 1:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True)  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)  # the launcher ends it
+    return rows
+
+
+def _row(misuse: str, outcome: Outcome) -> dict[str, Any]:
+    bad = is_false_alarm(outcome) if misuse == CORRECT else is_silent_wrong(outcome)
+    return {
+        "misuse": misuse,
+        "num_loops": 1,
+        "told": int(bool(outcome.told)),
+        "measured": outcome.num_measured,
+        "wrong": int(outcome.num_wrong > 0),
+        "bad": int(bad),
+    }
+
+
+if __name__ == "__main__":
+    harness.run(measure, question=__doc__, name="misuse")
