@@ -171,7 +171,7 @@ class Chaos:
         source = ["--config", str(settings)] if begins else ["--run_dir", str(self.run_dir), "--resume"]
         self._launches.append((ledgers, self._world_size))
         with (ledgers / "log").open("wb") as log:
-            self._process = subprocess.Popen(  # noqa: S603 - our own command
+            self._process = subprocess.Popen(
                 [sys.executable, "-m", "dptrain", "train", "--replicas", str(self._world_size), *source],
                 env={**os.environ, _LEDGER: str(ledgers), _PACE_S: str(self._pace_s), "OMP_NUM_THREADS": "1"},
                 stdout=log,

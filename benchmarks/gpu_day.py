@@ -97,7 +97,7 @@ def _run(name: str, record: Path, *, limit_s: float, environment: Mapping[str, s
         report.add("time", ok=True, result="left out: no time was left")
         return
     command = [sys.executable, "-m", "benchmarks.gpu_day", str(record), "--part", name]
-    process = subprocess.Popen(command, env=dict(environment))  # noqa: S603 - this program
+    process = subprocess.Popen(command, env=dict(environment))
     try:
         code = process.wait(timeout=limit_s)
     except subprocess.TimeoutExpired:

@@ -51,7 +51,7 @@ def train(folder: Path, *, replicas: int, settings: dict[str, str], target: floa
     command = [sys.executable, "-m", "dptrain", "train", *(f"--{name}={value}" for name, value in options.items())]
     log = folder.with_suffix(".log")
     with log.open("wb") as output:
-        process = subprocess.Popen(  # noqa: S603 - our own command
+        process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
         try:

@@ -6,6 +6,7 @@ from dptrain.cli.main import main
 
 if __name__ == "__main__":
     code = main()
+    # Only here, since it loads torch: a signal in the seconds before `main` would find no handler.
     with contextlib.suppress(ModuleNotFoundError):  # of an extra, of which `main` has told
         from dptrain.runtime.launcher import end_replica, is_replica
 

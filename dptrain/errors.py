@@ -25,6 +25,10 @@ class DesyncError(DptrainError):
     """Replicas disagree on a step: training on would mix values that do not belong together."""
 
 
+class TaskExitError(RuntimeError):
+    """The task, or a library that it uses, ended the process in the middle of the run: a crash, with a traceback."""
+
+
 class AbortedError(DptrainError):
     """Another replica failed in what was done on behalf of all; its own error says why."""
 

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from dptrain.checkpoint.manifest import (
     MANIFEST,
+    MAX_TENSORS,
     PLAIN_NAME,
     STATE,
     FileDigest,
@@ -261,6 +262,10 @@ def _seal(path: Path) -> FileDigest:
 
 
 def _check_tensors(name: str, group: Mapping[str, Tensor]) -> None:
+    if len(group) > MAX_TENSORS:
+        raise CheckpointError(
+            f"{name}.safetensors would hold {len(group):,} tensors, more than {MAX_TENSORS:,}: join some"
+        )
     for key, tensor in group.items():
         if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided or key == "__metadata__":
             raise CheckpointError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from types import FrameType
 
 from dptrain.cli.spelling import dashed
 from dptrain.errors import (
@@ -17,6 +19,7 @@ from dptrain.errors import (
     DesyncError,
     DivergedError,
     DptrainError,
+    PeerLostError,
     RendezvousError,
     TaskError,
 )
@@ -78,9 +81,8 @@ _PATIENCE_S = 10.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command and return the exit code, one of those that `dptrain --help` lists."""
     if arguments is None:
-        # Called as a program: until training handles Ctrl-C, it ends without a traceback.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        _fill_closed_streams()
+        _fix_order_of_sets(sys.argv[1:])
+        _become_program()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["--version"]:
         from dptrain.version import __version__
@@ -127,13 +129,49 @@ def _report_error(error: DptrainError, *, command: str) -> None:
 
     if write_failure(error):
         return
-    if is_silent_replica():
+    if is_silent_replica() and not isinstance(error, PeerLostError):
         # torchrun kills all ranks when the first one ends, so ending now could cut off rank 0's message. Rank 0 usually
         # ends within this time and takes this rank with it; otherwise the error is this rank's own, and is printed.
         time.sleep(_PATIENCE_S)
     from dptrain.tracking.redact import printable
 
     sys.stderr.write(f"dptrain {command}: {printable(str(error))}\n")
+
+
+def _fix_order_of_sets(arguments: Sequence[str]) -> None:
+    """Start this process again with fixed hashes of text, where a task is going to be trained in it.
+
+    By default each process of Python hashes text otherwise, and so has sets of text in another order. A vocabulary that
+    is built from a set is then another one on each replica, and in each attempt. Replicas that one launcher has forked
+    would be alike, and hide it. A seed that the user has set stays.
+    """
+    is_stdin = sys.argv[0] in ("", "-")  # whose text is read already
+    if "PYTHONHASHSEED" in os.environ or arguments[:1] not in (["train"], ["sweep"], ["branch"]) or is_stdin:
+        return
+    os.environ["PYTHONHASHSEED"] = "0"
+    # Held back until there is a handler again, in what follows.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - our own command
+
+
+def _become_program() -> None:
+    """Set up what a program has to itself: signals and standard streams."""
+    # Until training handles Ctrl-C, it ends without a traceback. What was ignored on purpose, as by nohup, stays so.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN:
+        # "Save now" in the first seconds, when there is nothing to save yet, must not end the run. A handler and not
+        # SIG_IGN, which the launcher would take for the wish of whoever started it.
+        signal.signal(signal.SIGUSR1, _nothing_to_save)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+    _fill_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a locale without "→" must not end a run
+
+
+def _nothing_to_save(_number: int, _frame: FrameType | None) -> None:
+    """Stand in the place of the default action."""
 
 
 def _fill_closed_streams() -> None:

@@ -7,20 +7,28 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dptrain.cli.settings import parse
 from dptrain.config.train_config import TrainConfig
-from dptrain.errors import ConfigError
+from dptrain.errors import ConfigError, PeerLostError, TaskExitError
 from dptrain.runtime.launcher import GRACE_S, count_gpus, is_replica, start_replicas
-from dptrain.runtime.signals import EXIT_RESUMABLE
+from dptrain.runtime.signals import EXIT_RESUMABLE, show_stacks_on_signal, was_asked_to_stop
 from dptrain.tracking.redact import printable
 from dptrain.tracking.row_text import spelled
-from dptrain.tracking.run_folder import default_run_dir, holds_run, write_config
+from dptrain.tracking.run_folder import default_run_dir, write_config
 from dptrain.tracking.run_log import finite
+
+if TYPE_CHECKING:
+    from dptrain.runtime.hosts.peer_inquiry import PeerInquiry
+    from dptrain.train import Trainer
+
+_NOTICE_S = 5.0
+"""Agents of torchrun look for a change of membership ten times a second; 5 s are for one on a busy host."""
 
 _kept: list[object] = []
 """What must not go before the process does, see `end_replica`."""
@@ -34,8 +42,7 @@ def train(arguments: Sequence[str]) -> int:
     if is_replica():
         if options.replicas is not None:
             raise ConfigError("--replicas has no meaning under a launcher, which has started the replicas already")
-        resume = options.resume or _is_restarted(config)
-        return _train_here(config, resume=resume, allow_fresh=options.allow_fresh)
+        return _train_here(config, resume=options.resume, allow_fresh=options.allow_fresh)
     _refuse_in_many_tasks()
     # torch takes a second to load; without a device file there is nothing for it to count.
     num_gpus = count_gpus(cpu=config.device == "cpu" or not _may_have_gpus())
@@ -79,12 +86,6 @@ def _announce(config: TrainConfig, *, num_replicas: int, device: str) -> None:
         sys.stdout.flush()
 
 
-def _is_restarted(config: TrainConfig) -> bool:
-    """Whether torchrun has started this replica again, with the arguments of the first time, and there is a run."""
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    return again and config.run_dir is not None and holds_run(Path(config.run_dir))
-
-
 def _refuse_in_many_tasks() -> None:
     """Refuse to become one of several launchers that fight for a run folder."""
     num_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
@@ -98,37 +99,94 @@ def _refuse_in_many_tasks() -> None:
 def _train_here(config: TrainConfig, *, resume: bool, allow_fresh: bool) -> int:
     import torch.distributed as dist
 
+    from dptrain.runtime.failure_report import write_outcome
+    from dptrain.runtime.hosts.peer_inquiry import PeerInquiry
     from dptrain.runtime.rendezvous import rendezvous
-    from dptrain.runtime.step_reduction import translate_peer_errors
-    from dptrain.train import Trainer
 
+    show_stacks_on_signal()
     try:
         rendezvous(device=config.device, share_devices=config.execution.share_devices)
-        with translate_peer_errors(lambda: 0):
-            trainer = Trainer(config, resume=resume, allow_fresh=allow_fresh)
-            _kept.append(trainer)
-            summary = trainer.run()
+        with PeerInquiry() as peers:
+            trainer, summary = _run(config, resume=resume, allow_fresh=allow_fresh, peers=peers)
+        # Before anything else can go wrong: what the trainer reports is what the run has come to.
+        write_outcome(EXIT_RESUMABLE if summary is None else 0)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     if summary is None:
+        _wait_for_own_stop()
         return EXIT_RESUMABLE
     if trainer.is_main:
         _close(trainer.run_dir, summary, as_json=config.log.console == "json")
     return 0
 
 
-def _close(run_dir: Path, summary: Mapping[str, Any], *, as_json: bool) -> None:
-    """Draw the report and say in three lines what came out, or in one JSON object."""
-    from dptrain.explain import draw_report
+def _run(
+    config: TrainConfig, *, resume: bool, allow_fresh: bool, peers: PeerInquiry
+) -> tuple[Trainer, Mapping[str, Any] | None]:
+    """Train, and say of what ends it who is to blame."""
+    import torch
 
-    report = draw_report(run_dir)
-    text = "\n".join([*_findings(summary), f"report: {report}"])
-    if as_json:
-        text = json.dumps({"event": "end", **finite(summary), "report": str(report)})
-    with contextlib.suppress(OSError):  # nobody reads it any more
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
+    from dptrain.runtime.hosts.attempt import decide_attempt
+    from dptrain.runtime.step_reduction import translate_peer_errors
+    from dptrain.train import Trainer
+
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    try:
+        with translate_peer_errors(lambda: 0):
+            attempt = decide_attempt(run_dir=config.run_dir, task=config.task, resume=resume, device=device)
+            trainer = Trainer(
+                replace(config, run_dir=attempt.run_dir),
+                resume=attempt.resume,
+                allow_fresh=allow_fresh,
+                launch=attempt.launch,
+            )
+            _kept.append(trainer)
+            return trainer, trainer.run()
+    except PeerLostError as error:
+        who = peers.sentence()
+        raise PeerLostError(f"{who} ({error})" if who else str(error)) from error
+    except SystemExit as error:
+        # It is no end of the run, whatever its code: the trainer has reported none.
+        raise TaskExitError(f"the task called sys.exit({error.code!r}) before the run was done") from error
+
+
+def _wait_for_own_stop() -> None:
+    """Where only another replica was asked to stop, give this one's own torchrun time to learn why.
+
+    A host that joins or leaves makes each agent stop its replicas, each as soon as it notices. Replicas stop together.
+    Those whose agent has not noticed yet would seem to have failed, and would use up one of its restarts.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and not was_asked_to_stop():
+        time.sleep(_NOTICE_S)  # the agent's signal ends it
+
+
+def _close(run_dir: Path, summary: Mapping[str, Any], *, as_json: bool) -> None:
+    """Draw the report and say in three lines, or in one JSON object, what came out.
+
+    The run is done, whatever becomes of that.
+    """
+    before = os.umask(0o077)  # others may read the folder, and are still not to read what is in it
+    try:
+        from dptrain.explain import draw_report
+
+        report = draw_report(run_dir)
+        lines = [*_findings(summary), f"report: {report}"]
+        if as_json:
+            lines = [json.dumps({"event": "end", **finite(summary), "report": str(report)})]
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            sys.stdout.write("\n".join([*lines, ""]))
+            sys.stdout.flush()
+    except Exception as error:  # noqa: BLE001 - of any kind: fonts, a full disk, a bug in a figure
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(
+                f"dptrain train: warning: the run is done and saved, but its report could not be written: "
+                f"{printable(' '.join(str(error).split()) or type(error).__name__)}; "
+                f"`dptrain report {run_dir}` draws it later\n"
+            )
+    finally:
+        os.umask(before)
 
 
 def _findings(summary: Mapping[str, Any]) -> Iterable[str]:

@@ -42,7 +42,7 @@ def read_settings(path: Path) -> dict[str, Any]:
             content = file.read(LARGEST_BYTES + 1)
     except (OSError, ValueError) as error:  # a path with a NUL in it is a ValueError
         raise ConfigError(f"cannot read settings file {path}: {getattr(error, 'strerror', None) or error}") from None
-    settings = _loaded(content, path)
+    settings = _nested(_loaded(content, path), path)
     _check_names(settings, file=path)
     settings = with_counts(TrainConfig, settings)
     check_types(TrainConfig, settings)
@@ -103,6 +103,32 @@ def _leaf(name: str) -> str:
 
 def _letters(name: str) -> str:
     return name.replace("_", "").replace("-", "").lower()
+
+
+def _nested(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return settings with each dotted name, such as `control.law`, in its group: errors and options write it so."""
+    groups = {name.partition(".")[0] for name in setting_names() if "." in name}
+    nested: dict[str, Any] = {}
+    for name, value in settings.items():
+        group, dot, inner = name.partition(".") if isinstance(name, str) else (name, "", "")
+        if not dot or group not in groups:
+            nested[name] = {**nested[name], **_disjoint(value, nested[name], name, path)} if name in nested else value
+            continue
+        within = nested.setdefault(group, {})
+        if not isinstance(within, dict):
+            raise ConfigError(f"{group} in {path} must be a group of settings, got {shown(within)}")
+        nested[group] = {**within, **_disjoint({inner: value}, within, group, path)}
+    return nested
+
+
+def _disjoint(added: object, present: Mapping[str, Any], group: str, path: Path) -> dict[str, Any]:
+    """Refuse a setting that a file has twice, once as a group and once by its dotted name."""
+    if not isinstance(added, dict):
+        raise ConfigError(f"{group} in {path} must be a group of settings, got {shown(added)}")
+    twice = next((name for name in added if name in present), None)
+    if twice is not None:
+        raise ConfigError(f"settings file {path} has {group}.{twice} twice")
+    return added
 
 
 def _check_names(settings: Mapping[str, Any], *, file: Path) -> None:

@@ -53,15 +53,22 @@ class SlotSource(Dataset[tuple[int, Batch]]):
 
     def __getitem__(self, slot: Slot) -> tuple[int, Batch]:
         numbers = self._stream.window(slot.position, slot.num_samples or self._filler_size)
+        return slot.position, self._collated(numbers, first=slot.position)
+
+    def micro_batch(self, positions: NDArray[np.int64]) -> Batch:
+        """Return the samples at some positions, collated."""
+        return self._collated(self._stream.indices(positions), first=int(positions[0]))
+
+    def _collated(self, numbers: NDArray[np.int64], *, first: int) -> Batch:
         if self._read_batch is not None:
-            return slot.position, self._read_batch(numbers)
+            return self._read_batch(numbers)
         indices = numbers.tolist()
-        samples = self._read(indices, first_position=slot.position)
+        samples = self._read(indices, first_position=first)
         if self._collate is not default_collate:  # which draws nothing
             # What another collate draws is a matter of the whole micro-batch, so of its first position.
-            _seed_generators(_derived_seed(self._stream.seed, slot.position, purpose="collate"))
+            seed_generators(_derived_seed(self._stream.seed, first, purpose="collate"))
         try:
-            return slot.position, self._collate(samples)
+            return self._collate(samples)
         except Exception as error:
             _note(error, "making a micro-batch of", indices)
             raise
@@ -69,7 +76,7 @@ class SlotSource(Dataset[tuple[int, Batch]]):
     def _read(self, indices: list[int], *, first_position: int) -> list[Sample]:
         if not self._draws_random_numbers:
             untouched = _draws_after_seed(_PROBE_SEED)
-            _seed_generators(_PROBE_SEED)
+            seed_generators(_PROBE_SEED)
             samples = self._read_together(indices)
             if _draws() == untouched:
                 return samples
@@ -93,7 +100,7 @@ class SlotSource(Dataset[tuple[int, Batch]]):
             raise
 
     def _read_seeded(self, index: int, position: int) -> Sample:
-        _seed_generators(_derived_seed(self._stream.seed, position, purpose="sample"))
+        seed_generators(_derived_seed(self._stream.seed, position, purpose="sample"))
         return self._read_one(index)
 
 
@@ -122,7 +129,14 @@ def _derived_seed(seed: int, position: int, *, purpose: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _seed_generators(seed: int) -> None:
+def seed_everything(seed: int) -> None:
+    """Seed the generators of all devices as well, before a task is built."""
+    torch.manual_seed(seed)
+    seed_generators(seed)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators that data sets and tasks draw from on the CPU: torch's, numpy's and Python's."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (datasets draw from the global generator, so that one it is)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every device as well: 200 times the cost
@@ -139,5 +153,5 @@ def _draws() -> tuple[float, float, float]:
 
 @functools.cache
 def _draws_after_seed(seed: int) -> tuple[float, float, float]:
-    _seed_generators(seed)
+    seed_generators(seed)
     return _draws()

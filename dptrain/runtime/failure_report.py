@@ -43,16 +43,19 @@ class Ending:
         rank: which.
         code: its exit code, or minus the number of the signal that killed it.
         words: None where it said nothing.
+        outcome: what its trainer reported, 0 for a run that is done or 75 for one that stopped and can be resumed; None
+            where it reported nothing. An exit code alone says nothing: a `sys.exit()` in a data set ends with 0, too.
     """
 
     rank: int
     code: int
     words: Words | None = None
+    outcome: int | None = None
 
     @property
     def is_wanted(self) -> bool:
         """Whether it did what it was started for, or what it was asked for."""
-        return self.code in (0, EXIT_RESUMABLE)
+        return self.outcome is not None
 
     @property
     def is_consequence(self) -> bool:
@@ -121,6 +124,28 @@ def _notes(error: Exception) -> list[str]:
     return list(getattr(error, "__notes__", []))
 
 
+def write_outcome(code: int, *, environment: Mapping[str, str] = os.environ) -> None:
+    """Tell the launcher, if there is one that listens, what the trainer came to.
+
+    Args:
+        code: 0 where the run is done, 75 where it stopped on request and can be resumed.
+        environment: the launcher's.
+    """
+    if "DPTRAIN_STORE" in environment:
+        path = _outcome_path(Path(environment["DPTRAIN_STORE"]).parent, rank=int(environment["RANK"]))
+        temporary = path.with_suffix(".new")
+        temporary.write_text(str(code), encoding="ascii")
+        temporary.replace(path)
+
+
+def read_outcome(folder: Path, *, rank: int) -> int | None:
+    """Return what a replica's trainer has reported in the folder of its attempt, or None."""
+    try:
+        return int(_outcome_path(folder, rank=rank).read_text(encoding="ascii"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def _brief(error: Exception) -> str:
     """Return what an error says, in a line; of a traceback inside it, as a worker's has one, the end."""
     lines = str(error).splitlines()
@@ -152,9 +177,9 @@ def root_cause(endings: Sequence[Ending], *, killed: Collection[int] = (), asked
         killed: ranks that the launcher itself has killed; what they came to explains nothing.
         asked_to_stop: whether the launcher was.
     """
-    codes = {ending.code for ending in endings}
-    if len(codes) == 1 and endings[0].is_wanted:
-        return Cause(code=endings[0].code)
+    outcomes = {ending.outcome for ending in endings}
+    if len(outcomes) == 1 and (outcome := endings[0].outcome) is not None:
+        return Cause(code=outcome, sentence=_afterwards(endings, outcome=outcome))
     failed = [ending for ending in endings if not ending.is_wanted and ending.rank not in killed]
     if own := [ending for ending in failed if not ending.is_consequence]:
         # Several may have found the same; the first of them in rank speaks.
@@ -165,12 +190,18 @@ def root_cause(endings: Sequence[Ending], *, killed: Collection[int] = (), asked
         return Cause(code=EXIT_HUNG, sentence=f"{_names(killed, len(endings))} {hung}, and had to be killed")
     if early := [ending for ending in endings if ending.is_wanted]:
         who = _name(early[0].rank, len(endings))
-        return Cause(code=_EXIT_OTHER, sentence=f"{who} ended with exit code {early[0].code} before the run was done")
+        return Cause(code=_EXIT_OTHER, sentence=f"{who} ended with exit code {early[0].code} before the others")
     return _cause(failed[0], num_replicas=len(endings))
 
 
 def _cause(ending: Ending, *, num_replicas: int) -> Cause:
     who = _name(ending.rank, num_replicas)
+    if ending.code in (0, EXIT_RESUMABLE) and ending.words is None:
+        return Cause(
+            code=_EXIT_OTHER,
+            sentence=f"{who} ended with exit code {ending.code} before its trainer had reported an end: does the task, "
+            "or a library that it uses, end the process?",
+        )
     code = ending.code if ending.code > 0 else 128 - ending.code
     if ending.words is None:
         return Cause(code=code, sentence=f"{who} {_describe(ending.code)}")
@@ -182,6 +213,17 @@ def _cause(ending: Ending, *, num_replicas: int) -> Cause:
             place=ending.words.place,
         )
     return Cause(code=code, sentence=ending.words.sentence if ending.rank == 0 else f"{who}: {ending.words.sentence}")
+
+
+def _afterwards(endings: Sequence[Ending], *, outcome: int) -> str:
+    """Say what went wrong once all trainers had reported their end; that end is what counts. Empty for nothing."""
+    odd = [ending for ending in endings if ending.code not in (0, outcome)]
+    if not odd:
+        return ""
+    words = odd[0].words
+    what = f"failed with {words.sentence}" if words is not None else _describe(odd[0].code)
+    end = "done" if outcome == 0 else "stopped and can be resumed"
+    return f"warning: {_name(odd[0].rank, len(endings))} {what} afterwards; the run is {end}"
 
 
 def _describe(code: int) -> str:
@@ -209,6 +251,10 @@ def _names(ranks: Collection[int], num_replicas: int) -> str:
 
 def _name(rank: int, num_replicas: int) -> str:
     return f"replica {rank} of {num_replicas}"
+
+
+def _outcome_path(folder: Path, *, rank: int) -> Path:
+    return folder / f"outcome-{rank}"
 
 
 def _path(folder: Path, *, rank: int) -> Path:

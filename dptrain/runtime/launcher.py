@@ -22,9 +22,11 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Self
 
+from dptrain.config.validation import shown
 from dptrain.errors import ConfigError
-from dptrain.runtime.failure_report import Cause, Ending, read_failures, root_cause
+from dptrain.runtime.failure_report import Cause, Ending, read_failures, read_outcome, root_cause
 from dptrain.runtime.restart_policy import Attempts, RestartPolicy
+from dptrain.runtime.signals import EXIT_RESUMABLE, SHOW_STACKS, show_stacks_on_signal
 from dptrain.tracking.run_folder import holds_run, newest_step
 
 GRACE_S = 30.0
@@ -35,6 +37,8 @@ _LAST_WORDS_S = 2.0  # for what the others have to say, once the cause is known
 _PATIENCE_S = 10.0  # for the cause, where the first to end says that it lies with another
 _REPEAT_S = 2.0  # what comes sooner is the same request; a later one means it
 _AT_ONCE_S = 1.0
+_MOST_REPLICAS = 1024  # more is a typing error, and as many processes would be started
+_STACKS_S = 0.5  # for the stacks of one replica, which take milliseconds where it gets a core
 
 _STOP = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 _PASSED_ON = _STOP | {signal.SIGUSR1}
@@ -116,6 +120,7 @@ def start_replicas(
                 attempt = _Attempt(Path(folder), number=attempts.num_restarts, grace_s=grace_s, signals=signals)
                 cause = attempt.run(arguments, num_replicas=num_replicas, fork=fork)
             step = newest_step(run_dir)
+            cause = _stopped_early(cause, step=step) if signals.asked_to_stop else cause
             verdict = policy.decide(attempts, code=cause.code, step=step, failure=cause.failure(step=step))
             again = verdict.again and not signals.asked_to_stop
             _tell(cause, _from(step) if again else verdict.reason)
@@ -135,12 +140,23 @@ def load_for_all() -> None:
 
 
 def _check(*, num_replicas: int, max_restarts: int | None, grace_s: float) -> None:
-    if num_replicas < 1:
-        raise ConfigError(f"--replicas must be at least 1, got {num_replicas}")
+    if not 1 <= num_replicas <= _MOST_REPLICAS:
+        wanted = "at least 1" if num_replicas < 1 else f"at most {_MOST_REPLICAS} on one host"
+        raise ConfigError(f"--replicas must be {wanted}, got {shown(num_replicas)}")
     if max_restarts is not None and max_restarts < 0:
         raise ConfigError(f"--max-restarts must be at least 0, got {max_restarts}")
     if not 0 < grace_s < math.inf:
         raise ConfigError(f"--grace must be a number of seconds above 0, got {grace_s:g}")
+
+
+def _stopped_early(cause: Cause, *, step: int) -> Cause:
+    """Say of replicas that a request to stop has met before they could save what that means."""
+    number = cause.code - 128
+    if number not in _STOP:
+        return cause
+    if step:
+        return Cause(code=EXIT_RESUMABLE, sentence=f"stopped on request before a step was made; step {step:,} is saved")
+    return Cause(code=cause.code, sentence="stopped on request before a step was saved: there is nothing to resume")
 
 
 def _from(step: int) -> str:
@@ -216,6 +232,7 @@ class _Attempt:
                 self._pass_signals_on()
                 self._note_endings()
                 if time.monotonic() > self._deadline_s:
+                    self._show_stacks()
                     self._kill()
                 time.sleep(_TICK_S)
         finally:
@@ -281,7 +298,12 @@ class _Attempt:
         for rank, process in self._alive():
             if process.exitcode is None:
                 continue
-            ending = Ending(rank=rank, code=process.exitcode, words=read_failures(self._folder, rank=rank))
+            ending = Ending(
+                rank=rank,
+                code=process.exitcode,
+                words=read_failures(self._folder, rank=rank),
+                outcome=read_outcome(self._folder, rank=rank),
+            )
             self._endings.append(ending)
             if not ending.is_wanted:
                 cause_will_speak = ending.is_consequence and not ending.blames_a_hang
@@ -289,6 +311,20 @@ class _Attempt:
 
     def _end_within(self, seconds: float) -> None:
         self._deadline_s = min(self._deadline_s, time.monotonic() + seconds)
+
+    def _show_stacks(self) -> None:
+        """Have replicas that do not end show where they stand, each under its rank; a frozen one is woken for it."""
+        if self._signals.asked_to_stop:
+            return  # each shows its own at the end of its grace
+        if any(not ending.is_wanted and not ending.is_consequence for ending in self._endings):
+            return  # the cause is known, and lies elsewhere
+        for rank, process in self._alive():
+            sys.stderr.write(f"dptrain: replica {rank} of {len(self._processes)} did not end; it stands here:\n")
+            sys.stderr.flush()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid or 0, SHOW_STACKS)
+                os.kill(process.pid or 0, signal.SIGCONT)
+            process.join(_STACKS_S)
 
     def _kill(self) -> None:
         for rank, process in self._alive():
@@ -315,6 +351,7 @@ def _become_replica(arguments: Sequence[str], *, environment: Mapping[str, str],
     if not fork:
         os.execv(sys.executable, [sys.executable, "-m", "dptrain", *arguments])  # noqa: S606 - our own command
     faulthandler.enable()
+    show_stacks_on_signal()
     if "OMP_NUM_THREADS" in environment:  # which this process has read when it was the launcher
         import torch
 

@@ -1,12 +1,13 @@
-"""Whether the replicas still have the same parameters, to the last bit; DDP itself never looks."""
+"""Whether the replicas still have the same parameters and buffers, to the last bit; DDP itself never looks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from dptrain.errors import DesyncError
 from dptrain.observe.reduction import PendingSum
@@ -15,15 +16,33 @@ _BITS_AS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MAX_NAMES = 3
 
 
-class ReplicaCheck:
-    """Compares the parameters of all replicas now and then, with one small reduction that is read a step later.
+def compared_tensors(model: nn.Module, *, also: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers of a model that are the same on all replicas between two steps.
 
-    Each replica adds up the bits of each tensor, as whole numbers: one pass over the parameters, without a wait. The
-    largest and the smallest sum over all replicas are equal where there is no drift. Reading them waits for that
-    reduction alone, and not for the step that was queued behind it.
+    The running statistics of normalisation layers are not, but for those that are combined: each replica updates its
+    own from its own samples, and DDP overwrites them with those of rank 0 at the next forward pass.
 
     Args:
-        parameters: by name, in the same order on all replicas; buffers that are to be equal, too.
+        model: not wrapped.
+        also: names of running statistics that replicas combine, and that are the same, too.
+    """
+    yield from ((name, model.get_buffer(name)) for name in also)
+    yield from model.named_parameters()
+    for place, module in model.named_modules():
+        running = ("running_mean", "running_var") if isinstance(module, _NormBase) else ()
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in running:
+                yield f"{place}.{name}" if place else name, buffer
+
+
+class ReplicaCheck:
+    """Compares the tensors of all replicas now and then, with one small reduction that is read a step later.
+
+    Each replica adds up the bits of each tensor, as whole numbers: one pass over the tensors, without a wait. The
+    largest and the smallest sum over all replicas are equal where there is no drift.
+
+    Args:
+        parameters: by name, in the same order on all replicas; see `compared_tensors`.
         every_steps: steps between two comparisons; 0: never.
     """
 
@@ -34,10 +53,23 @@ class ReplicaCheck:
 
     def start(self, step: int) -> None:
         """Begin a comparison where one is due after `step`; a collective on such steps. Does not wait."""
-        if not self._every_steps or step % self._every_steps:
-            return
+        if self._every_steps and step % self._every_steps == 0:
+            self._begin(step)
+
+    def _begin(self, step: int) -> None:
         own = torch.stack([_sum_of_bits(p) for p in self._parameters.values()])
         self._pending = (step, own, PendingSum(torch.cat([own, -own]), op=dist.ReduceOp.MAX))
+
+    def check(self, step: int) -> None:
+        """Compare now, and wait for it: before the state after `step` is saved, or is the end. A collective.
+
+        Raises:
+            DesyncError: as `finish`.
+        """
+        self.finish()
+        if self._every_steps:
+            self._begin(step)
+            self.finish()
 
     def finish(self) -> None:
         """End the comparison under way, if there is one.
@@ -67,14 +99,17 @@ class ReplicaCheck:
         # With two replicas it is unknown which one is right.
         who = "both replicas" if len(sums) == 2 else f"rank {', '.join(map(str, ranks))} of {len(sums)}"  # noqa: PLR2004 - two
         return (
-            f"the parameters of the replicas have drifted apart by step {step}: {shown}{more} on {who}; go on from an "
-            f"earlier checkpoint, and look for code that changes parameters on some replicas only"
+            f"the replicas have drifted apart by step {step}: {shown}{more} on {who}; go on from an earlier "
+            "checkpoint, and look for code that changes parameters or buffers on some replicas only, such as a loss "
+            "that calls a method of the model instead of the model, or a buffer updated from a replica's own samples"
         )
 
 
 @torch.no_grad()
-def _sum_of_bits(parameter: Tensor) -> Tensor:
-    values = parameter.detach().contiguous()
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    if tensor.layout is not torch.strided or tensor.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=tensor.device)
+    values = tensor.detach().contiguous()
     if values.is_complex():
         values = torch.view_as_real(values)
     return values.view(_BITS_AS[values.element_size()]).sum(dtype=torch.int64)

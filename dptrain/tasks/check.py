@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch.utils.data import IterableDataset, default_collate
 
 from dptrain.data.iterable import StreamedSamples
 from dptrain.errors import DptrainError, TaskError
-from dptrain.tasks.base import Batch, Task, split_loss
+from dptrain.tasks.base import Batch, Suggestion, Task, split_loss
 
 _NUM_CHECKED_SAMPLES = 2
 _MAX_NAMES = 5
@@ -91,6 +93,19 @@ def _explained(wrapped: _Wrapped, *, name: str) -> Iterator[None]:
         raise
 
 
+def _check_suggestion(suggestion: Any, *, name: str) -> None:  # noqa: ANN401 - whatever a user gave
+    if not isinstance(suggestion, Suggestion):
+        raise TaskError(
+            f"the suggestion of task {name!r} must be a dptrain.tasks.Suggestion, got {type(suggestion).__name__}"
+        )
+    for field in fields(suggestion):
+        value, is_rate = getattr(suggestion, field.name), field.name == "learning_rate"
+        is_number = type(value) is int or (is_rate and type(value) is float and math.isfinite(value))
+        if not is_number or value <= 0:
+            kind = "finite number above 0" if is_rate else "whole number of at least 1"
+            raise TaskError(f"{field.name} in the suggestion of task {name!r} must be a {kind}, got {value!r:.80}")
+
+
 def check_parts(task: Task) -> None:
     """Look at the parts of a task without running any.
 
@@ -98,6 +113,9 @@ def check_parts(task: Task) -> None:
         TaskError: where one is not what the trainer needs.
     """
     name = task.name
+    if not isinstance(name, str) or not name:
+        raise TaskError(f"the name of a task must be a text that is not empty, got {name!r:.80}")
+    _check_suggestion(task.suggestion, name=name)
     if not isinstance(task.model, nn.Module):
         raise TaskError(f"the model of task {name!r} must be a torch.nn.Module, got {type(task.model).__name__}")
     if not callable(task.loss):

@@ -14,9 +14,21 @@ from dptrain.errors import ConfigError
 if TYPE_CHECKING:
     from dptrain.config.train_config import TrainConfig
 
-_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(
+    r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|((^|_)(PAT|PASS|PWD|SAS|DSN|AUTH|COOKIE)))"
+    r"(_(ID|STRING|URL|[0-9]+))?$",
+    re.IGNORECASE,
+)
+_NO_SECRET = frozenset({"PWD", "OLDPWD"})  # the folder a shell is in
 # Not every …token: a tokenizer's pad_token is a setting like others.
-_SECRET_FIELD = re.compile(r"(api_?key|access_?key|secret|password|passwd|(access|auth|api|hf)_token)$", re.IGNORECASE)
+_SECRET_FIELD = re.compile(
+    r"(api_?key|access_?key|private_?key|secret|password|passwd|passphrase|credentials?|connection_string"
+    r"|(access|auth|api|hf|github|gitlab|bearer|sas)_token|(^|[._])(\w+_)?dsn"
+    # Not every …_pass and …_pat: a forward_pass and a file_pat are settings like others.
+    r"|(^|\.)((db|user|sql|mysql|pg|postgres|redis|mongo|smtp|ssh|ftp|admin|root|login)_?)?(pass|pwd)"
+    r"|(^|\.)((git|github|gitlab|azure|devops)_?)?pat|(^|\.)((azure|blob|storage|account)_?)?sas)$",
+    re.IGNORECASE,
+)
 _LOGIN = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")  # of an address
 _SECRET_MIN_LENGTH = 8  # shorter values are words that a config holds for reasons of its own
 _BLANK = "[secret]"
@@ -33,6 +45,13 @@ def refuse_secrets(config: TrainConfig) -> None:
     variables = _secrets()
     for name, value in _values(asdict(config)):
         found = next((variable for secret, variable in variables.items() if secret in str(value)), None)
+        in_name = next(((secret, variable) for secret, variable in variables.items() if secret in name), None)
+        if in_name is not None:
+            place = name.partition(in_name[0])[0].rstrip(".") or "a name"
+            raise ConfigError(
+                f"a name in {place} holds the value of the environment variable {in_name[1]}, and settings are kept in "
+                "the run folder: let the task read it from the environment"
+            )
         if _SECRET_FIELD.search(name) and value not in (None, ""):
             what = "looks like a secret"
         elif found is not None:
@@ -61,13 +80,16 @@ def without_secrets(value: Any) -> Any:  # noqa: ANN401 - any tree of dicts, lis
     """Copy a tree of settings with its secrets blanked: nothing else changes, and no field is dropped.
 
     A secret is a text in a field called api_key, password or alike, each occurrence of the value of an environment
-    variable whose name ends in KEY, TOKEN, SECRET, PASSWORD or CREDENTIALS, and the login in an address.
+    variable whose name ends in KEY, TOKEN, SECRET, PASSWORD, PASS, PAT, SAS, DSN or alike, and the login in an address;
+    in names as in values.
     """
     known = sorted(_secrets(), key=len, reverse=True)  # one may be part of another
 
     def blank(node: Any, *, name: str = "") -> Any:  # noqa: ANN401 - as above
         if isinstance(node, Mapping):
-            return {key: blank(child, name=str(key)) for key, child in node.items()}
+            return {
+                blank(key) if isinstance(key, str) else key: blank(child, name=str(key)) for key, child in node.items()
+            }
         if isinstance(node, list | tuple):
             return [blank(child, name=name) for child in node]
         if not isinstance(node, str):
@@ -86,7 +108,7 @@ def _secrets() -> dict[str, str]:
     return {
         value: name
         for name, value in os.environ.items()
-        if _SECRET_VARIABLE.search(name) and len(value) >= _SECRET_MIN_LENGTH
+        if _SECRET_VARIABLE.search(name) and name not in _NO_SECRET and len(value) >= _SECRET_MIN_LENGTH
     }
 
 

@@ -9,6 +9,7 @@ import platform
 import re
 import stat
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -19,6 +20,8 @@ from dptrain.config.train_config import TrainConfig
 from dptrain.errors import ConfigError
 
 _LONGEST_NAME = 64  # of a task in the name of a folder
+_LAUNCH = ".launch"
+_SIGNATURE = ".holder"
 _LONGEST_SHOWN = 200  # characters of a name that cannot be one
 
 
@@ -35,12 +38,13 @@ class RunFolder:
     Args:
         path: the folder.
         resume: whether it is expected to hold a run.
+        launch: what tells the launch of this run from others, for its next attempt, which asks `launch_of`.
 
     Raises:
         ConfigError: where it holds a run and none is to be resumed, cannot be written, or is in use.
     """
 
-    def __init__(self, path: Path, *, resume: bool) -> None:
+    def __init__(self, path: Path, *, resume: bool, launch: Sequence[int] = ()) -> None:
         self.path = path
         held = _held(path)
         if held and not resume:
@@ -56,12 +60,14 @@ class RunFolder:
                 pass
         except OSError as error:
             raise ConfigError(f"cannot write to run folder {path}: {error.strerror or error}") from error
-        self._lock = FileLock(path / ".lock")
+        self._lock = FileLock(path / ".lock", mode=0o600)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise ConfigError(f"run folder {path} is in use by {self._holder()}: two runs cannot share it") from None
+            raise ConfigError(f"run folder {path} is in use by {_holder(path)}: two runs cannot share it") from None
         self._sign()
+        if launch:
+            write_private(path / _LAUNCH, json.dumps(list(launch)))
         warn_if_exposed(path)
 
     def _sign(self) -> None:
@@ -71,18 +77,11 @@ class RunFolder:
             "host": platform.node(),
             "since": f"{dt.datetime.now().astimezone():%Y-%m-%d %H:%M:%S}",
         }
-        self._signature.write_text(json.dumps(signature), encoding="utf-8")
-
-    def _holder(self) -> str:
-        try:
-            found = json.loads(self._signature.read_text(encoding="utf-8"))
-            return f"process {found['pid']} on {found['host']} since {found['since']}"
-        except (OSError, ValueError, KeyError, TypeError):  # it has the lock and has not signed yet
-            return "another process"
+        write_private(self._signature, json.dumps(signature))
 
     @property
     def _signature(self) -> Path:
-        return self.path / ".holder"
+        return self.path / _SIGNATURE
 
     @property
     def metrics(self) -> Path:
@@ -113,6 +112,32 @@ class RunFolder:
         """Give the folder free."""
         self._signature.unlink(missing_ok=True)
         self._lock.release()
+
+
+def check_not_in_use(path: Path) -> None:
+    """Refuse a run folder that another process trains in, before anything in it is read: it changes all the time.
+
+    Raises:
+        ConfigError: naming the process that has it.
+    """
+    if not holds_run(path):
+        return  # whoever opens it says so
+    lock = FileLock(path / ".lock", mode=0o600)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"run folder {path} is in use by {_holder(path)}: two runs cannot share it") from None
+    except OSError:
+        return  # it cannot be written: whoever opens it says so
+    lock.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        found = json.loads((path / _SIGNATURE).read_text(encoding="utf-8"))
+        return f"process {found['pid']} on {found['host']} since {found['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it has the lock and has not signed yet
+        return "another process"
 
 
 def checkpoints_in(run_dir: Path) -> Path:
@@ -149,8 +174,29 @@ def newest_step(run_dir: Path) -> int:
     return max((int(found[1]) for name in names if (found := re.fullmatch(r"step-([0-9]{12,})", name))), default=0)
 
 
+def launch_of(run_dir: Path) -> list[int]:
+    """Return what the latest launch that trained in a folder has left there; empty where there is nothing of it."""
+    try:
+        found = json.loads((run_dir / _LAUNCH).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [mark for mark in found if type(mark) is int] if isinstance(found, list) else []
+
+
 def write_config(path: Path, config: TrainConfig) -> None:
     """Write settings so that `--config` reads them back; replaces the file in one step."""
+    write_private(path, settings_text(config))
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that its owner alone can read, whatever the mode of its folder; replaces it in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(settings_text(config), encoding="utf-8")
-    temporary.replace(path)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        temporary.chmod(0o600)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

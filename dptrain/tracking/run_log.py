@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
 from dptrain.config.filled_in import given
 from dptrain.config.train_config import TrainConfig
-from dptrain.errors import ConfigError, DptrainError
+from dptrain.errors import ConfigError
 from dptrain.noise import NoiseScale
 from dptrain.tracking.console import make_view
 from dptrain.tracking.export import start_exports
-from dptrain.tracking.jsonl import JsonlLog, Value, rows_from_end
+from dptrain.tracking.jsonl import JsonlLog, Value, read_sound_rows
 from dptrain.tracking.redact import refuse_secrets
 from dptrain.tracking.row_text import is_rate_alone
 from dptrain.tracking.run_facts import RunFacts
-from dptrain.tracking.run_folder import RunFolder, write_config
+from dptrain.tracking.run_folder import RunFolder, write_config, write_private
 from dptrain.tracking.tracker import start_tracker
 
 
@@ -119,6 +121,7 @@ class WritingLog:
                 self._metrics = JsonlLog.resume(folder.metrics, up_to=up_to_step)
                 # Decisions that are followed again stay in the file: they are not logged twice.
                 self._decisions = JsonlLog.resume(folder.decisions, up_to=self.on_record[-1][0] if up_to_step else -1)
+                damage = self._damage(up_to_step)
             except OSError as error:
                 raise ConfigError(f"cannot write to run folder {folder.path}: {error.strerror or error}") from error
             self._view = make_view(
@@ -130,6 +133,8 @@ class WritingLog:
                 style=config.log.console,
             )
             stack.callback(self._view.close)
+            if damage:
+                self._view.note(damage)
             self._exports = start_exports(
                 heartbeat=folder.path / "heartbeat.json",
                 metrics_file=config.log.metrics_file,
@@ -155,6 +160,18 @@ class WritingLog:
     def takes(self, step: int) -> bool:
         """Whether the row of this step is written or shown."""
         return step % self._every_steps == 0 or self._is_exported or self._view.takes(step)
+
+    def _damage(self, up_to_step: int) -> str:
+        """Return one sentence on what the logs lack, or have too much, up to the checkpoint; empty for nothing."""
+        found = [
+            f"{name}: {log.damage}"
+            for name, log in (("metrics.jsonl", self._metrics), ("decisions.jsonl", self._decisions))
+            if log.damage
+        ]
+        missing = _gaps(self._metrics.steps, every_steps=self._every_steps, up_to=up_to_step) if up_to_step else ""
+        if missing:
+            found.insert(0, f"metrics.jsonl has no rows of steps {missing}")
+        return f"the log is damaged, and training goes on without it: {'; '.join(found)}" if found else ""
 
     def train(self, row: Mapping[str, Value]) -> None:
         """Show the row, and write it where its step is to be logged."""
@@ -223,33 +240,39 @@ def _on_record(folder: RunFolder, *, from_step: int) -> list[tuple[int, int]]:
     """
     if not from_step:
         return []
-    found: list[tuple[int, int]] = []
-    for _, _, row in rows_from_end(folder.decisions):
-        if _whole(row, "step") < from_step:
-            break
-        if row.get("applied", True):
-            found.insert(0, (_whole(row, "step"), _whole(row, "batch/after")))
-    # The latest logged step may not have been decided on when the attempt ended.
-    steps = [step for step, _ in found]
-    if latest := next(rows_from_end(folder.metrics), None):
-        steps.append(_whole(latest[2], "step") - 1)
+    decisions = read_sound_rows(folder.decisions)[0] if folder.decisions.exists() else []
+    metrics = read_sound_rows(folder.metrics)[0] if folder.metrics.exists() else []
+    pairs = [(row["step"], row.get("batch/after")) for row in decisions if row.get("applied", True)]
+    found = [
+        (step, batch)
+        for step, batch in dict.fromkeys(pairs)
+        if type(step) is int and type(batch) is int and batch >= 1 and step >= from_step
+    ]
+    # The latest step that is told of may not have been decided on when the attempt ended.
+    steps = [step - 1 for row in metrics if type(step := row["step"]) is int] + [step for step, _ in found]
     return [*found, (max(steps, default=0), 0)]
 
 
-def _whole(row: Mapping[str, Value], key: str) -> int:
-    value = row.get(key)
-    if type(value) is not int or value < 1:
-        raise DptrainError(f"a row of the log has {key} = {value!r}, which is not a count: the file is damaged")
-    return value
+def _gaps(steps: Sequence[int], *, every_steps: int, up_to: int) -> str:
+    """Name the steps up to `up_to` that have no row; empty where none is missing.
+
+    Rows may have been `every_steps` apart, or otherwise in an earlier attempt: a distance that is found three times was
+    a setting and is no gap.
+    """
+    places = sorted({0, *steps, up_to + 1})
+    distances = Counter(after - before for before, after in pairwise(places))
+    usual = {every_steps, *(distance for distance, count in distances.items() if count >= _OFTEN)}
+    gaps = [(before + 1, after - 1) for before, after in pairwise(places) if after - before > max(1, *usual)]
+    shown = ", ".join(f"{first:,}–{last:,}" if last > first else f"{first:,}" for first, last in gaps[:_MAX_GAPS])
+    return f"{shown}{f' and {len(gaps) - _MAX_GAPS} more' if len(gaps) > _MAX_GAPS else ''}"
+
+
+_OFTEN, _MAX_GAPS = 3, 5
 
 
 def write_json(path: Path, record: Mapping[str, Value]) -> None:
     """Write a flat record as strict JSON, in one step; figures that are not finite become null."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(
-        json.dumps(finite(record), indent=2) + "\n", encoding="utf-8"
-    )  # ASCII: nothing steers a terminal
-    temporary.replace(path)
+    write_private(path, json.dumps(finite(record), indent=2) + "\n")  # ASCII: nothing steers a terminal
 
 
 def finite(record: Mapping[str, Value]) -> dict[str, Value]:

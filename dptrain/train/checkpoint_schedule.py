@@ -57,13 +57,13 @@ class CheckpointManager:
         self._failed = 0
         self._saved_s = time.monotonic()
 
-    def is_due(self, record: StepRecord) -> bool:
-        """Whether to save after a step: by samples where that is set, else by the clock."""
-        return crosses(record, self._config.every_samples) or self.is_due_by_clock()
-
-    def is_due_by_clock(self) -> bool:
-        """Whether to save now where that is not set by samples."""
-        return self._config.every_samples is None and time.monotonic() - self._saved_s >= self._interval_s
+    def is_due(self) -> bool:
+        """Whether a save is due by the clock; never where saves are by samples. Asked for once, it is not due again."""
+        now_s = time.monotonic()
+        if self._config.every_samples is not None or now_s - self._saved_s < self._interval_s:
+            return False
+        self._saved_s = now_s
+        return True
 
     def save(self) -> None:
         """Copy the state and have it written while training goes on.
@@ -122,5 +122,5 @@ class CheckpointManager:
 
 
 def crosses(record: StepRecord, every_samples: int | None) -> bool:
-    """Whether the step ended at or beyond the next multiple of `every_samples`."""
+    """Whether the step ended at or beyond the next multiple of `every_samples`; never where there is no such number."""
     return every_samples is not None and record.end // every_samples > record.position // every_samples

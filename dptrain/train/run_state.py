@@ -16,6 +16,7 @@ from dptrain.config.filled_in import given
 from dptrain.config.train_config import TrainConfig
 from dptrain.cost.flops import FlopCounter
 from dptrain.errors import CheckpointError, ConfigError
+from dptrain.runtime.hosts.task_identity import TaskIdentity
 from dptrain.tasks.base import TrainHook
 from dptrain.tracking.run_log import RunLog
 from dptrain.train.execution.loss_scale import LossScale
@@ -33,7 +34,7 @@ class RunState:
         optimizer: of the model's parameters.
         run: how far the run is.
         num_samples: of the training data.
-        fingerprint: of the training data.
+        identity: of the task.
         world_size: number of replicas.
         hook: is called at saves, and has a state.
         average: of the weights, where there is one.
@@ -50,7 +51,7 @@ class RunState:
         optimizer: torch.optim.Optimizer,
         run: RunProgress,
         num_samples: int,
-        fingerprint: str,
+        identity: TaskIdentity,
         world_size: int,
         hook: TrainHook,
         average: WeightAverage | None,
@@ -63,7 +64,7 @@ class RunState:
         self._optimizer = optimizer
         self._run = run
         self._num_samples = num_samples
-        self._fingerprint = fingerprint
+        self._identity = identity
         self._world_size = world_size
         self._hook = hook
         self._average = average
@@ -82,7 +83,7 @@ class RunState:
             "config": asdict(self._config),
             "world_size": self._world_size,
             "num_samples": self._num_samples,
-            "data": self._fingerprint,
+            "data": self._identity.state(position=self._run.progress.position),
             "optimizer": optimizer_state,
             "hook": dict(self._hook.state_dict()),
             "flops": self._flops.state(),
@@ -104,10 +105,7 @@ class RunState:
                 f"the data set had {state['num_samples']} samples when {saved.path} was saved and has "
                 f"{self._num_samples} now: the order of samples would be another one"
             )
-        if state["data"] != self._fingerprint:
-            raise ConfigError(
-                f"the data set is another one than when {saved.path} was saved: some of its samples have changed"
-            )
+        self._identity.check(state, position=int(state["progress"]["position"]), path=saved.path)
 
     def restore(self, saved: Checkpoint, log: RunLog) -> None:
         """Become what the saved run was when it was saved."""
@@ -116,6 +114,8 @@ class RunState:
             log.note(f"passed over checkpoint {path}: {reason}")
         if saved.passed_over:
             log.note(f"{saved.steps_lost:,} steps are taken again for it")
+        for change in self._identity.changes(state):
+            log.note(change)
         with _complete(saved):
             self._unpack(saved)
             self._run.restore(state)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 
 from dptrain.checkpoint.opened import Checkpoint
@@ -18,20 +17,22 @@ from dptrain.checkpoint.state import infinite_buffers
 from dptrain.checkpoint.store import load_checkpoint, load_newest, set_aside
 from dptrain.config.filled_in import as_saved, filled_in
 from dptrain.config.resume_check import check_same_settings
-from dptrain.config.settings_file import settings_text
-from dptrain.config.train_config import LogConfig, TrainConfig
+from dptrain.config.train_config import TrainConfig
 from dptrain.cost.energy import EnergyCounter
 from dptrain.cost.flops import FlopCounter
 from dptrain.data import MicroBatchLoader
+from dptrain.data.source import seed_everything
 from dptrain.exchange import RunningStatistics
 from dptrain.models.adaptation import adapt_model
 from dptrain.runtime.garbage import GarbageCollection
+from dptrain.runtime.hosts.shared_folder import check_resumable, check_shared_folder
+from dptrain.runtime.hosts.task_identity import TaskIdentity
 from dptrain.runtime.launcher import is_replica
 from dptrain.runtime.rendezvous import rendezvous
 from dptrain.runtime.replica import num_replicas, rank_of_replica, replica_device, wait_for_everyone
-from dptrain.runtime.replica_check import ReplicaCheck
+from dptrain.runtime.replica_check import ReplicaCheck, compared_tensors
 from dptrain.runtime.signals import SignalHandler
-from dptrain.runtime.startup_check import check_agreement, check_device, data_fingerprint
+from dptrain.runtime.startup_check import check_device, check_same_run, model_digests
 from dptrain.runtime.step_reduction import (
     RankReport,
     Result,
@@ -57,7 +58,6 @@ from dptrain.train.parts import build_ledger, build_meter, build_update, fitting
 from dptrain.train.run_progress import RunProgress
 from dptrain.train.run_state import RunState
 from dptrain.train.step import Stepper, forward_seed
-from dptrain.version import __version__
 
 
 class Trainer:
@@ -68,6 +68,7 @@ class Trainer:
         task: the task itself or the function that builds it, where it is not named in the settings.
         resume: go on from the newest checkpoint in the run folder; settings left open are those of the saved run.
         allow_fresh: begin anew where there are checkpoints to resume from and none can be trusted.
+        launch: what tells this launch from others, for its next attempt; see `RunFolder`.
 
     Raises:
         ConfigError: where settings and task do not fit, before anything is trained.
@@ -82,21 +83,25 @@ class Trainer:
         task: Task | Callable[..., Task] | None = None,
         resume: bool = False,
         allow_fresh: bool = False,
+        launch: Sequence[int] = (),
     ) -> None:
         self._resume = resume
+        self._launch = launch
         self._allow_fresh = allow_fresh
         check_device(config)
         self._device = replica_device(config)
         if is_replica():
             rendezvous(device=config.device, share_devices=config.execution.share_devices)
         wait_for_everyone(self._device)  # one that fails in what follows must not tear connections still being made
-        torch.manual_seed(config.seed)
+        seed_everything(config.seed)  # a split that the task draws is then the same on all replicas, and on resume
         self._task = task if isinstance(task, Task) else resolve_task(task or config.task, options=config.task_options)
         adapt_model(self._task.model, config.model)
         self._unused = check_task(self._task)
         check_evaluation(self._task)
         self._statistics = RunningStatistics(self._task.model, rank=self._rank, world_size=self._world_size)
         self._run_dir = Path(config.run_dir or default_run_dir(config.task))
+        if resume:
+            check_resumable(self._run_dir, device=self._device)
         self._saved = load_newest(checkpoints_in(self._run_dir), allow_fresh=allow_fresh) if resume else None
         if self._saved is not None:
             config = as_saved(config, saved=self._saved.state["config"])  # type: ignore[arg-type]
@@ -108,8 +113,19 @@ class Trainer:
         # What a run branched off from is in its own checkpoints by then.
         begins = config.branch_from is not None and self._saved is None
         self._branch = load_checkpoint(Path(config.branch_from or "")) if begins else None
-        self._fingerprint = data_fingerprint(self._task.train_data, seed=config.seed)
-        self._check_agreement()
+        self._stream = self._task.order(seed=self._config.seed)
+        self._identity = TaskIdentity(self._task, stream=self._stream)
+        check_same_run(
+            self._config,
+            {
+                **self._identity.subjects(),
+                **model_digests(self._task.model),
+                "the parameters that the loss does not use": sorted(self._unused),
+                "the checkpoint to branch from": None if self._branch is None else self._branch.step,
+                "the checkpoint to resume from": None if self._saved is None else self._saved.step,
+            },
+            device=self._device,
+        )
 
         self._bare_model = self._task.model
         execution, precision = self._config.execution, self._config.precision
@@ -151,7 +167,6 @@ class Trainer:
             population=self._num_samples,
         )
         self._flops = FlopCounter()
-        self._stream = self._task.order(seed=self._config.seed)
         self._energy = EnergyCounter(self._device)
         self._run = RunProgress(
             self._config,
@@ -167,7 +182,7 @@ class Trainer:
             optimizer=self._optimizer,
             run=self._run,
             num_samples=self._num_samples,
-            fingerprint=self._fingerprint,
+            identity=self._identity,
             world_size=self._world_size,
             hook=self._hook,
             average=average,
@@ -197,26 +212,6 @@ class Trainer:
     @property
     def _num_samples(self) -> int:
         return len(self._task.train_data)  # type: ignore[arg-type]
-
-    def _replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield what must be the same on all replicas, by name: parameters, and statistics of batch norms."""
-        yield from self._bare_model.named_parameters()
-        yield from ((name, self._bare_model.get_buffer(name)) for name in self._statistics.buffer_names())
-
-    def _check_agreement(self) -> None:
-        check_agreement(
-            {
-                "the settings": settings_text(replace(self._config, run_dir=None, log=LogConfig())),
-                "the version of dptrain": __version__,
-                "the version of torch": torch.__version__,
-                "the number of samples": self._num_samples,
-                "the data": self._fingerprint,
-                "the parameters that the loss does not use": sorted(self._unused),
-                "the checkpoint to branch from": None if self._branch is None else self._branch.step,
-                "the checkpoint to resume from": None if self._saved is None else self._saved.step,
-            },
-            device=self._device,
-        )
 
     # The run
 
@@ -255,6 +250,7 @@ class Trainer:
         log = self._open_log(saved)
         with ExitStack() as stack:
             stack.callback(log.close)
+            check_shared_folder(self._run_dir, device=self._device)
             stack.callback(self._meter.remove, wait=False)  # its sums travel with those of the step
             if saved is not None:
                 self._state.restore(saved, log)
@@ -284,7 +280,8 @@ class Trainer:
         run, began_s = self._run, time.monotonic() - self._run.progress.wall_s
         # Shards differ by design.
         every_steps = 0 if self._is_sharded else self._config.replica_check_every_steps
-        drift = ReplicaCheck(self._replicated(), every_steps=every_steps)
+        tensors = compared_tensors(self._bare_model, also=self._statistics.buffer_names())
+        self._drift = drift = ReplicaCheck(tensors, every_steps=every_steps)
         garbage = GarbageCollection(self._config.execution.collect_garbage_every_steps)
         with Watchdog(world_size=self._world_size) as watchdog, garbage.held():
             while not (run.at_end or run.stop_agreed):
@@ -323,9 +320,8 @@ class Trainer:
         self._run.stragglers.note(busy_s)
         return RankReport(
             stop=stop.requested,
-            # Shards are put together by all replicas, and only rank 0 has a clock for it.
-            save=stop.take_save()
-            or (self._is_sharded and checkpoint_manager is not None and checkpoint_manager.is_due_by_clock()),
+            # All compare themselves before one is saved, and rank 0 alone has a clock for it.
+            save=stop.take_save() or (checkpoint_manager is not None and checkpoint_manager.is_due()),
             failed_saves=0 if checkpoint_manager is None else checkpoint_manager.failed_saves(),
             slowness=self._run.stragglers.slowness,
             busy_s=busy_s,
@@ -342,17 +338,15 @@ class Trainer:
         run = self._run
         evaluates = run.at_end or crosses(record, self._config.log.eval_every_samples)
         ends = run.at_end or run.stop_agreed
-        saves = run.take_save()
-        if self._is_sharded:
-            saves = saves or crosses(record, self._config.checkpoint.every_samples)
-        else:
-            saves = checkpoint_manager is not None and (saves or checkpoint_manager.is_due(record))
+        saves = run.take_save() or crosses(record, self._config.checkpoint.every_samples)
         if not (evaluates or ends or saves):
             return False
         run.read_outcome(log)
         if evaluates:
             self._evaluate(log)
             ends = ends or run.at_end
+        if ends or saves:
+            self._drift.check(record.step)
         if (ends or saves) and self._is_sharded and checkpoint_manager is None:
             self._state.pack()  # to put shards together takes all replicas; rank 0 alone keeps what comes of it
         if ends:
@@ -398,7 +392,7 @@ class Trainer:
         return self._on_rank_0(lambda: self._writing_log(saved)) or SilentLog()
 
     def _writing_log(self, saved: Checkpoint | None) -> RunLog:
-        folder = RunFolder(self._run_dir, resume=self._resume)
+        folder = RunFolder(self._run_dir, resume=self._resume, launch=self._launch)
         if saved is None and self._allow_fresh:
             set_aside(checkpoints_in(self._run_dir))
         facts = facts_of(self._task, num_samples=self._num_samples, world_size=self._world_size, device=self._device)

@@ -143,7 +143,7 @@ def test_progress_is_told_line_by_line(done):
 def test_a_sweep_killed_three_times_ends_with_the_same_table(done, tmp_path):
     """Wherever it was killed with all its runs, and whatever they had saved by then."""
     total = evaluations(done.folder)
-    points = sorted(random.Random(6).sample(range(total // 10, total), 3))  # noqa: S311 - luck
+    points = sorted(random.Random(6).sample(range(total // 10, total), 3))
     for point in points:
         started = Started(tmp_path / "killed", *ASKED)
         started.wait_for_evaluations(point)

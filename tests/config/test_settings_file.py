@@ -74,3 +74,39 @@ def test_a_tree_with_a_wrong_value_is_refused():
     """Whatever it was read from."""
     with pytest.raises(ConfigError, match=r"control.min_gain must be float, got 'x'"):
         build_config({"control": {"min_gain": "x"}})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "control.law: noise\ncontrol.min_gain: 2\n",
+        "control:\n  law: noise\ncontrol.min_gain: 2\n",
+        "control.min_gain: 2\ncontrol:\n  law: noise\n",
+    ],
+)
+def test_dotted_names_are_those_of_errors_and_options(tmp_path, text):
+    """`control.law` in a file is what `--control.law` is on the command line, beside the group or instead of it."""
+    path = tmp_path / "run.yaml"
+    path.write_text(f"task: digits\n{text}")
+    assert read_settings(path) == {"task": "digits", "control": {"law": "noise", "min_gain": 2}}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("control.law: noise\ncontrol:\n  law: noise\n", "has control.law twice"),
+        ("control:\n  law: noise\ncontrol.law: noise\n", "has control.law twice"),
+        ("control: 3\ncontrol.law: noise\n", "control in .* must be a group of settings, got 3"),
+        ("control.law: noise\ncontrol: 3\n", "control in .* must be a group of settings, got 3"),
+        ("control.lav: noise\n", "there is no setting control.lav"),
+        ("contol.law: noise\n", "there is no setting contol.law"),
+        ("control.law.x: noise\n", "there is no setting control.law.x"),
+        ("control.: noise\n", "there is no setting control."),
+    ],
+)
+def test_dotted_names_that_mean_nothing_are_refused(tmp_path, text, words):
+    """In one sentence."""
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read_settings(path)

@@ -44,7 +44,7 @@ def closed_loop(law, *, phi_at, batch, seed, steps=600, every=10, num_small=2, l
         seconds: true time of a step's shape, to which 10 % of noise and 5 % of stragglers are added; None: not timed.
         heat: factor on the true noise scale at a batch; None: it does not depend on the batch.
     """
-    rng = random.Random(seed)  # noqa: S311 - a simulation
+    rng = random.Random(seed)
     smoothing, sums, times = Smoothing(), MomentSums(), StepTimes()
     control = limited(law, quantum=8, limits=limits)
     state, batches, seen = control.init(), [], 0

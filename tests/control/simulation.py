@@ -94,7 +94,7 @@ def efficiency(law, case, *, seed, most_steps=6000, smoothing=None):
         most_steps: a run that is not there by then counts by the part that it made.
         smoothing: of the noise scale; the default where None.
     """
-    rng = random.Random(seed)  # noqa: S311 - a simulation
+    rng = random.Random(seed)
     smoothing, sums, times = smoothing or Smoothing(), MomentSums(), StepTimes()
     control = limited(law, quantum=SMALLEST, limits=Limits(smallest=SMALLEST, largest=LARGEST))
     points = [SMALLEST << k for k in range(14)]

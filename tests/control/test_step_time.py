@@ -59,7 +59,7 @@ def test_recovers_a_line(per_step, per_pass, per_sample):
 @pytest.mark.parametrize("kind", ["line", "knee"])
 def test_predicts_unseen_pairs(kind):
     """With noise, stragglers and slow first steps, nine in ten of unseen neighbours are predicted within 10 %."""
-    rng, errors = random.Random(0), []  # noqa: S311 - a simulation
+    rng, errors = random.Random(0), []
     for _ in range(60):
         per_step, per_pass = 10 ** rng.uniform(-1, 1), 10 ** rng.uniform(-1, 1)
         knee = rng.uniform(6, 24)
@@ -73,7 +73,7 @@ def test_knee_is_found_only_where_there_is_one():
     """A time that is flat up to 16 samples is seen as such; a straight line has no knee, with noise neither."""
     assert 11 < timed(full_at(1.0, 0.1, 16), WALK[:4]).model().full_at_samples < 23
     assert timed(line(1.0, 1.0, 0.1), WALK).model().full_at_samples == 0
-    rng = random.Random(1)  # noqa: S311 - a simulation
+    rng = random.Random(1)
     knees = [timed(line(1.0, 1.0, 0.1), WALK, rng=rng).model().full_at_samples for _ in range(20)]
     assert knees.count(0) >= 16
 
@@ -203,7 +203,7 @@ def test_no_record(record):
 
 def test_the_same_numbers_make_the_same_model():
     """The model is a function of the record alone."""
-    times = timed(line(1, 1, 1), WALK, rng=random.Random(2))  # noqa: S311 - a simulation
+    times = timed(line(1, 1, 1), WALK, rng=random.Random(2))
     assert times.model() == times.model() == StepTimes(shapes=times.shapes).model()
 
 

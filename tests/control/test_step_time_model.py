@@ -78,7 +78,7 @@ def test_timing_a_shape_makes_its_ratio_known():
 
 def test_the_interval_covers_the_truth():
     """Over 200 random machines with noise, the truth of an untimed double lies within two deviations in over 90 %."""
-    rng, inside = random.Random(0), 0  # noqa: S311 - a simulation
+    rng, inside = random.Random(0), 0
     for _ in range(200):
         shares = sorted(rng.random() for _ in range(2))
         parts = shares[0], shares[1] - shares[0], (1 - shares[1]) / 16
@@ -91,7 +91,7 @@ def test_the_interval_covers_the_truth():
 
 def test_a_knee_is_seen_only_where_there_is_one():
     """A time flat up to 16 samples has its knee at 16; a straight line with 3 % of noise has none in most fits."""
-    rng = random.Random(1)  # noqa: S311 - a simulation
+    rng = random.Random(1)
     assert fitted(line(1, 0, 0.1, full_at=16), WALK, sd=0.03).full_at_samples == 16
     knees = [fitted(line(1, 1, 0.1), WALK, sd=0.03, rng=rng).full_at_samples for _ in range(20)]
     assert knees.count(0) >= 16

@@ -94,7 +94,7 @@ def test_a_step_sees_the_streams_samples(world_size, num_workers):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_batches_may_move_at_random(num_workers):
     """No sample is lost or repeated when batch and micro-batch change at random steps."""
-    moves = random.Random(1)  # noqa: S311 (steps of a test, no secret)
+    moves = random.Random(1)
     steps = [(moves.choice([4, 8, 12, 17, 40]), moves.choice([1, 2, 3, 4])) for _ in range(25)]
     assert ledger(steps, world_size=2, num_workers=num_workers) == expected(steps)
 

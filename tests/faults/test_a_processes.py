@@ -146,7 +146,7 @@ def within(seconds, is_so):
 def battered(tmp_path_factory, whole):
     """A run in which replicas are killed at random, both at once, one while it starts, and one's loading process."""
     folder = tmp_path_factory.mktemp("battered")
-    chance = random.Random(5)  # noqa: S311 - no secret
+    chance = random.Random(5)
     with running(folder / "log", "--config", settings_file(folder, num_workers=1)) as run:
         for step in (3, 6, 8):
             run.until_step(folder / "run", step)

@@ -62,7 +62,7 @@ def exit_code(pid):
 
 def test_b1_no_acknowledged_checkpoint_is_lost_to_sigkill(tmp_path):
     """200 writers killed at random times: each restart finds at least the last step that any of them acknowledged."""
-    seeded = random.Random(0)  # noqa: S311 -- repeatable, not secret
+    seeded = random.Random(0)
     acknowledged, reached, num_unacknowledged = 0, [], 0
     for _ in range(200):
         reader, writer = os.pipe()
@@ -122,7 +122,7 @@ print(refused)
 
 
 @pytest.mark.skipif(
-    subprocess.run(["unshare", "-Urm", "true"], capture_output=True, check=False).returncode != 0,  # noqa: S607 -- where it is, is the system's
+    subprocess.run(["unshare", "-Urm", "true"], capture_output=True, check=False).returncode != 0,
     reason="the kernel allows no user namespace to mount a small disk in",
 )
 def test_b2_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path):
@@ -176,7 +176,7 @@ def test_b4_any_flipped_bit_in_any_file_is_detected(tmp_path):
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
     files = [(newest / name, (newest / name).read_bytes()) for name in FILES]
-    seeded = random.Random(0)  # noqa: S311 -- repeatable, not secret
+    seeded = random.Random(0)
     for trial in range(10_000):
         path, original = seeded.choice(files)
         place = seeded.randrange(len(original))

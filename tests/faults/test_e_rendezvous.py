@@ -75,6 +75,6 @@ def test_e10_a_replica_that_never_starts_is_named(tmp_path, monkeypatch, capsys)
     assert main(["train", "--task", "quadratic", "--run_dir", str(tmp_path / "run")]) == 69
     assert time.monotonic() - began_s < 10
     left = json.loads((tmp_path / "replica-0.json").read_text())  # for the launcher, which tells it once
-    assert left["sentence"] == "waited 0.5 s for rank 1 of 2, in vain: see whether it was started and what it says"
+    assert left["sentence"] == "timed out after 0.5 s waiting for rank 1 of 2; check its log"
     assert capsys.readouterr() == ("", "")
     assert not (tmp_path / "run").exists()

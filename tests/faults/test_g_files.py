@@ -281,6 +281,9 @@ BOMBS = {
     "a header of 2^63 bytes": (1 << 63).to_bytes(8, "little") + b"x" * 100,
     "a header of 200 MB": (200_000_000).to_bytes(8, "little") + bytes(200_000_000),
     "a header with 400,000 tensors": safetensors(MANY),
+    "a header with 60,000 empty tensors": safetensors(
+        {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(60_000)}
+    ),
     "a header that is nested deeply": safetensors(b"[" * 100_000),
     "offsets that overlap": safetensors({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, b"1234"),
     "offsets that leave a hole": safetensors({"a": entry([1], 4, 8)}, b"12345678"),

@@ -88,7 +88,7 @@ def test_a_step_larger_than_the_data_set_is_refused():
 def test_the_reading_has_the_present_and_the_window():
     """After |G|² fell to a tenth the value is the present one, and the window mean keeps its own name."""
     estimate = Estimate(world_size=1)
-    rng = random.Random(1)  # noqa: S311 - a test's scatter
+    rng = random.Random(1)
     for number in range(400):
         grad = (10.0 if number < 360 else 1.0) * (1 + rng.gauss(0, 0.05))
         trace = 4 * (1 + rng.gauss(0, 0.05))

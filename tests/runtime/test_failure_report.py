@@ -19,7 +19,10 @@ LOST = said("another replica ended", is_consequence=True)
 
 def ends(*endings):
     """Endings (rank, code, words) in the order of time."""
-    return [Ending(rank=rank, code=code, words=words) for rank, code, words in endings]
+    return [
+        Ending(rank=rank, code=code, words=words, outcome=code if code in (0, 75) else None)
+        for rank, code, words in endings
+    ]
 
 
 @pytest.mark.parametrize("code", [0, 75])
@@ -59,11 +62,11 @@ CASES = {
     ),
     "done too early": (
         ends((1, 0, None), (0, 70, LOST)),
-        Cause(code=70, sentence="replica 1 of 2 ended with exit code 0 before the run was done"),
+        Cause(code=70, sentence="replica 1 of 2 ended with exit code 0 before the others"),
     ),
     "one done, one stopped": (
         ends((1, 0, None), (0, 75, None)),
-        Cause(code=70, sentence="replica 1 of 2 ended with exit code 0 before the run was done"),
+        Cause(code=70, sentence="replica 1 of 2 ended with exit code 0 before the others"),
     ),
     "only consequences": (
         ends((1, 70, LOST), (0, 70, LOST)),

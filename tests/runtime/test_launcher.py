@@ -15,7 +15,7 @@ import torch
 
 from dptrain.errors import ConfigError, PeerLostError
 from dptrain.runtime import launcher as replicas
-from dptrain.runtime.failure_report import write_failure
+from dptrain.runtime.failure_report import write_failure, write_outcome
 from dptrain.runtime.launcher import count_gpus, is_replica, is_silent_replica, start_replicas
 
 
@@ -46,6 +46,8 @@ def test_gpus_count_where_they_may_be_used(monkeypatch, num_gpus, cpu, expected)
     ("numbers", "words"),
     [
         ({"num_replicas": 0}, "--replicas must be at least 1, got 0"),
+        ({"num_replicas": 1025}, "--replicas must be at most 1024 on one host, got 1025"),
+        ({"num_replicas": int("1" * 80)}, "--replicas must be at most 1024 on one host, got 1111111111"),
         ({"num_replicas": -3}, "--replicas must be at least 1, got -3"),
         ({"max_restarts": -1}, "--max-restarts must be at least 0, got -1"),
         ({"grace_s": 0.0}, "--grace must be a number of seconds above 0, got 0"),
@@ -66,10 +68,13 @@ def launch(monkeypatch, tmp_path, capfd):
     """Start copies of this process that run `body(rank, attempt)` as replicas; return exit code and what was told."""
     monkeypatch.setattr(replicas, "load_for_all", lambda: None)
 
-    def start(body, *, arguments=(), num_replicas=2, **settings):
+    def start(body, *, arguments=(), num_replicas=2, reports=True, **settings):
         def run_module(_name, *, run_name):
             assert run_name == "__main__"
-            raise SystemExit(body(int(os.environ["RANK"]), int(os.environ["DPTRAIN_ATTEMPT"])))
+            code = body(int(os.environ["RANK"]), int(os.environ["DPTRAIN_ATTEMPT"]))
+            if reports and code in (None, 0, 75):
+                write_outcome(code or 0)
+            raise SystemExit(code)
 
         monkeypatch.setattr("runpy.run_module", run_module)
         began_s = time.monotonic()
@@ -124,7 +129,10 @@ def test_what_the_user_set_stays(launch, tmp_path, monkeypatch):
 def test_a_fresh_interpreter_gets_the_same(launch, tmp_path, monkeypatch):
     """Where replicas are not copies of the launcher, they are started by the same Python with the same environment."""
     program = tmp_path / "python"
-    program.write_text(f'#!/bin/sh\necho "$@ $RANK/$WORLD_SIZE $DPTRAIN_ATTEMPT" > {tmp_path}/seen$RANK\n')
+    program.write_text(
+        f'#!/bin/sh\necho "$@ $RANK/$WORLD_SIZE $DPTRAIN_ATTEMPT" > {tmp_path}/seen$RANK\n'
+        'printf 0 > "$(dirname "$DPTRAIN_STORE")/outcome-$RANK"\n'
+    )
     program.chmod(0o700)
     monkeypatch.setattr(replicas.sys, "executable", str(program))
     assert launch(lambda *_: 3, arguments=["train", "--resume"], fork=False) == (0, "")
@@ -328,7 +336,41 @@ def test_who_did_not_save_is_not_said_to_have(launch, send, tmp_path):
     send((0, signal.SIGTERM))
     code, told = launch(body)
     assert code == 128 + signal.SIGTERM
-    assert told == "dptrain train: replica 0 of 2 was killed by SIGTERM\n"
+    assert told == "dptrain train: stopped on request before a step was saved: there is nothing to resume\n"
+
+
+def test_a_stop_before_the_first_step_of_a_resumed_run_loses_nothing(launch, send, tmp_path):
+    """Replicas that die of Ctrl-C while they start leave the checkpoint that was there: 75, to be resumed."""
+    (tmp_path / "run" / "checkpoints" / "step-000000000012").mkdir(parents=True)
+
+    def body(rank, attempt):
+        (tmp_path / f"ready{rank}").touch()
+        stay()
+
+    send((0, signal.SIGINT))
+    assert launch(body) == (75, "dptrain train: stopped on request before a step was made; step 12 is saved\n")
+
+
+@pytest.mark.parametrize("code", [None, 0, 75])
+def test_an_exit_code_is_no_report_of_an_end(launch, code):
+    """Whatever ends a process with 0 or 75 (`sys.exit()` in a library, `os._exit`) ends no run: that is a failure."""
+    found, told = launch(lambda *_: code, reports=False, max_restarts=0)
+    assert found == 70
+    assert f"ended with exit code {code or 0} before its trainer had reported an end" in told
+
+
+def test_what_goes_wrong_after_the_end_is_a_warning(launch):
+    """All trainers reported their end, and then one was killed while it drew the report: the run is done."""
+
+    def body(rank, attempt):
+        write_outcome(0)
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert launch(body, reports=False) == (
+        0,
+        "dptrain train: warning: replica 0 of 2 was killed by SIGKILL afterwards; the run is done\n",
+    )
 
 
 def deaf(tmp_path):

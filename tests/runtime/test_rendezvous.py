@@ -6,6 +6,7 @@ import datetime as dt
 import logging
 import os
 import socket
+import threading
 import time
 from unittest import mock
 
@@ -85,18 +86,17 @@ def meet_again(rank, world_size, folder, port):
 @pytest.mark.parametrize(
     ("missing", "words"),
     [
-        ({1}, "waited 0.3 s for rank 1 of 3"),
-        ({1, 2}, "waited 0.3 s for ranks 1, 2 of 3"),
-        (set(range(1, 13)), "waited 0.3 s for ranks 1, 2, 3, 4, 5, 6, 7, 8 and 4 more of 13"),
+        ({1}, "timed out after 0.3 s waiting for rank 1 of 3"),
+        ({1, 2}, "timed out after 0.3 s waiting for ranks 1, 2 of 3"),
+        (set(range(1, 13)), "timed out after 0.3 s waiting for ranks 1, 2, 3, 4, 5, 6, 7, 8 and 4 more of 13"),
     ],
 )
 def test_who_is_missing_is_named(place, tmp_path, missing, words):
     """After the time for joining, not after half an hour."""
     world_size = max(3, len(missing) + 1)
-    store = dist.FileStore(str(tmp_path / "store"), world_size)
+    store = dist.PrefixStore("dptrain", dist.FileStore(str(tmp_path / "store"), world_size))
     for rank in set(range(1, world_size)) - missing:  # who came already
-        store.set(f"came/{rank}", "")
-        store.add("number", 1)
+        store.set(f"came/{rank}", f"{world_size} token{rank}")
     place(RANK=0, WORLD_SIZE=world_size, DPTRAIN_STORE=tmp_path / "store")
     sentence, took_s = refused()
     assert words in sentence
@@ -108,7 +108,7 @@ def test_variables_left_over_are_explained(place):
     """A process that nobody started as a replica waits for others in vain, and learns why."""
     place(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     sentence, took_s = refused()
-    assert "waited 0.3 s for rank 1 of 2" in sentence
+    assert "timed out after 0.3 s waiting for rank 1 of 2" in sentence
     assert sentence.endswith("the variables are left over from one: `unset RANK WORLD_SIZE`")
     assert took_s < 2
 
@@ -170,7 +170,7 @@ def test_times_that_are_none_are_refused(place, value):
 def test_times_come_from_the_environment(place, tmp_path, monkeypatch):
     """The one for joining, and the one for what comes later, which the group keeps."""
     place(RANK=0, WORLD_SIZE=2, DPTRAIN_STORE=tmp_path / "store", DPTRAIN_JOIN_TIMEOUT_S="0.2")
-    with pytest.raises(RendezvousError, match=r"waited 0\.2 s"):
+    with pytest.raises(RendezvousError, match=r"timed out after 0\.2 s"):
         rendezvous(device="cpu")
     kept = {}
     monkeypatch.setattr(meeting.dist, "init_process_group", lambda _, **given: kept.update(given))
@@ -193,3 +193,97 @@ def test_several_nodes_are_warned_of_their_network(place, tmp_path, monkeypatch,
 def test_replicas_meet_by_file_and_by_port(tmp_path):
     """All of them, and can talk."""
     assert run_replicas(meet_again, world_size=2, args=(tmp_path, free_port())) == [[(1.0, 2), (1.0, 2)]] * 2
+
+
+# A store that outlives an attempt, as that of an agent of torchrun
+
+
+def meet_over(store, *, rank, world_size, timeout_s=10.0):
+    """Agree on a group in a thread; returns a function that waits for its name, or raises what it raised."""
+    found = []
+
+    def agree():
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            found.append(meeting._agree_on_group(store, rank=rank, world_size=world_size, deadline_s=deadline_s))
+        except BaseException as error:  # noqa: BLE001 - whatever it was, it is raised where it is asked for
+            found.append(error)
+
+    thread = threading.Thread(target=agree)
+    thread.start()
+
+    def name():
+        thread.join(timeout=20)
+        assert found, "it still waits"
+        if isinstance(found[0], BaseException):
+            raise found[0]
+        return found[0]
+
+    return name
+
+
+@pytest.fixture
+def agent_store():
+    """Give a connection to one and the same store for each caller."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return lambda: dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
+
+
+def test_each_attempt_over_one_store_is_a_group_of_its_own(agent_store):
+    """Three attempts, whose keys all stay: each has a new name, which all of its replicas know, and no other."""
+    names = []
+    for _ in range(3):
+        waiting = [meet_over(agent_store(), rank=rank, world_size=3) for rank in range(3)]
+        found = {name() for name in waiting}
+        assert len(found) == 1
+        names += found
+    assert len(set(names)) == 3
+
+
+def test_replicas_meet_whatever_their_agents_have_counted(agent_store, monkeypatch):
+    """A host that is started anew counts no restarts, and the others count one: they meet all the same."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    first = [meet_over(agent_store(), rank=rank, world_size=2) for rank in range(2)]
+    assert len({name() for name in first}) == 1
+    survivor = meet_over(agent_store(), rank=0, world_size=2)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    returned = meet_over(agent_store(), rank=1, world_size=2)
+    assert survivor() == returned()
+
+
+def test_who_died_while_it_waited_is_replaced(agent_store):
+    """A replica that came and accepted before it died does not count: the group is named anew for the next one."""
+    store = agent_store()
+    store.set("came/1", "2 dead")
+    waiting = meet_over(agent_store(), rank=0, world_size=2)
+    store.wait(["invited/dead"], dt.timedelta(seconds=10))
+    replaced = meet_over(agent_store(), rank=1, world_size=2)
+    assert waiting() == replaced()
+
+
+def test_an_attempt_of_another_size_is_no_part_of_this_one(agent_store):
+    """Of three replicas that met, two meet again; the keys of the third do not matter."""
+    for world_size in (3, 2, 3):
+        waiting = [meet_over(agent_store(), rank=rank, world_size=world_size) for rank in range(world_size)]
+        assert len({name() for name in waiting}) == 1
+
+
+def test_a_rank_that_was_started_twice_is_refused(agent_store):
+    """Two processes that both take themselves for rank 0: the earlier one says so instead of waiting."""
+    first = meet_over(agent_store(), rank=0, world_size=2)
+    store = agent_store()
+    store.wait(["came/0"], dt.timedelta(seconds=10))
+    store.set("came/0", "2 other")
+    store.set("came/1", "2 another")
+    with pytest.raises(RendezvousError, match="one rank cannot be started twice"):
+        first()
+
+
+def test_a_torchrun_that_lives_is_not_taken_for_a_left_over(place, monkeypatch):
+    """Under a live launcher `unset RANK` would be wrong advice, and is not given."""
+    place(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), TORCHELASTIC_RUN_ID="job")
+    assert "unset RANK" in refused()[0]
+    monkeypatch.setattr(meeting, "launcher_process", object)
+    place(MASTER_PORT=free_port())
+    sentence, _ = refused()
+    assert sentence == "timed out after 0.3 s waiting for rank 1 of 2; check its log"

@@ -1,62 +1,23 @@
-"""What replicas compare before they start: equal things pass, and a data set has one fingerprint."""
+"""What replicas compare before they start: equal things pass, and whatever differs is named."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.data import Dataset, TensorDataset
+import torch.distributed as dist
+from torch import nn
 
 from dptrain.errors import ConfigError
-from dptrain.runtime.startup_check import check_agreement, check_device, data_fingerprint
+from dptrain.runtime.startup_check import check_agreement, check_device, model_digests
 from dptrain.train import ExecutionConfig, TrainConfig
+from tests.replicas import run_replicas
 
-
-class Augmented(Dataset):
-    """Samples with noise of their own, in a mapping with a text."""
-
-    def __init__(self, *, length=20, changed=None):
-        self.features = torch.arange(length, dtype=torch.float32)
-        if changed is not None:
-            self.features[changed] += 1
-
-    def __len__(self):
-        return len(self.features)
-
-    def __getitem__(self, index):
-        return {"x": self.features[index] + torch.rand(()), "name": f"sample {index}", "path": object()}
-
-
-def test_the_fingerprint_is_that_of_the_data():
-    """It does not depend on random numbers drawn before or in the samples; it does on length, values and dtype."""
-    first = data_fingerprint(Augmented(), seed=0)
-    torch.rand(5)
-    assert data_fingerprint(Augmented(), seed=0) == first
-    assert data_fingerprint(Augmented(length=21), seed=0) != first
-    assert data_fingerprint(Augmented(changed=19), seed=0) != first
-    one, other = (TensorDataset(torch.zeros(9, dtype=dtype)) for dtype in (torch.float32, torch.int32))
-    assert data_fingerprint(one, seed=0) != data_fingerprint(other, seed=0)
-
-
-def test_the_fingerprint_reads_a_handful_of_samples():
-    """Eight, however long the data set is."""
-    read = []
-
-    class Long(Dataset):
-        def __len__(self):
-            return 10**12
-
-        def __getitem__(self, index):
-            read.append(index)
-            return index
-
-    data_fingerprint(Long(), seed=0)
-    assert len(set(read)) == 8
-    assert (min(read), max(read)) == (0, 10**12 - 1)
+CPU = torch.device("cpu")
 
 
 def test_one_process_agrees_with_itself():
     """Without a process group nothing is compared."""
-    check_agreement({"the settings": 1}, device=torch.device("cpu"))
+    check_agreement({"the settings": 1}, device=CPU)
 
 
 def test_replicas_share_a_gpu_only_where_that_is_asked_for(monkeypatch):
@@ -66,3 +27,78 @@ def test_replicas_share_a_gpu_only_where_that_is_asked_for(monkeypatch):
     with pytest.raises(ConfigError, match=r"execution\.share_devices"):
         check_device(TrainConfig())
     check_device(TrainConfig(execution=ExecutionConfig(share_devices=True)))
+
+
+
+class Scaled(nn.Module):
+    """Two buffers of one shape, registered in an order that may differ."""
+
+    def __init__(self, *, first="mean", second="scale", persistent=True):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        for name in (first, second):
+            self.register_buffer(name, torch.zeros(2), persistent=persistent)
+
+
+def model_that_differs(rank, how):
+    torch.manual_seed(5 if how != "values" else rank)
+    if how == "buffers in another order":
+        return Scaled() if rank == 0 else Scaled(first="scale", second="mean")
+    if how == "hidden buffers in another order":
+        names = {} if rank == 0 else {"first": "scale", "second": "mean"}
+        return Scaled(**names, persistent=False)
+    model = Scaled()
+    if how == "one more parameter" and rank == 1:
+        model.extra = nn.Parameter(torch.zeros(1))
+    if how == "another dtype" and rank == 1:
+        model.layer.weight.data = model.layer.weight.data.double()
+    if how == "a buffer's value" and rank == 1:
+        model.scale.add_(1)
+    return model
+
+
+FORM = "the names, order and shapes of the model's parameters and buffers"
+VALUES = "the model's initial values"
+DIFFERENCES = {
+    "values": [VALUES],
+    "a buffer's value": [VALUES],
+    "buffers in another order": [FORM],
+    "hidden buffers in another order": [FORM],
+    "one more parameter": [FORM, VALUES],
+    "another dtype": [FORM, VALUES],
+    "nothing": [],
+}
+
+
+def compare_models(rank, world_size):
+    found = {}
+    for how in DIFFERENCES:
+        try:
+            check_agreement(model_digests(model_that_differs(rank, how)), device=CPU)
+            found[how] = ""
+        except ConfigError as error:
+            found[how] = str(error)
+        dist.barrier()
+    return found
+
+
+def test_models_that_differ_are_refused_on_all_replicas_by_what_differs():
+    """Names, order, shapes, dtypes or values of parameters and buffers, which DDP pairs by their place alone."""
+    first, second = run_replicas(compare_models, world_size=2)
+    assert first == second
+    for how, differing in DIFFERENCES.items():
+        for name in (FORM, VALUES):
+            assert (name in first[how]) == (name in differing), how
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64, torch.bool, torch.complex64])
+def test_tensors_of_any_kind_have_a_digest(dtype):
+    """Also empty ones, and those without a dimension."""
+    model = nn.Module()
+    model.register_buffer("empty", torch.zeros(0, dtype=dtype))
+    model.register_buffer("one", torch.ones((), dtype=dtype))
+    other = nn.Module()
+    other.register_buffer("empty", torch.zeros(0, dtype=dtype))
+    other.register_buffer("one", torch.zeros((), dtype=dtype))
+    assert model_digests(model)[FORM] == model_digests(other)[FORM]
+    assert model_digests(model)[VALUES] != model_digests(other)[VALUES]

@@ -63,7 +63,7 @@ def test_a_burst_of_contention_is_not_reported(seconds):
 
 def test_a_healthy_run_on_busy_cores_reports_nobody():
     """Ranks that are slowed in turn for a few seconds each, as by a scheduler, for ten minutes in each of 20 runs."""
-    rng = random.Random(0)  # noqa: S311 - a simulation
+    rng = random.Random(0)
     for _ in range(20):
         ranks = Ranks()
         while ranks.wall_s < 600:

@@ -41,15 +41,18 @@ time.sleep(1)
 
 
 def test_the_environment_sets_the_patience():
-    """It is that of the collectives, which are set in the same place."""
+    """A quarter more than that of the collectives: whoever waits for another is told so by its collective first."""
     ended = run(
         """
 with Watchdog(world_size=2) as watchdog:
     watchdog.beat()
     time.sleep(20)
 """,
-        DPTRAIN_COLLECTIVE_TIMEOUT_S="0.5",
+        DPTRAIN_COLLECTIVE_TIMEOUT_S="0.4",
+        RANK="3",
+        WORLD_SIZE="8",
     )
-    assert ended.returncode == 1
+    assert ended.returncode == 71
+    assert ended.stderr.startswith("dptrain: replica 3 of 8 made no step for 0.5 s; it stands here:\n")
     assert "time.sleep" not in ended.stderr
     assert 'File "<string>", line 6' in ended.stderr

@@ -309,7 +309,7 @@ def test_check_leaves_no_trace():
 
     class Noisy(list):
         def __getitem__(self, index):
-            return super().__getitem__(index) + random.random() + torch.rand(())  # noqa: S311 - not a secret
+            return super().__getitem__(index) + random.random() + torch.rand(())
 
     task = _task(model=model, train_data=Noisy([torch.ones(2), torch.zeros(2)]))
     state = {name: value.clone() for name, value in model.state_dict().items()}

@@ -43,6 +43,11 @@ def test_secrets_are_blanked_and_nothing_else_is(monkeypatch):
             TrainConfig(task_options={"a": [f"x{CANARY}"]}),
             "task_options.a holds the value of the environment variable T",
         ),
+        *(
+            (TrainConfig(task_options={name: "abc"}), f"task_options.{name} looks like a secret")
+            for name in ("github_pat", "DB_PASS", "azure_sas", "sentry_dsn", "dsn", "pass", "connection_string")
+        ),
+        (TrainConfig(task_options={CANARY: 1}), "a name in task_options holds the value of the environment variable"),
         (TrainConfig(run_dir=f"runs/{CANARY}"), "run_dir holds the value of the environment variable MY_TOKEN"),
         (TrainConfig(log=LogConfig(project=CANARY)), "log.project holds the value"),
         (
@@ -78,3 +83,26 @@ def test_a_sentence_to_be_told_has_neither(monkeypatch):
     """One line, without secrets."""
     monkeypatch.setenv("MY_TOKEN", CANARY)
     assert printable(f"401 for {CANARY}\n\x1b[31m") == "401 for [secret]\\n\\x1b[31m"
+
+
+@pytest.mark.parametrize(
+    "name", ["GITHUB_PAT", "DB_PASS", "AZURE_SAS", "DSN", "SENTRY_DSN", "PGPASSWORD", "AWS_ACCESS_KEY_ID", "API_KEY_2"]
+)
+def test_the_value_of_a_variable_that_is_named_for_a_secret_is_blanked(monkeypatch, name):
+    """In values and in names."""
+    monkeypatch.setenv(name, CANARY)
+    assert printable(f"401 for {CANARY}") == "401 for [secret]"
+    assert without_secrets({"a": {CANARY: [CANARY]}}) == {"a": {"[secret]": ["[secret]"]}}
+
+
+@pytest.mark.parametrize("name", ["PWD", "OLDPWD", "COMPASS", "PATH", "LS_COLORS"])
+def test_other_variables_are_no_secrets(monkeypatch, name):
+    """The folder that a shell is in stands in many a message."""
+    monkeypatch.setenv(name, CANARY)
+    assert printable(CANARY) == CANARY
+
+
+@pytest.mark.parametrize("name", ["forward_pass", "file_pat", "pad_token", "compass", "mask", "two_pass"])
+def test_settings_that_are_named_like_none_are_taken(name):
+    """Words of machine learning that end as a secret does."""
+    refuse_secrets(TrainConfig(task_options={name: "abc"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +16,10 @@ from dptrain.errors import ConfigError
 from dptrain.models.settings import ModelConfig
 from dptrain.tracking.run_folder import (
     RunFolder,
+    check_not_in_use,
     default_run_dir,
     holds_run,
+    launch_of,
     newest_step,
     write_config,
 )
@@ -154,3 +157,36 @@ def test_the_default_folder_is_named_after_task_and_time():
     """Of a task file, after the file."""
     assert default_run_dir("digits").startswith(str(Path("runs") / "digits-"))
     assert default_run_dir("some/where/mine.py:build").startswith(str(Path("runs") / "mine-"))
+
+
+def test_files_of_a_run_are_private_in_a_folder_that_others_may_read(tmp_path):
+    """A folder that is there already keeps its mode; what the run writes in it is its owner's alone."""
+    tmp_path.chmod(0o755)
+    folder = RunFolder(tmp_path, resume=False, launch=[1, 2])
+    try:
+        write_config(folder.config, TrainConfig())
+        modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    finally:
+        folder.close()
+    assert set(modes) == {".lock", ".holder", ".launch", "config.yaml"}
+    assert set(modes.values()) == {0o600}
+
+
+def test_a_folder_keeps_the_marks_of_its_latest_launch(tmp_path):
+    """They are there for the next attempt, also after the folder was given free; what is no mark counts as none."""
+    assert launch_of(tmp_path) == []
+    RunFolder(tmp_path, resume=False, launch=[5, 7]).close()
+    assert launch_of(tmp_path) == [5, 7]
+    for text in ("", "{}", "no", '["a", 1.5]'):
+        (tmp_path / ".launch").write_text(text)
+        assert launch_of(tmp_path) == []
+
+
+def test_a_run_that_another_process_trains_is_not_read(tmp_path):
+    """Refused by the name of who has it, before anything is loaded; free again when that has ended."""
+    (tmp_path / "config.yaml").touch()
+    folder = RunFolder(tmp_path, resume=True)
+    with pytest.raises(ConfigError, match=f"is in use by process {os.getpid()} on "):
+        check_not_in_use(tmp_path)
+    folder.close()
+    check_not_in_use(tmp_path)

@@ -16,7 +16,7 @@ from dptrain.tracking import run_log
 from dptrain.tracking.jsonl import JsonlLog, read_rows
 from dptrain.tracking.run_facts import RunFacts
 from dptrain.tracking.run_folder import RunFolder
-from dptrain.tracking.run_log import WritingLog
+from dptrain.tracking.run_log import WritingLog, _gaps
 from dptrain.train import LogConfig, TrainConfig
 
 SUGGESTION = Suggestion(
@@ -131,3 +131,22 @@ def test_settings_with_a_secret_are_not_written(tmp_path):
     with pytest.raises(ConfigError, match=r"task_options.password looks like a secret"):
         open_log(tmp_path, config=replace(CONFIG, task_options={"password": "hunter2"}))
     assert not any("hunter2" in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("steps", "every_steps", "up_to", "gaps"),
+    [
+        (range(1, 11), 1, 10, ""),
+        (range(5, 101, 5), 5, 103, ""),
+        ([*range(1, 6), *range(9, 11)], 1, 10, "6–8"),
+        (range(1, 6), 1, 10, "6–10"),
+        ([], 1, 10, "1–10"),
+        ([2, 4, 6], 1, 6, ""),
+        ([10, 20, 30, 31, 32, 33, 34], 1, 34, ""),
+        ([1, 3, 4, 8], 1, 8, "2, 5–7"),
+        ([], 50, 40, ""),
+    ],
+)
+def test_steps_without_a_row_are_named(steps, every_steps, up_to, gaps):
+    """Up to the checkpoint, and not those that another `log.every_steps` of an earlier attempt left out."""
+    assert _gaps(list(steps), every_steps=every_steps, up_to=up_to) == gaps

@@ -1,0 +1,103 @@
+"""What tells a task from another of the same name, when a run goes on: refused, noted, or nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from dptrain.data import SampleStream
+from dptrain.errors import ConfigError
+from dptrain.runtime.hosts.task_identity import TaskIdentity
+from tests.runs import noisy
+
+POSITION = 40
+
+
+def identity_of(task):
+    return TaskIdentity(task, stream=SampleStream(len(task.train_data), seed=0))
+
+
+def resumed(before, after):
+    """Go on with `after` from a checkpoint of `before`; return what is noted."""
+    saved = {"data": identity_of(before).state(position=POSITION)}
+    identity = identity_of(after)
+    identity.check(saved, position=POSITION, path=Path("step-7"))
+    return list(identity.changes(saved))
+
+
+def labelled(labels):
+    return TensorDataset(torch.arange(len(labels)), torch.tensor(labels))
+
+
+def test_the_same_task_goes_on_without_a_word():
+    """Nothing is refused and nothing is noted."""
+    assert resumed(noisy(), noisy()) == []
+
+
+@pytest.mark.parametrize("kept", [8, 500, 900])
+def test_other_labels_are_refused(kept):
+    """992 of 1,000 are replaced, or half of them, or one in ten: the places that are looked at are drawn."""
+    spread = {round(i * 999 / 7) for i in range(8)}
+    new = [label if index in spread or index < kept - 8 else 1 for index, label in enumerate([0] * 1000)]
+    with pytest.raises(ConfigError, match="the data set is another one than when step-7 was saved"):
+        resumed(replace(noisy(), train_data=labelled([0] * 1000)), replace(noisy(), train_data=labelled(new)))
+
+
+def test_another_collation_is_refused():
+    """The samples are the same, and what is made of them is not."""
+
+    def doubled(samples):
+        return 2 * torch.stack([features for features, *_ in samples])
+
+    def tripled(samples):
+        return 3 * torch.stack([features for features, *_ in samples])
+
+    with pytest.raises(ConfigError, match="what collate makes of them"):
+        resumed(replace(noisy(), collate=doubled), replace(noisy(), collate=tripled))
+
+
+def test_other_held_out_data_is_noted():
+    """It changes no step, and makes losses that do not compare."""
+    (note,) = resumed(noisy(), replace(noisy(), eval_data=labelled([0] * 9)))
+    assert "the held-out data has changed" in note
+
+
+SOURCE = """
+import torch
+
+def loss(model, batch):
+    return {sign}((model(batch[0]) - batch[1]) ** 2).mean()
+"""
+
+
+def loss_in(path, sign):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(SOURCE.format(sign=sign))
+    spec = importlib.util.spec_from_file_location("losses", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.loss
+
+
+def test_an_edited_loss_is_noted_by_its_file(tmp_path):
+    """Its sign is flipped, in a file of the same name: no sample and no parameter tells of that."""
+    before = replace(noisy(), loss=loss_in(tmp_path / "a" / "losses.py", ""))
+    saved = {"data": identity_of(before).state(position=POSITION)}
+    after = identity_of(replace(noisy(), loss=loss_in(tmp_path / "b" / "losses.py", "-")))
+    after.check(saved, position=POSITION, path=Path("step-7"))
+    (note,) = after.changes(saved)
+    assert note.startswith("the source of the task has changed since the checkpoint (losses.py)")
+
+
+def test_a_checkpoint_of_an_older_version_is_accepted_with_a_note():
+    """It holds one digest of other samples, with which there is nothing to compare."""
+    identity = identity_of(noisy())
+    saved = {"data": "0123456789abcdef"}
+    identity.check(saved, position=POSITION, path=Path("step-7"))
+    (note,) = identity.changes(saved)
+    assert "from an older dptrain" in note
