@@ -15,6 +15,7 @@ import dptrain
 from dptrain.noise import NoiseScale
 from dptrain.noise.drift import now_steps
 from dptrain.tasks import Task, digits, exact_noise, pysource
+from dptrain.tasks.base import split_loss
 
 _NUM_SMALL = 2
 _WARMUP_SHARE, _FINAL_FRACTION = 0.02, 0.1
@@ -118,7 +119,7 @@ def compared(training: Training, *, num_points: int) -> list[Point]:
                     exact[point].append(_truth(task, samples, every_sample=whole))
             rows = torch.randint(len(samples), (training.batch,), generator=generator)
             for micro in rows.chunk(_NUM_SMALL):
-                loss = task.loss(model, default_collate([samples[int(row)] for row in micro]))
+                loss, _ = split_loss(task.loss(model, default_collate([samples[int(row)] for row in micro])))
                 (loss / _NUM_SMALL).backward()  # type: ignore[no-untyped-call] # torch declares no types for it
             reading = meter.step()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -158,7 +159,8 @@ def _truth(task: Task, samples: Subset[Any], *, every_sample: bool) -> tuple[flo
     with _outside_the_meter(task.model):
         for start in range(0, len(samples), _CHUNK):
             rows = [samples[row] for row in range(start, min(start + _CHUNK, len(samples)))]
-            gradients = torch.autograd.grad(task.loss(task.model, default_collate(rows)), parameters)
+            loss, _ = split_loss(task.loss(task.model, default_collate(rows)))
+            gradients = torch.autograd.grad(loss, parameters)
             flat = torch.cat([g.flatten() for g in gradients]).double() * (len(rows) / len(samples))
             total = flat if total is None else total + flat
     assert total is not None

@@ -64,9 +64,9 @@ def policy_gradient() -> Task:
 
 
 def _fewer_held_out(task: Task) -> Task:
-    assert task.eval_data is not None
-    num_windows = len(task.eval_data)  # type: ignore[arg-type]
-    return replace(task, eval_data=Subset(task.eval_data, range(0, num_windows, max(1, num_windows // _NUM_HELD_OUT))))
+    held_out = task.eval_sets[""]
+    num_windows = len(held_out)  # type: ignore[arg-type]
+    return replace(task, eval_data=Subset(held_out, range(0, num_windows, max(1, num_windows // _NUM_HELD_OUT))))
 
 
 def _tensors(data: object) -> tuple[Tensor, ...]:
