@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -23,6 +24,7 @@ _ANSWER_S = 3.0
 _LOOK_S = 1.0  # between two looks whether anybody asks: one word with the store each
 _LINGER_S = 0.5  # for the others to read the verdict, before the store may go with rank 0
 _MAX_NAMED = 8
+_NOT_OF_THE_USER = ("/site-packages/", "/dptrain/", sysconfig.get_path("stdlib"))
 _WAITING = ("torch/distributed/", "torch/autograd/graph.py", "torch/_tensor.py", "observe/reduction.py")
 """Files in which the main thread of a replica stands while it waits for the others."""
 
@@ -41,6 +43,7 @@ class PeerInquiry:
         self._store: Store | None = None
         self._rank, self._world_size = 0, 1
         self._verdict = ""
+        self._asks = False
         self._host_of_store = ""
 
     def __enter__(self) -> Self:
@@ -65,7 +68,8 @@ class PeerInquiry:
                 if not self._host_of_store and store.check(["host/0"]):
                     self._host_of_store = store.get("host/0").decode()
                 if not answered and store.check(["asked"]):
-                    store.set(f"at/{self._rank}", _place())
+                    if not self._asks:  # else its own collective has failed, and it has said that it waits
+                        store.set(f"at/{self._rank}", _place())
                     answered = True
                 # Kept, since the store may be gone when this replica's own collective fails: rank 0 serves it.
                 if answered and store.check(["verdict"]):
@@ -90,6 +94,7 @@ class PeerInquiry:
         return verdict
 
     def _ask(self) -> str:
+        self._asks = True
         store = open_group_store()
         assert store is not None
         store.set(f"at/{self._rank}", "waits")
@@ -136,6 +141,6 @@ def _place() -> str:
     stack = traceback.extract_stack(frame) if frame is not None else None
     if not stack or any(part in stack[-1].filename for part in _WAITING):
         return "waits"
-    own = [entry for entry in stack if "/site-packages/" not in entry.filename and "/dptrain/" not in entry.filename]
+    own = [entry for entry in stack if not any(part in entry.filename for part in _NOT_OF_THE_USER)]
     entry = own[-1] if own and not own[-1].filename.startswith("<") else stack[-1]
     return f"at {entry.filename}, line {entry.lineno}, in {entry.name}"
