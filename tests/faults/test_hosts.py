@@ -14,7 +14,7 @@ import torch
 from benchmarks.namespaces import network, reason_to_skip, until
 from dptrain.checkpoint.store import load_newest
 from dptrain.tracking.jsonl import read_rows
-from dptrain.tracking.run_folder import write_config
+from dptrain.tracking.run_folder import newest_step, write_config
 from dptrain.train import CheckpointConfig, LogConfig
 from tests.replicas import run_replicas
 from tests.runs import attempt, make_config, without_clock
@@ -83,7 +83,9 @@ class Cluster:
         return "\n".join(host.text() for host in self.hosts)
 
     def until_step(self, step, **more):
-        return until(lambda: self.step() >= step, what=self.text, timeout_s=150, **more)
+        """Wait for a step, and for a checkpoint to go on from."""
+        is_there = lambda: self.step() >= step and newest_step(self.run) > 0  # noqa: E731 - two conditions
+        return until(is_there, what=self.text, timeout_s=150, **more)
 
     def recovered(self, since_s, step):
         """Seconds from a disturbance until a step beyond it is done."""
