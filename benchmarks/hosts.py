@@ -255,7 +255,8 @@ class Run:
         before = self.mark()
         settings = self._folder / "settings.yaml"
         for host in self.hosts:
-            host.start("--config", settings, "--resume", nnodes="3", max_restarts=0, **{_SHIFT: 1.0})
+            shifted: dict[str, Any] = {_SHIFT: 1.0}
+            host.start("--config", settings, "--resume", nnodes="3", max_restarts=0, **shifted)
         codes = [host.wait(120) for host in self.hosts]
         refused = all(codes) and "the data set is another one" in self.since(before)
         return _unless(refused, "not refused"), self._go_on()[0]
@@ -344,7 +345,7 @@ def measure(*, num_events: int, minutes: float, seed: int) -> harness.Findings:
         :num_events
     ]
     endings: list[tuple[str, str, float | None]] = []
-    with tempfile.TemporaryDirectory() as name, network(name, 3) as net:
+    with tempfile.TemporaryDirectory() as name, network(Path(name), 3) as net:
         run = Run(net, Path(name), draw)
         run.disk.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "hosts", str(run.disk)], check=True)
@@ -383,7 +384,7 @@ def _findings(endings: list[tuple[str, str, float | None]], *, lost: int, double
         "recovery_p50_s": statistics.median(recoveries),
         "recovery_p95_s": recoveries[min(int(0.95 * len(recoveries)), len(recoveries) - 1)],
     }
-    rows = []
+    rows: list[dict[str, str | float]] = []
     for kind, number in Counter(kind for kind, _, _ in endings).items():
         own = sorted(took_s for name, _, took_s in endings if name == kind and took_s is not None) or [0.0]
         wrong = sum(1 for name, found, _ in endings if name == kind and found)

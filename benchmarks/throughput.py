@@ -31,7 +31,7 @@ from benchmarks.framework_loops import (
 from benchmarks.replicas import run_replicas
 from dptrain.data import MicroBatchLoader, SampleStream
 from dptrain.data.token_files import TokenWindows, token_file
-from dptrain.models import Gpt, GptConfig
+from dptrain.models.gpt import Gpt, GptConfig
 from dptrain.tasks import Suggestion, Task
 from dptrain.tasks.digits import digits
 from dptrain.tasks.gpt import language_task

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from dptrain.models import SIZES, Gpt, GptConfig
+from dptrain.models.gpt import SIZES, Gpt, GptConfig
 from dptrain.tasks import Suggestion, Task
 
 Tokens = NDArray[Any]

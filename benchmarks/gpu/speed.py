@@ -18,7 +18,7 @@ import dptrain
 from benchmarks.gpu.models import Size, Tokens, Windows, made_tokens, next_token_loss, sizes, task_of
 from benchmarks.gpu.rows import DEVICE, ON_GPU, Report, Row
 from dptrain.cost.device_peaks import peak_flops_per_s
-from dptrain.models import Gpt
+from dptrain.models.gpt import Gpt
 from dptrain.train import (
     CheckpointConfig,
     ControlConfig,

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.gpu.models import Size, Tokens, Windows, byte_tokens, made_tokens, sizes, task_of
 from benchmarks.gpu.rows import ON_GPU, Report, Row
-from dptrain.models import SIZES
+from dptrain.models.gpt import SIZES
 from dptrain.tracking.jsonl import read_rows
 from dptrain.train import (
     CheckpointConfig,

@@ -15,7 +15,8 @@ from torch.nn import functional
 from dptrain.data.text_files import Text, read_text
 from dptrain.data.token_files import TokenFile, Tokens, TokenWindows, find_token_files, split_off
 from dptrain.errors import ConfigError
-from dptrain.models import SIZES, ExpertsConfig, Gpt, GptConfig
+from dptrain.models.experts import ExpertsConfig
+from dptrain.models.gpt import SIZES, Gpt, GptConfig
 from dptrain.tasks.base import Suggestion, Task
 
 _EVAL_TOKENS = 1 << 20

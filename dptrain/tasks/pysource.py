@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dptrain.data.token_files import TokenWindows
 from dptrain.errors import ConfigError, TaskError
-from dptrain.models import SIZES, Gpt
+from dptrain.models.gpt import SIZES, Gpt
 from dptrain.tasks.base import Task
 from dptrain.tasks.gpt import SUGGESTIONS, language_task
 

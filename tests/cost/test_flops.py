@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dptrain import attach
 from dptrain.cost.flops import FlopCounter
-from dptrain.models import Gpt, GptConfig
+from dptrain.models.gpt import Gpt, GptConfig
 from dptrain.tasks.gpt import next_token_loss
 
 WIDTH, DEPTH, CONTEXT, SAMPLES = 32, 2, 24, 3

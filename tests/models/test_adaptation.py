@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from dptrain.errors import ConfigError
-from dptrain.models import Gpt, GptConfig
 from dptrain.models.adaptation import adapt_model
+from dptrain.models.gpt import Gpt, GptConfig
 from dptrain.models.settings import ModelConfig
 
 

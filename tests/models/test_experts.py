@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from dptrain.errors import ConfigError
-from dptrain.models import ExpertsConfig, MixtureOfExperts
+from dptrain.models.experts import ExpertsConfig, MixtureOfExperts
 
 CONFIGS = [
     ExpertsConfig(num_experts=4, top_k=top_k, capacity_factor=factor)

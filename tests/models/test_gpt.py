@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional
 
 from dptrain.errors import ConfigError
-from dptrain.models import SIZES, ExpertsConfig, Gpt, GptConfig
+from dptrain.models.experts import ExpertsConfig
+from dptrain.models.gpt import SIZES, Gpt, GptConfig
 
 VARIANTS = [
     GptConfig(width=32, context=16),

@@ -29,7 +29,6 @@ def test_replicas_share_a_gpu_only_where_that_is_asked_for(monkeypatch):
     check_device(TrainConfig(execution=ExecutionConfig(share_devices=True)))
 
 
-
 class Scaled(nn.Module):
     """Two buffers of one shape, registered in an order that may differ."""
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from dptrain.data.token_files import TokenWindows
 from dptrain.errors import ConfigError, TaskError
-from dptrain.models import Gpt, GptConfig
+from dptrain.models.gpt import Gpt, GptConfig
 from dptrain.tasks import check_task, pysource
 from dptrain.tasks.gpt import next_token_loss
 from dptrain.tasks.pysource import ByteLstm, is_held_out, read_source

@@ -210,6 +210,8 @@ def test_lines_from_the_end_are_the_lines(tmp_path, monkeypatch, block):
         assert b"".join(line for _, line in found) == text
         assert all(text[start:].startswith(line) for start, line in found)
         assert [line for _, line in found] == text.splitlines(keepends=True)
+
+
 @pytest.mark.parametrize(
     "broken", [b"{nonsense", b"[1]", b'{"step": NaN}', b"\xff\x00", b'{"other": 1}', b'{"step": "1"}']
 )

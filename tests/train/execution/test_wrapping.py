@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from dptrain.config.execution import ExecutionConfig
 from dptrain.cost.flops import FlopCounter
 from dptrain.errors import ConfigError
-from dptrain.models import Gpt, GptConfig
+from dptrain.models.gpt import Gpt, GptConfig
 from dptrain.train.execution.wrapping import find_blocks, mesh_shape, wrap
 
 
