@@ -21,7 +21,6 @@ from dptrain.runtime.signals import EXIT_RESUMABLE, show_stacks_on_signal, was_a
 from dptrain.tracking.redact import printable
 from dptrain.tracking.row_text import spelled
 from dptrain.tracking.run_folder import default_run_dir, write_config
-from dptrain.tracking.run_log import finite
 
 if TYPE_CHECKING:
     from dptrain.runtime.hosts.peer_inquiry import PeerInquiry
@@ -174,6 +173,8 @@ def _close(run_dir: Path, summary: Mapping[str, Any], *, as_json: bool) -> None:
         report = draw_report(run_dir)
         lines = [*_findings(summary), f"report: {report}"]
         if as_json:
+            from dptrain.tracking.run_log import finite  # loads torch, which the first line of a run does not wait for
+
             lines = [json.dumps({"event": "end", **finite(summary), "report": str(report)})]
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
             sys.stdout.write("\n".join([*lines, ""]))
