@@ -109,27 +109,24 @@ class JsonlLog:
         """Open the log of an earlier attempt so that it goes on behind `up_to`, without a hole or a double row.
 
         Every row whose `key` is larger than `up_to` is dropped, and so is a torn last line. What a loss of power or a
-        careless edit has left (lines that are no rows, rows that stand twice) is dropped too, and told in `damage`:
-        training does not depend on its log. The shortened log replaces the old one by rename, so a kill in between
-        leaves one or the other. No file is an empty log.
+        careless edit has left (lines that are no rows, rows that stand twice) is dropped too, and named in `damage`:
+        training does not depend on its log. One pass over the lines, none of which is kept in memory. Where all that is
+        dropped lies at the end, the file is cut in one call; else a shorter one replaces it by rename. So a kill in
+        between leaves the one or the other. No file is an empty log.
         """
         path = Path(path)
-        rows, garbled = read_sound_rows(path, key=key) if path.exists() else ([], [])
-        earlier = [row for row in rows if float(row[key] or 0) <= up_to]
-        kept = {_line(row): row for row in earlier}
-        num_doubled = len(earlier) - len(kept)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as shortened:
-            try:
-                shortened.writelines(kept)
-                shortened.flush()
-                os.fsync(shortened.fileno())
-                Path(shortened.name).replace(path)
-            except BaseException:
-                Path(shortened.name).unlink(missing_ok=True)
-                raise
+        kept = _Kept(key=key, up_to=up_to)
+        if path.exists():
+            with path.open("rb") as file:
+                for line in file:
+                    kept.take(line)
+            if kept.has_holes:
+                _rewrite(path, kept.spans)
+            else:
+                os.truncate(path, kept.end)
         log = cls(path, key=key, append=True)
-        log.steps = [int(row[key]) for row in kept.values() if row.get("kind", "train") == "train"]  # type: ignore[arg-type]
-        log.damage = _damage(garbled, num_doubled=num_doubled)
+        log.steps = kept.steps
+        log.damage = _damage(kept.garbled, num_doubled=kept.num_doubled)
         return log
 
     def write(self, row: Mapping[str, Value]) -> None:
@@ -235,6 +232,78 @@ def _split_lines(text: bytes) -> list[bytes]:
     lines = [line + b"\n" for line in text.split(b"\n")]
     lines[-1] = lines[-1][:-1]
     return lines if lines[-1] else lines[:-1]
+
+
+class _Kept:
+    """What `JsonlLog.resume` keeps of a log, told line by line.
+
+    Attributes:
+        steps: of the rows of training steps that are kept.
+        garbled: numbers of the lines that are no rows.
+        num_doubled: rows that stand twice.
+        has_holes: whether something that is dropped lies before something that is kept.
+        end: byte behind the last line that is kept.
+        spans: (first byte, byte behind it) of stretches that are kept.
+    """
+
+    def __init__(self, *, key: str, up_to: float) -> None:
+        self._key, self._up_to = key, up_to
+        self._number = self._offset = 0
+        self._seen: set[int] = set()
+        self.steps: list[int] = []
+        self.garbled: list[int] = []
+        self.num_doubled = 0
+        self.spans: list[list[int]] = []
+
+    @property
+    def end(self) -> int:
+        return self.spans[-1][1] if self.spans else 0
+
+    @property
+    def has_holes(self) -> bool:
+        return len(self.spans) > 1 or bool(self.spans and self.spans[0][0])
+
+    def take(self, line: bytes) -> None:
+        """Look at the next line, with its end."""
+        begin, self._number = self._offset, self._number + 1
+        self._offset += len(line)
+        row = _parse(line.removesuffix(b"\n"))
+        place = None if row is None else row.get(self._key)
+        if row is None or type(place) not in (int, float):
+            if row is not None or line.endswith(b"\n"):  # else torn by a kill
+                self.garbled.append(self._number)
+            return
+        assert isinstance(place, int | float)
+        if place > self._up_to:
+            return
+        if (seen := hash(line.rstrip(b"\n"))) in self._seen:
+            self.num_doubled += 1
+            return
+        self._seen.add(seen)
+        if row.get("kind", "train") == "train":
+            self.steps.append(int(place))
+        if self.spans and self.spans[-1][1] == begin:
+            self.spans[-1][1] = self._offset
+        else:
+            self.spans.append([begin, self._offset])
+
+
+def _rewrite(path: Path, spans: Sequence[Sequence[int]]) -> None:
+    """Replace a file by the stretches of it that are kept."""
+    with (
+        path.open("rb") as old,
+        tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as shortened,
+    ):
+        try:
+            for begin, end in spans:
+                old.seek(begin)
+                shortened.write(old.read(end - begin))
+            shortened.flush()
+            os.fsync(shortened.fileno())
+            Path(shortened.name).replace(path)
+        except BaseException:
+            Path(shortened.name).unlink(missing_ok=True)
+            raise
 
 
 def read_sound_rows(path: Path, *, key: str = "step") -> tuple[list[dict[str, Value]], list[int]]:

@@ -14,11 +14,11 @@ from typing import Protocol
 
 from dptrain.config.filled_in import given
 from dptrain.config.train_config import TrainConfig
-from dptrain.errors import ConfigError
+from dptrain.errors import ConfigError, DptrainError
 from dptrain.noise import NoiseScale
 from dptrain.tracking.console import make_view
 from dptrain.tracking.export import start_exports
-from dptrain.tracking.jsonl import JsonlLog, Value, read_sound_rows
+from dptrain.tracking.jsonl import JsonlLog, Value, read_sound_rows, rows_from_end
 from dptrain.tracking.redact import refuse_secrets
 from dptrain.tracking.row_text import is_rate_alone
 from dptrain.tracking.run_facts import RunFacts
@@ -241,7 +241,6 @@ def _on_record(folder: RunFolder, *, from_step: int) -> list[tuple[int, int]]:
     if not from_step:
         return []
     decisions = read_sound_rows(folder.decisions)[0] if folder.decisions.exists() else []
-    metrics = read_sound_rows(folder.metrics)[0] if folder.metrics.exists() else []
     pairs = [(row["step"], row.get("batch/after")) for row in decisions if row.get("applied", True)]
     found = [
         (step, batch)
@@ -249,8 +248,17 @@ def _on_record(folder: RunFolder, *, from_step: int) -> list[tuple[int, int]]:
         if type(step) is int and type(batch) is int and batch >= 1 and step >= from_step
     ]
     # The latest step that is told of may not have been decided on when the attempt ended.
-    steps = [step - 1 for row in metrics if type(step := row["step"]) is int] + [step for step, _ in found]
+    steps = [_latest_step(folder.metrics) - 1, *(step for step, _ in found)]
     return [*found, (max(steps, default=0), 0)]
+
+
+def _latest_step(path: Path) -> int:
+    """Return the step of the last row of a log that has one; 1 where none has. Only the end of the log is read."""
+    try:
+        rows = (row for _, _, row in rows_from_end(path))
+        return next((step for row in rows if type(step := row.get("step")) is int), 1)
+    except DptrainError:  # damaged near its end
+        return next((step for row in reversed(read_sound_rows(path)[0]) if type(step := row["step"]) is int), 1)
 
 
 def _gaps(steps: Sequence[int], *, every_steps: int, up_to: int) -> str:
