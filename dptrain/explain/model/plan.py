@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dptrain.errors import ConfigError
 from dptrain.explain.model.compute import SCALING_LAWS, Compute
 from dptrain.explain.model.planner import Planner, Point
-from dptrain.explain.model.progress import update_factor
+from dptrain.explain.model.run_placement import critical_ratio
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -51,7 +51,7 @@ class Plan:
         min_samples: E_min, the fewest samples, by ever smaller ones.
         twice_both: E_min/S_min, the batch that takes twice the fewest steps and twice the fewest samples.
         twice_both_range: the same by both ends of the noise scale's interval.
-        update_factor: `twice_both` over the noise scale averaged over the way, see `control.critical_ratio`.
+        critical_ratio: `twice_both` over the noise scale averaged over the way, see `control.critical_ratio`.
         points: one for each number of devices that was asked for.
         knee: the number of devices up to which twice as many save at least 30 % of the time.
         ceiling: the number beyond which twice as many save less than 5 %; None where it is above all asked for.
@@ -74,7 +74,7 @@ class Plan:
     min_samples: float
     twice_both: float
     twice_both_range: tuple[float, float]
-    update_factor: float
+    critical_ratio: float
     points: tuple[Point, ...]
     knee: int
     ceiling: int | None
@@ -128,7 +128,7 @@ def make_plan(
         min_samples=needed.implied.min_samples,
         twice_both=needed.implied.noise_scale,
         twice_both_range=planner.twice_both_range,
-        update_factor=update_factor(record),
+        critical_ratio=critical_ratio(record),
         points=points,
         knee=knee,
         ceiling=ceiling,

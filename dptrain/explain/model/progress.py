@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from dptrain.control import CriticalRatio
 from dptrain.errors import ConfigError
-from dptrain.explain.model.run_placement import ImpliedFrontier
+from dptrain.explain.model.run_placement import ImpliedFrontier, critical_ratio
 from dptrain.explain.record import SAMPLES, column, is_resolved, noise_scales
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ class Course:
     Attributes:
         samples: (rows,) seen at the end of each row.
         progress: (rows,) made by then.
-        noise_scales: (rows,) φ in each row, in samples, times `update_factor`.
+        noise_scales: (rows,) φ in each row, in samples, times `critical_ratio`.
         growth: exponent of φ against one over the loss, for what lies beyond the run; at least 0.
     """
 
@@ -136,17 +135,11 @@ def course(record: RunRecord, curve: LossCurve, assumption: Assumption = MEASURE
             f"or on more replicas or accumulation steps, which measure it faster"
         )
     samples, batches = column(record.train, SAMPLES), column(record.train, "batch/global")
-    scales = assumption.factor * update_factor(record) * noise_scales(record, assumption.end)
+    scales = assumption.factor * critical_ratio(record) * noise_scales(record, assumption.end)
     steps = np.diff(samples, prepend=0.0) / batches
     progress = np.cumsum(steps / (1 + scales / batches))
     growth = _growth(record, curve) if assumption.grows else 0.0
     return Course(samples=samples, progress=progress, noise_scales=scales, growth=growth)
-
-
-def update_factor(record: RunRecord) -> float:
-    """Return the critical ratio: the run's own setting, or the one that the batch law has by default."""
-    own = record.setting("control.critical_ratio")
-    return float(own) if own else CriticalRatio().median
 
 
 def needs(course: Course, curve: LossCurve, *, target: float) -> Needs:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dptrain.control.progress_rate import CriticalRatio
 from dptrain.explain.model.adaptive import adaptive_side
 from dptrain.explain.record import SAMPLES, RunRecord, column, is_resolved, noise_scales
 
@@ -131,6 +132,15 @@ def position(record: RunRecord, *, up_to_samples: float = math.inf) -> RunPlacem
         high=high,
         best_saving=curves[0].largest_saving,
     )
+
+
+def critical_ratio(record: RunRecord) -> float:
+    """Return critical batch size over noise scale: the run's own setting, or what the batch law has by default.
+
+    Law, plan and report use this one.
+    """
+    own = record.setting("control.critical_ratio")
+    return float(own) if own else CriticalRatio().median
 
 
 def _increments(record: RunRecord) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -49,7 +49,7 @@ def doubt(plan: Plan) -> str:
 def trade_off(plan: Plan) -> str:
     """Say the fewest steps and samples, and the batch between the two, with what it is to the noise scale."""
     low, high = (short(value, digits=2) for value in plan.twice_both_range)
-    times = "" if plan.update_factor == 1 else f", {short(plan.update_factor)}× the noise scale (critical_ratio)"
+    times = "" if plan.critical_ratio == 1 else f", {short(plan.critical_ratio)}× the noise scale (critical_ratio)"
     return (
         f"Minimum steps {short(plan.min_steps)}, minimum samples {short(plan.min_samples)}, critical batch size "
         f"{short(plan.twice_both, digits=2)} [{low}, {high}]{times}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from dptrain.explain.model.run_placement import position
+from dptrain.explain.model.run_placement import critical_ratio, position
 from dptrain.explain.record import is_resolved
 from dptrain.explain.text.findings import (
     about_noise_scale,
@@ -57,12 +57,12 @@ def _fixed(record: RunRecord, found: RunPlacement) -> list[str]:
     return [
         (
             f"Recommended constant global batch for a run like this one: about "
-            f"{_power_of_two(found.implied.noise_scale)} samples."
+            f"{_power_of_two(critical_ratio(record) * found.implied.noise_scale)} samples."
         ),
         (
             f"Noise scale, averaged over the progress of the run: {value} [{low}, {high}] samples "
-            f"({_conditions(record)}). A batch of that size takes twice the minimum steps and twice the minimum "
-            "samples. A smaller batch saves samples, a larger one saves steps."
+            f"({_conditions(record)}). A batch of {_critical(record)} takes twice the minimum steps and twice the "
+            "minimum samples. A smaller batch saves samples, a larger one saves steps."
         ),
     ]
 
@@ -86,11 +86,14 @@ def _moving(record: RunRecord, found: RunPlacement) -> str:
 
 def _late(last: Row, record: RunRecord) -> list[str]:
     return [
-        f"Recommended global batch from here on: about {_power_of_two(last['noise_scale/value'])} samples.",
         (
-            f"Noise scale at the end: {noise_scale_text(last)} samples ({_conditions(record)}). From there, a batch of "
-            "that size takes twice the minimum steps and twice the minimum samples. It was resolved too late for a "
-            "statement about the whole run."
+            "Recommended global batch from here on: about "
+            f"{_power_of_two(critical_ratio(record) * last['noise_scale/value'])} samples."
+        ),
+        (
+            f"Noise scale at the end: {noise_scale_text(last)} samples ({_conditions(record)}). From there, a batch "
+            f"of {_critical(record)} takes twice the minimum steps and twice the minimum samples. It was resolved too "
+            "late for a statement about the whole run."
         ),
     ]
 
@@ -103,6 +106,12 @@ def _bound(last: Row, record: RunRecord) -> list[str]:
             "yet; train longer, or with more micro-batches per step."
         ),
     ]
+
+
+def _critical(record: RunRecord) -> str:
+    """Return what the critical batch size is, in terms of the noise scale; law and plan take the same."""
+    ratio = critical_ratio(record)
+    return "that size" if ratio == 1 else f"{short(ratio)}× that size (control.critical_ratio)"
 
 
 def _conditions(record: RunRecord) -> str:
