@@ -73,7 +73,8 @@ class GoodputLaw(ProgressLaw):
             return None
         best = max(near, key=_hoped)
         if _hoped(best) > self.min_gain:
-            why = f"its step time was not measured lately, up to {math.expm1(_hoped(best)):+.0%} progress per second"
+            when = "lately" if best.global_batch_size in model.timed_batches else "yet"
+            why = f"its step time was not measured {when}, up to {math.expm1(_hoped(best)):+.0%} progress per second"
         elif not model.is_split_known:
             why = f"only {present} was timed so far"
         else:

@@ -92,6 +92,7 @@ class Trainer:
         self._device = replica_device(config)
         if is_replica():
             rendezvous(device=config.device, share_devices=config.execution.share_devices)
+        self._is_main = self._rank == 0
         wait_for_everyone(self._device)  # one that fails in what follows must not tear connections still being made
         seed_everything(config.seed)  # a split that the task draws is then the same on all replicas, and on resume
         self._task = task if isinstance(task, Task) else resolve_task(task or config.task, options=config.task_options)
@@ -193,8 +194,8 @@ class Trainer:
 
     @property
     def is_main(self) -> bool:
-        """Whether this replica writes the run folder."""
-        return self._rank == 0
+        """Whether this replica writes the run folder; also when the process group is gone."""
+        return self._is_main
 
     @property
     def run_dir(self) -> Path:
