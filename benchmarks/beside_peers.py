@@ -37,7 +37,7 @@ def measure_peers(rank: int, world_size: int, form: Form) -> list[dict[str, Any]
                 except ImportError:
                     continue  # nothing can be said of a package that is not installed
                 if name in PEERS:
-                    trace *= sum(shards) / world_size  # they are told no sizes, and count in small batches
+                    trace *= sum(shards) / world_size  # they get no sizes, and count in small batches
                 rows.append(
                     plain_row(
                         problem=problem.name,

@@ -103,7 +103,7 @@ class Story:
     Attributes:
         kills: replicas or launchers killed, an event that kills all replicas counting as one.
         restarts: attempts that followed by themselves.
-        recoveries_s: from a kill to the next step told, where the run recovered by itself.
+        recoveries_s: from a kill to the next reported step, where the run recovered by itself.
         stops_s: from a SIGTERM to the end of the launcher.
         passed_over: damaged checkpoints that a start has passed over.
     """
@@ -120,7 +120,7 @@ class Chaos:
 
     Args:
         folder: for the run and the ledgers.
-        num_events: by which the length of the run is reckoned.
+        num_events: from which the length of the run is calculated.
         pace_s: seconds that each forward pass takes longer.
         first_world_size: replicas that start it.
     """
@@ -241,7 +241,7 @@ class Chaos:
         return (self.run_dir / "metrics.jsonl").stat().st_size
 
     def _samples(self) -> int:
-        """Return how far the run has told to be; cheap, for it is asked all the time."""
+        """Return how far the run reports to be; cheap, for it is asked all the time."""
         path = self.run_dir / "metrics.jsonl"
         if not path.exists():
             return 0
@@ -257,7 +257,7 @@ class Chaos:
     # The audit
 
     def fingerprint(self) -> str:
-        """Return a digest of everything that the run leaves, less what a clock told."""
+        """Return a digest of everything that the run leaves, less all clock times."""
         saved = load_newest(self.run_dir / "checkpoints")
         assert saved is not None
         digest = hashlib.sha256()
@@ -270,7 +270,7 @@ class Chaos:
         return digest.hexdigest()
 
     def windows(self) -> list[tuple[int, int, int, int]]:
-        """Return (step, first position, batch, micro-batch) of each step that the run has told."""
+        """Return (step, first position, batch, micro-batch) of each step that the run has reported."""
         rows: list[dict[str, Any]] = [r for r in read_rows(self.run_dir / "metrics.jsonl") if r["kind"] == "train"]
         return [
             (row["step"], row["progress/samples"] - row["batch/global"], row["batch/global"], row["batch/micro"])

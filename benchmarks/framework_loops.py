@@ -176,7 +176,7 @@ class _Turns:
         self._go.acquire()
         try:
             run(self._pause)
-        except BaseException as error:  # noqa: BLE001 - told where the step was asked for
+        except BaseException as error:  # noqa: BLE001 - raised where the step was asked for
             self._error = error
             self._done.release()
 

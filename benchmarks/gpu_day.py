@@ -135,7 +135,7 @@ def _write(folder: Path, record: Path, *, seconds: float) -> None:
 
 
 def _figures(rows: list[Row]) -> dict[str, float]:
-    """Return the figures on record; those of a stand-in on a CPU are none of a GPU's, and are left out."""
+    """Return the figures on record; those of the CPU check are none of a GPU's, and are left out."""
     figures: dict[str, float] = {"ran_on_gpu": float(ON_GPU)}
     wrappers = [row for row in rows if row["part"] in ("wrappers", "replicas") and "right" in row["figures"]]
     figures["wrappers_right"] = float(sum(row["figures"]["right"] for row in wrappers))
@@ -174,7 +174,7 @@ def _page(rows: list[Row], *, environment: Mapping[str, str], figures: Mapping[s
 _NOTE = (
     "Wrappers: a group of one; |G|² and tr(Σ) of one step of two micro-batches against plain gradients, and "
     "parameters bit-identical after three steps with and without the meter. Speed: medians over turns of four "
-    "steps, arms in turns in one process, after compilation; MFU by 6 FLOPs per parameter and token and full "
+    "steps, variants in turns in one process, after compilation; MFU by 6 FLOPs per parameter and token and full "
     "attention, of the dense bf16 peak. A group of one says nothing of the cost of communication."
 )
 

@@ -247,7 +247,7 @@ class Run:
         }[kind]
         path.write_bytes(b"".join(damaged))
         took_s, before = self._go_on()
-        return _unless(self.since(before).count("the log is damaged") == 1, f"{kind}: not told once"), took_s
+        return _unless(self.since(before).count("the log is damaged") == 1, f"{kind}: not reported once"), took_s
 
     def change_data(self) -> tuple[str, float | None]:
         """Stop the run, try to go on with other data, and go on with its own."""
@@ -265,8 +265,8 @@ class Run:
         """Stop the run on all hosts, and go on."""
         before = self.mark()
         step = self._stop()
-        told = f"stopped on request after step {step:,}" in self.since(before)
-        return _unless(told, "the end was not told, or its step was not saved"), self._go_on()[0]
+        is_reported = f"stopped on request after step {step:,}" in self.since(before)
+        return _unless(is_reported, "the end was not reported, or its step was not saved"), self._go_on()[0]
 
     def _stop(self) -> int:
         """Stop all hosts; return the step that is saved."""
@@ -328,7 +328,7 @@ def wait(is_so: Callable[[], bool], *, what: str, run: Run) -> None:
     deadline_s = time.monotonic() + _LONGEST_WAIT_S
     while not is_so():
         if time.monotonic() > deadline_s:
-            raise TimeoutError(f"waited in vain for {what}: {run.text()[-2000:]}")
+            raise TimeoutError(f"timed out waiting for {what}: {run.text()[-2000:]}")
         time.sleep(0.1)
 
 
@@ -391,8 +391,8 @@ def _findings(endings: list[tuple[str, str, float | None]], *, lost: int, double
         rows.append({"event": kind, "number": number, "wrong": wrong, "p50": statistics.median(own), "worst": own[-1]})
     held = not (lost or doubled or figures["wrong_endings"]) and figures["recovery_p95_s"] <= LONGEST_RECOVERY_S
     note = (
-        f"bounds {'held' if held else 'BROKEN'}: nothing lost or doubled, every ending told truly, p95 of recovery "
-        f"up to {LONGEST_RECOVERY_S:g} s"
+        f"bounds {'held' if held else 'BROKEN'}: nothing lost or doubled, every ending reported correctly, "
+        f"p95 of recovery up to {LONGEST_RECOVERY_S:g} s"
     )
     return harness.Findings(figures=figures, rows=rows, columns=_COLUMNS, note=note)
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from benchmarks import harness
-from benchmarks.targets.benchmark_case import BenchmarkCase, Run, Search, contests, search_rate
+from benchmarks.targets.benchmark_case import BenchmarkCase, Run, Search, benchmark_cases, search_rate
 from benchmarks.targets.page import ABOUT_TASKS, figures_table, joined, table
-from benchmarks.targets.timed_run import Finish, Mark, Pair, Race
+from benchmarks.targets.timed_run import Finish, Mark, Pair, TimedRun
 
 _SAMPLES = {"pysource": 40_000, "digits": 300_000}
 """Length of all runs, about what a middling batch takes to the target of `time_to_target`."""
@@ -31,7 +31,7 @@ _QUICK = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """The runs of an arm at its best rate.
+    """The runs of a variant at its best rate.
 
     Attributes:
         learning_rate: of a fixed batch at that, of an adaptive run at the task's default batch.
@@ -60,19 +60,21 @@ def main() -> None:
     """Read the command line, measure, and tell."""
     parser = harness.command_line(question=__doc__, name="equal_samples")
     parser.add_argument("--task", choices=sorted(_SAMPLES), required=True, help="what is trained")
-    parser.add_argument("--seeds", type=int, default=None, help="of each arm, beside three of its search (8; quick 1)")
+    parser.add_argument(
+        "--seeds", type=int, default=None, help="of each variant, beside three of its search (8; quick 1)"
+    )
     parser.add_argument("--results", metavar="FOLDER", type=Path, help="write page, JSON and picture there")
     options = parser.parse_args()
     if options.results is not None and not options.results.is_dir():
         parser.error(f"{options.results} is not a folder that exists")
     num_seeds = options.seeds or (1 if options.quick else 8)
     samples = round(_SAMPLES[options.task] * (_QUICK if options.quick else 1))
-    arms = measure(options.task, samples=samples, quick=options.quick, num_seeds=num_seeds)
-    found = findings(arms, samples=samples)
+    variants = measure(options.task, samples=samples, quick=options.quick, num_seeds=num_seeds)
+    found = findings(variants, samples=samples)
     name = f"equal_samples --task {options.task}" + (f" --seeds {options.seeds}" if options.seeds else "")
     if options.results is not None:
         path = options.results / f"equal_samples_{options.task}"
-        draw(arms, title=f"{options.task}: {samples:,} samples on two replicas", path=path.with_suffix(".png"))
+        draw(variants, title=f"{options.task}: {samples:,} samples on two replicas", path=path.with_suffix(".png"))
         path.with_suffix(".md").write_text(
             page(found, task=options.task, samples=samples, num_seeds=num_seeds), encoding="utf-8"
         )
@@ -81,49 +83,49 @@ def main() -> None:
 
 
 def measure(task: str, *, samples: int, quick: bool, num_seeds: int) -> Mapping[str, Ended]:
-    """Search the rate of each arm by the loss at the end, then run all arms with further seeds, in turns."""
-    case = contests(quick=False)[task]
+    """Search the rate of each variant by the loss at the end, then run all variants with further seeds, in turns."""
+    case = benchmark_cases(quick=False)[task]
     case = dataclasses.replace(case, optimizer={**case.optimizer, "schedule": "cosine"})
     batches = _BATCHES[task][2:3] if quick else _BATCHES[task]
-    arms: dict[str, int | None] = {f"fixed {batch}": batch for batch in batches}
-    arms |= {f"adaptive{where}": None for where in list(_STARTS)[: 1 if quick else None]}
+    variants: dict[str, int | None] = {f"fixed {batch}": batch for batch in batches}
+    variants |= {f"adaptive{where}": None for where in list(_STARTS)[: 1 if quick else None]}
 
-    def race(name: str, rate: float, _most_steps: float, seed: int) -> Race:
-        batch = arms[name]
-        return _race(case, samples=samples, name=name, batch=batch, learning_rate=rate, seed=seed)
+    def timed_run(name: str, rate: float, _most_steps: float, seed: int) -> TimedRun:
+        batch = variants[name]
+        return _timed_run(case, samples=samples, name=name, batch=batch, learning_rate=rate, seed=seed)
 
     with Pair() as pair:
         run = _to_the_end(pair.run)
-        run(race(next(iter(arms)), case.guess(batches[0]), math.inf, 0))  # the first race of a process is slow
+        run(timed_run(next(iter(variants)), case.guess(batches[0]), math.inf, 0))  # the first run of a process is slow
         searches: dict[str, Search] = {}
-        for name, batch in arms.items():
+        for name, batch in variants.items():
             start = case.guess(batch or case.default_batch)
-            searches[name] = search_rate(partial(race, name), start=start, run=run, cost=lambda end: end.loss)
+            searches[name] = search_rate(partial(timed_run, name), start=start, run=run, cost=lambda end: end.loss)
             print(f"{name}: rate {searches[name].rate:.3g}", file=sys.stderr, flush=True)
-        finishes: dict[str, dict[int, Finish]] = {name: {} for name in arms}
+        finishes: dict[str, dict[int, Finish]] = {name: {} for name in variants}
         for seed in range(1, num_seeds + 1):
-            for place in range(len(arms)):
-                name = list(arms)[(place + seed) % len(arms)]
-                finishes[name][seed] = run(race(name, searches[name].rate, math.inf, seed))
+            for place in range(len(variants)):
+                name = list(variants)[(place + seed) % len(variants)]
+                finishes[name][seed] = run(timed_run(name, searches[name].rate, math.inf, seed))
     return {name: _ended(searches[name], found) for name, found in finishes.items()}
 
 
-def _race(case: BenchmarkCase, *, samples: int, name: str, batch: int | None, **more: Any) -> Race:  # noqa: ANN401 - handed on
+def _timed_run(case: BenchmarkCase, *, samples: int, name: str, batch: int | None, **more: Any) -> TimedRun:  # noqa: ANN401 - handed on
     if batch is not None:
-        race = case.fixed(batch, **more)
+        timed_run = case.fixed(batch, **more)
     else:
         start = case.default_batch * _STARTS[name.removeprefix("adaptive")]
-        race = case.race(batch=start, control={}, reference_batch=case.default_batch, **more)
+        timed_run = case.timed_run(batch=start, control={}, reference_batch=case.default_batch, **more)
     # The target is never reached, and nothing is evaluated but the end.
-    settings = {**race.settings, "max_samples": samples, "log": {"eval_every_samples": samples}}
-    return dataclasses.replace(race, settings=settings, target=1e-9, most_steps=math.inf)
+    settings = {**timed_run.settings, "max_samples": samples, "log": {"eval_every_samples": samples}}
+    return dataclasses.replace(timed_run, settings=settings, target=1e-9, most_steps=math.inf)
 
 
 def _to_the_end(run: Run) -> Run:
-    """Return `run`, for which a race ends where its samples do, unless it diverged."""
+    """Return `run`, for which a timed run ends where its samples do, unless it diverged."""
 
-    def running(race: Race) -> Finish:
-        finish = run(race)
+    def running(timed_run: TimedRun) -> Finish:
+        finish = run(timed_run)
         return finish if finish.reason else dataclasses.replace(finish, end=finish.marks[-1])
 
     return running
@@ -138,35 +140,35 @@ def _ended(search: Search, finishes: Mapping[int, Finish]) -> Ended:
     )
 
 
-def findings(arms: Mapping[str, Ended], *, samples: int) -> harness.Findings:
-    """Compare adaptive arms with fixed ones of their speed.
+def findings(variants: Mapping[str, Ended], *, samples: int) -> harness.Findings:
+    """Compare adaptive variants with fixed ones of their speed.
 
     Args:
-        arms: fixed ones by their batches, then the adaptive ones.
+        variants: fixed ones by their batches, then the adaptive ones.
         samples: of each run.
     """
-    fixed = {name: arm for name, arm in arms.items() if name.startswith("fixed")}
+    fixed = {name: variant for name, variant in variants.items() if name.startswith("fixed")}
     figures: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
-    for name, arm in arms.items():
-        losses = [end.loss for end in arm.ends.values()]
+    for name, variant in variants.items():
+        losses = [end.loss for end in variant.ends.values()]
         row: dict[str, Any] = {
-            "arm": name,
-            "learning_rate": arm.learning_rate,
-            "at_edge": arm.at_edge,
+            "variant": name,
+            "learning_rate": variant.learning_rate,
+            "at_edge": variant.at_edge,
             "losses": losses,
-            "seconds": [end.seconds for end in arm.ends.values()],
-            "last_batches": list(arm.batches),
-            "shown_rate": f"{arm.learning_rate:.3g}" + (" (edge of the grid)" if arm.at_edge else ""),
+            "seconds": [end.seconds for end in variant.ends.values()],
+            "last_batches": list(variant.batches),
+            "shown_rate": f"{variant.learning_rate:.3g}" + (" (edge of the grid)" if variant.at_edge else ""),
             "shown_loss": _shown(losses),
-            "shown_seconds": _shown([end.seconds for end in arm.ends.values()]),
-            "shown_batch": _shown(arm.batches),
+            "shown_seconds": _shown([end.seconds for end in variant.ends.values()]),
+            "shown_batch": _shown(variant.batches),
             "shown_gap": "",
             "shown_ratio": "",
         }
         if name not in fixed:
-            gap, spread = arm.loss - loss_at_speed(fixed.values(), arm.seconds), _spread(fixed.values())
-            ratio = arm.seconds / seconds_at_loss(fixed.values(), arm.loss)
+            gap, spread = variant.loss - loss_at_speed(fixed.values(), variant.seconds), _spread(fixed.values())
+            ratio = variant.seconds / seconds_at_loss(fixed.values(), variant.loss)
             row |= {"shown_gap": f"{gap:+.3g}", "shown_ratio": f"{ratio:.2f}"}
             label = name.replace(", ", "_").replace(" ", "_")
             figures |= {f"loss_gap_{label}": gap, f"seconds_ratio_{label}": ratio, "loss_spread": spread}
@@ -175,7 +177,7 @@ def findings(arms: Mapping[str, Ended], *, samples: int) -> harness.Findings:
         figures=figures,
         rows=rows,
         columns={
-            "arm": "{arm}",
+            "variant": "{variant}",
             "rate": "{shown_rate}",
             "held-out loss": "{shown_loss}",
             "seconds": "{shown_seconds}",
@@ -184,7 +186,7 @@ def findings(arms: Mapping[str, Ended], *, samples: int) -> harness.Findings:
             "seconds to fixed batches of its loss": "{shown_ratio}",
         },
         note=f"All runs see {samples:,} samples under a cosine; medians (least–most) of "
-        f"{max(len(arm.ends) for arm in arms.values())} seeds.",
+        f"{max(len(variant.ends) for variant in variants.values())} seeds.",
     )
 
 
@@ -194,29 +196,29 @@ def loss_at_speed(fixed: Collection[Ended], seconds: float) -> float:
     A batch that another beats in both is left out; faster than the fastest, or slower than the slowest, counts as it.
     """
     best = frontier(fixed)
-    logarithms, losses = [math.log(arm.seconds) for arm in best], [arm.loss for arm in best]
+    logarithms, losses = [math.log(variant.seconds) for variant in best], [variant.loss for variant in best]
     return float(np.interp(math.log(seconds), logarithms, losses))
 
 
 def seconds_at_loss(fixed: Collection[Ended], loss: float) -> float:
     """Return the least seconds in which a fixed batch ends at a loss, by the same line; the slowest's below all."""
     best = frontier(fixed)[::-1]
-    logarithms, losses = [math.log(arm.seconds) for arm in best], [arm.loss for arm in best]
+    logarithms, losses = [math.log(variant.seconds) for variant in best], [variant.loss for variant in best]
     return math.exp(float(np.interp(loss, losses, logarithms)))
 
 
 def frontier(fixed: Collection[Ended]) -> list[Ended]:
     """Return the fixed batches that no other one beats in both loss and seconds, the fastest first."""
     best: list[Ended] = []
-    for arm in sorted(fixed, key=lambda arm: arm.seconds):
-        if not best or arm.loss < best[-1].loss:
-            best.append(arm)
+    for variant in sorted(fixed, key=lambda variant: variant.seconds):
+        if not best or variant.loss < best[-1].loss:
+            best.append(variant)
     return best
 
 
 def _spread(fixed: Collection[Ended]) -> float:
     """Return the standard deviation over seeds of a fixed batch's loss, the median over batches."""
-    found = [statistics.stdev(end.loss for end in arm.ends.values()) for arm in fixed if len(arm.ends) > 1]
+    found = [statistics.stdev(end.loss for end in variant.ends.values()) for variant in fixed if len(variant.ends) > 1]
     return statistics.median(found) if found else 0.0
 
 
@@ -224,28 +226,28 @@ def _shown(values: Sequence[float]) -> str:
     return f"{statistics.median(values):,.4g} ({min(values):,.4g}–{max(values):,.4g})" if values else "none arrived"
 
 
-def draw(arms: Mapping[str, Ended], *, title: str, path: Path) -> None:
+def draw(variants: Mapping[str, Ended], *, title: str, path: Path) -> None:
     """Draw the loss at the end against the seconds, medians with their range over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.subplots()
-    fixed = {name: arm for name, arm in arms.items() if name.startswith("fixed")}
+    fixed = {name: variant for name, variant in variants.items() if name.startswith("fixed")}
     best = frontier(fixed.values())
-    axes.plot([arm.seconds for arm in best], [arm.loss for arm in best], color="#999999", linewidth=1.2)
-    for name, arm in arms.items():
+    axes.plot([variant.seconds for variant in best], [variant.loss for variant in best], color="#999999", linewidth=1.2)
+    for name, variant in variants.items():
         is_fixed = name in fixed
-        seconds, losses = ([getattr(end, what) for end in arm.ends.values()] for what in ("seconds", "loss"))
+        seconds, losses = ([getattr(end, what) for end in variant.ends.values()] for what in ("seconds", "loss"))
         axes.errorbar(
-            arm.seconds, arm.loss,
-            xerr=[[arm.seconds - min(seconds)], [max(seconds) - arm.seconds]],
-            yerr=[[arm.loss - min(losses)], [max(losses) - arm.loss]],
+            variant.seconds, variant.loss,
+            xerr=[[variant.seconds - min(seconds)], [max(seconds) - variant.seconds]],
+            yerr=[[variant.loss - min(losses)], [max(losses) - variant.loss]],
             fmt="o" if is_fixed else "*" if name == "adaptive" else "v", color="#444444" if is_fixed else "#d55e00",
             markersize=9, elinewidth=0.8, label=None if is_fixed else name,
         )  # fmt: skip
         if is_fixed:
             batch = name.removeprefix("fixed ")
-            axes.annotate(batch, (arm.seconds, arm.loss), textcoords="offset points", xytext=(7, 5), fontsize=9)
+            axes.annotate(batch, (variant.seconds, variant.loss), textcoords="offset points", xytext=(7, 5), fontsize=9)
     axes.set(xscale="log", xlabel="seconds of training", ylabel="held-out loss at the end", title=title)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
@@ -255,7 +257,7 @@ def draw(arms: Mapping[str, Ended], *, title: str, path: Path) -> None:
 
 
 def verdict(figures: Mapping[str, float]) -> str:
-    """Say of each adaptive arm whether it ends where fixed batches of its speed do."""
+    """Say of each adaptive variant whether it ends where fixed batches of its speed do."""
     spread, said = figures["loss_spread"], []
     for figure, gap in figures.items():
         if figure.startswith("loss_gap_"):
@@ -294,9 +296,9 @@ _RUNS = """\
 dptrain {dptrain} on torch {torch} and Python {python}: two gloo replicas of one thread each on {cpu_count} cores of
 {processor}. Task `{task}` ({options}), {samples:,} samples, at a rate that falls along a cosine to a tenth. The
 adaptive runs are dptrain's default in all but task, rate and first batch, the fixed ones plain runs in which nothing is
-measured. The rate of each arm is the best of at least four on a grid of factors of two, by the loss at the end, widened
-until it has a worse one on both sides, and among it and its neighbours the one that is best in the worst of three
-seeds; that of adaptive runs is for the task's default batch, wherever they begin. Then all arms are run with
+measured. The rate of each variant is the best of at least four on a grid of factors of two, by the loss at the end,
+widened until it has a worse one on both sides, and among it and its neighbours the one that is best in the worst of
+three seeds; that of adaptive runs is for the task's default batch, wherever they begin. Then all variants are run with
 {num_seeds} further seeds, in turns. Cells are medians with the least and the most. The last two columns compare with
 the line through those fixed batches that no other one beats in both loss and seconds, straight in the logarithm of the
 seconds; beyond the fastest and the slowest it stays level."""

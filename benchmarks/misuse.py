@@ -34,9 +34,9 @@ def measure(quick: bool) -> harness.Findings:  # noqa: FBT001 - the harness's ow
     columns = {
         "misuse": "{misuse}",
         "loops": "{num_loops}",
-        "told": "{told}",
+        "reported": "{reported}",
         "measured steps": "{measured}",
-        "wrong silently, or alarmed in vain": "{bad}",
+        "wrong silently, or false alarm": "{bad}",
     }
     note = (
         "last column: among misused loops a wrong number without a word, among correct ones a warning, an error or no "
@@ -66,7 +66,7 @@ def _row(misuse: str, outcome: Outcome) -> dict[str, Any]:
     return {
         "misuse": misuse,
         "num_loops": 1,
-        "told": int(bool(outcome.told)),
+        "reported": int(bool(outcome.reported)),
         "measured": outcome.num_measured,
         "wrong": int(outcome.num_wrong > 0),
         "bad": int(bad),

@@ -99,7 +99,7 @@ class Host:
                     "PYTHONPATH": str(ROOT),
                     "OMP_NUM_THREADS": "1",
                     "GLOO_SOCKET_IFNAME": "eth0",
-                    # As launch/torchrun.sh: with a shared store a host that returns waits in vain for an address.
+                    # As launch/torchrun.sh: with a shared store a host that returns waits forever for an address.
                     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
                     **{name: str(value) for name, value in environment.items()},
                 },
@@ -147,7 +147,7 @@ class Host:
                 process.send_signal(number)
 
     def cut(self) -> None:
-        """Pull the plug: nothing comes or goes any more, and nobody is told."""
+        """Pull the plug: nothing comes or goes any more, and no notice is sent."""
         _run("ip", "link", "set", f"{self.name}v", "down")
 
     def join(self) -> None:

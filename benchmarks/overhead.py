@@ -14,7 +14,7 @@ from rich.console import Console
 
 from benchmarks import harness
 from benchmarks.replicas import run_replicas
-from benchmarks.variants import AGAIN, DEFAULT, EVERY_STEP, EVERY_STEP_HOOK, PEER, Case, Limits, measure_arms
+from benchmarks.variants import AGAIN, DEFAULT, EVERY_STEP, EVERY_STEP_HOOK, PEER, Case, Limits, measure_variants
 
 LARGEST_DEFAULT_RATIO = 1.01
 LARGEST_EVERY_STEP_RATIO = 1.03
@@ -72,7 +72,7 @@ def findings(rows: list[dict[str, Any]], *, quick: bool) -> harness.Findings:
 
 _COLUMNS = {
     "model": "{case}",
-    "arm": "{arm}",
+    "variant": "{variant}",
     "time to bare (quartiles)": "{shown}",
     "CPU time to bare": "{shown_cpu}",
     "bare to bare": "{shown_floor}",
@@ -84,13 +84,13 @@ _COLUMNS = {
 
 def _figures(rows: list[dict[str, Any]]) -> dict[str, float]:
     present = [row for row in rows if "absent" not in row]
-    floors = [row["ratio"] for row in present if row["arm"] == AGAIN]
+    floors = [row["ratio"] for row in present if row["variant"] == AGAIN]
     # The quick form has no model of that size.
     where = _JUDGED if any(row["case"] == _JUDGED for row in present) else present[0]["case"]
-    judged = {row["arm"]: row["ratio"] for row in present if row["case"] == where}
-    peers = {arm.removeprefix(PEER): ratio for arm, ratio in judged.items() if arm.startswith(PEER)}
-    worst = max((row for row in present if row["arm"] == DEFAULT), key=lambda row: float(row["ratio"]))
-    errors = {row["arm"]: row["ratio_error"] for row in present if row["case"] == where}
+    judged = {row["variant"]: row["ratio"] for row in present if row["case"] == where}
+    peers = {variant.removeprefix(PEER): ratio for variant, ratio in judged.items() if variant.startswith(PEER)}
+    worst = max((row for row in present if row["variant"] == DEFAULT), key=lambda row: float(row["ratio"]))
+    errors = {row["variant"]: row["ratio_error"] for row in present if row["case"] == where}
     figures = {
         "default_ratio_max": worst["ratio"],
         "default_ratio_error": worst["ratio_error"],
@@ -127,18 +127,18 @@ def _verdict(ratio: float, bound: float, *, error: float) -> str:
     """Say whether a bound holds, as far as chance lets one tell."""
     if ratio <= bound:
         return "held"
-    return "not told apart from it" if ratio - 2 * error <= bound else "BROKEN"
+    return "not distinguishable from it" if ratio - 2 * error <= bound else "BROKEN"
 
 
 def measure_case(rank: int, world_size: int, case: Case, limits: Limits, folder: str) -> list[dict[str, Any]]:
     """Measure one case as one of its replicas; rank 0 returns the rows."""
     if not _has_replicas_on_cuda():
-        return measure_arms(case, device=torch.device("cpu"), limits=limits)
+        return measure_variants(case, device=torch.device("cpu"), limits=limits)
     dist.destroy_process_group()
     torch.cuda.set_device(rank)
     store = f"file://{Path(folder) / 'store'}"
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=store, rank=rank, world_size=world_size)
-    return measure_arms(case, device=torch.device("cuda", rank), limits=limits)
+    return measure_variants(case, device=torch.device("cuda", rank), limits=limits)
 
 
 if __name__ == "__main__":

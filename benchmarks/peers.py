@@ -23,7 +23,7 @@ class Peer:
 
     Attributes:
         finish: ends a step.
-        estimate: returns |G|² and tr(Σ)/b as it knows them, b being the samples of a small batch: none is told them.
+        estimate: returns |G|² and tr(Σ)/b as it knows them, b being the samples of a small batch: none gets them.
     """
 
     finish: Finish

@@ -200,12 +200,12 @@ class Outcome:
     Attributes:
         num_measured: steps that it took in.
         num_wrong: of them, those whose pair is not that of the per-sample gradients.
-        told: warnings and errors.
+        reported: warnings and errors.
     """
 
     num_measured: int
     num_wrong: int
-    told: tuple[str, ...]
+    reported: tuple[str, ...]
 
 
 def run(loop: Loop, *, rank: int, world_size: int) -> Outcome:
@@ -213,15 +213,15 @@ def run(loop: Loop, *, rank: int, world_size: int) -> Outcome:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         runner = _Runner(loop, rank=rank, world_size=world_size if loop.in_ddp else 1)
-        told: list[str] = []
+        reported: list[str] = []
         try:
             runner.run()
         except ObservationError as error:
-            told.append(str(error))
+            reported.append(str(error))
         finally:
             runner.remove()
-    told += [str(w.message) for w in caught if "noise scale" in str(w.message)]
-    return Outcome(num_measured=runner.num_measured, num_wrong=runner.num_wrong, told=tuple(told))
+    reported += [str(w.message) for w in caught if "noise scale" in str(w.message)]
+    return Outcome(num_measured=runner.num_measured, num_wrong=runner.num_wrong, reported=tuple(reported))
 
 
 class _Runner:
@@ -414,9 +414,9 @@ def _angle(a: Tensor, b: Tensor) -> float:
 
 def is_silent_wrong(outcome: Outcome) -> bool:
     """Say whether a wrong number was given without a word."""
-    return outcome.num_wrong > 0 and not outcome.told
+    return outcome.num_wrong > 0 and not outcome.reported
 
 
 def is_false_alarm(outcome: Outcome) -> bool:
     """Say whether a correct loop was warned, refused, or not measured at all."""
-    return bool(outcome.told) or outcome.num_measured == 0
+    return bool(outcome.reported) or outcome.num_measured == 0

@@ -1,5 +1,5 @@
 """Seed by seed, what do adaptive runs take to a target beside one fixed batch, and how far are they at its samples?"""
-# python -m benchmarks.seed_by_seed --task digits|pysource ARM ARM [ARM …] [--seeds FIRST-LAST] [--json PATH|-]
+# python -m benchmarks.seed_by_seed --task digits|pysource VARIANT VARIANT […] [--seeds FIRST-LAST] [--json PATH|-]
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import torch
 
 from benchmarks import harness
 from benchmarks.targets import results
-from benchmarks.targets.benchmark_case import BenchmarkCase, contests
-from benchmarks.targets.comparison import told
-from benchmarks.targets.timed_run import Finish, Mark, Pair, Race
+from benchmarks.targets.benchmark_case import BenchmarkCase, benchmark_cases
+from benchmarks.targets.comparison import reporting
+from benchmarks.targets.timed_run import Finish, Mark, Pair, TimedRun
 
 _PATIENCE = 4
-"""Times the seconds of the first arm after which another is given up."""
+"""Times the seconds of the first variant after which another is given up."""
 _QUICK_SEEDS = 1
-_ARMS = """\
-ARM is one of
+_VARIANTS = """\
+VARIANT is one of
   fixed:BATCH:RATE                      a plain run of one batch
   adaptive:START:RATE[:NAME=VALUE,…]    the default law, with settings of `control` of its own
   written:SAMPLE=BATCH,…:RATE           batches written down beforehand, at one rate
@@ -32,7 +32,7 @@ wherever it starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
+class Variant:
     """A competitor, as the command line names it.
 
     Attributes:
@@ -50,7 +50,7 @@ class Arm:
     control: Mapping[str, Any]
 
     @classmethod
-    def from_text(cls, text: str) -> Arm:
+    def from_text(cls, text: str) -> Variant:
         """Read `kind:batch:rate[:settings]`; see the command's help.
 
         Raises:
@@ -69,73 +69,77 @@ class Arm:
             control={name: _value(value) for name, value in pairs},
         )
 
-    def race(self, case: BenchmarkCase, **more: Any) -> Race:  # noqa: ANN401 - handed on
-        """Return its race."""
+    def timed_run(self, case: BenchmarkCase, **more: Any) -> TimedRun:  # noqa: ANN401 - handed on
+        """Return its timed run."""
         more["learning_rate"] = self.learning_rate
         if self.kind == "written":
             return case.scheduled(self.batches, rule="none", **more)
         batch = self.batches[0][1]
         if self.kind == "fixed":
             return case.fixed(batch, **more)
-        race = case.adaptive(batch, **more)
-        race.settings["control"].update(self.control)
-        return race
+        timed_run = case.adaptive(batch, **more)
+        timed_run.settings["control"].update(self.control)
+        return timed_run
 
 
 def main() -> None:
     """Read the command line, measure, and tell."""
     parser = harness.command_line(question=__doc__, name="seed_by_seed")
-    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _ARMS
-    parser.add_argument("--task", choices=sorted(contests(quick=False)), required=True, help="what is trained")
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _VARIANTS
+    parser.add_argument("--task", choices=sorted(benchmark_cases(quick=False)), required=True, help="what is trained")
     parser.add_argument("--seeds", type=_seeds, default=range(101, 109), metavar="FIRST-LAST", help="(101-108)")
-    parser.add_argument("arms", type=_arm, nargs="+", metavar="ARM", help="see below")
+    parser.add_argument("variants", type=_variant, nargs="+", metavar="VARIANT", help="see below")
     options = parser.parse_args()
-    if len(options.arms) < 2:
-        parser.error("there is nothing to compare the first arm with: name another one")
+    if len(options.variants) < 2:
+        parser.error("there is nothing to compare the first variant with: name another one")
     seeds = options.seeds[:_QUICK_SEEDS] if options.quick else options.seeds
-    found = measure(contests(quick=options.quick)[options.task], options.arms, seeds=seeds)
-    names = " ".join(arm.name for arm in options.arms)
+    found = measure(benchmark_cases(quick=options.quick)[options.task], options.variants, seeds=seeds)
+    names = " ".join(variant.name for variant in options.variants)
     command = f"seed_by_seed --task {options.task} --seeds {options.seeds[0]}-{options.seeds[-1]} {names}"
     harness.tell(found, options, question=__doc__, name=command, device="cpu")
 
 
-def measure(case: BenchmarkCase, arms: Sequence[Arm], *, seeds: Sequence[int]) -> harness.Findings:
-    """Run all arms with one seed after another, the first one first, the others in an order that changes."""
-    finishes: list[dict[int, Finish]] = [{} for _ in arms]
+def measure(case: BenchmarkCase, variants: Sequence[Variant], *, seeds: Sequence[int]) -> harness.Findings:
+    """Run all variants with one seed after another, the first one first, the others in an order that changes."""
+    finishes: list[dict[int, Finish]] = [{} for _ in variants]
     with Pair() as pair:
-        run = told(pair.run, lambda text: print(text, file=sys.stderr, flush=True))
-        run(arms[0].race(case, seed=seeds[0], most_steps=50))  # the first race of a process is slow
+        run = reporting(pair.run, lambda text: print(text, file=sys.stderr, flush=True))
+        run(variants[0].timed_run(case, seed=seeds[0], most_steps=50))  # the first run of a process is slow
         for turn, seed in enumerate(seeds):
-            reference = run(arms[0].race(case, seed=seed))
+            reference = run(variants[0].timed_run(case, seed=seed))
             if reference.end is None:
-                raise RuntimeError(f"{arms[0].name} is not at the target with seed {seed}: {reference.reason}")
+                raise RuntimeError(f"{variants[0].name} is not at the target with seed {seed}: {reference.reason}")
             end, finishes[0][seed] = reference.end, reference
-            for place in range(1, len(arms)):
-                number = 1 + (place + turn) % (len(arms) - 1)
+            for place in range(1, len(variants)):
+                number = 1 + (place + turn) % (len(variants) - 1)
                 most_seconds = _PATIENCE * end.seconds
-                race = arms[number].race(case, seed=seed, least_samples=end.samples, most_seconds=most_seconds)
-                finishes[number][seed] = run(race)
-    return findings([arm.name for arm in arms], finishes, target=case.target)
+                timed_run = variants[number].timed_run(
+                    case, seed=seed, least_samples=end.samples, most_seconds=most_seconds
+                )
+                finishes[number][seed] = run(timed_run)
+    return findings([variant.name for variant in variants], finishes, target=case.target)
 
 
 def findings(names: Sequence[str], finishes: Sequence[Mapping[int, Finish]], *, target: float) -> harness.Findings:
-    """Compare all arms with the first one, which arrived with every seed.
+    """Compare all variants with the first one, which arrived with every seed.
 
     Args:
-        names: of the arms.
-        finishes: of each arm, by seed.
+        names: of the variants.
+        finishes: of each variant, by seed.
         target: held-out loss.
     """
     ends = {seed: finish.end for seed, finish in finishes[0].items() if finish.end is not None}
     figures: dict[str, float] = {"loss_spread": results.spread_of_losses(finishes[0].values())} if len(ends) > 1 else {}
     rows: list[dict[str, Any]] = []
-    for number, (name, arm) in enumerate(zip(names, finishes, strict=True), start=1):
+    for number, (name, variant) in enumerate(zip(names, finishes, strict=True), start=1):
         found = {
-            "seconds_ratio": [_over(finish.end, ends[seed], "seconds") for seed, finish in arm.items()],
-            "samples_ratio": [_over(finish.end, ends[seed], "samples") for seed, finish in arm.items()],
-            "loss_gap": [results.loss_gap(arm[seed], samples=ends[seed].samples, target=target) for seed in arm],
+            "seconds_ratio": [_over(finish.end, ends[seed], "seconds") for seed, finish in variant.items()],
+            "samples_ratio": [_over(finish.end, ends[seed], "samples") for seed, finish in variant.items()],
+            "loss_gap": [
+                results.loss_gap(variant[seed], samples=ends[seed].samples, target=target) for seed in variant
+            ],
         }
-        rows.append({"number": number, "arm": name, "seeds": list(arm)})
+        rows.append({"number": number, "variant": name, "seeds": list(variant)})
         for figure, values in found.items():
             rows[-1][figure] = [value if math.isfinite(value) else None for value in values]
             rows[-1][f"shown_{figure}"] = _shown(values)
@@ -146,7 +150,7 @@ def findings(names: Sequence[str], finishes: Sequence[Mapping[int, Finish]], *, 
         rows=rows,
         columns={
             "": "{number}",
-            "arm": "{arm}",
+            "variant": "{variant}",
             "seconds, to the first's": "{shown_seconds_ratio}",
             "samples, to the first's": "{shown_samples_ratio}",
             "loss above the target at the first's samples": "{shown_loss_gap}",
@@ -172,11 +176,13 @@ def _value(text: str) -> Any:  # noqa: ANN401 - of any setting
     return text
 
 
-def _arm(text: str) -> Arm:
+def _variant(text: str) -> Variant:
     try:
-        return Arm.from_text(text)
+        return Variant.from_text(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no arm, such as fixed:64:0.008 or adaptive:16:0.008") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no variant, such as fixed:64:0.008 or adaptive:16:0.008"
+        ) from None
 
 
 def _seeds(text: str) -> range:

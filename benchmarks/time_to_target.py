@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.targets import page, results, theory
-from benchmarks.targets.benchmark_case import contests
+from benchmarks.targets.benchmark_case import benchmark_cases
 from benchmarks.targets.comparison import hold
 from benchmarks.targets.picture import draw_outcome
 
@@ -23,7 +23,7 @@ def main() -> None:
     """Read the command line, measure, and tell."""
     parser = harness.command_line(question=__doc__, name="time_to_target")
     parser.add_argument("--task", choices=_TASKS, required=True, help="what is trained")
-    parser.add_argument("--seeds", type=int, default=None, help="of each arm (5; quick 1)")
+    parser.add_argument("--seeds", type=int, default=None, help="of each variant (5; quick 1)")
     parser.add_argument("--results", metavar="FOLDER", type=Path, help="write page, JSON and picture there")
     options = parser.parse_args()
     if options.results is not None and not options.results.is_dir():
@@ -45,7 +45,7 @@ def _quadratic(options: argparse.Namespace) -> harness.Findings:
 
 
 def _trained(options: argparse.Namespace) -> harness.Findings:
-    case = contests(quick=options.quick)[options.task]
+    case = benchmark_cases(quick=options.quick)[options.task]
     if options.quick:
         case = dataclasses.replace(case, batches=case.batches[1:6:2])
     num_seeds = options.seeds or (1 if options.quick else 5)
@@ -61,7 +61,7 @@ def _trained(options: argparse.Namespace) -> harness.Findings:
         path = options.results / f"time_to_target_{options.task}"
         title = f"{options.task}: held-out loss of {case.target:g} on two replicas"
         draw_outcome(outcome, title=title, path=path.with_suffix(".png"))
-        path.with_suffix(".md").write_text(page.of_contest(outcome, figures, task=options.task), encoding="utf-8")
+        path.with_suffix(".md").write_text(page.of_comparison(outcome, figures, task=options.task), encoding="utf-8")
     return findings
 
 

@@ -17,10 +17,10 @@ import torch
 from scipy import stats
 
 from benchmarks import harness
-from benchmarks.targets.benchmark_case import BenchmarkCase, Run, Search, contests
-from benchmarks.targets.comparison import doublings, linear_ramp, search_adaptive, search_fixed, told
+from benchmarks.targets.benchmark_case import BenchmarkCase, Run, Search, benchmark_cases
+from benchmarks.targets.comparison import doublings, linear_ramp, reporting, search_adaptive, search_fixed
 from benchmarks.targets.results import ADAPTIVE, RAMP, SMITH, far_starts, fixed_name
-from benchmarks.targets.timed_run import Finish, Pair, Race, StepDelay
+from benchmarks.targets.timed_run import Finish, Pair, StepDelay, TimedRun
 
 REGIMES = {
     "plain": StepDelay(),
@@ -48,7 +48,7 @@ def cases(*, quick: bool) -> dict[str, BenchmarkCase]:
         )
 
     powers = [2**k for k in range(3, 11)]
-    found = dict(contests(quick=quick))
+    found = dict(benchmark_cases(quick=quick))
     for name, target, rate, every in (
         ("lstm_bytes", 2.1, 0.004, 2_048),
         ("mnist1d_mlp", 1.0, 0.004, 2_048),
@@ -68,18 +68,18 @@ class Comparison:
     """One task under one regime.
 
     Attributes:
-        seconds: to the target, by arm and seed; infinite where it was not reached.
-        best: the arm of the fixed batch with the fewest seconds in the median.
-        default: the arm of the task's default batch, held fixed.
+        seconds: to the target, by variant and seed; infinite where it was not reached.
+        best: the variant of the fixed batch with the fewest seconds in the median.
+        default: the variant of the task's default batch, held fixed.
     """
 
     seconds: Mapping[str, Mapping[int, float]]
     best: str
     default: str
 
-    def ratios(self, arm: str, *, over: str) -> list[float]:
-        """Return an arm's seconds to those of another with the same seed."""
-        found = self.seconds[arm]
+    def ratios(self, variant: str, *, over: str) -> list[float]:
+        """Return a variant's seconds to those of another with the same seed."""
+        found = self.seconds[variant]
         return [found[seed] / base for seed, base in self.seconds[over].items() if math.isfinite(base)]
 
 
@@ -102,18 +102,18 @@ def compare(
     seeds: Sequence[int],
     run: Run,
 ) -> Comparison:
-    """Run all arms with each seed.
+    """Run all variants with each seed.
 
     A fixed batch does not react to time: under a delay it is run without it for its steps, and with it for 30 steps
-    that are timed. Adaptive and scheduled arms sleep in each of their steps.
+    that are timed. Adaptive and scheduled variants sleep in each of their steps.
 
     Args:
         case: the task.
         delay: the regime.
         searches: of the fixed batches' rates, those that arrived.
-        rate: of the adaptive arms, for the default batch.
+        rate: of the adaptive variants, for the default batch.
         seeds: of the runs.
-        run: runs a race.
+        run: runs a timed run.
     """
     seconds: dict[str, dict[int, float]] = {}
     for batch, search in searches.items():
@@ -125,15 +125,15 @@ def compare(
     best = min(searches, key=lambda batch: statistics.median(seconds[fixed_name(batch)].values()))
     most_seconds = _PATIENCE * statistics.median(seconds[fixed_name(best)].values())
     for seed in seeds:
-        for name, race in _moving(case, searches=searches, best=best, rate=rate):
-            slowed = dataclasses.replace(race(seed), delay=delay, most_seconds=most_seconds)
+        for name, timed_run in _moving(case, searches=searches, best=best, rate=rate):
+            slowed = dataclasses.replace(timed_run(seed), delay=delay, most_seconds=most_seconds)
             end = run(slowed).end
             seconds.setdefault(name, {})[seed] = math.inf if end is None else end.seconds
     return Comparison(seconds=seconds, best=fixed_name(best), default=fixed_name(case.default_batch))
 
 
 def _step_s(case: BenchmarkCase, batch: int, rate: float, *, delay: StepDelay, run: Run) -> float:
-    race = case.race(
+    timed_run = case.timed_run(
         batch=batch,
         learning_rate=rate,
         seed=0,
@@ -141,14 +141,14 @@ def _step_s(case: BenchmarkCase, batch: int, rate: float, *, delay: StepDelay, r
         most_steps=_TIMED_STEPS,
         eval_every_samples=_TIMED_STEPS * batch,
     )
-    finish: Finish = run(dataclasses.replace(race, delay=delay, target=-math.inf))
+    finish: Finish = run(dataclasses.replace(timed_run, delay=delay, target=-math.inf))
     return statistics.median(value for values in finish.step_s.values() for value in values)
 
 
 def _moving(
     case: BenchmarkCase, *, searches: Mapping[int, Search], best: int, rate: float
-) -> Iterator[tuple[str, Callable[[int], Race]]]:
-    """Yield the arms whose batch is not fixed."""
+) -> Iterator[tuple[str, Callable[[int], TimedRun]]]:
+    """Yield the variants whose batch is not fixed."""
     starts = {ADAPTIVE: case.default_batch, **far_starts(best)}
     for name, start in starts.items():
         yield name, lambda seed, start=start: case.adaptive(start, learning_rate=rate, seed=seed)  # type: ignore[misc]
@@ -161,10 +161,10 @@ def _moving(
 def measure(
     named: Mapping[str, BenchmarkCase], *, regimes: Sequence[str], num_seeds: int, tell: Callable[[str], None]
 ) -> harness.Findings:
-    """Search the rates of each task once, without delay, and compare all arms under each regime."""
+    """Search the rates of each task once, without delay, and compare all variants under each regime."""
     found: dict[tuple[str, str], Comparison] = {}
     with Pair() as pair:
-        run = told(pair.run, tell)
+        run = reporting(pair.run, tell)
         for name, case in named.items():
             swept = {batch: search_fixed(case, batch, run=run) for batch in case.batches}
             searches = {batch: search for batch, search in swept.items() if search.best is not None}
@@ -178,8 +178,12 @@ def measure(
 
 
 def findings(found: Mapping[tuple[str, str], Comparison]) -> harness.Findings:
-    """Return a row for each arm, and the figures over tasks and regimes."""
-    rows = [_row(task, regime, arm, compared) for (task, regime), compared in found.items() for arm in compared.seconds]
+    """Return a row for each variant, and the figures over tasks and regimes."""
+    rows = [
+        _row(task, regime, variant, compared)
+        for (task, regime), compared in found.items()
+        for variant in compared.seconds
+    ]
     unseen = [
         statistics.median(compared.ratios(ADAPTIVE, over=compared.best))
         for (task, regime), compared in found.items()
@@ -198,7 +202,7 @@ def findings(found: Mapping[tuple[str, str], Comparison]) -> harness.Findings:
         columns={
             "task": "{task}",
             "regime": "{regime}",
-            "arm": "{arm}",
+            "variant": "{variant}",
             "seconds": "{shown_seconds}",
             f"to best fixed, median [{_LEVEL:.0%}]": "{shown_ratio}",
         },
@@ -212,8 +216,8 @@ def _largest(found: Sequence[Comparison], over: Callable[[Comparison], str]) -> 
     return max((statistics.median(each) for each in ratios if each), default=math.inf)
 
 
-def _row(task: str, regime: str, arm: str, compared: Comparison) -> dict[str, Any]:
-    seconds, ratios = list(compared.seconds[arm].values()), compared.ratios(arm, over=compared.best)
+def _row(task: str, regime: str, variant: str, compared: Comparison) -> dict[str, Any]:
+    seconds, ratios = list(compared.seconds[variant].values()), compared.ratios(variant, over=compared.best)
     middle = statistics.median(ratios) if ratios else math.inf
     low, high = interval(ratios)
     arrived = [value for value in seconds if math.isfinite(value)]
@@ -223,8 +227,8 @@ def _row(task: str, regime: str, arm: str, compared: Comparison) -> dict[str, An
     return {
         "task": task,
         "regime": regime,
-        "arm": arm,
-        "is_best_fixed": arm == compared.best,
+        "variant": variant,
+        "is_best_fixed": variant == compared.best,
         "seconds": [value if math.isfinite(value) else None for value in seconds],
         "ratios": [value if math.isfinite(value) else None for value in ratios],
         "interval": [low, high] if math.isfinite(high) else None,
@@ -239,7 +243,7 @@ def main() -> None:
     known = cases(quick=False)
     parser.add_argument("--tasks", type=_names(known), default=list(known), help="of " + ", ".join(known))
     parser.add_argument("--regimes", type=_names(REGIMES), default=list(REGIMES), help="of " + ", ".join(REGIMES))
-    parser.add_argument("--seeds", type=int, default=None, help="of each arm (3; quick 1)")
+    parser.add_argument("--seeds", type=int, default=None, help="of each variant (3; quick 1)")
     options = parser.parse_args()
     chosen = cases(quick=options.quick)
     if options.quick:

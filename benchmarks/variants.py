@@ -1,4 +1,4 @@
-"""Arms of the overhead benchmark: ways to take the same step, timed in turns; torch and dptrain suffice for it."""
+"""Variants of the overhead benchmark: ways to take the same step, timed in turns; torch and dptrain suffice for it."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Limits:
         longest_s: seconds of turns at most.
         fewest_rounds: more time is taken for these in any case.
         longest_warm_up: steps after which the default keeps the interval that it has.
-        others_every: in every how many rounds arms other than bare DDP and the default have a turn. Where nothing
+        others_every: in every how many rounds variants other than bare DDP and the default have a turn. Where nothing
             hangs on them the time is better spent on what is near to the floor.
     """
 
@@ -95,8 +95,8 @@ class Limits:
         return num_rounds % _ROUNDS_BETWEEN_LOOKS == 0 and error() <= self.error
 
 
-class Arm:
-    """One way to take a step; all arms of a case share the memory of their parameters.
+class Variant:
+    """One way to take a step; all variants of a case share the memory of their parameters.
 
     Attributes:
         every: every how many steps dptrain measures one, left to itself.
@@ -147,7 +147,7 @@ class Arm:
     def warm_up(self, samples: Tensor, *, longest: int) -> None:
         """Let buffers, threads and the default's interval find their size, then hold the interval.
 
-        The meter weighs its cost against the time between its steps, which the turns of other arms would lengthen.
+        The meter weighs its cost against the time between its steps, which the turns of other variants would lengthen.
         """
         for _ in range(_WARM_STEPS):
             self.step(samples)
@@ -163,13 +163,13 @@ class Arm:
 
     @property
     def share(self) -> float | None:
-        """What the meter says that it takes of the time of a step; None for another arm."""
+        """What the meter says that it takes of the time of a step; None for another variant."""
         return None if self._meter is None else self._meter.share
 
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One step of one arm, in the mean over the replicas.
+    """One step of one variant, in the mean over the replicas.
 
     Attributes:
         wall_s: by the clock.
@@ -183,19 +183,23 @@ class Turn:
 
 
 Turns = dict[str, list[Turn | None]]
-"""By arm and round; None where an arm rests."""
+"""By variant and round; None where a variant rests."""
 
 
-def measure_arms(case: Case, *, device: torch.device, limits: Limits) -> list[dict[str, Any]]:
-    """Return a row for each arm of a case, as one of its replicas; inside a process group, all ranks alike."""
+def measure_variants(case: Case, *, device: torch.device, limits: Limits) -> list[dict[str, Any]]:
+    """Return a row for each variant of a case, as one of its replicas; inside a process group, all ranks alike."""
     torch.manual_seed(0)
     network = _network(case).to(device)
     shape = (case.accumulation_steps * case.num_samples, case.num_tokens, case.width)
     samples = torch.randn(shape, generator=torch.Generator().manual_seed(1 + dist.get_rank())).to(device)
-    arms, absent = _arms(network, case=case, samples=samples, limits=limits)
-    turns = _turns(arms, samples=samples, limits=limits)
+    variants, absent = _variants(network, case=case, samples=samples, limits=limits)
+    turns = _turns(variants, samples=samples, limits=limits)
     num_parameters = sum(p.numel() for p in network.parameters())
-    rows = [_row(arm, turns=turns, case=case, num_parameters=num_parameters) for arm in arms if arm.name != BARE]
+    rows = [
+        _row(variant, turns=turns, case=case, num_parameters=num_parameters)
+        for variant in variants
+        if variant.name != BARE
+    ]
     return rows + [_absent_row(name, case=case, reason=reason) for name, reason in absent.items()]
 
 
@@ -206,43 +210,45 @@ def _network(case: Case) -> nn.Module:
     return nn.TransformerEncoder(block, case.num_blocks, enable_nested_tensor=False)
 
 
-def _arms(network: nn.Module, *, case: Case, samples: Tensor, limits: Limits) -> tuple[list[Arm], dict[str, str]]:
-    """Return the arms that work, warm, and the reason for each that does not."""
+def _variants(
+    network: nn.Module, *, case: Case, samples: Tensor, limits: Limits
+) -> tuple[list[Variant], dict[str, str]]:
+    """Return the variants that work, warm, and the reason for each that does not."""
     names = [BARE, AGAIN, DEFAULT, EVERY_STEP]
     if case.in_ddp:
         names += [EVERY_STEP_HOOK, *(PEER + name for name in PEERS)]
-    arms, absent = [], {}
+    variants, absent = [], {}
     for name in names:
         try:
-            arm = Arm(name, network=network, case=case)
-            arm.warm_up(samples, longest=limits.longest_warm_up)
+            variant = Variant(name, network=network, case=case)
+            variant.warm_up(samples, longest=limits.longest_warm_up)
         except Exception as error:
             if not name.startswith(PEER):
                 raise
             absent[name] = f"{type(error).__name__}: {error}"
         else:
-            arms.append(arm)
-    return arms, absent
+            variants.append(variant)
+    return variants, absent
 
 
-def _turns(arms: Sequence[Arm], *, samples: Tensor, limits: Limits) -> Turns:
-    """Let each arm take one step in every round, in an order that changes, until the time is over.
+def _turns(variants: Sequence[Variant], *, samples: Tensor, limits: Limits) -> Turns:
+    """Let each variant take one step in every round, in an order that changes, until the time is over.
 
-    A round is over so soon that the machine is the same throughout. Every arm finds the caches as another left them.
+    A round is over so soon that the machine is the same throughout. Every variant finds the caches of another one.
     """
     order = random.Random(0)  # noqa: S311 - the same on all ranks
-    turns: Turns = {arm.name: [] for arm in arms}
+    turns: Turns = {variant.name: [] for variant in variants}
     began_s = time.perf_counter()
-    (every,) = (arm.every for arm in arms if arm.name == DEFAULT)
+    (every,) = (variant.every for variant in variants if variant.name == DEFAULT)
 
     def over(number: int) -> bool:
         passed_s = time.perf_counter() - began_s
         return limits.are_met(number, passed_s, lambda: _wall_ratio(DEFAULT, turns, every=every).error)
 
     for number in _rounds_until(over):
-        for arm in order.sample(arms, len(arms)):
-            rests = arm.name not in _IN_EVERY_ROUND and number % limits.others_every
-            turns[arm.name].append(None if rests else _turn(arm, samples=samples))
+        for variant in order.sample(variants, len(variants)):
+            rests = variant.name not in _IN_EVERY_ROUND and number % limits.others_every
+            turns[variant.name].append(None if rests else _turn(variant, samples=samples))
     return turns
 
 
@@ -258,11 +264,11 @@ def _rounds_until(over: Callable[[int], bool]) -> Iterator[int]:
             return
 
 
-def _turn(arm: Arm, *, samples: Tensor) -> Turn:
-    """Time one step of one arm."""
+def _turn(variant: Variant, *, samples: Tensor) -> Turn:
+    """Time one step of one variant."""
     dist.barrier()
     clock = _Clock(samples.device)
-    measured = arm.step(samples)
+    measured = variant.step(samples)
     means = torch.tensor(clock.read(), dtype=torch.float64) / dist.get_world_size()
     dist.all_reduce(means)
     wall_s, cpu_s = means.tolist()
@@ -293,14 +299,14 @@ def _event() -> torch.cuda.Event:
     return event
 
 
-def _row(arm: Arm, *, turns: Turns, case: Case, num_parameters: int) -> dict[str, Any]:
-    wall = _wall_ratio(arm.name, turns, every=arm.every)
-    cpu = _Ratio.of(arm.name, turns=turns, every=arm.every, seconds=lambda turn: turn.cpu_s)
+def _row(variant: Variant, *, turns: Turns, case: Case, num_parameters: int) -> dict[str, Any]:
+    wall = _wall_ratio(variant.name, turns, every=variant.every)
+    cpu = _Ratio.of(variant.name, turns=turns, every=variant.every, seconds=lambda turn: turn.cpu_s)
     floor = _wall_ratio(AGAIN, turns)
     step_s = statistics.median(turn.wall_s for turn in turns[BARE] if turn is not None)
     row = {
         "case": case.name,
-        "arm": arm.name,
+        "variant": variant.name,
         "num_parameters": num_parameters,
         "num_tokens": case.num_tokens * case.num_samples * case.accumulation_steps,
         "world_size": case.world_size,
@@ -311,21 +317,21 @@ def _row(arm: Arm, *, turns: Turns, case: Case, num_parameters: int) -> dict[str
         "cpu_ratio": cpu.median,
         "floor_ratio": floor.median,
         "bare_step_s": step_s,
-        "every": arm.every,
+        "every": variant.every,
         "num_rounds": wall.num_rounds,
         "shown": f"{wall.median:.4f} ± {wall.error:.4f} ({wall.quartiles[0]:.3f}–{wall.quartiles[1]:.3f})",
         "shown_cpu": f"{cpu.median:.4f} ± {cpu.error:.4f}",
         "shown_floor": f"{floor.median:.4f} ± {floor.error:.4f}",
         "shown_step": f"{1000 * step_s:.4g} ms",
     }
-    return row if arm.share is None else row | {"share": arm.share}
+    return row if variant.share is None else row | {"share": variant.share}
 
 
 def _absent_row(name: str, *, case: Case, reason: str) -> dict[str, Any]:
     blank = dict.fromkeys(("shown_cpu", "shown_floor", "shown_step"), "")
     return blank | {
         "case": case.name,
-        "arm": name,
+        "variant": name,
         "absent": reason,
         "shown": f"absent: {reason}",
         "every": 1,
@@ -335,10 +341,10 @@ def _absent_row(name: str, *, case: Case, reason: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Ratio:
-    """Time to that of the bare arms in the same round: the median over rounds and what chance leaves of it.
+    """Time to that of the bare variants in the same round: the median over rounds and what chance leaves of it.
 
-    Of an arm that measures every k-th of its steps it is the mean of three medians: of the steps that are measured and
-    of those before them, at whose end hooks are put on, which count 1/k each, and of the others. The median of all
+    Of a variant that measures every k-th step it is the mean of three medians: of the steps that are measured and of
+    those before them, at whose end hooks are put on, which count 1/k each, and of the others. The median of all
     would never see the few, and timed at a shorter interval than k it would see too much of them.
     """
 
@@ -349,7 +355,7 @@ class _Ratio:
 
     @classmethod
     def of(cls, name: str, *, turns: Turns, seconds: Callable[[Turn], float], every: int = 1) -> _Ratio:
-        """Divide by the mean of both bare arms, whose chance is smaller; one of them by the other."""
+        """Divide by the mean of both bare variants, whose chance is smaller; one of them by the other."""
         references = (BARE,) if name == AGAIN else (BARE, AGAIN)
         ratios: dict[str, list[float]] = {"measured": [], "before": [], "other": []}
         following = [*turns[name][1:], None]

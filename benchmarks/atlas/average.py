@@ -33,8 +33,8 @@ def run_average(runs: Sequence[Sequence[SquaredNorms]]) -> RunAverage | None:
 
     Each run is cut into ten windows of equal length. In a window |G|² and tr(Σ) are averaged over steps and runs, and
     divided last. The mean over windows gives each part of the run its length as weight, whereas one ratio over the
-    whole would see the start alone, where |G|² is largest. A window whose |G|² cannot be told from zero is taken
-    together with the next, at the end with the one before.
+    whole would see the start alone, where |G|² is largest. A window whose |G|² is not distinguishable from zero
+    is taken together with the next, at the end with the one before.
 
     Args:
         runs: the squared norms of each step of each run; the runs differ in their samples only.

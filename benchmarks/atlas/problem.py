@@ -45,7 +45,7 @@ class Problem(ABC):
         batch_sizes: powers of two, ascending.
         first_rate: a learning rate to begin the search with, at the largest batch.
         max_steps: after which a run at the largest batch is given up; the limits of the smaller batches follow.
-        num_seeds: runs of each arm.
+        num_seeds: runs of each variant.
         num_measured: runs over which the noise scale is averaged, with seeds of their own.
         grain: the smallest batch there is, of which larger ones are multiples.
     """
@@ -84,12 +84,12 @@ class Problem(ABC):
             limits: steps after which a run to each target is given up.
         """
         reached = np.full((len(rates), self.num_seeds, len(self.targets)), math.inf)
-        for arm, rate in enumerate(rates):
+        for variant, rate in enumerate(rates):
             hopeful = len(self.targets)
             for seed in range(self.num_seeds):
                 learner = self.learner(batch_size=batch_size, rate=rate, seed=seed)
                 steps = first_crossings(learner, targets=self.targets[:hopeful], limit=limits[hopeful - 1])
-                reached[arm, seed, : len(steps)] = steps
+                reached[variant, seed, : len(steps)] = steps
                 hopeful = len(steps)
                 if not hopeful:
                     break

@@ -38,23 +38,23 @@ class Quadratic(Problem):
     def crossings(self, *, batch_size: int, rates: Sequence[float], limits: Sequence[int]) -> Array:
         """Return the steps to each target, from all runs at once; the loss is looked at in each step."""
         targets = np.array(self.targets)
-        num_arms = len(rates) * self.num_seeds
-        reached = np.full((num_arms, len(targets)), np.inf)
+        num_variants = len(rates) * self.num_seeds
+        reached = np.full((num_variants, len(targets)), np.inf)
         generator = np.random.default_rng(batch_size)
         spread = np.sqrt(self.covariance / batch_size)
-        # Of the arms that still run: their number, their rate, θ, and the last loss.
-        arms, rate = np.arange(num_arms), np.repeat(rates, self.num_seeds)[:, None]
-        theta = np.tile(self.curvature**-0.5, (num_arms, 1))
-        last = np.ones(num_arms)
+        # Of the variants that still run: their number, their rate, θ, and the last loss.
+        variants, rate = np.arange(num_variants), np.repeat(rates, self.num_seeds)[:, None]
+        theta = np.tile(self.curvature**-0.5, (num_variants, 1))
+        last = np.ones(num_variants)
         for step in range(limits[-1]):
             theta -= rate * (self.curvature * theta + spread * generator.standard_normal(theta.shape))
             loss = (self.curvature * theta**2).mean(1)
-            for row, column in np.argwhere((loss[:, None] <= targets) & np.isinf(reached[arms])):
+            for row, column in np.argwhere((loss[:, None] <= targets) & np.isinf(reached[variants])):
                 share = np.log(last[row] / targets[column]) / np.log(last[row] / loss[row])
-                reached[arms[row], column] = step + share
-            running = np.isinf(reached[arms, -1]) & (loss <= DIVERGED)
-            arms, rate, theta, last = arms[running], rate[running], theta[running], loss[running]
-            if not len(arms):
+                reached[variants[row], column] = step + share
+            running = np.isinf(reached[variants, -1]) & (loss <= DIVERGED)
+            variants, rate, theta, last = variants[running], rate[running], theta[running], loss[running]
+            if not len(variants):
                 break
         return reached.reshape(len(rates), self.num_seeds, len(targets))
 

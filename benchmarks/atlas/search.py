@@ -1,4 +1,4 @@
-"""The best learning rate for each batch and target, on a ladder that is climbed until the best is inside."""
+"""The best learning rate for each batch and target, on a grid that is extended until the best is inside."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 from benchmarks.atlas.problem import Array, Problem
 
-_RUNG = math.sqrt(2)
-"""Ratio of neighbouring learning rates; the search takes every second rung first."""
+_RATIO = math.sqrt(2)
+"""Ratio of neighbouring learning rates; the search takes every second grid point first."""
 _FARTHEST = 12
-"""Rungs between the first and one that is tried, at most."""
+"""Grid points between the first and one that is tried, at most."""
 _PATIENCE = 1.5
-"""An arm is given up where it takes so many times the steps of the best one."""
+"""A variant is given up where it takes so many times the steps of the best one."""
 _SLACK = 2
 """The steps that a smaller batch is given, over those that a hyperbola through the larger one could need."""
 
@@ -54,21 +54,21 @@ def search(problem: Problem) -> list[Searched]:
             first = found[-1].best[-1] / math.sqrt(shrunk)
             # A hyperbola takes at most r times the steps at an r-th of the batch.
             limits = [math.ceil(_SLACK * shrunk * limit) for limit in found[-1].limits]
-        found.append(_climb(problem, batch_size=batch_size, first=first, limits=limits))
+        found.append(_search_batch(problem, batch_size=batch_size, first=first, limits=limits))
     return found[::-1]
 
 
-def _climb(problem: Problem, *, batch_size: int, first: float, limits: Sequence[int]) -> Searched:
+def _search_batch(problem: Problem, *, batch_size: int, first: float, limits: Sequence[int]) -> Searched:
     tried: dict[int, Array] = {}
     while grid_points := _wanted(tried):
-        rates = [first * _RUNG**grid_point for grid_point in grid_points]
+        rates = [first * _RATIO**grid_point for grid_point in grid_points]
         tried |= zip(grid_points, problem.crossings(batch_size=batch_size, rates=rates, limits=limits), strict=True)
         limits = [_limit(tried, target, known=limit) for target, limit in enumerate(limits)]
     best = [_best(tried, target) for target in range(len(limits))]
     return Searched(
         batch_size=batch_size,
-        tried={first * _RUNG**grid_point: tried[grid_point] for grid_point in sorted(tried)},
-        best=tuple(None if grid_point is None else first * _RUNG**grid_point for grid_point in best),
+        tried={first * _RATIO**grid_point: tried[grid_point] for grid_point in sorted(tried)},
+        best=tuple(None if grid_point is None else first * _RATIO**grid_point for grid_point in best),
         inside=tuple(
             grid_point is not None and {grid_point - 1, grid_point + 1} <= tried.keys() for grid_point in best
         ),
@@ -82,7 +82,7 @@ def _limit(tried: Mapping[int, Array], target: int, *, known: int) -> int:
 
 
 def _wanted(tried: Mapping[int, Array]) -> list[int]:
-    """The rungs to be tried next: round each best one, two rungs off first, then one; none when all is known."""
+    """The grid points to be tried next: two from each best one, then one; none when all is known."""
     if not tried:
         return [0]
     num_targets = next(iter(tried.values())).shape[1]
@@ -102,7 +102,7 @@ def _wanted(tried: Mapping[int, Array]) -> list[int]:
 
 
 def _best(tried: Mapping[int, Array], target: int) -> int | None:
-    """The rung with the fewest steps in the geometric mean over seeds; None where each one failed a seed."""
+    """The grid point with the fewest steps in the geometric mean over seeds; None where each one failed a seed."""
     means = {grid_point: _mean(steps[:, target]) for grid_point, steps in tried.items()}
     best = min(means, key=means.__getitem__)
     return best if math.isfinite(means[best]) else None

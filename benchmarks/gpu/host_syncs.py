@@ -1,4 +1,4 @@
-"""How often the host waits for the device within a stretch of code: CUDA's own count, or a stand-in on a CPU."""
+"""How often the host waits for the device within a stretch of code: CUDA's own count, or our own check on a CPU."""
 
 from __future__ import annotations
 

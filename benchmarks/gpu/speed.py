@@ -37,17 +37,17 @@ HAND, DEFAULT, EVERY_STEP, OFF, MEASURING = (
     "trainer, off",
     "trainer, measuring",
 )
-_ARMS = {"124m": (HAND, DEFAULT, EVERY_STEP, OFF, MEASURING), "tiny": (HAND, DEFAULT, EVERY_STEP, OFF, MEASURING)}
-_TWO_ARMS = (HAND, MEASURING)
+_VARIANTS = {"124m": (HAND, DEFAULT, EVERY_STEP, OFF, MEASURING), "tiny": (HAND, DEFAULT, EVERY_STEP, OFF, MEASURING)}
+_TWO_VARIANTS = (HAND, MEASURING)
 _CHUNK = 4
-"""Steps of an arm in a turn: one step alone would be timed with the caches of another."""
+"""Steps of a variant in a turn: one step alone would be timed with the caches of another."""
 _SETTLE = 40 if ON_GPU else 12
 _GOALS = {"124m": 0.45}
 _COMPILE = ON_GPU
 
 
 def measure(report: Report, *, seconds: float = 60.0 if ON_GPU else 4.0) -> None:
-    """Time every size, arms in turns."""
+    """Time every size, variants in turns."""
     for size in sizes(on_gpu=ON_GPU).values():
         report.guarded(f"{size.name}: speed", functools.partial(_measure_size, report, size, seconds=seconds))
         if ON_GPU:
@@ -55,13 +55,13 @@ def measure(report: Report, *, seconds: float = 60.0 if ON_GPU else 4.0) -> None
 
 
 def _measure_size(report: Report, size: Size, *, seconds: float) -> Row:
-    names = _ARMS.get(size.name, _TWO_ARMS)
+    names = _VARIANTS.get(size.name, _TWO_VARIANTS)
     tokens = made_tokens(vocab_size=size.config.vocab_size, num_tokens=4 * size.tokens_per_step)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         every = _settled_interval(size, tokens)
-        arms = {name: _arm(name, size, tokens, folder=Path(folder), every=every, stack=stack) for name in names}
-        times = _timed(arms, seconds=seconds)
-        launches = {name: _launches(step) for name, step in arms.items()} if ON_GPU else {}
+        variants = {name: _variant(name, size, tokens, folder=Path(folder), every=every, stack=stack) for name in names}
+        times = _timed(variants, seconds=seconds)
+        launches = {name: _launches(step) for name, step in variants.items()} if ON_GPU else {}
     medians = {name: statistics.median(found) for name, found in times.items()}
     for name in names:
         ratio = medians[name] / medians[HAND]
@@ -90,7 +90,7 @@ def _verdict(size: Size, medians: dict[str, float], *, every: int) -> Row:
     }
 
 
-def _arm(
+def _variant(
     name: str, size: Size, tokens: Tokens, *, folder: Path, every: int, stack: contextlib.ExitStack
 ) -> Callable[[], object]:
     """Return a function that takes one optimizer step."""
@@ -181,18 +181,18 @@ def _settled_interval(size: Size, tokens: Tokens) -> int:
         return meter.every
 
 
-def _timed(arms: dict[str, Callable[[], object]], *, seconds: float) -> dict[str, list[float]]:
-    """Return the seconds of a step of each arm, arms in turns."""
-    for step in arms.values():  # compilation, allocation, the optimizer's state
+def _timed(variants: dict[str, Callable[[], object]], *, seconds: float) -> dict[str, list[float]]:
+    """Return the seconds of a step of each variant, variants in turns."""
+    for step in variants.values():  # compilation, allocation, the optimizer's state
         for _ in range(_CHUNK):
             step()
-    times: dict[str, list[float]] = {name: [] for name in arms}
+    times: dict[str, list[float]] = {name: [] for name in variants}
     ends_s = time.perf_counter() + seconds
-    names = list(arms)
+    names = list(variants)
     while time.perf_counter() < ends_s or len(times[names[0]]) < 3:
         names = [*names[1:], names[0]]  # so that none always follows the same
         for name in names:
-            times[name].append(_chunk_s(arms[name]) / _CHUNK)
+            times[name].append(_chunk_s(variants[name]) / _CHUNK)
     return times
 
 

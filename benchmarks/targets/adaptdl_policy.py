@@ -38,10 +38,10 @@ def _goodput() -> ModuleType:
     try:
         import autograd  # type: ignore[import-not-found, unused-ignore]  # noqa: F401
     except ImportError:
-        stand_in = ModuleType("autograd")
-        stand_in.numpy = np  # type: ignore[attr-defined]
-        stand_in.grad = _differences  # type: ignore[attr-defined]
-        sys.modules["autograd"], sys.modules["autograd.numpy"] = stand_in, np
+        module = ModuleType("autograd")
+        module.numpy = np  # type: ignore[attr-defined]
+        module.grad = _differences  # type: ignore[attr-defined]
+        sys.modules["autograd"], sys.modules["autograd.numpy"] = module, np
     return _module("adaptdl", "adaptdl/goodput.py")
 
 

@@ -1,4 +1,4 @@
-"""What competes on a task: races with their settings, and the search for a learning rate; judges nothing."""
+"""What competes on a task: timed runs with their settings, and the search for a learning rate; judges nothing."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.targets.timed_run import Finish, Mark, Race
+from benchmarks.targets.timed_run import Finish, Mark, TimedRun
 
-Run = Callable[[Race], Finish]
-"""Runs a race."""
+Run = Callable[[TimedRun], Finish]
+"""Runs a timed run."""
 
 _FEWEST_RATES = 4
-_MOST_IN_VAIN = 6
+_MOST_FAILED = 6
 _STEPS_BETWEEN_EVALUATIONS = 4
 _PATIENCE = 1.25
 """A run is given up once it took that many times the steps of the best one of its search, with a further seed twice as
 many, since seeds scatter."""
 SEARCH_SEEDS = (0, 1000, 2000)
-"""Of all searches, on the best rate and its neighbours: no arm is judged by the runs that chose its rate."""
+"""Of all searches, on the best rate and its neighbours: no variant is judged by the runs that chose its rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkCase:
-    """A task, a target, and the range that all arms may use.
+    """A task, a target, and the range that all variants may use.
 
     Attributes:
         task: as `TrainConfig` names it.
@@ -53,7 +53,7 @@ class BenchmarkCase:
     most_steps: int
     optimizer: Mapping[str, Any] = field(default_factory=dict)
 
-    def race(
+    def timed_run(
         self,
         *,
         batch: int,
@@ -67,8 +67,8 @@ class BenchmarkCase:
         least_samples: float = 0.0,
         reference_batch: int | None = None,
         eval_every_samples: int | None = None,
-    ) -> Race:
-        """Return a race that begins at a batch, with a learning rate for that batch or for `reference_batch`."""
+    ) -> TimedRun:
+        """Return a timed run that begins at a batch, with a learning rate for that batch or for `reference_batch`."""
         optimizer = {
             "schedule": "constant",
             "warmup_samples": self.warmup_samples,
@@ -86,7 +86,7 @@ class BenchmarkCase:
             "optimizer": optimizer,
             "log": {"eval_every_samples": eval_every_samples or self.eval_every_samples},
         }
-        return Race(
+        return TimedRun(
             settings=settings,
             target=self.target,
             most_steps=min(most_steps, self.most_steps),
@@ -95,29 +95,29 @@ class BenchmarkCase:
             policy=policy,
         )
 
-    def fixed(self, batch: int, **more: Any) -> Race:  # noqa: ANN401 - handed on
+    def fixed(self, batch: int, **more: Any) -> TimedRun:  # noqa: ANN401 - handed on
         """Return a plain run: nothing is measured."""
         every = max(self.eval_every_samples, _STEPS_BETWEEN_EVALUATIONS * batch)
-        return self.race(batch=batch, control={"mode": "off", "law": "constant"}, eval_every_samples=every, **more)
+        return self.timed_run(batch=batch, control={"mode": "off", "law": "constant"}, eval_every_samples=every, **more)
 
-    def adaptive(self, batch: int, **more: Any) -> Race:  # noqa: ANN401 - handed on
+    def adaptive(self, batch: int, **more: Any) -> TimedRun:  # noqa: ANN401 - handed on
         """Return a run with dptrain's default law, free to use all batches of the sweep and the one it begins at.
 
         Its learning rate is one for the task's default batch, wherever it begins.
         """
         bounds = {"smallest": min(self.batches[0], batch), "largest": max(self.batches[-1], batch)}
-        return self.race(batch=batch, control=bounds, reference_batch=self.default_batch, **more)
+        return self.timed_run(batch=batch, control=bounds, reference_batch=self.default_batch, **more)
 
-    def scheduled(self, stages: Sequence[tuple[int, int]], **more: Any) -> Race:  # noqa: ANN401 - handed on
+    def scheduled(self, stages: Sequence[tuple[int, int]], **more: Any) -> TimedRun:  # noqa: ANN401 - handed on
         """Return a run whose batches are written down beforehand, as (first sample, batch)."""
         text = " ".join(f"{start}:{batch}" for start, batch in stages)
         control = {"mode": "adapt", "law": "schedule", "schedule": text}
-        return self.race(batch=stages[0][1], control=control, **more)
+        return self.timed_run(batch=stages[0][1], control=control, **more)
 
-    def adaptdl(self, **more: Any) -> Race:  # noqa: ANN401 - handed on
+    def adaptdl(self, **more: Any) -> TimedRun:  # noqa: ANN401 - handed on
         """Return a run in which AdaptDL decides, from the default batch upwards, as it does."""
         control = {"mode": "off", "law": "constant", "largest": self.batches[-1]}
-        return self.race(batch=self.default_batch, control=control, policy="adaptdl", **more)
+        return self.timed_run(batch=self.default_batch, control=control, policy="adaptdl", **more)
 
     def guess(self, batch: int) -> float:
         """Return the learning rate at which the search begins for a batch, a power of two times `learning_rate`."""
@@ -126,7 +126,7 @@ class BenchmarkCase:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """A search for the learning rate of an arm.
+    """A search for the learning rate of a variant.
 
     Attributes:
         best: the rate that was best; None where none reached the target.
@@ -152,13 +152,13 @@ class Search:
 
     @property
     def rate(self) -> float:
-        """The best rate of a search that was not in vain."""
+        """The best rate of a search that succeeded."""
         assert self.best is not None
         return self.best
 
 
 def search_rate(
-    race_at: Callable[[float, float, int], Race], *, start: float, run: Run, cost: Callable[[Mark], float]
+    make_run: Callable[[float, float, int], TimedRun], *, start: float, run: Run, cost: Callable[[Mark], float]
 ) -> Search:
     """Find the learning rate of least cost to the target, on a grid of factors of two that widens at its edge.
 
@@ -167,7 +167,7 @@ def search_rate(
     fast as any with most seeds, so that neither one run nor a mean tells it from a good one.
 
     Args:
-        race_at: (rate, steps after which to give up, seed) → race.
+        make_run: (rate, steps after which to give up, seed) → timed run.
         start: the first rate.
         run: runs it.
         cost: of an arrival.
@@ -181,7 +181,7 @@ def search_rate(
     def run_at(at: int, seed: int) -> tuple[Finish, float]:
         ends = [finish.end.steps for finish in finishes.values() if finish.end is not None]
         patience = _PATIENCE if seed == SEARCH_SEEDS[0] else 2 * _PATIENCE
-        finish = run(race_at(start * 2.0**at, patience * min(ends, default=math.inf), seed))
+        finish = run(make_run(start * 2.0**at, patience * min(ends, default=math.inf), seed))
         return finish, math.inf if finish.end is None else cost(finish.end)
 
     while (at := _next_rate(costs)) is not None:
@@ -206,7 +206,7 @@ def _next_rate(costs: Mapping[int, float]) -> int | None:
     best = _cheapest(costs)
     if costs[best] == math.inf:
         # Alternately above and below: a rate that never arrives may be too small as well as too large.
-        return (len(costs) + 1) // 2 * (1 if len(costs) % 2 else -1) if len(costs) < _MOST_IN_VAIN else None
+        return (len(costs) + 1) // 2 * (1 if len(costs) % 2 else -1) if len(costs) < _MOST_FAILED else None
     for at in (best + 1, best - 1):
         if at not in costs:
             return at
@@ -224,8 +224,8 @@ def _cheapest(costs: Mapping[int, float]) -> int:
     return min(costs, key=lambda at: (costs[at], abs(at)))
 
 
-def contests(*, quick: bool) -> Mapping[str, BenchmarkCase]:
-    """Return the contest of each task."""
+def benchmark_cases(*, quick: bool) -> Mapping[str, BenchmarkCase]:
+    """Return the case of each task."""
     here = Path(__file__).with_name("small_tasks.py")
     digits = BenchmarkCase(
         task=f"{here}:deep_digits",

@@ -13,7 +13,7 @@ from benchmarks.targets.theory import Theory
 
 QUESTION = "Does adapting the batch reach a target sooner than a fixed batch that was searched for?"
 COLUMNS = {
-    "arm": "{arm}",
+    "variant": "{variant}",
     "steps (least–most)": "{shown_steps}",
     "samples": "{shown_samples}",
     "seconds": "{shown_seconds}",
@@ -57,10 +57,10 @@ def _bounds(figures: Mapping[str, float]) -> dict[str, bool]:
     }
 
 
-def of_contest(outcome: Outcome, figures: Mapping[str, float], *, task: str) -> str:
+def of_comparison(outcome: Outcome, figures: Mapping[str, float], *, task: str) -> str:
     """Return the page of digits or pysource."""
     frontier = outcome.frontier()
-    searches = [[row["arm"], row["shown_steps"], row["shown_seconds"]] for row in results.search_rows(outcome)]
+    searches = [[row["variant"], row["shown_steps"], row["shown_seconds"]] for row in results.search_rows(outcome)]
     return joined(
         f"# {QUESTION}",
         f"    python -m benchmarks.time_to_target --task {task} --results benchmarks/results",
@@ -71,13 +71,13 @@ def of_contest(outcome: Outcome, figures: Mapping[str, float], *, task: str) -> 
         *_other_far_starts(outcome),
         _CELLS,
         table(list(COLUMNS), [_cells(row) for row in results.rows(outcome)]),
-        f"**The frontier** of the fixed batches: {frontier or 'none, too few batches arrived'}.{_in_vain(outcome)}",
-        f"![The plane of steps and samples](time_to_target_{task}.png)",
+        f"**The frontier** of the fixed batches: {frontier or 'none, too few batches arrived'}.{_failed(outcome)}",
+        f"![The graph of steps against samples](time_to_target_{task}.png)",
         "## Learning-rate rules",
         "The adaptive law with each rule from the default start, all at the base rate found for `root_gain`.",
         _rules_table(outcome),
         "## What the searches cost",
-        table(["arm", "rates tried", "seconds"], searches),
+        table(["variant", "rates tried", "seconds"], searches),
         _SEARCH_COST,
         "## AdaptDL",
         _about_adaptdl(outcome, figures),
@@ -93,13 +93,13 @@ both steps and samples were saved."""
 
 _SEARCH_COST = """\
 `search_cost_ratio` is what all the searches of fixed batches took, with one run at the best, over what the one search
-of the adaptive arm and one of its runs took. A search in vain counts, because nobody knows before that it is; without
-those it is `search_cost_ratio_not_in_vain`."""
+of the adaptive variant and one of its runs took. A failed search counts, since nobody knows beforehand; without
+those it is `search_cost_ratio_without_failed`."""
 
 _NOT_SHOWN = """\
 - **GPUs**, where the time of a step is flat up to saturation, and **more than two replicas**.
 - **Another target.** The best batch grows with the noise scale, and so with a lower target.
-- **A schedule of the rate.** All arms keep it constant. The two whose batches are written down beforehand know the
+- **A schedule of the rate.** All variants keep it constant. The two whose batches are written down beforehand know the
   best batch and its samples from the sweep, which the others do not."""
 
 _RUNS = """\
@@ -111,13 +111,14 @@ neighbours, where they arrived, are run with two further seeds, and the one whos
 adaptive runs have dptrain's default law and rule. They have one search among them, from the task's default batch
 ({default_batch}); 16 times below and above the best fixed one of the searches they start with the rate found there, as
 `optimizer.reference_batch_size` hands it over. Runs of a search are given up at 1.25 times the steps of its best one,
-an adaptive one at 2.5 times, and with a further seed at twice that. All arms are then run with {num_seeds} more seeds,
-seed by seed, in an order that changes, those whose batch is not fixed for at most twice the seconds of the best search.
+an adaptive one at 2.5 times, and with a further seed at twice that. All variants are then run with {num_seeds} more
+seeds, seed by seed, in an order that changes, those whose batch is not fixed for at most twice the seconds of the best
+search.
 
 The rate is constant after a warm-up of {warmup_samples:,} samples. Seconds are those of training, without start and
 evaluation; steps and samples are exact. The target is reached at the first evaluation at or below it, and between two
-evaluations by the logarithm of the loss. After the races the fixed batches take turns of some 80 steps, three for each
-of those seeds: `step_time_error` is how far off the model is, in the median over shapes, on one it was not told of."""
+evaluations by the logarithm of the loss. After the timed runs the fixed batches take turns of some 80 steps, three per
+seed: `step_time_error` is how far off the model is, in the median over shapes, on a shape outside its fit."""
 
 ABOUT_TASKS = {
     "digits": "an autoencoder of layers 64-96-48-8-48-96-64, the mean squared error of a pixel",
@@ -157,9 +158,9 @@ def _other_far_starts(outcome: Outcome) -> list[str]:
     return [f"{starts} Of {best:,}, which the further seeds have first, {off}."]
 
 
-def _in_vain(outcome: Outcome) -> str:
+def _failed(outcome: Outcome) -> str:
     """Name the fixed batches of the sweep that no learning rate brought to the target."""
-    batches = [str(batch) for batch in outcome.searches_in_vain]
+    batches = [str(batch) for batch in outcome.failed_searches]
     if not batches:
         return ""
     most = f"{outcome.case.most_steps:,} steps"
@@ -179,7 +180,7 @@ def _about_adaptdl(outcome: Outcome, figures: Mapping[str, float]) -> str:
 
 def _rules_table(outcome: Outcome) -> str:
     names = {"root_gain (default)": ADAPTIVE} | {rule: rule_name(rule) for rule in RULES_COMPARED}
-    rows = {row["arm"]: row for row in results.rows(outcome)}
+    rows = {row["variant"]: row for row in results.rows(outcome)}
     return table(
         ["rule", *list(COLUMNS)[1:]], [[rule, *_cells(rows[name])[1:]] for rule, name in names.items() if name in rows]
     )
@@ -196,7 +197,7 @@ def of_quadratic(theory: Theory) -> str:
         "## What was run",
         _PROBLEMS,
         table(list(columns), [[cell.format_map(row) for cell in columns.values()] for row in rows]),
-        "![The planes of both problems](time_to_target_quadratic.png)",
+        "![The graphs of both problems](time_to_target_quadratic.png)",
         "## What the numbers do not show",
         _NOT_SHOWN_BY_THEORY,
     )
@@ -206,9 +207,9 @@ _PROBLEMS = """\
 dptrain's own laws and limits, driven step by step; nothing here is timed. **Problem 5** is SGD on an isotropic
 quadratic at the learning rate a/(1 + φ/B) over the curvature, a = 0.002, φ = 5/u from u = 1 down to 0.01. Its
 frontier is a hyperbola, and the best adaptive product is γ = 4·tanh(ln R/4)/ln R with R = 100. *Exact*: the law is
-told φ, as an interval of no width. *Measured*: gradients of 1,000 dimensions are drawn for two replicas, and the law
-is told what dptrain's estimator makes of their norms; of the seeds the middle one is shown. *Every second batch*: all
-multiples of the replicas, no waiting. *Powers of two*: dptrain's default rungs, which round by up to √2, and ten
+given φ, as an interval of no width. *Measured*: gradients of 1,000 dimensions are drawn for two replicas, and the law
+is given what dptrain's estimator makes of their norms; of the seeds the middle one is shown. *Every second batch*: all
+multiples of the replicas, no waiting. *Powers of two*: dptrain's default grid points, which round by up to √2, and ten
 decisions between changes: that costs some 4 %.
 
 The learning rate stays the problem's, by the true φ, but for the last adaptive row. At a rate so far below the best

@@ -1,4 +1,4 @@
-"""The picture of a contest: where each arm reached the target, on the plane of samples against steps."""
+"""The picture of a comparison: where each variant reached the target, on a graph of samples against steps."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def draw_outcome(outcome: Outcome, *, title: str, path: Path) -> None:
     _draw(fixed, others, frontier=outcome.frontier(), title=title, path=path)
 
 
-def _points(outcome: Outcome, arm: str) -> list[tuple[float, float]]:
-    return [(end.steps, end.samples) for end in outcome.ends(arm).values()]
+def _points(outcome: Outcome, variant: str) -> list[tuple[float, float]]:
+    return [(end.steps, end.samples) for end in outcome.ends(variant).values()]
 
 
 def _draw(

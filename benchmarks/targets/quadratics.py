@@ -124,7 +124,7 @@ def drive(
 
 
 class Damped:
-    """Problem 5 in the mean, its noise scale told exactly."""
+    """Problem 5 in the mean, its noise scale given exactly."""
 
     def __init__(self, problem: DampedQuadratic = DAMPED) -> None:
         self._problem = problem
@@ -202,7 +202,7 @@ class SampledDamped:
 
 
 class NoisyQuadratic:
-    """Problem 10 in the mean: curvature and gradient noise 1/i in 1,000 directions, noise scale told exactly.
+    """Problem 10 in the mean: curvature and gradient noise 1/i in 1,000 directions, noise scale given exactly.
 
     Args:
         learning_rate: at the reference batch.
@@ -270,7 +270,7 @@ def law_of(exchange_rate: float, *, powers_of_two: bool = False, goodput: bool =
         powers_of_two: the default grid, and the default least gain.
         goodput: the goodput law, which finds the exchange rate in the times of steps.
     """
-    least, cool_down = 0.02 if powers_of_two else 0.0, 0  # a noise scale that is told has no measurements to wait for
+    least, cool_down = 0.02 if powers_of_two else 0.0, 0  # a noise scale that is given has no measurements to wait for
     law: Controller = NoiseLaw(samples_per_step=exchange_rate, min_gain=least, cool_down=cool_down)
     if goodput:
         law = GoodputLaw(

@@ -1,4 +1,4 @@
-"""What the races of a contest come to: medians, ratios and the figures; nothing is run and nothing is drawn here."""
+"""The results of a comparison: medians, ratios and the figures; nothing is run and nothing is drawn here."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _SMALLEST_START = 4
 
 
 def fixed_name(batch: int) -> str:
-    """Return the name of the arm of a fixed batch."""
+    """Return the name of the variant of a fixed batch."""
     return f"fixed {batch}"
 
 
 def rule_name(rule: str) -> str:
-    """Return the name of the adaptive arm with another learning-rate rule."""
+    """Return the name of the adaptive variant with another learning-rate rule."""
     return f"adaptive, rule {rule}"
 
 
 def best_searched(searches: Mapping[int, Search]) -> int:
-    """Return the batch that is first by the runs of the searches, none of which was in vain."""
+    """Return the batch that is first by the runs of the searches, all of which succeeded."""
     return min(searches, key=lambda batch: searches[batch].end.seconds)
 
 
@@ -47,22 +47,22 @@ def far_starts(best: int) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """All that was run in a contest.
+    """All that was run in a comparison.
 
     Attributes:
-        contest: the task and its range.
+        comparison: the task and its range.
         searches: of the fixed batches' learning rates.
-        searches_in_vain: those of fixed batches that no rate brought to the target.
+        failed_searches: those of fixed batches that no rate brought to the target.
         adaptive_search: of the adaptive runs, from the default batch; all starts take what it found.
-        finishes: by arm and seed.
+        finishes: by variant and seed.
         step_s: the time of a step of the fixed batches, by (micro-batch, accumulation steps), timed in turns.
-        rates: learning rate of each arm, at the batch that it is for.
-        absent: arms that could not run, and why.
+        rates: learning rate of each variant, at the batch that it is for.
+        absent: variants that could not run, and why.
     """
 
     case: BenchmarkCase
     searches: Mapping[int, Search]
-    searches_in_vain: Mapping[int, Search]
+    failed_searches: Mapping[int, Search]
     adaptive_search: Search
     finishes: Mapping[str, Mapping[int, Finish]]
     step_s: Mapping[tuple[int, int], float]
@@ -74,24 +74,24 @@ class Outcome:
         """The fixed batch with the fewest seconds, in the median over seeds."""
         return min(self.searches, key=lambda batch: self.median(fixed_name(batch), "seconds"))
 
-    def ends(self, arm: str) -> dict[int, Mark]:
-        """Return where an arm reached the target, by seed, where it did."""
-        return {seed: finish.end for seed, finish in self.finishes.get(arm, {}).items() if finish.end is not None}
+    def ends(self, variant: str) -> dict[int, Mark]:
+        """Return where a variant reached the target, by seed, where it did."""
+        return {seed: finish.end for seed, finish in self.finishes.get(variant, {}).items() if finish.end is not None}
 
-    def median(self, arm: str, what: str) -> float:
+    def median(self, variant: str, what: str) -> float:
         """Return the median of steps, samples or seconds over seeds; infinite where most seeds did not arrive."""
         values = [
             math.inf if finish.end is None else float(getattr(finish.end, what))
-            for finish in self.finishes.get(arm, {}).values()
+            for finish in self.finishes.get(variant, {}).values()
         ]
         return statistics.median(values) if values else math.inf
 
-    def ratio(self, arm: str, what: str, *, over: str) -> float:
-        """Return the median over seeds of an arm's figure to that of another with the same seed."""
+    def ratio(self, variant: str, what: str, *, over: str) -> float:
+        """Return the median over seeds of a variant's figure to that of another with the same seed."""
         others = self.ends(over)
         ratios = [
             math.inf if finish.end is None else getattr(finish.end, what) / getattr(others[seed], what)
-            for seed, finish in self.finishes.get(arm, {}).items()
+            for seed, finish in self.finishes.get(variant, {}).items()
             if seed in others
         ]
         return statistics.median(ratios) if ratios else math.inf
@@ -107,14 +107,14 @@ class Outcome:
 
 
 def figures(outcome: Outcome) -> dict[str, float]:
-    """Return the figures of a contest; those that do not exist are left out."""
+    """Return the figures of a comparison; those that do not exist are left out."""
     best = fixed_name(outcome.best)
     found = {
         "adaptive_over_best_fixed": outcome.ratio(ADAPTIVE, "seconds", over=best),
         "adaptive_from_small_over_best_fixed": outcome.ratio(FROM_SMALL, "seconds", over=best),
         "adaptive_from_large_over_best_fixed": outcome.ratio(FROM_LARGE, "seconds", over=best),
         "search_cost_ratio": search_cost_ratio(outcome),
-        "search_cost_ratio_not_in_vain": search_cost_ratio(outcome, in_vain=False),
+        "search_cost_ratio_without_failed": search_cost_ratio(outcome, with_failed=False),
         "steps_ratio": outcome.ratio(ADAPTIVE, "steps", over=best),
         "samples_ratio": outcome.ratio(ADAPTIVE, "samples", over=best),
         "best_fixed_steps": outcome.median(best, "steps"),
@@ -142,14 +142,14 @@ def _plane(outcome: Outcome) -> dict[str, float]:
     }
 
 
-def product(outcome: Outcome, arm: str, frontier: Frontier) -> float:
-    """Return (S/S_min − 1)(E/E_min − 1) of an arm's medians; 1 on the frontier, below it less."""
+def product(outcome: Outcome, variant: str, frontier: Frontier) -> float:
+    """Return (S/S_min − 1)(E/E_min − 1) of a variant's medians; 1 on the frontier, below it less."""
     assert frontier.min_steps is not None
     assert frontier.min_samples is not None
     min_steps, min_samples = frontier.min_steps.value, frontier.min_samples.value
     if min_steps is None or min_samples is None:
         return math.inf
-    steps, samples = outcome.median(arm, "steps"), outcome.median(arm, "samples")
+    steps, samples = outcome.median(variant, "steps"), outcome.median(variant, "samples")
     return max(steps / min_steps - 1, 0.0) * max(samples / min_samples - 1, 0.0)
 
 
@@ -167,14 +167,14 @@ def predicted_gamma(outcome: Outcome) -> float:
     return statistics.median(found) if found else math.inf
 
 
-def search_cost_ratio(outcome: Outcome, *, in_vain: bool = True) -> float:
+def search_cost_ratio(outcome: Outcome, *, with_failed: bool = True) -> float:
     """Return the seconds of the whole way with fixed batches, searches and a run, to those with the adaptive one.
 
-    The searches at batches that no rate brought to the target count, too, unless told otherwise: nobody knows before.
+    The searches at batches that no rate brought to the target count, too, unless asked otherwise: nobody knows before.
     """
     fixed = sum(search.seconds for search in outcome.searches.values())
-    if in_vain:
-        fixed += sum(search.seconds for search in outcome.searches_in_vain.values())
+    if with_failed:
+        fixed += sum(search.seconds for search in outcome.failed_searches.values())
     fixed += outcome.median(fixed_name(outcome.best), "seconds")
     return fixed / (outcome.adaptive_search.seconds + outcome.median(ADAPTIVE, "seconds"))
 
@@ -251,19 +251,21 @@ def loss_at(finish: Finish, samples: float) -> float:
 
 
 def rows(outcome: Outcome) -> list[dict[str, Any]]:
-    """Return a row for each arm: medians with their spread, the rate, and the place on the plane."""
+    """Return a row for each variant: medians with their spread, the rate, and the place in the steps-samples graph."""
     frontier = outcome.frontier()
-    found = [_row(outcome, arm, frontier) for arm in outcome.finishes]
-    return found + [{**_blank(arm), "shown_seconds": f"absent: {reason}"} for arm, reason in outcome.absent.items()]
+    found = [_row(outcome, variant, frontier) for variant in outcome.finishes]
+    return found + [
+        {**_blank(variant), "shown_seconds": f"absent: {reason}"} for variant, reason in outcome.absent.items()
+    ]
 
 
-def _row(outcome: Outcome, arm: str, frontier: Frontier | None) -> dict[str, Any]:
-    ends, num_seeds = outcome.ends(arm), len(outcome.finishes[arm])
-    reasons = sorted({finish.reason for finish in outcome.finishes[arm].values() if finish.end is None})
+def _row(outcome: Outcome, variant: str, frontier: Frontier | None) -> dict[str, Any]:
+    ends, num_seeds = outcome.ends(variant), len(outcome.finishes[variant])
+    reasons = sorted({finish.reason for finish in outcome.finishes[variant].values() if finish.end is None})
     best = fixed_name(outcome.best)
     row: dict[str, Any] = {
-        **_blank(arm),
-        "learning_rate": outcome.rates[arm],
+        **_blank(variant),
+        "learning_rate": outcome.rates[variant],
         "seeds": num_seeds,
         "arrived": len(ends),
         "not_arrived": "; ".join(reasons),
@@ -276,19 +278,19 @@ def _row(outcome: Outcome, arm: str, frontier: Frontier | None) -> dict[str, Any
         if ends:
             row[f"shown_{what}"] = spread([float(getattr(end, what)) for end in ends.values()])
             row[what] = statistics.median(float(getattr(end, what)) for end in ends.values())
-    ratio = outcome.ratio(arm, "seconds", over=best)
+    ratio = outcome.ratio(variant, "seconds", over=best)
     if math.isfinite(ratio):
         row |= {"ratio": ratio, "shown_ratio": f"{ratio:.3f}"}
-    if frontier is not None and frontier.is_fitted and math.isfinite(value := product(outcome, arm, frontier)):
+    if frontier is not None and frontier.is_fitted and math.isfinite(value := product(outcome, variant, frontier)):
         row |= {"product": value, "shown_product": f"{value:.2f}"}
     if len(ends) < num_seeds:
         row["shown_seconds"] += f" ({num_seeds - len(ends)} of {num_seeds} not: {row['not_arrived']})"
     return row
 
 
-def _blank(arm: str) -> dict[str, Any]:
+def _blank(variant: str) -> dict[str, Any]:
     names = ("shown_steps", "shown_samples", "shown_seconds", "shown_ratio", "shown_product")
-    return {"arm": arm, **dict.fromkeys(names, "")}
+    return {"variant": variant, **dict.fromkeys(names, "")}
 
 
 def spread(values: Sequence[float]) -> str:
@@ -298,7 +300,7 @@ def spread(values: Sequence[float]) -> str:
 
 def search_rows(outcome: Outcome) -> list[dict[str, Any]]:
     """Return a row for each search: the rates that were tried, with what they took."""
-    swept = {**outcome.searches, **outcome.searches_in_vain}
+    swept = {**outcome.searches, **outcome.failed_searches}
     named = {f"search, {fixed_name(batch)}": swept[batch] for batch in sorted(swept)}
     adaptive = {f"search, {ADAPTIVE}": outcome.adaptive_search}
     return [_search_row(name, search) for name, search in {**named, **adaptive}.items()]

@@ -1,4 +1,4 @@
-"""Task functions that the races train: built-in tasks, small enough for hundreds of trainings."""
+"""Task functions that the timed runs train: built-in tasks, small enough for hundreds of trainings."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def _note(figures: dict[str, float]) -> str:
 
 
 def draw(theory: Theory, *, path: Path) -> None:
-    """Draw both problems on the plane of steps and samples."""
+    """Draw both problems on the graph of steps against samples."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")

@@ -41,7 +41,7 @@ class StepDelay:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Race:
+class TimedRun:
     """A training and where it ends.
 
     Attributes:
@@ -82,7 +82,7 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True)
 class Finish:
-    """How a race ended.
+    """How a timed run ended.
 
     Attributes:
         end: where the target was reached; None where it was not.
@@ -100,7 +100,7 @@ class Finish:
 
 
 class Pair:
-    """Two gloo replicas in processes of their own, which stay and run one race after another.
+    """Two gloo replicas in processes of their own, which stay and run one timed run after another.
 
     Starting a process and importing torch takes seconds, which a search of a hundred trainings cannot afford.
     """
@@ -118,14 +118,14 @@ class Pair:
             self._processes.append(process)
             self._pipes.append(ours)
 
-    def run(self, race: Race) -> Finish:
-        """Run a race on both replicas.
+    def run(self, timed_run: TimedRun) -> Finish:
+        """Run a timed run on both replicas.
 
         Raises:
             RuntimeError: with the traceback of a replica that raised.
         """
         for pipe in self._pipes:
-            pipe.send(race)
+            pipe.send(timed_run)
         answers = [self._answer(pipe) for pipe in self._pipes]
         finish = answers[0]
         assert isinstance(finish, Finish)
@@ -135,7 +135,7 @@ class Pair:
         try:
             answer = pipe.recv()
         except EOFError:
-            raise RuntimeError("a replica died in a race") from None
+            raise RuntimeError("a replica died in a timed run") from None
         if isinstance(answer, str):
             raise RuntimeError(f"a replica raised:\n{answer}")  # noqa: TRY004 - the text is a traceback
         return answer  # type: ignore[no-any-return]
@@ -168,18 +168,18 @@ def _replica(rank: int, folder: str, pipe: Connection) -> None:
         MASTER_ADDR="127.0.0.1", MASTER_PORT="1", OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME=loopback,
     )  # fmt: skip
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
-    from benchmarks.targets.timed_trainer import run_race
+    from benchmarks.targets.timed_trainer import run_to_target
 
     number = 0
     while True:
         try:
-            race = pipe.recv()
+            timed_run = pipe.recv()
         except EOFError:
             break
         number += 1
         try:
             with _silent():
-                pipe.send(run_race(race, run_dir=Path(folder) / f"run-{number}"))
+                pipe.send(run_to_target(timed_run, run_dir=Path(folder) / f"run-{number}"))
         except BrokenPipeError:
             break  # the parent was stopped
         except BaseException:  # noqa: BLE001 - whatever it was, the parent must hear of it

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.targets.adaptdl_policy import AdaptdlPolicy
-from benchmarks.targets.timed_run import Finish, Mark, Race, StepDelay
+from benchmarks.targets.timed_run import Finish, Mark, StepDelay, TimedRun
 from dptrain.config.filled_in import given, largest_micro_batch_size
 from dptrain.errors import DivergedError
 from dptrain.tracking.jsonl import read_rows
@@ -37,23 +37,23 @@ class _Over(BaseException):
     """Ends a run from within, on both replicas after the same evaluation."""
 
 
-class Racer(Trainer):
+class TimedTrainer(Trainer):
     """Notes time and place of each evaluation, and stops at the target or when it is given up.
 
     Args:
         config: of the run.
-        race: where it ends.
+        timed_run: where it ends.
     """
 
-    def __init__(self, config: TrainConfig, race: Race) -> None:
+    def __init__(self, config: TrainConfig, timed_run: TimedRun) -> None:
         super().__init__(config)
-        self._race = race
+        self._timed_run = timed_run
         self._began_s = self._paused_s = 0.0
         self.marks: list[Mark] = []
         self.reason = ""
-        if race.policy == "adaptdl":
+        if timed_run.policy == "adaptdl":
             self._hand_over()
-        self._slow_down(race.delay)
+        self._slow_down(timed_run.delay)
 
     def _train(self, *arguments: Any) -> Any:  # noqa: ANN401 - handed on
         dist.barrier()
@@ -72,12 +72,12 @@ class Racer(Trainer):
         )
         self.marks.append(mark)
         self._paused_s += time.perf_counter() - before_s
-        reached = min(mark.loss for mark in self.marks) <= self._race.target
+        reached = min(mark.loss for mark in self.marks) <= self._timed_run.target
         if not loss < _DIVERGED:
             self.reason = f"diverged: held-out loss {loss:.3g} after {progress.step:,} steps"
-        elif not reached and (progress.step >= self._race.most_steps or self._is_late(mark.seconds)):
+        elif not reached and (progress.step >= self._timed_run.most_steps or self._is_late(mark.seconds)):
             self.reason = f"at {loss:.4g} after {progress.step:,} steps"
-        elif not reached or progress.position < self._race.least_samples:
+        elif not reached or progress.position < self._timed_run.least_samples:
             return
         raise _Over
 
@@ -94,7 +94,7 @@ class Racer(Trainer):
 
     def _is_late(self, seconds: float) -> bool:
         """Return whether rank 0 has trained for too long. A collective."""
-        late = torch.tensor([seconds > self._race.most_seconds])
+        late = torch.tensor([seconds > self._timed_run.most_seconds])
         dist.broadcast(late, src=0)
         return bool(late)
 
@@ -130,9 +130,9 @@ class Racer(Trainer):
         run.decide = decide_as_adaptdl  # type: ignore[method-assign]
 
 
-def run_race(race: Race, *, run_dir: Path) -> Finish:
-    """Run a race as one of the replicas."""
-    timed_trainer = Racer(_config(race, run_dir), race)
+def run_to_target(timed_run: TimedRun, *, run_dir: Path) -> Finish:
+    """Run a timed run as one of the replicas."""
+    timed_trainer = TimedTrainer(_config(timed_run, run_dir), timed_run)
     try:
         timed_trainer.run()
     except _Over:
@@ -145,22 +145,22 @@ def run_race(race: Race, *, run_dir: Path) -> Finish:
     )
     if timed_trainer.is_main:
         shutil.rmtree(run_dir)
-    return _finish(timed_trainer, rows=rows, target=race.target)
+    return _finish(timed_trainer, rows=rows, target=timed_run.target)
 
 
-def _config(race: Race, run_dir: Path) -> TrainConfig:
+def _config(timed_run: TimedRun, run_dir: Path) -> TrainConfig:
     settings = {
         "device": "cpu",
         "max_samples": _LONG,
-        **race.settings,
+        **timed_run.settings,
         "checkpoint": {"every_samples": _LONG},
-        "log": {"tracker": "none", **race.settings.get("log", {})},
+        "log": {"tracker": "none", **timed_run.settings.get("log", {})},
     }
     nested = {name: _GROUPS[name](**value) if name in _GROUPS else value for name, value in settings.items()}
     return TrainConfig(**nested, run_dir=str(run_dir))
 
 
-def _finish(timed_trainer: Racer, *, rows: list[dict[str, Any]], target: float) -> Finish:
+def _finish(timed_trainer: TimedTrainer, *, rows: list[dict[str, Any]], target: float) -> Finish:
     times: dict[tuple[int, int], list[float]] = defaultdict(list)
     for row in rows:
         if row["time/step_s"] is not None:

@@ -88,7 +88,7 @@ def test_both_observers_find_the_same_without_accumulation(result, problem, layo
 
 
 def test_the_scatter_of_a_step_is_the_known_one(result):
-    """Four micro-batches of two scatter as problem 8 says, whoever holds them; the meter's own variance tells it."""
+    """Four micro-batches of two scatter as problem 8 says, on any rank; the meter's own variance tells it."""
     found = [rows(result, problem="variances", layout=at, observer="parameters")[0] for at in ("1×4", "2×2", "4×1")]
 
     def mean(name):
@@ -121,7 +121,7 @@ def test_adams_geometry_has_a_truth_of_its_own(result, problem):
 
 
 def test_peers_stand_beside_ours_and_are_not_judged(result):
-    """On even and on uneven shards both of our observers are there, and whoever of the peers is installed."""
+    """On even and on uneven shards both of our observers are there, and each peer that is installed."""
     found = rows(result, judged=False)
     ours = [row for row in found if not row["observer"].startswith("peer ")]
     assert {(row["observer"], row["layout"]) for row in ours} == {

@@ -74,7 +74,7 @@ def test_a_figure_that_is_no_number_is_not_written(monkeypatch, tmp_path):
 
 
 def test_the_environment_names_versions_but_not_the_machine():
-    """What a figure depends on is told; the host's name is not."""
+    """What a figure depends on is reported; the host's name is not."""
     found = harness.environment(device="cpu")
     assert set(found) == {"dptrain", "torch", "python", "cpu_count", "processor", "device"}
     assert all(found.values())

@@ -57,14 +57,14 @@ def test_adaptive_runs_are_held_against_fixed_ones_of_their_speed(loss, gap, rat
 
 
 def test_the_picture_is_drawn(tmp_path):
-    """A PNG, whatever the arms."""
+    """A PNG, whatever the variants."""
     draw({**FIXED, "adaptive": ended(2.0, 8.0)}, title="a title", path=tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.timeout(300)
 def test_the_command(tmp_path):
-    """Its quick form runs an arm of each kind and leaves page, picture and figures."""
+    """Its quick form runs a variant of each kind and leaves page, picture and figures."""
     command = [
         sys.executable,
         "-m",
@@ -78,10 +78,10 @@ def test_the_command(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "equal_samples_digits.json").read_text())
-    arms = {row["arm"]: row for row in found["rows"]}
-    assert set(arms) == {"fixed 256", "adaptive"}
-    assert arms["fixed 256"]["last_batches"] == [256]
-    assert all(0.01 < row["losses"][0] < 0.1 for row in arms.values())
+    variants = {row["variant"]: row for row in found["rows"]}
+    assert set(variants) == {"fixed 256", "adaptive"}
+    assert variants["fixed 256"]["last_batches"] == [256]
+    assert all(0.01 < row["losses"][0] < 0.1 for row in variants.values())
     assert (tmp_path / "equal_samples_digits.md").read_text().startswith("# At equal samples")
     assert (tmp_path / "equal_samples_digits.png").exists()
 

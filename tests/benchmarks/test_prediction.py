@@ -193,7 +193,7 @@ def test_progress_weighs_noisy_steps_less():
 
 
 def test_what_is_not_resolved_is_pooled_or_said():
-    """A run of noise alone has no average; a start that is resolved takes what cannot be told after it."""
+    """A run of noise alone has no average; a start that is resolved takes what cannot be resolved after it."""
     generator = np.random.default_rng(0)
 
     def noisy(mean):
@@ -267,7 +267,7 @@ class Valley(Problem):
 
 
 def test_search_finds_the_best_rate_of_each_batch_and_target():
-    """From a first rate fifty times too small, each best rate is the nearest rung, with worse ones on both sides."""
+    """From a first rate fifty times too small, each best rate is the nearest grid point, worse ones on both sides."""
     problem = Valley()
     searched = search(problem)
     assert [one.batch_size for one in searched] == list(problem.batch_sizes)

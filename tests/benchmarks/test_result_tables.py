@@ -30,7 +30,7 @@ def test_there_are_pages():
 
 
 def test_a_page_of_another_run_is_found():
-    """1.007 against 1.0276, a figure left out and one that is unknown are told."""
+    """1.007 against 1.0276, a figure left out and one that is unknown are reported."""
     page = figures_table({"ratio": 1.007, "other": 2.0})
     assert differences(page, {"ratio": 1.0276, "count": 3.0}) == [
         "count is not on the page",

@@ -1,4 +1,4 @@
-"""Arms as the command line names them, what is said of them seed by seed, and the quick form of the command."""
+"""Variants as the command line names them, what is said of them seed by seed, and the quick form of the command."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.seed_by_seed import Arm, findings
-from benchmarks.targets.benchmark_case import contests
+from benchmarks.seed_by_seed import Variant, findings
+from benchmarks.targets.benchmark_case import benchmark_cases
 from benchmarks.targets.timed_run import Finish, Mark
 
 ROOT = Path(__file__).parents[2]
-PYSOURCE = contests(quick=False)["pysource"]
+PYSOURCE = benchmark_cases(quick=False)["pysource"]
 
 
 def run(*arguments):
@@ -28,13 +28,13 @@ def finished(samples, seconds, loss, *, arrived=True):
     return Finish(end=marks[-1] if arrived else None, reason="" if arrived else "lost", marks=marks, rows=[], step_s={})
 
 
-def test_an_adaptive_arm_has_the_default_law_and_its_own_settings():
+def test_an_adaptive_variant_has_the_default_law_and_its_own_settings():
     """The rate is for the task's default batch, wherever the run starts; settings keep their kinds."""
-    race = Arm.from_text("adaptive:1024:0.008:min_gain=0.05,ratio=2.0,law=noise").race(PYSOURCE, seed=3)
-    assert race.settings["global_batch_size"] == 1024
-    assert race.settings["seed"] == 3
-    assert race.settings["optimizer"]["reference_batch_size"] == PYSOURCE.default_batch
-    control = race.settings["control"]
+    timed_run = Variant.from_text("adaptive:1024:0.008:min_gain=0.05,ratio=2.0,law=noise").timed_run(PYSOURCE, seed=3)
+    assert timed_run.settings["global_batch_size"] == 1024
+    assert timed_run.settings["seed"] == 3
+    assert timed_run.settings["optimizer"]["reference_batch_size"] == PYSOURCE.default_batch
+    control = timed_run.settings["control"]
     assert {name: control[name] for name in ("min_gain", "ratio", "law")} == {
         "min_gain": 0.05,
         "ratio": 2.0,
@@ -42,12 +42,12 @@ def test_an_adaptive_arm_has_the_default_law_and_its_own_settings():
     }
 
 
-def test_other_arms():
+def test_other_variants():
     """A fixed batch measures nothing; batches that are written down keep one rate."""
-    fixed = Arm.from_text("fixed:64:0.008").race(PYSOURCE, seed=1)
+    fixed = Variant.from_text("fixed:64:0.008").timed_run(PYSOURCE, seed=1)
     assert fixed.settings["control"]["mode"] == "off"
     assert fixed.settings["optimizer"]["learning_rate"] == 0.008
-    written = Arm.from_text("written:0=1024,4096=64:0.008").race(PYSOURCE, seed=1)
+    written = Variant.from_text("written:0=1024,4096=64:0.008").timed_run(PYSOURCE, seed=1)
     assert written.settings["control"]["schedule"] == "0:1024 4096:64"
     assert written.settings["optimizer"]["rule"] == "none"
 
@@ -55,14 +55,14 @@ def test_other_arms():
 @pytest.mark.parametrize(
     "text", ["", "fixed:64", "fixed:64:x", "best:64:0.1", "fixed:64:0.1:margin=1", "written:64:0.1"]
 )
-def test_what_is_no_arm_is_refused(text):
+def test_what_is_no_variants_is_refused(text):
     """A typo ends the command before anything runs."""
     with pytest.raises(ValueError):  # noqa: PT011 - the command line words it
-        Arm.from_text(text)
+        Variant.from_text(text)
 
 
-def test_arms_are_compared_seed_by_seed():
-    """Ratios are medians of those of equal seeds, the loss is that at the samples of the first arm."""
+def test_variants_are_compared_seed_by_seed():
+    """Ratios are medians of those of equal seeds, the loss is that at the samples of the first variant."""
     first = {1: finished(100, 10.0, 2.0), 2: finished(300, 10.0, 2.0), 3: finished(200, 20.0, 2.0)}
     other = {1: finished(200, 5.0, 1.0), 2: finished(600, 10.0, 2.4), 3: finished(200, 30.0, 2.1)}
     figures = findings(["a", "b"], [first, other], target=2.0).figures
@@ -85,13 +85,14 @@ def test_a_run_that_does_not_arrive_counts_as_lost():
 
 @pytest.mark.timeout(300)
 def test_the_command():
-    """Its quick form runs two arms with one seed, and tells which command it was."""
-    arms = ["fixed:128:0.002", "adaptive:16:0.002:min_gain=0.05"]
-    done = run("--quick", "--json", "-", *arms)
+    """Its quick form runs two variants with one seed, and tells which command it was."""
+    variants = ["fixed:128:0.002", "adaptive:16:0.002:min_gain=0.05"]
+    done = run("--quick", "--json", "-", *variants)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (
-        found["command"] == f"python -m benchmarks.seed_by_seed --task digits --seeds 101-108 {' '.join(arms)} --quick"
+        found["command"]
+        == f"python -m benchmarks.seed_by_seed --task digits --seeds 101-108 {' '.join(variants)} --quick"
     )
     assert found["figures"]["seconds_ratio_2"] > 0
     assert [row["seeds"] for row in found["rows"]] == [[101], [101]]
@@ -102,7 +103,7 @@ def test_the_command():
     ("arguments", "said"),
     [
         (["fixed:64:0.1"], "name another one"),
-        (["fixed:64:0.1", "fast:64:0.1"], "'fast:64:0.1' is no arm, such as fixed:64:0.008"),
+        (["fixed:64:0.1", "fast:64:0.1"], "'fast:64:0.1' is no variant, such as fixed:64:0.008"),
         (["fixed:64:0.1", "fixed:32:0.1", "--seeds", "9-3"], "'9-3' is not such as 101-108"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The quick form of `benchmarks.time_to_target` on problems whose answer is known, and how a contest is judged."""
+"""The quick form of `benchmarks.time_to_target` on problems whose answer is known, and how a comparison is judged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.targets import comparison, page, results
-from benchmarks.targets.benchmark_case import Search, contests, search_rate
+from benchmarks.targets.benchmark_case import Search, benchmark_cases, search_rate
 from benchmarks.targets.quadratics import DAMPED, SampledDamped, drive, first_batch, law_of, timed
 from benchmarks.targets.results import ADAPTDL, ADAPTIVE, Outcome, fixed_name
 from benchmarks.targets.timed_run import Finish, Mark
@@ -44,7 +44,7 @@ def test_fixed_batches_lie_on_the_hyperbola(figures):
 
 
 def test_the_real_law_reaches_the_predicted_saving(figures):
-    """Within 5 % of γ when it is told the noise scale, within 10 % when it has to measure it."""
+    """Within 5 % of γ when it is given the noise scale, within 10 % when it has to measure it."""
     assert figures["gamma_predicted"] == pytest.approx(0.7107, abs=1e-4)
     assert figures["gamma_exact"] == pytest.approx(figures["gamma_predicted"], rel=0.05)
     assert figures["gamma_measured"] == pytest.approx(figures["gamma_predicted"], rel=0.1)
@@ -65,7 +65,7 @@ def test_page_and_picture_are_written(found):
 
 
 def test_the_goodput_law_finds_the_exchange_rate_in_the_times_of_steps():
-    """With steps of r + B seconds it takes what the exchange-rate law takes that is told r."""
+    """With steps of r + B seconds it takes what the exchange-rate law takes that is given r."""
     spent = [
         drive(SampledDamped(dimension=50), law_of(107, goodput=goodput), start=first_batch(107), step_time=timed(107))
         for goodput in (False, True)
@@ -78,7 +78,7 @@ def test_a_search_widens_until_the_best_rate_is_inside(best, tried):
     """Four rates at least, and a worse one on both sides of the best."""
     asked = []
 
-    def race_at(rate, most_steps, seed):
+    def run_at(rate, most_steps, seed):
         if seed == 0:
             asked.append((rate, most_steps))
         return rate
@@ -86,7 +86,7 @@ def test_a_search_widens_until_the_best_rate_is_inside(best, tried):
     def run(rate):
         return arrived(100 * (1 + abs(math.log2(rate / best))))
 
-    search = search_rate(race_at, start=1.0, run=run, cost=lambda end: end.steps)
+    search = search_rate(run_at, start=1.0, run=run, cost=lambda end: end.steps)
     assert search.best == best
     assert sorted(math.log2(rate) for rate, _ in asked) == sorted(tried)
     assert asked[0][1] == math.inf
@@ -107,14 +107,14 @@ def test_the_slowest_seed_decides_between_the_best_rate_and_its_neighbours(furth
     """The further runs are paid for, and none goes to a rate that has failed already."""
     first, asked = {0.25: 300, 0.5: 150, 1.0: 100, 2.0: 119, 4.0: None}, []
 
-    def run(race):
-        rate, _, seed = race
+    def run(timed_run):
+        rate, _, seed = timed_run
         asked.append((rate, seed))
         steps = first[rate] if seed == 0 else further.get(rate)
         mark = Mark(steps=steps or 125, samples=1.0, seconds=1.0, loss=1.0)
         return Finish(end=mark if steps else None, reason="", marks=[mark], rows=[], step_s={})
 
-    search = search_rate(lambda *race: race, start=1.0, run=run, cost=lambda end: end.steps)
+    search = search_rate(lambda *timed_run: timed_run, start=1.0, run=run, cost=lambda end: end.steps)
     assert search.best == best
     again = [rate for rate, seed in asked if seed]
     assert again == [0.5, 1.0, 2.0, *[rate for rate in (0.5, 1.0, 2.0) if rate in further]]
@@ -125,17 +125,17 @@ def test_a_rate_whose_neighbours_fail_is_not_run_again():
     """There is nothing to decide."""
     asked = []
 
-    def run(race):
-        rate, _, seed = race
+    def run(timed_run):
+        rate, _, seed = timed_run
         asked.append(seed)
         mark = Mark(steps=100, samples=1.0, seconds=1.0, loss=1.0)
         return Finish(end=mark if rate == 1.0 else None, reason="", marks=[mark], rows=[], step_s={})
 
-    assert search_rate(lambda *race: race, start=1.0, run=run, cost=lambda end: end.steps).best == 1.0
+    assert search_rate(lambda *timed_run: timed_run, start=1.0, run=run, cost=lambda end: end.steps).best == 1.0
     assert set(asked) == {0}
 
 
-def test_a_search_in_vain_ends():
+def test_a_search_without_success_ends():
     """Rates that never arrive are given up after a few, on both sides of the first."""
     asked = []
     lost = Finish(end=None, reason="lost", marks=[], rows=[], step_s={})
@@ -153,9 +153,9 @@ def test_what_is_best_is_judged_seed_by_seed():
     assert figures["steps_ratio"] == pytest.approx(0.9)
     fixed, adaptive = 2.0, 2.0 * 0.9
     searched = sum(STEPS[batch] / 1000 * (1 if batch == 128 else 2) for batch in STEPS)
-    in_vain = outcome.searches_in_vain[16].seconds
-    assert in_vain > 0
-    for name, seconds in (("search_cost_ratio", searched + in_vain), ("search_cost_ratio_not_in_vain", searched)):
+    failed = outcome.failed_searches[16].seconds
+    assert failed > 0
+    for name, seconds in (("search_cost_ratio", searched + failed), ("search_cost_ratio_without_failed", searched)):
         assert figures[name] == pytest.approx((seconds + fixed) / (1.0 + adaptive), rel=0.05)
     assert "10% fewer seconds than the best fixed batch (128)" in page.note(outcome, figures)
 
@@ -164,8 +164,8 @@ def test_steps_are_timed_in_turns():
     """A slow spell of the machine is shorter than the turns of all batches together, and does not count."""
     outcome, asked = make_outcome(adaptive=0.9), []
 
-    def run(race):
-        batch = race.settings["global_batch_size"]
+    def run(timed_run):
+        batch = timed_run.settings["global_batch_size"]
         asked.append(batch)
         slowness = 3.0 if 4 <= len(asked) < 7 else 1.0
         seconds = slowness * (0.001 + 1e-5 * batch)
@@ -187,7 +187,7 @@ def test_adaptdl_that_was_given_up_counts_up_to_there():
     outcome = replace(outcome, finishes=finishes, rates=rates, absent={})
     figures = results.figures(outcome)
     assert figures["adaptdl_ratio"] == pytest.approx(2.0 * 0.9 / 4.5)
-    text = page.of_contest(outcome, figures, task="digits")
+    text = page.of_comparison(outcome, figures, task="digits")
     assert "needs 0.40 times its seconds, counted until it was given up where it did not arrive (2 seeds)" in text
 
 
@@ -215,7 +215,7 @@ def test_a_run_that_does_not_arrive_is_not_hidden():
     outcome = make_outcome(adaptive=None)
     figures = results.figures(outcome)
     assert "adaptive_over_best_fixed" not in figures
-    text = page.of_contest(outcome, figures, task="digits")
+    text = page.of_comparison(outcome, figures, task="digits")
     assert "the adaptive run did NOT ARRIVE" in text
     assert "2 of 2 not: lost" in text
     assert "Absent: not installed." in text
@@ -225,10 +225,10 @@ def test_a_run_that_does_not_arrive_is_not_hidden():
 def test_the_page_says_how_far_off_the_far_starts_were():
     """Where the further seeds have another batch first than the searches had; else they are 16 times off, as said."""
     outcome = make_outcome(adaptive=0.5)
-    assert "The far starts" not in page.of_contest(outcome, results.figures(outcome), task="digits")
+    assert "The far starts" not in page.of_comparison(outcome, results.figures(outcome), task="digits")
     quick = Search(best=0.1, finishes={0.1: arrived(1, batch=256, seconds=0.001)})
     outcome = replace(outcome, searches={**outcome.searches, 256: quick})
-    text = page.of_contest(outcome, results.figures(outcome), task="digits")
+    text = page.of_comparison(outcome, results.figures(outcome), task="digits")
     assert "are 16 and 4,096, for the searches had 256 first. Of 128, which the further seeds have first, " in text
     assert "they are 8 times too small and 32 times too large." in text
 
@@ -240,7 +240,7 @@ def arrived(steps, *, batch=1, seconds=None):
 
 
 def make_outcome(*, adaptive):
-    """Three fixed batches on a hyperbola, the middle one the fastest, and an adaptive arm that takes a part of it."""
+    """Three fixed batches on a hyperbola, the middle one the fastest, and an adaptive variant that takes part of it."""
     factor = {64: 2, 128: 1, 256: 2}
     finishes = {
         fixed_name(batch): {
@@ -258,9 +258,9 @@ def make_outcome(*, adaptive):
         for batch, steps in STEPS.items()
     }
     return Outcome(
-        case=contests(quick=False)["digits"],
+        case=benchmark_cases(quick=False)["digits"],
         searches=searches,
-        searches_in_vain={16: Search(best=None, finishes={0.1: replace(arrived(6_000), end=None)})},
+        failed_searches={16: Search(best=None, finishes={0.1: replace(arrived(6_000), end=None)})},
         adaptive_search=Search(best=0.1, finishes={0.1: arrived(1_000)}),
         finishes=finishes,
         step_s={(batch // 2, 1): 0.001 + 1e-5 * batch for batch in STEPS},

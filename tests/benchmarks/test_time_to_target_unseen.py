@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 
 from benchmarks import time_to_target_unseen as unseen
 from benchmarks.targets import new_tasks
-from benchmarks.targets.benchmark_case import contests
+from benchmarks.targets.benchmark_case import benchmark_cases
 from benchmarks.targets.results import ADAPTIVE
 from benchmarks.targets.timed_run import Pair, StepDelay
 
@@ -61,19 +61,19 @@ def test_a_device_that_is_not_full_takes_as_long_for_less():
 
 
 def test_the_sleep_is_real():
-    """The steps of a fixed batch take at least what they sleep, and so do those of a race."""
-    case, delay = contests(quick=True)["digits"], StepDelay(per_step_s=0.05)
+    """The steps of a fixed batch take at least what they sleep, and so do those of a timed run."""
+    case, delay = benchmark_cases(quick=True)["digits"], StepDelay(per_step_s=0.05)
     with Pair() as pair:
         assert unseen._step_s(case, 64, 0.002, delay=delay, run=pair.run) >= 0.05
-        race = case.adaptive(64, learning_rate=0.002, seed=1, most_steps=20)
-        finish = pair.run(dataclasses.replace(race, delay=delay))
+        timed_run = case.adaptive(64, learning_rate=0.002, seed=1, most_steps=20)
+        finish = pair.run(dataclasses.replace(timed_run, delay=delay))
     assert finish.marks[-1].seconds >= 0.05 * finish.marks[-1].steps
 
 
 def _compared(**seconds):
     named = {ADAPTIVE: seconds["adaptive"], "fixed 64": seconds["best"], "fixed 16": seconds["default"]}
     return unseen.Comparison(
-        seconds={arm: dict(enumerate(found, start=1)) for arm, found in named.items()},
+        seconds={variant: dict(enumerate(found, start=1)) for variant, found in named.items()},
         best="fixed 64",
         default="fixed 16",
     )
@@ -107,6 +107,6 @@ def test_a_run_that_did_not_arrive_is_shown_as_that():
     """Its ratio is infinite, its row says so, and JSON gets null."""
     lost = _compared(adaptive=[math.inf] * 3, best=[1.0] * 3, default=[2.0] * 3)
     rows = unseen.findings({("digits", "plain"): lost}).rows
-    row = next(row for row in rows if row["arm"] == ADAPTIVE)
+    row = next(row for row in rows if row["variant"] == ADAPTIVE)
     assert row["shown_ratio"] == "not at the target"
     assert row["ratios"] == [None] * 3
