@@ -1,4 +1,4 @@
-"""The JSON of a checkpoint, byte for byte: `manifest.json`, which seals the files, `state.json`, and tensor headers.
+"""The JSON of a checkpoint, byte for byte: `manifest.json` with the digests of the files, `state.json`, tensor headers.
 
 Strict JSON, extended in two places by objects with one reserved key: a non-finite float is written as its eight bytes
 (`{"$float64": "7ff8000000000000"}`), a tuple as `{"$tuple": [...]}`. No file is opened here. The text of a
@@ -43,15 +43,15 @@ class FileDigest:
     sha256: str
 
 
-def encode_manifest(*, step: int, written_by: str, seals: Mapping[str, FileDigest]) -> bytes:
+def encode_manifest(*, step: int, written_by: str, digests: Mapping[str, FileDigest]) -> bytes:
     """Return `manifest.json`: equal arguments, equal bytes."""
-    files = {name: {"bytes": seal.size_bytes, "sha256": seal.sha256} for name, seal in seals.items()}
+    files = {name: {"bytes": digest.size_bytes, "sha256": digest.sha256} for name, digest in digests.items()}
     body = {"format": FORMAT, "dptrain": written_by, "step": step, "files": files}
     return _dumps({**body, "sha256": hashlib.sha256(_dumps(body)).hexdigest()})
 
 
 def decode_manifest(content: bytes) -> tuple[int, dict[str, FileDigest]]:
-    """Return the step and the seal of each file.
+    """Return the step and the digest of each file.
 
     Raises:
         CheckpointError: unless `content` is, to the byte, what `encode_manifest` writes in this format.
@@ -68,14 +68,14 @@ def decode_manifest(content: bytes) -> tuple[int, dict[str, FileDigest]]:
         )
     if version != FORMAT or type(written_by) is not str or type(step) is not int or type(files) is not dict:
         raise CheckpointError(f"{MANIFEST} lacks its format, dptrain version, step or files")
-    seals = {name: _decode_seal(name, entry) for name, entry in files.items()}
+    digests = {name: _decode_digest(name, entry) for name, entry in files.items()}
     # Equal to the byte with what we would write, its own checksum included: no flipped bit can hide in a blank.
-    if content != encode_manifest(step=step, written_by=written_by, seals=seals):
+    if content != encode_manifest(step=step, written_by=written_by, digests=digests):
         raise CheckpointError(f"{MANIFEST} does not match the checksum that it carries")
-    return step, seals
+    return step, digests
 
 
-def _decode_seal(name: str, entry: object) -> FileDigest:
+def _decode_digest(name: str, entry: object) -> FileDigest:
     if not PLAIN_NAME.fullmatch(name) or name == MANIFEST:
         raise CheckpointError(f"{MANIFEST} lists {quoted([name])}, which is not a plain file name")
     match entry:

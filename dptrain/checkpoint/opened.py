@@ -48,7 +48,7 @@ class Checkpoint:
     step: int
     state: dict[str, JSON]
     passed_over: tuple[tuple[Path, str], ...] = ()
-    _seals: Mapping[str, FileDigest] = field(repr=False)
+    _digests: Mapping[str, FileDigest] = field(repr=False)
 
     @property
     def steps_lost(self) -> int:
@@ -65,11 +65,11 @@ class Checkpoint:
             CheckpointError: where there is no such file, or it is no longer what the manifest says.
         """
         file_name = f"{name}.safetensors"
-        if file_name not in self._seals:
-            raise CheckpointError(f"checkpoint {self.path} holds no {file_name}: it holds {', '.join(self._seals)}")
+        if file_name not in self._digests:
+            raise CheckpointError(f"checkpoint {self.path} holds no {file_name}: it holds {', '.join(self._digests)}")
         try:
             with opened_folder(self.path) as folder:
-                content = verified_bytes(folder, file_name, self._seals[file_name])
+                content = verified_bytes(folder, file_name, self._digests[file_name])
         except (CheckpointError, OSError) as error:
             raise CheckpointError(f"checkpoint {self.path} has changed since it was verified: {error}") from error
         try:
@@ -120,24 +120,24 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Return a checkpoint of which every byte was verified; a CheckpointError holds the bare reason."""
     try:
         with opened_folder(path) as folder:
-            step, seals = decode_manifest(manifest_bytes(folder))
-            _check_names(path, step=step, seals=seals, present=os.listdir(folder))  # noqa: PTH208 -- by descriptor, not by path
-            for name, seal in seals.items():
+            step, digests = decode_manifest(manifest_bytes(folder))
+            _check_names(path, step=step, digests=digests, present=os.listdir(folder))  # noqa: PTH208 -- by descriptor, not by path
+            for name, digest in digests.items():
                 if name != STATE:
-                    check_file(folder, name, seal)
-            state = decode_state(verified_bytes(folder, STATE, seals[STATE]))
+                    check_file(folder, name, digest)
+            state = decode_state(verified_bytes(folder, STATE, digests[STATE]))
     except OSError as error:
         raise CheckpointError(f"it cannot be read ({error})") from error
-    return Checkpoint(path=path, step=step, state=state, _seals=seals)
+    return Checkpoint(path=path, step=step, state=state, _digests=digests)
 
 
-def _check_names(path: Path, *, step: int, seals: Mapping[str, FileDigest], present: Iterable[str]) -> None:
+def _check_names(path: Path, *, step: int, digests: Mapping[str, FileDigest], present: Iterable[str]) -> None:
     promised_by_folder = _STEP_NAME.fullmatch(path.name)
     if promised_by_folder and int(promised_by_folder[1]) != step:
         raise CheckpointError(f"{MANIFEST} is of step {step}, which is not the step in the folder's name")
     found = set(present)
-    missing = {*seals, STATE} - found
-    extra = found - {*seals, MANIFEST}
+    missing = {*digests, STATE} - found
+    extra = found - {*digests, MANIFEST}
     if missing:
         raise CheckpointError(f"{quoted(missing)} is missing")
     if extra:

@@ -216,7 +216,7 @@ def _commit(final: Path, *, step: int, tensors: Mapping[str, Mapping[str, Tensor
     try:
         temporary.mkdir(mode=0o700)
         temporary.chmod(0o700)  # a umask may have taken our own rights away
-        seals = {}
+        digests = {}
         for name, group in tensors.items():
             path = temporary / f"{name}.safetensors"
             # Not `save` to bytes, which would keep hash and file in one hand: it takes twice the memory, and holds
@@ -224,9 +224,9 @@ def _commit(final: Path, *, step: int, tensors: Mapping[str, Mapping[str, Tensor
             save_file(dict(group), path)
             with path.open("rb") as file:
                 check_header(file.read(8), size_bytes=path.stat().st_size)
-            seals[path.name] = _seal(path)
-        seals[STATE] = _write(temporary / STATE, encoded_state)
-        _write(temporary / MANIFEST, encode_manifest(step=step, written_by=__version__, seals=seals))
+            digests[path.name] = _sync_and_digest(path)
+        digests[STATE] = _write(temporary / STATE, encoded_state)
+        _write(temporary / MANIFEST, encode_manifest(step=step, written_by=__version__, digests=digests))
         _fsync_folder(temporary)
         if os.path.lexists(final):
             _rename_bad(final, step=step)
@@ -249,10 +249,10 @@ def _rename_bad(path: Path, *, step: int) -> Path:
 def _write(path: Path, content: bytes) -> FileDigest:
     check_limit(path.name, size_bytes=len(content))
     path.write_bytes(content)
-    return _seal(path)
+    return _sync_and_digest(path)
 
 
-def _seal(path: Path) -> FileDigest:
+def _sync_and_digest(path: Path) -> FileDigest:
     """Make a file durable and private, and say what it holds."""
     path.chmod(0o600)
     with path.open("rb", buffering=0) as file:

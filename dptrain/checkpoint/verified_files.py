@@ -37,12 +37,12 @@ def opened_folder(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def check_file(folder: int, name: str, seal: FileDigest) -> None:
-    """Refuse a file that is not what its seal promises; it is never whole in memory."""
+def check_file(folder: int, name: str, digest: FileDigest) -> None:
+    """Refuse a file that is not what its digest promises; it is never whole in memory."""
     with _opened_file(folder, name) as file:
-        _check_size(file, name=name, seal=seal)
-        digest = digest_of(file)
-    if digest != seal.sha256:
+        _check_size(file, name=name, digest=digest)
+        sha256 = digest_of(file)
+    if sha256 != digest.sha256:
         raise _wrong_digest(name)
 
 
@@ -57,18 +57,18 @@ def digest_of(file: FileIO) -> str:
     return digest.hexdigest()
 
 
-def verified_bytes(folder: int, name: str, seal: FileDigest) -> bytes:
+def verified_bytes(folder: int, name: str, digest: FileDigest) -> bytes:
     """Read a file whole, and verify the very bytes that are returned."""
     with _opened_file(folder, name) as file:
-        _check_size(file, name=name, seal=seal)
+        _check_size(file, name=name, digest=digest)
         content = file.readall()
-    if len(content) != seal.size_bytes or hashlib.sha256(content).hexdigest() != seal.sha256:
+    if len(content) != digest.size_bytes or hashlib.sha256(content).hexdigest() != digest.sha256:
         raise _wrong_digest(name)
     return content
 
 
 def manifest_bytes(folder: int) -> bytes:
-    """Read the manifest, which nothing seals but its own checksum, and not beyond its limit."""
+    """Read the manifest, which only its own checksum covers, and not beyond its limit."""
     with _opened_file(folder, MANIFEST) as file:
         check_limit(MANIFEST, size_bytes=os.fstat(file.fileno()).st_size)
         return file.readall()
@@ -83,10 +83,10 @@ def check_limit(name: str, *, size_bytes: int) -> None:
         )
 
 
-def _check_size(file: FileIO, *, name: str, seal: FileDigest) -> None:
+def _check_size(file: FileIO, *, name: str, digest: FileDigest) -> None:
     size_bytes = os.fstat(file.fileno()).st_size
-    if size_bytes != seal.size_bytes:
-        raise CheckpointError(f"{name} has {size_bytes} bytes and should have {seal.size_bytes}")
+    if size_bytes != digest.size_bytes:
+        raise CheckpointError(f"{name} has {size_bytes} bytes and should have {digest.size_bytes}")
     check_limit(name, size_bytes=size_bytes)
 
 

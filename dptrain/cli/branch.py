@@ -162,21 +162,21 @@ def _train(trunk: _Trunk, *, multiple: int, options: argparse.Namespace, out: Pa
         f"step {trunk.step}: batch {trunk.global_batch_size * multiple}, {options.window_samples} samples\n"
     )
     sys.stdout.flush()
-    arm = RunProcess(
+    process = RunProcess(
         _arguments(trunk, multiple=multiple, options=options, folder=folder),
         log=folder / "output.txt",
         environment=site.environment(0),
         # This process has read checkpoints: a copy of it would wait for torch's threads, which it does not have.
         fork=False,
     )
-    code = _wait(arm)
+    code = _wait(process)
     if code == _EXIT_DIVERGED:
         return math.nan
     if code == EXIT_RESUMABLE:
         return None
     loss = _loss(folder)
     if code != 0 or loss is None:
-        reason = arm.last_words() if code else "it has no held-out data to compare losses on"
+        reason = process.last_line() if code else "it has no held-out data to compare losses on"
         raise ConfigError(f"the branch in {folder} ended with code {code}: {reason}")
     return loss
 
@@ -211,18 +211,18 @@ def _arguments(trunk: _Trunk, *, multiple: int, options: argparse.Namespace, fol
     return ["train", f"--config={source}", f"--replicas={options.replicas}", *given]
 
 
-def _wait(arm: RunProcess) -> int:
+def _wait(process: RunProcess) -> int:
     try:
-        while arm.code is None:
+        while process.code is None:
             time.sleep(_POLL_S)
     except KeyboardInterrupt:
-        arm.stop()
+        process.stop()
         deadline_s = time.monotonic() + GRACE_S
-        while arm.code is None and time.monotonic() < deadline_s:
+        while process.code is None and time.monotonic() < deadline_s:
             time.sleep(_POLL_S)
-        arm.kill()
+        process.kill()
         return EXIT_RESUMABLE
-    return arm.code
+    return process.code
 
 
 def _loss(folder: Path) -> float | None:

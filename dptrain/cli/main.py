@@ -161,7 +161,7 @@ def _become_program() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN:
         # "Save now" in the first seconds, when there is nothing to save yet, must not end the run. A handler and not
-        # SIG_IGN, which the launcher would take for the wish of whoever started it.
+        # SIG_IGN, which the launcher would take for the wish of its starter.
         signal.signal(signal.SIGUSR1, _nothing_to_save)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     _fill_closed_streams()

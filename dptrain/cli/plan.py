@@ -20,7 +20,7 @@ from dptrain.explain.model.devices import LATENCY_S, devices
 from dptrain.explain.model.plan import OptimalSize, Plan, make_plan
 from dptrain.explain.model.planner import Point
 from dptrain.explain.record import read_run
-from dptrain.explain.text import plan_text as words
+from dptrain.explain.text import plan_text
 from dptrain.explain.text.findings import short
 
 _ALL = "1,2,4,...,4096"
@@ -71,10 +71,10 @@ def plan(arguments: Sequence[str]) -> int:
 def to_json(found: Plan) -> dict[str, Any]:
     """Return a plan as plain values, with its sentences."""
     return {
-        "finding": words.headline(found),
-        "goal": words.goal(found),
-        "doubt": words.doubt(found),
-        "caveat": words.NO_OPTIMUM,
+        "finding": plan_text.headline(found),
+        "goal": plan_text.goal(found),
+        "doubt": plan_text.doubt(found),
+        "caveat": plan_text.NO_OPTIMUM,
         **asdict(found),
         "compute_disagreement": found.compute_of_run.disagreement,
     }
@@ -83,10 +83,15 @@ def to_json(found: Plan) -> dict[str, Any]:
 def show(found: Plan, *, console: Console, picture: Path) -> None:
     """Print a plan for people."""
     console.print(_table(found))
-    sentences = [words.headline(found), words.doubt(found), words.trade_off(found), words.compute(found)]
-    for sentence in [*sentences, words.step_times(found), *found.warnings, *map(_size, found.optimal_sizes)]:
+    sentences = [
+        plan_text.headline(found),
+        plan_text.doubt(found),
+        plan_text.trade_off(found),
+        plan_text.compute(found),
+    ]
+    for sentence in [*sentences, plan_text.step_times(found), *found.warnings, *map(_size, found.optimal_sizes)]:
         console.print(f"{sentence[0].upper()}{sentence[1:]}.", highlight=False, markup=False)
-    console.print(words.NO_OPTIMUM, highlight=False, markup=False)
+    console.print(plan_text.NO_OPTIMUM, highlight=False, markup=False)
     console.print(f"picture: {picture}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -98,7 +103,7 @@ def _size(size: OptimalSize) -> str:
 
 
 def _table(found: Plan) -> Table:
-    table = Table(title=words.goal(found), caption=f"bold: the run's own number of {found.device}s")
+    table = Table(title=plan_text.goal(found), caption=f"bold: the run's own number of {found.device}s")
     columns = _columns(found)
     for head in columns:
         table.add_column(head, justify="right")
@@ -116,23 +121,23 @@ def _columns(found: Plan) -> dict[str, Callable[[Point], str]]:
         "micro × acc.": lambda point: f"{point.micro_batch_size:,} × {point.accumulation_steps:,}",
         "steps": lambda point: short(point.steps),
         "samples": lambda point: short(point.samples),
-        "time": lambda point: words.about(point.seconds),
+        "time": lambda point: plan_text.about(point.seconds),
         "interval and fits": lambda point: _range(point.seconds_range),
         "noise scale off by 6×": lambda point: _range(point.seconds_history),
-        "cost": lambda point: words.price(found, point),
+        "cost": lambda point: plan_text.price(found, point),
     }
     first = found.points[0]
     if first.compute.by_count is not None:
-        columns["PF/s-days, counted"] = lambda point: words.petaflop_s_days(point.compute.by_count)
+        columns["PF/s-days, counted"] = lambda point: plan_text.petaflop_s_days(point.compute.by_count)
     if first.compute.by_time is not None:
-        columns["PF/s-days by time"] = lambda point: words.petaflop_s_days(point.compute.by_time)
+        columns["PF/s-days by time"] = lambda point: plan_text.petaflop_s_days(point.compute.by_time)
     if first.energy_j is not None:
-        columns["energy"] = lambda point: words.energy(point.energy_j or 0.0)
+        columns["energy"] = lambda point: plan_text.energy(point.energy_j or 0.0)
     return columns
 
 
 def _range(ends: tuple[float, float]) -> str:
-    return " – ".join(map(words.about, ends))
+    return " – ".join(map(plan_text.about, ends))
 
 
 def _console(*, stderr: bool) -> Console:

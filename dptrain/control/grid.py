@@ -57,7 +57,7 @@ class BatchSizeGrid:
     def candidates(self, batch: int) -> tuple[int, ...]:
         """Return the grid points that one decision may move to from `batch`, rising: all below, and up to its double.
 
-        Growth stops at the double because the noise scale of a larger batch is measured better on the way. A batch
+        Growth stops at twice the batch because the noise scale of a larger batch is measured better on the way. A batch
         that is far too large costs as many times more in each step, so the way down has no limit.
         """
         top = min(2 * batch, self.last)

@@ -37,8 +37,8 @@ class ProgressLaw(ABC):
 
     A law says what a step costs (`log_cost`); the engine weighs that against the progress of a step, b/(b + κφ), over
     the posteriors of φ and κ (`progress_rate`). The batch moves where the lower confidence bound of a gain is above
-    `min_gain`. Where φ is open above, |G|² drowns in noise and a larger batch measures it better: the double is tried
-    where its expected gain is above `min_gain` (docs/decisions/0002-act-on-the-interval.md).
+    `min_gain`. Where φ is open above, |G|² drowns in noise and a larger batch measures it better: twice the batch is
+    tried where its expected gain is above `min_gain` (docs/decisions/0002-act-on-the-interval.md).
 
     Attributes:
         min_gain: least gain worth a change, in nats of progress per unit of cost: 0.02 is 2 %. Tuned on: the runs of

@@ -27,7 +27,7 @@ A run of 40 steps (run_clm's default set) then has 16 and a few, of which the me
 fourth on it had eight, of which it kept three, and no interval. At 3 % of a step each they are 1 % of 50 steps.
 """
 _FIRST_COST = 0.1
-"""Share of a step above which measuring is too dear for that, as with `Meter.split`."""
+"""Share of a step above which measuring costs too much for that, as with `Meter.split`."""
 
 
 class MeasurementInterval:

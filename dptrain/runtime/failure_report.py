@@ -19,8 +19,8 @@ _EXIT_OTHER = 70
 
 
 @dataclass(frozen=True, kw_only=True)
-class Words:
-    """Why a replica ended, in its own words.
+class FailureReport:
+    """Why a replica ended, as it reported itself.
 
     Attributes:
         sentence: one line.
@@ -42,14 +42,14 @@ class Ending:
     Attributes:
         rank: which.
         code: its exit code, or minus the number of the signal that killed it.
-        words: None where it said nothing.
+        report: what it left; None where it left nothing.
         outcome: what its trainer reported, 0 for a run that is done or 75 for one that stopped and can be resumed; None
             where it reported nothing. An exit code alone says nothing: a `sys.exit()` in a data set ends with 0, too.
     """
 
     rank: int
     code: int
-    words: Words | None = None
+    report: FailureReport | None = None
     outcome: int | None = None
 
     @property
@@ -60,12 +60,12 @@ class Ending:
     @property
     def is_consequence(self) -> bool:
         """Whether the cause is to be looked for in another replica."""
-        return self.words is not None and self.words.is_consequence
+        return self.report is not None and self.report.is_consequence
 
     @property
     def blames_a_hang(self) -> bool:
-        """Whether the other replica did not answer, so that no word of it is to be waited for."""
-        return self.words is not None and re.search("timed? ?out", self.words.sentence, re.IGNORECASE) is not None
+        """Whether the other replica did not answer, so that no report of it will come."""
+        return self.report is not None and re.search("timed? ?out", self.report.sentence, re.IGNORECASE) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def write_failure(error: Exception, *, environment: Mapping[str, str] = os.envir
         return False
     foreseen = isinstance(error, DptrainError)
     text = printable(_brief(error))
-    words = Words(
+    report = FailureReport(
         sentence=text if foreseen else f"{type(error).__name__}: {text}".removesuffix(": "),
         trace="" if foreseen else _tellable_trace(error),
         is_consequence=isinstance(error, AbortedError),
@@ -113,7 +113,7 @@ def write_failure(error: Exception, *, environment: Mapping[str, str] = os.envir
     path = _path(Path(environment["DPTRAIN_STORE"]).parent, rank=int(environment["RANK"]))
     try:
         temporary = path.with_suffix(".new")
-        temporary.write_text(json.dumps(asdict(words)), encoding="utf-8")
+        temporary.write_text(json.dumps(asdict(report)), encoding="utf-8")
         temporary.replace(path)
     except OSError:
         return False
@@ -161,10 +161,10 @@ def _tellable_trace(error: Exception) -> str:
     return "".join(f"{printable(line)}\n" for line in lines)
 
 
-def read_failures(folder: Path, *, rank: int) -> Words | None:
+def read_failures(folder: Path, *, rank: int) -> FailureReport | None:
     """Return what a replica left in the folder of its attempt, or None."""
     try:
-        return Words(**json.loads(_path(folder, rank=rank).read_text(encoding="utf-8")))
+        return FailureReport(**json.loads(_path(folder, rank=rank).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
 
@@ -183,7 +183,7 @@ def root_cause(endings: Sequence[Ending], *, killed: Collection[int] = (), asked
     failed = [ending for ending in endings if not ending.is_wanted and ending.rank not in killed]
     if own := [ending for ending in failed if not ending.is_consequence]:
         # Several may have found the same; the first of them in rank speaks.
-        speaker = min((e for e in own if e.words == own[0].words and e.code == own[0].code), key=lambda e: e.rank)
+        speaker = min((e for e in own if e.report == own[0].report and e.code == own[0].code), key=lambda e: e.rank)
         return _cause(speaker, num_replicas=len(endings))
     if killed:
         hung = "could not stop in time" if asked_to_stop else "did not answer any more"
@@ -196,23 +196,23 @@ def root_cause(endings: Sequence[Ending], *, killed: Collection[int] = (), asked
 
 def _cause(ending: Ending, *, num_replicas: int) -> Cause:
     who = _name(ending.rank, num_replicas)
-    if ending.code in (0, EXIT_RESUMABLE) and ending.words is None:
+    if ending.code in (0, EXIT_RESUMABLE) and ending.report is None:
         return Cause(
             code=_EXIT_OTHER,
             sentence=f"{who} ended with exit code {ending.code} before its trainer had reported an end: does the task, "
             "or a library that it uses, end the process?",
         )
     code = ending.code if ending.code > 0 else 128 - ending.code
-    if ending.words is None:
+    if ending.report is None:
         return Cause(code=code, sentence=f"{who} {_describe(ending.code)}")
-    if ending.words.trace:
+    if ending.report.trace:
         return Cause(
             code=code,
-            sentence=f"{who} failed with {ending.words.sentence}",
-            trace=ending.words.trace,
-            place=ending.words.place,
+            sentence=f"{who} failed with {ending.report.sentence}",
+            trace=ending.report.trace,
+            place=ending.report.place,
         )
-    return Cause(code=code, sentence=ending.words.sentence if ending.rank == 0 else f"{who}: {ending.words.sentence}")
+    return Cause(code=code, sentence=ending.report.sentence if ending.rank == 0 else f"{who}: {ending.report.sentence}")
 
 
 def _afterwards(endings: Sequence[Ending], *, outcome: int) -> str:
@@ -220,8 +220,8 @@ def _afterwards(endings: Sequence[Ending], *, outcome: int) -> str:
     odd = [ending for ending in endings if ending.code not in (0, outcome)]
     if not odd:
         return ""
-    words = odd[0].words
-    what = f"failed with {words.sentence}" if words is not None else _describe(odd[0].code)
+    report = odd[0].report
+    what = f"failed with {report.sentence}" if report is not None else _describe(odd[0].code)
     end = "done" if outcome == 0 else "stopped and can be resumed"
     return f"warning: {_name(odd[0].rank, len(endings))} {what} afterwards; the run is {end}"
 

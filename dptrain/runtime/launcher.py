@@ -206,7 +206,7 @@ class _Attempt:
     """One start of all replicas, to the end of the last of them.
 
     Args:
-        folder: private and empty; here they meet and leave their last words.
+        folder: private and empty; here they meet and leave their failure reports.
         number: of the attempt, from 0.
         grace_s: from a request to stop to their end.
         signals: to be passed on.
@@ -301,7 +301,7 @@ class _Attempt:
             ending = Ending(
                 rank=rank,
                 code=process.exitcode,
-                words=read_failures(self._folder, rank=rank),
+                report=read_failures(self._folder, rank=rank),
                 outcome=read_outcome(self._folder, rank=rank),
             )
             self._endings.append(ending)

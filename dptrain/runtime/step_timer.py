@@ -27,7 +27,7 @@ class StepTimer:
         self._world_size = world_size
         self._latest: StepRecord | None = None
         self._shapes: dict[int, StepShape] = {}
-        self._lap_s: float | None = None
+        self._interval_s: float | None = None
         self._was_disturbed = False
         self._times = StepTimes()
         self._model: StepTimeModel | None = None
@@ -37,7 +37,7 @@ class StepTimer:
     def began(self, record: StepRecord) -> None:
         """Note that a step begins, and so that the one before it is over."""
         before, self._latest = self._latest, record
-        self._lap_s = None if before is None or self._was_disturbed else record.wall_s - before.wall_s
+        self._interval_s = None if before is None or self._was_disturbed else record.wall_s - before.wall_s
         self._was_disturbed = False
         self._shapes[record.step] = StepShape(
             micro_batch_size=record.micro_batch_size,
@@ -53,11 +53,11 @@ class StepTimer:
     @property
     def interval_s(self) -> float | None:
         """Seconds that this replica took for the step before the one begun last; None where it was disturbed."""
-        return self._lap_s
+        return self._interval_s
 
     def interval_of(self, record: StepRecord) -> float | None:
         """Return the seconds of `record`'s step where they are known yet."""
-        return self._lap_s if self._latest is not None and self._latest.step == record.step + 1 else None
+        return self._interval_s if self._latest is not None and self._latest.step == record.step + 1 else None
 
     def learn(self, record: StepRecord, outcome: StepOutcome) -> None:
         """Take from a step's outcome how long the step before it took on all replicas."""

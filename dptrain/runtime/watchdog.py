@@ -48,7 +48,7 @@ class Watchdog:
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
-        # Arming the timer starts a thread of C, which is too dear for each of many short steps.
+        # Arming the timer starts a thread of C, which is too slow for each of many short steps.
         if now_s - self._armed_s > min(_EASE_S, self._patience_s / 10):
             self._armed_s = now_s
             later_s = self._patience_s + _LOCK_HELD_S

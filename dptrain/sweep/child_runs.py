@@ -124,7 +124,7 @@ class RunProcess:
         self._process.kill()
         self._process.join()
 
-    def last_words(self) -> str:
+    def last_line(self) -> str:
         """Return the last line that it printed, or an empty one."""
         try:
             with self.log.open("rb") as file:

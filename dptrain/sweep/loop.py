@@ -214,7 +214,7 @@ class SweepLoop:
             # As its log says, too, unless the disk was full or the log leaves steps out.
             self._courses[run] = replace(course, is_over=True, has_diverged=code == _EXIT_DIVERGED)
         elif code == _EXIT_SETTINGS:
-            raise ConfigError(f"{process.last_words().removeprefix('dptrain train: ')} (run {run.name})")
+            raise ConfigError(f"{process.last_line().removeprefix('dptrain train: ')} (run {run.name})")
         elif not process.is_asked_to_stop and not self._is_worth_another(run, code):
             self._failures[run] = code
 

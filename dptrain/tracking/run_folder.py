@@ -121,14 +121,14 @@ def check_not_in_use(path: Path) -> None:
         ConfigError: naming the process that has it.
     """
     if not holds_run(path):
-        return  # whoever opens it says so
+        return  # opening it reports that
     lock = FileLock(path / ".lock", mode=0o600)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(f"run folder {path} is in use by {_holder(path)}: two runs cannot share it") from None
     except OSError:
-        return  # it cannot be written: whoever opens it says so
+        return  # it cannot be written: opening it reports that
     lock.release()
 
 

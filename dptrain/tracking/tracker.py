@@ -251,7 +251,7 @@ class _WandbSink:
         # same server, holds up the exit by 10 s and more where that server hangs.
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        import wandb  # the slow part of a start, so before the time that is left for init is reckoned
+        import wandb  # the slow part of a start, so before the time that is left for init is calculated
 
         self._wandb = wandb
         why_offline = _why_offline()

@@ -50,15 +50,15 @@ def find_micro_batch_size(
     num_states: int,
     precision: Callable[[], AbstractContextManager[object]],
 ) -> int:
-    """Return the largest rung of the ladder of which a forward and a backward pass fit into memory on all replicas.
+    """Return the largest micro-batch size whose forward and backward pass fits into memory on all replicas.
 
     Tried with the task's first samples, from small to large. Memory that the optimizer will take is held meanwhile.
     Model, gradients and random state stay as they are. A collective.
 
     Args:
         task: its model is moved to the device.
-        smallest: the foot of the ladder, in samples.
-        largest: its top.
+        smallest: the first size that is tried, in samples.
+        largest: the last one.
         device: whose memory it is.
         num_states: tensors of the size of the parameters that the optimizer keeps.
         precision: makes the context of a forward pass.
@@ -67,15 +67,11 @@ def find_micro_batch_size(
         OutOfMemoryError: where a single sample does not fit.
     """
     task.model.to(device)
-    ladder = micro_batch_sizes(min(largest, len(task.train_data)))  # type: ignore[arg-type]
-    grid_points = [size for size in ladder if size >= smallest]
+    sizes = micro_batch_sizes(min(largest, len(task.train_data)))  # type: ignore[arg-type]
+    tried = [size for size in sizes if size >= smallest]
     with _as_it_was(task.model):
         reserve = [torch.empty_like(p) for _ in range(num_states) for p in task.model.parameters() if p.requires_grad]
-        fitting = list(
-            itertools.takewhile(
-                lambda grid_point: _fits(task, grid_point, device=device, precision=precision), grid_points
-            )
-        )
+        fitting = list(itertools.takewhile(lambda size: _fits(task, size, device=device, precision=precision), tried))
         del reserve
     release_memory(device)
     found = torch.tensor(len(fitting), device=device)
@@ -83,7 +79,7 @@ def find_micro_batch_size(
         dist.all_reduce(found, op=dist.ReduceOp.MIN)
     if not found:
         raise OutOfMemoryError(f"the memory of {device} does not suffice for a single sample at a time")
-    return grid_points[int(found) - 1]
+    return tried[int(found) - 1]
 
 
 def _fits(

@@ -169,7 +169,7 @@ class Stepper:
 
     @contextmanager
     def _as_counted(self, one: _Pass, record: StepRecord) -> Iterator[None]:
-        """Count the pass; one of a size off the ladder runs uncompiled, for it would be compiled to run once."""
+        """Count the pass; one of a size off the grid runs uncompiled, for it would be compiled to run once."""
         stance = uncompiled() if one.num_samples != record.micro_batch_size else nullcontext()
         with stance, self._flops.counting(one.batch, num_samples=one.num_samples):
             yield

@@ -31,7 +31,7 @@ VALUES = st.recursive(
     ),
     max_leaves=12,
 )
-SEALS = {
+DIGESTS = {
     "model.safetensors": FileDigest(size_bytes=12, sha256="ab" * 32),
     "state.json": FileDigest(size_bytes=3, sha256="cd" * 32),
 }
@@ -99,14 +99,14 @@ def test_what_is_not_our_json_is_refused(content):
 
 
 def test_a_manifest_comes_back_as_it_was():
-    """Step and seals survive."""
-    content = encode_manifest(step=7, written_by="1.2.3", seals=SEALS)
-    assert decode_manifest(content) == (7, SEALS)
+    """Step and digests survive."""
+    content = encode_manifest(step=7, written_by="1.2.3", digests=DIGESTS)
+    assert decode_manifest(content) == (7, DIGESTS)
 
 
 def test_every_flipped_bit_of_a_manifest_is_detected():
     """Not one bit of a manifest, its blanks and the writer's version included, can change unnoticed."""
-    content = encode_manifest(step=7, written_by="1.2.3", seals=SEALS)
+    content = encode_manifest(step=7, written_by="1.2.3", digests=DIGESTS)
     for position in range(8 * len(content)):
         flipped = bytearray(content)
         flipped[position // 8] ^= 1 << position % 8
@@ -126,7 +126,9 @@ def test_noise_is_no_manifest(content):
 )
 def test_a_name_that_is_no_plain_basename_is_refused(name):
     """A manifest with a right checksum still cannot point outside its folder, nor at itself."""
-    content = encode_manifest(step=7, written_by="1.2.3", seals={**SEALS, name: FileDigest(size_bytes=1, sha256="00")})
+    content = encode_manifest(
+        step=7, written_by="1.2.3", digests={**DIGESTS, name: FileDigest(size_bytes=1, sha256="00")}
+    )
     with pytest.raises(CheckpointError, match="not a plain file name"):
         decode_manifest(content)
 

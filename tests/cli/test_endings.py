@@ -144,7 +144,7 @@ def test_a_signal_in_the_first_seconds(tmp_path, number, code):
         stderr=subprocess.PIPE,
         text=True,
     )
-    # Handled from the first line of the program on: whoever has the signal in its mask of caught ones has begun.
+    # Handled from the first line of the program on: a process with the signal in its mask of caught ones has begun.
     deadline_s = time.monotonic() + 30
     while not catches(process.pid, signal.SIGUSR1):
         assert time.monotonic() < deadline_s

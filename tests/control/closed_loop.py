@@ -72,7 +72,7 @@ def closed_loop(law, *, phi_at, batch, seed, steps=600, every=10, num_small=2, l
 
 
 def arrival(batches, right):
-    """The first step at which the batch is within half a rung of the right one; the number of steps if none is."""
+    """The first step at which the batch is within half a grid point of the right one; all steps if none is."""
     return next((i for i, batch in enumerate(batches) if right / 1.5 < batch < right * 1.5), len(batches))
 
 

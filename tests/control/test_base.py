@@ -1,4 +1,4 @@
-"""The seam of control: states that travel as JSON, decisions that are sane."""
+"""The interface of control: states that travel as JSON, decisions that are sane."""
 
 import json
 

@@ -88,7 +88,7 @@ def test_micro_batches_rise_before_accumulation():
 
 
 def test_a_neighbour_whose_time_is_not_known_is_tried_once():
-    """Where the double may well be faster and was not timed, it is; once its time is known, it is judged by that."""
+    """Where twice the batch may be faster and was not timed, it is; once its time is known, it is judged by that."""
     guess = model(0.07, 0.001, 0.001, sd=0.5, timed=(32, 64))
     tried = decided(law(), Known(80.0, 1.05), batch=64, step_time=guess)
     assert tried.global_batch_size == 128
@@ -116,8 +116,8 @@ def test_a_batch_that_was_not_timed_is_not_judged():
         assert decision.reason == "kept: step time of 64 not measured yet"
 
 
-def test_open_above_the_double_is_tried():
-    """Where the noise scale has no upper bound yet, the double is tried if its expected gain is enough."""
+def test_open_above_twice_the_batch_is_tried():
+    """Where the noise scale has no upper bound yet, twice the batch is tried if its expected gain is enough."""
     step_time = model(1.0, 0.0, 0.001)
     decision = decided(law(), AtLeast(60.0, 3.0, open_from=0.9), batch=64, step_time=step_time)
     assert decision.global_batch_size == 128

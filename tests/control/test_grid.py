@@ -33,8 +33,8 @@ def test_half_and_double_are_equally_far():
     assert [grid.nearest(batch) for batch in (64, 90, 91, 128)] == [64, 64, 128, 128]
 
 
-def test_candidates_are_all_smaller_ones_and_the_double():
-    """One decision may shrink to any point, and grow to the double at most."""
+def test_candidates_are_all_smaller_ones_and_twice_the_batch():
+    """One decision may shrink to any point, and at most double."""
     grid = BatchSizeGrid(quantum=8, smallest=16, largest=1024)
     assert grid.candidates(64) == (16, 32, 64, 128)
     assert grid.candidates(1024) == (16, 32, 64, 128, 256, 512, 1024)

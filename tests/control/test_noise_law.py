@@ -51,8 +51,8 @@ def test_the_norm_test_is_a_ratio():
     assert settled(NoiseLaw(ratio=1 / 0.5**2), Known(128.0)) == 512
 
 
-def test_open_above_the_double_is_tried():
-    """A lower bound that is sure grows the batch; one that is not doubles it, where the double is expected to gain."""
+def test_open_above_twice_the_batch_is_tried():
+    """A lower bound that is sure grows the batch; one that is not doubles it, where that is expected to gain."""
     assert settled(NoiseLaw(), AtLeast(64.0, 2.0), batch=64, largest=128) == 128
     assert settled(NoiseLaw(), AtLeast(1.0, 2.0, open_from=0.9), batch=64) <= 64
 
@@ -133,7 +133,7 @@ GOODPUT = GoodputLaw(largest_micro_batch_size=64)
 
 
 def test_a_batch_that_is_too_new_is_kept():
-    """Fewer than five measurements after a change nothing moves; seen from the batch, whoever changed it."""
+    """Fewer than five measurements after a change nothing moves; seen from the batch, whatever changed it."""
     state = SinceChange(global_batch_size=64, num_steps=96)
     kept = decided(NoiseLaw(), Known(1e6, num_steps=100), state=state)
     assert kept.global_batch_size == 64

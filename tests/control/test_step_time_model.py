@@ -59,7 +59,7 @@ def test_no_part_is_nothing_and_the_variance_is_one(times, sd):
 
 
 def test_one_shape_leaves_the_split_open():
-    """With one shape its time is right, the split is the prior's third each, and the double is known to 20 %."""
+    """With one shape its time is right, the split is the prior's third each, and twice the batch is known to 20 %."""
     model = fitted(line(1, 1, 1), [shape(4, 2)])
     assert model.seconds(shape(4, 2)) == pytest.approx(11, rel=1e-6)
     assert not model.is_split_known

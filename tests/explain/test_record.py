@@ -1,4 +1,4 @@
-"""Reading a run's logs into columns, whoever wrote them, and the smoothing of a column."""
+"""Reading a run's logs into columns, of any writer, and the smoothing of a column."""
 
 from __future__ import annotations
 

@@ -243,8 +243,8 @@ def future(path):
 
 
 def of_another_version(path):
-    step, seals = decode_manifest(path.read_bytes())
-    path.write_bytes(encode_manifest(step=step, written_by="1", seals=seals).replace(b'"1"', b'"2"'))
+    step, digests = decode_manifest(path.read_bytes())
+    path.write_bytes(encode_manifest(step=step, written_by="1", digests=digests).replace(b'"1"', b'"2"'))
 
 
 MANIFESTS = {

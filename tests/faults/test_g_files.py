@@ -41,11 +41,11 @@ def save(folder, step=1):
     return save_checkpoint(folder, step=step, tensors=tensors, state={"step": step})
 
 
-def reseal(path, **changes):
+def rewrite_manifest(path, **changes):
     """Give a checkpoint's manifest right sums for what is in the folder now, as somebody with bad intent would."""
-    step, seals = decode_manifest((path / MANIFEST).read_bytes())
-    seals = {name: module._seal(path / name) for name in seals} | changes
-    (path / MANIFEST).write_bytes(encode_manifest(step=step, written_by="1", seals=seals))
+    step, digests = decode_manifest((path / MANIFEST).read_bytes())
+    digests = {name: module._sync_and_digest(path / name) for name in digests} | changes
+    (path / MANIFEST).write_bytes(encode_manifest(step=step, written_by="1", digests=digests))
 
 
 def forked(body):
@@ -92,7 +92,7 @@ def torch_zip(payload):
 
 
 def payloads(marker):
-    """Bytes that make the file `marker` in whoever unpickles them, in the forms that torch has read so far."""
+    """Bytes that make the file `marker` when they are unpickled, in the forms that torch has read so far."""
     command = f"touch {marker}"
     code = f"__import__('pathlib').Path({str(marker)!r}).touch()"
     inner = pickle.dumps(Runs(os.system, command))
@@ -161,7 +161,9 @@ def plant(run, name, payload):
         path = save(run / "checkpoints", step)
         (path / name).write_bytes(payload)
         if verified and name != MANIFEST:
-            reseal(path, **({name: module._seal(path / name)} if PLAIN_NAME.fullmatch(name) else {}))
+            rewrite_manifest(
+                path, **({name: module._sync_and_digest(path / name)} if PLAIN_NAME.fullmatch(name) else {})
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -226,7 +228,7 @@ def twice(path):
 
 
 def listed(name):
-    return lambda path: reseal(path, **{name: FileDigest(size_bytes=1, sha256="0" * 64)})
+    return lambda path: rewrite_manifest(path, **{name: FileDigest(size_bytes=1, sha256="0" * 64)})
 
 
 ATTACKS = {
@@ -299,7 +301,7 @@ def test_g4_a_safetensors_bomb_is_refused_within_bounds_of_memory(tmp_path, bomb
     """With right sums it is still only a file: refused with our own error, in little more memory than it has bytes."""
     path = save(tmp_path)
     (path / "model.safetensors").write_bytes(BOMBS[bomb])
-    reseal(path)
+    rewrite_manifest(path)
 
     def body():
         before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -350,11 +350,11 @@ def test_invariant_14_any_mutation_of_any_file_is_detected(one, spoil, more):
 )
 def test_invariant_14_a_path_that_is_no_plain_basename_is_refused(name):
     """Whatever a manifest with a right sum lists: a plain file name comes back, any other is an error."""
-    seals = {name: FileDigest(size_bytes=1, sha256="0" * 64)}
+    digests = {name: FileDigest(size_bytes=1, sha256="0" * 64)}
     plain = name == Path(name).name and name.isascii() and name[:1].isalnum() and name != MANIFEST
-    content = encode_manifest(step=1, written_by="1", seals=seals)
+    content = encode_manifest(step=1, written_by="1", digests=digests)
     if plain and PLAIN_NAME.fullmatch(name):
-        assert decode_manifest(content) == (1, seals)
+        assert decode_manifest(content) == (1, digests)
         return
     with pytest.raises(CheckpointError, match="not a plain file name"):
         decode_manifest(content)
@@ -367,7 +367,7 @@ ROWS = st.lists(st.dictionaries(st.text(max_size=5), VALUES, max_size=4), max_si
 @EXAMPLES
 @given(rows=ROWS, cut=st.integers(0, 10_000), more=ROWS)
 def test_invariant_15_any_prefix_of_a_log_reads_as_a_prefix_of_its_rows(tmp_path_factory, rows, cut, more):
-    """Cut at any byte it reads as the rows before, and whoever goes on writes behind them, on a line of their own."""
+    """Cut at any byte it reads as the rows before, and a resumed run writes behind them, on a line of their own."""
     path = tmp_path_factory.mktemp("log", numbered=True) / "log.jsonl"
     rows = [{**row, "step": number} for number, row in enumerate(rows)]
     with JsonlLog(path) as log:

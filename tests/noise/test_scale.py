@@ -123,15 +123,15 @@ def constant(batch, num_steps):
     return np.full(num_steps, float(batch))
 
 
-LADDER = np.repeat([8.0, 16.0, 32.0, 64.0, 128.0], 40)
+DOUBLING = np.repeat([8.0, 16.0, 32.0, 64.0, 128.0], 40)
 SHARE = np.arange(1, 401) / 400
 
 
 REGIMES = {
     "thirty steps": Run(batches=constant(100, 30)),
     "many steps": Run(batches=constant(100, 400)),
-    "batch doubles four times": Run(batches=LADDER, K=2, d=20),
-    "batch doubles, fixed half-life": Run(batches=LADDER, K=2, d=20, smoothing=Smoothing(half_life_samples=2000)),
+    "batch doubles four times": Run(batches=DOUBLING, K=2, d=20),
+    "batch doubles, fixed half-life": Run(batches=DOUBLING, K=2, d=20, smoothing=Smoothing(half_life_samples=2000)),
     "batch falls to a sixteenth": Run(batches=np.repeat([128.0, 8.0], [50, 100])),
     "skewed": Run(batches=constant(100, 100), K=2, d=1),
     "batch far too large": Run(batches=constant(5000, 100)),

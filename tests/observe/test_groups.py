@@ -33,7 +33,7 @@ PARTS = {"blocks": slice(2, 6), "head": slice(7, 8)}
 
 
 def grouped(rank, world_size):
-    """Return the pairs by group in three seams, with the whole."""
+    """Return the pairs by group with three hooks, with the whole."""
     from torch.distributed.fsdp import fully_shard
 
     found = {}
@@ -60,7 +60,7 @@ def make_and_wrap():
     return DistributedDataParallel(make_model())
 
 
-def test_groups_are_right_and_add_up_in_each_seam():
+def test_groups_are_right_and_add_up_with_each_hook():
     """Each group's pair is that of its plain gradients, and the pairs add up to the whole."""
     (found, keys), other = run_replicas(grouped, world_size=2)
     assert (found, keys) == other

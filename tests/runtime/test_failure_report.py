@@ -7,21 +7,21 @@ import json
 import pytest
 
 from dptrain.errors import AbortedError, ConfigError, PeerLostError
-from dptrain.runtime.failure_report import Cause, Ending, Words, read_failures, root_cause, write_failure
+from dptrain.runtime.failure_report import Cause, Ending, FailureReport, read_failures, root_cause, write_failure
 
 
 def said(sentence, *, trace="", is_consequence=False):
-    return Words(sentence=sentence, trace=trace, is_consequence=is_consequence)
+    return FailureReport(sentence=sentence, trace=trace, is_consequence=is_consequence)
 
 
 LOST = said("another replica ended", is_consequence=True)
 
 
 def ends(*endings):
-    """Endings (rank, code, words) in the order of time."""
+    """Endings (rank, code, report) in the order of time."""
     return [
-        Ending(rank=rank, code=code, words=words, outcome=code if code in (0, 75) else None)
-        for rank, code, words in endings
+        Ending(rank=rank, code=code, report=report, outcome=code if code in (0, 75) else None)
+        for rank, code, report in endings
     ]
 
 
@@ -81,23 +81,23 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_cause_is_told_and_its_consequences_are_not(case):
-    """Whoever ended first; with the exit code of the cause."""
+    """The replica that ended first; with the exit code of the cause."""
     endings, expected = CASES[case]
     assert root_cause(endings) == expected
 
 
 @pytest.mark.parametrize(
-    ("asked", "killed", "words"),
+    ("asked", "killed", "sentence"),
     [
         (True, [1], "replica 1 of 2 could not stop in time, and had to be killed"),
         (False, [1], "replica 1 of 2 did not answer any more, and had to be killed"),
         (True, [0, 1], "replicas 0, 1 of 2 could not stop in time, and had to be killed"),
     ],
 )
-def test_what_the_launcher_had_to_kill_hung(asked, killed, words):
+def test_what_the_launcher_had_to_kill_hung(asked, killed, sentence):
     """What the others then say is a consequence; exit code 71."""
     endings = ends((0, -9 if 0 in killed else 70, None if 0 in killed else LOST), (1, -9, None))
-    assert root_cause(endings, killed=killed, asked_to_stop=asked) == Cause(code=71, sentence=words)
+    assert root_cause(endings, killed=killed, asked_to_stop=asked) == Cause(code=71, sentence=sentence)
 
 
 def test_a_kill_by_the_launcher_hides_no_cause():
@@ -118,16 +118,16 @@ def test_words_come_over_as_they_were(tmp_path):
         {}["data"]
     caught.value.add_note("in step 7")
     assert write_failure(caught.value, environment=environment(tmp_path, rank=0))
-    words = read_failures(tmp_path, rank=0)
-    assert words.sentence == "KeyError: 'data'"
-    assert words.trace.startswith("Traceback")
-    assert words.trace.rstrip().endswith("in step 7")
-    assert not words.is_consequence
+    report = read_failures(tmp_path, rank=0)
+    assert report.sentence == "KeyError: 'data'"
+    assert report.trace.startswith("Traceback")
+    assert report.trace.rstrip().endswith("in step 7")
+    assert not report.is_consequence
 
 
 @pytest.mark.parametrize("kind", [AbortedError, PeerLostError])
 def test_what_another_has_caused_says_so(tmp_path, kind):
-    """So that the launcher waits for the other's words."""
+    """So that the launcher waits for the other's report."""
     assert write_failure(kind("see there"), environment=environment(tmp_path))
     assert read_failures(tmp_path, rank=1).is_consequence
 
@@ -147,5 +147,5 @@ def test_words_that_are_being_written_are_not_read(tmp_path):
 
 @pytest.mark.parametrize(("sentence", "hang"), [("Timed out waiting 300 s", True), ("closed by peer", False)])
 def test_a_peer_that_hangs_is_told_from_one_that_ended(sentence, hang):
-    """For the words of one that hangs there is no point in waiting."""
-    assert Ending(rank=0, code=70, words=said(sentence, is_consequence=True)).blames_a_hang is hang
+    """For the report of one that hangs there is no point in waiting."""
+    assert Ending(rank=0, code=70, report=said(sentence, is_consequence=True)).blames_a_hang is hang

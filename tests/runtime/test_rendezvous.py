@@ -105,7 +105,7 @@ def test_who_is_missing_is_named(place, tmp_path, missing, words):
 
 
 def test_variables_left_over_are_explained(place):
-    """A process that nobody started as a replica waits for others in vain, and learns why."""
+    """A process that nobody started as a replica times out waiting for others, and learns why."""
     place(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     sentence, took_s = refused()
     assert "timed out after 0.3 s waiting for rank 1 of 2" in sentence

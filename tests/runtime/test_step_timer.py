@@ -21,7 +21,7 @@ def outcome(step_s):
 
 
 def test_a_step_lasts_until_the_next_begins():
-    """The lap is the step before; of the first step there is none, and of a step under way neither."""
+    """The interval is that of the step before; of the first step there is none, and of a step under way neither."""
     step_timer = StepTimer(world_size=2)
     first, second = record(1, 10.0), record(2, 10.5)
     step_timer.began(first)
@@ -55,7 +55,7 @@ def test_the_time_belongs_to_the_shape_of_the_step_before():
     assert seconds == {2: {1.0}, 8: {4.0}}
 
 
-def test_a_new_shape_is_heeded_as_soon_as_it_is_known():
+def test_a_new_shape_counts_as_soon_as_it_is_known():
     """A batch that grows three times in twenty steps must not do so by what was known before the first of them."""
     step_timer, models = StepTimer(world_size=2), []
     batches = [8] * 24 + [16] * 22 + [64] * 6

@@ -41,7 +41,7 @@ time.sleep(1)
 
 
 def test_the_environment_sets_the_patience():
-    """A quarter more than that of the collectives: whoever waits for another is told so by its collective first."""
+    """A quarter more than that of the collectives: the collective of a waiting rank reports first."""
     ended = run(
         """
 with Watchdog(world_size=2) as watchdog:

@@ -83,7 +83,7 @@ def test_a_process_prints_into_its_log(tmp_path):
     first, second, third = log.read_text().splitlines()
     assert (first, second) == ("before", f"dptrain {dptrain.__version__}")
     assert "unknown command 'nonsense'" in third
-    assert refused.last_words() == third
+    assert refused.last_line() == third
 
 
 def test_a_fresh_interpreter_does_the_same(tmp_path):
@@ -100,4 +100,4 @@ def test_a_process_can_be_stopped_and_killed(tmp_path):
     assert process.code == -signal.SIGKILL
     process.stop()
     assert not process.is_asked_to_stop
-    assert RunProcess.last_words(process) == ""
+    assert RunProcess.last_line(process) == ""

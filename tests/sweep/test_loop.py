@@ -86,7 +86,7 @@ class Actor:
     def kill(self):
         self.act = -signal.SIGKILL
 
-    def last_words(self):
+    def last_line(self):
         return "dptrain train: the batch is not reachable"
 
 

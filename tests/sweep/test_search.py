@@ -91,7 +91,7 @@ def test_a_rate_that_diverges_is_worse_than_any():
     for found in World(diverges_beyond=0.1).run(spec(base_learning_rate=0.6, batch_sizes=[16, 64])):
         assert max(run.learning_rate for run in found.runs) > 0.1
         assert all(choice.grid_point is not None for choice in found.choices)
-        chosen = {world_arm.grid_point: world_arm.learning_rate for world_arm in found.runs}
+        chosen = {run.grid_point: run.learning_rate for run in found.runs}
         assert max(chosen[choice.grid_point] for choice in found.choices) <= 0.1
 
 
@@ -122,11 +122,11 @@ def test_the_other_seeds_run_where_the_first_does_not_tell():
     world = World(scatter=0.02)
     searches = world.run(spec(seeds=[0, 1, 2]))
     for found in searches:
-        by_rung = {}
+        by_grid_point = {}
         for run in found.runs:
-            by_rung.setdefault(run.grid_point, set()).add(run.seed)
-        assert set(map(len, by_rung.values())) == {1, 3}
-        assert all(by_rung[choice.grid_point] == {0, 1, 2} for choice in found.choices)
+            by_grid_point.setdefault(run.grid_point, set()).add(run.seed)
+        assert set(map(len, by_grid_point.values())) == {1, 3}
+        assert all(by_grid_point[choice.grid_point] == {0, 1, 2} for choice in found.choices)
 
 
 def test_a_rate_that_fails_a_seed_is_not_chosen():

@@ -127,7 +127,7 @@ def test_a_folder_that_takes_no_settings_is_refused(tmp_path, monkeypatch):
 
 
 def test_settings_with_a_secret_are_not_written(tmp_path):
-    """Whoever starts a run from Python is asked for the same care as on the command line."""
+    """A caller from Python is asked for the same care as on the command line."""
     with pytest.raises(ConfigError, match=r"task_options.password looks like a secret"):
         open_log(tmp_path, config=replace(CONFIG, task_options={"password": "hunter2"}))
     assert not any("hunter2" in path.read_text() for path in tmp_path.rglob("*") if path.is_file())

@@ -179,7 +179,7 @@ def test_a_batch_is_no_larger_than_a_micro_batch():
 
 
 def test_a_loss_that_raises_leaves_the_modes():
-    """Whoever catches the error goes on in the modes that each module had."""
+    """A caller that catches the error goes on in the modes that each module had."""
     model = make_model().train()
     model[1].eval()
 

@@ -42,14 +42,14 @@ def config(folder):
 
 @pytest.fixture
 def killed(tmp_path, monkeypatch):
-    """A run whose steps are dear, so that its batch grew, killed when all but its first checkpoint are lost."""
+    """A run with slow steps, so that its batch grew, killed when all but its first checkpoint are lost."""
     pretend(monkeypatch, per_step_s=1e6)
     with pytest.raises(Killed):
         attempt(tmp_path, kill_at=KILLED_IN, config=config(tmp_path))
     _, *later = sorted((tmp_path / "checkpoints").glob("step-*"))
     for path in later:
         shutil.rmtree(path)
-    pretend(monkeypatch, per_step_s=1e-6)  # whoever goes on finds steps cheap, and would shrink the batch
+    pretend(monkeypatch, per_step_s=1e-6)  # the resumed run finds fast steps, and would shrink the batch
     return tmp_path
 
 

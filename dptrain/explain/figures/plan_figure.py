@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dptrain.explain.figures.theme import BLUE, GREEN, GREY, INK, SOFT, STYLE, VERMILLION
 from dptrain.explain.model.compute import PETAFLOP_S_DAY
-from dptrain.explain.text import plan_text as words
+from dptrain.explain.text import plan_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ def figure(plan: Plan) -> Figure:
         _by_devices(figures["devices"], plan, unit_s=unit_s, unit=unit)
         _by_work(figures["work"], plan, unit_s=unit_s, unit=unit)
         _by_money(figures["money"], plan, unit_s=unit_s, unit=unit)
-        drawn.suptitle(f"{plan.run} · {words.goal(plan)}", x=0.01, ha="left", fontsize=9.5, color=SOFT)
+        drawn.suptitle(f"{plan.run} · {plan_text.goal(plan)}", x=0.01, ha="left", fontsize=9.5, color=SOFT)
         drawn.supxlabel(_caption(plan), x=0.01, ha="left", fontsize=8, color=SOFT)
     return drawn
 
@@ -67,7 +67,7 @@ def _by_devices(axes: Axes, plan: Plan, *, unit_s: float, unit: str) -> None:
     axes.set_ylabel(f"time to the target ({unit})")
     _explain(
         axes,
-        finding=words.headline(plan),
+        finding=plan_text.headline(plan),
         unit=f"number of {plan.device}s",
         reading=(
             f"Left of the knee, twice the {plan.device}s save at least 30 % of the time; where the line is flat, more "
@@ -88,7 +88,7 @@ def _by_work(axes: Axes, plan: Plan, *, unit_s: float, unit: str) -> None:
     _frontier(axes, plan.points, amount, unit_s=unit_s)
     axes.set_ylabel(f"time to the target ({unit})")
     reading = f"Each point is a number of {plan.device}s; lower is faster, further right is more work"
-    _explain(axes, finding=words.traded(plan, what, amount), unit=name, reading=reading, width=52)
+    _explain(axes, finding=plan_text.traded(plan, what, amount), unit=name, reading=reading, width=52)
 
 
 def _by_money(axes: Axes, plan: Plan, *, unit_s: float, unit: str) -> None:
@@ -101,7 +101,7 @@ def _by_money(axes: Axes, plan: Plan, *, unit_s: float, unit: str) -> None:
     _frontier(axes, plan.points, amount, unit_s=unit_s)
     axes.set_ylabel(f"time to the target ({unit})")
     reading = "Where the line is flat, more money saves no time"
-    _explain(axes, finding=words.traded(plan, what, amount), unit=name, reading=reading, width=52)
+    _explain(axes, finding=plan_text.traded(plan, what, amount), unit=name, reading=reading, width=52)
 
 
 def _frontier(axes: Axes, points: Sequence[Point], amount: Callable[[Point], float], *, unit_s: float) -> None:
@@ -147,7 +147,7 @@ def _explain(axes: Axes, *, finding: str, unit: str, reading: str, width: int) -
 
 
 def _caption(plan: Plan) -> str:
-    lines = [words.doubt(plan), words.step_times(plan), *plan.warnings, words.NO_OPTIMUM.removesuffix(".")]
+    lines = [plan_text.doubt(plan), plan_text.step_times(plan), *plan.warnings, plan_text.NO_OPTIMUM.removesuffix(".")]
     return "\n".join(textwrap.fill(f"{line[0].upper()}{line[1:]}.", 150) for line in lines)
 
 

@@ -278,9 +278,9 @@ def _rates(record: RunRecord) -> _Rates:
 
 
 def _layouts(micro_batch_sizes: tuple[int, int], *, num_devices: int) -> Iterator[StepShape]:
-    """Yield the layouts that are tried: timed micro-batches on the ladder, at least two of them in a step.
+    """Yield the layouts that are tried: timed micro-batches on the grid, at least two of them in a step.
 
-    From a single micro-batch no noise could be told, and dptrain trains none such.
+    A single micro-batch gives no noise estimate, and dptrain trains none such.
     """
     smallest, largest = micro_batch_sizes
     grid = {smallest, largest, *(1 << power for power in range(smallest.bit_length(), largest.bit_length()))}

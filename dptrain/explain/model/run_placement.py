@@ -1,4 +1,4 @@
-"""Where a run lies on the plane of steps and samples, against the fixed batches that its own noise scale implies."""
+"""The steps and samples of a run against the fixed batches that its own noise scale implies."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ImpliedFrontier:
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlacement:
-    """A run on the plane, and the curve of fixed batches for three noise scales: measured, and at its interval's ends.
+    """The steps and samples of a run, with fixed batches at the measured noise scale and both ends of its interval.
 
     Attributes:
         steps: optimizer steps that it took.
@@ -103,7 +103,7 @@ def resolved_share(record: RunRecord) -> float:
 
 
 def position(record: RunRecord, *, up_to_samples: float = math.inf) -> RunPlacement | None:
-    """Place a run, or its beginning, on the plane; None where its noise scale was resolved too rarely.
+    """Place a run, or its beginning, among fixed batches; None where its noise scale was resolved too rarely.
 
     Steps without a resolved noise scale count with that of the nearest step before them, or else after them.
 

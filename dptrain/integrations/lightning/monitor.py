@@ -105,7 +105,7 @@ class NoiseScaleMonitor(Callback):
 
 
 def _refuse(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Raise where the taps would not see what a replica's own gradient is."""
+    """Raise where the hooks would not see what a replica's own gradient is."""
     if not pl_module.automatic_optimization:
         raise ObservationError(
             "with manual optimization Lightning does not know which backward passes belong to a step: measure "

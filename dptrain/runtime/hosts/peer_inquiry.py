@@ -32,8 +32,8 @@ _WAITING = ("torch/distributed/", "torch/autograd/graph.py", "torch/_tensor.py",
 class PeerInquiry:
     """A thread that tells where this replica stands as soon as any other asks; and the question itself.
 
-    The error of a collective names an address at best, and blames whoever was waited for first. The store that the
-    replicas met at is a second way to each of them: a replica that answers there lives, and says whether it waits too.
+    The error of a collective names an address at best, and blames the rank that was waited for first. The store that
+    the replicas met at is a second way to each of them: one that answers there lives, and says whether it waits too.
     A frozen or killed one, or one behind a cut link, does not answer. Replicas that share a launcher of ours need no
     such thread: the launcher sees them.
     """

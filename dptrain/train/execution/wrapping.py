@@ -19,7 +19,7 @@ from dptrain.config.execution import ExecutionConfig
 from dptrain.errors import ConfigError
 
 _COMPILED_SHAPES = 64
-"""Graphs that dynamo may keep for one function. Its own limit of 8 is below the length of a ladder of micro-batches;
+"""Graphs that dynamo may keep for one function. Its own limit of 8 is below the number of micro-batch sizes;
 past it a function runs uncompiled for good, with a line in the log."""
 
 

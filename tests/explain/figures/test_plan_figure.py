@@ -1,4 +1,4 @@
-"""The picture of a plan: what its panels show and say."""
+"""The picture of a plan: what its graphs show and say."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def plan():
     return _plan(price_per_device_hour=2.5)
 
 
-def test_each_panel_has_its_finding_its_units_and_how_to_read_it(plan):
+def test_each_graph_has_its_finding_its_units_and_how_to_read_it(plan):
     """A title of words with numbers, a unit on both axes, and one line of instruction."""
     figures = figure(plan).axes
     assert len(figures) == 3

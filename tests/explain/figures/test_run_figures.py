@@ -93,7 +93,7 @@ def test_the_noise_scale_shows_only_what_is_known(tmp_path):
 
 
 def test_an_open_bound_never_shows_a_number_as_an_estimate(tmp_path):
-    """A run that only ever had a lower bound says "at least", draws open triangles, and has no place on the plane."""
+    """A run that only ever had a lower bound says "at least", draws open triangles, and has no placement."""
     found = made(tmp_path, noise="bound only")
     assert found["noise-scale"].title == "The noise scale went from at least 10 to at least 240 samples"
     triangles = [line for line in axes_of(found["noise-against-loss"]).get_lines() if line.get_marker() == "^"]

@@ -41,7 +41,7 @@ def test_no_other_layout_is_faster():
 
 
 def test_the_batch_is_where_the_exchange_of_steps_and_samples_turns():
-    """Near √(φ·α/β): α what a step costs, β what a sample adds on these devices (a step of the ladder either way)."""
+    """Near √(φ·α/β): α what a step costs, β what a sample adds on these devices (one grid point either way)."""
     planner = _planner()
     alpha, beta = devices(ideal_record()).model.per_step_s, (PER_SAMPLE_S + PER_PASS_S / 8) / 2
     turn = math.sqrt(planner.needed.implied.noise_scale * alpha / beta)

@@ -9,7 +9,7 @@ import pytest
 from dptrain.explain.model.compute import Compute
 from dptrain.explain.model.devices import devices
 from dptrain.explain.model.plan import make_plan
-from dptrain.explain.text import plan_text as words
+from dptrain.explain.text import plan_text
 from tests.ideal_runs import ideal_record
 
 
@@ -33,20 +33,20 @@ def _at(plan, **seconds):
 def test_the_headline_tells_two_points_and_the_end(plan):
     """The run's own number of devices and the knee, each with time and money."""
     told = replace(_at(plan, on_2=3.1 * 3600, on_8=0.61 * 3600), knee=8, ceiling=90)
-    assert words.headline(told) == "2 GPUs: 3.1 h, 2 $; 8 GPUs: 0.61 h, 8 $; no gain beyond 90 GPUs"
+    assert plan_text.headline(told) == "2 GPUs: 3.1 h, 2 $; 8 GPUs: 0.61 h, 8 $; no gain beyond 90 GPUs"
 
 
 def test_a_run_at_its_knee_tells_one_point(plan):
     """And without an end in sight, that the time still falls."""
     told = replace(_at(plan, on_2=100.0), knee=2, ceiling=None)
-    assert words.headline(told) == "2 GPUs: 100 s, 2 $; still faster at 64 GPUs"
-    assert words.traded(told, "samples", lambda point: point.samples) == "2 GPUs: at the knee"
+    assert plan_text.headline(told) == "2 GPUs: 100 s, 2 $; still faster at 64 GPUs"
+    assert plan_text.traded(told, "samples", lambda point: point.samples) == "2 GPUs: at the knee"
 
 
 def test_what_more_devices_buy(plan):
     """How much faster, and for how much more of what."""
     told = replace(_at(plan, on_2=100.0, on_8=50.0), knee=8)
-    assert words.traded(told, "money", lambda point: point.cost) == "2 → 8 GPUs: 2× as fast, 4× the money"
+    assert plan_text.traded(told, "money", lambda point: point.cost) == "2 → 8 GPUs: 2× as fast, 4× the money"
 
 
 @pytest.mark.parametrize(
@@ -63,21 +63,21 @@ def test_what_more_devices_buy(plan):
 )
 def test_times_are_written_with_two_digits(seconds, text):
     """In the unit that suits them."""
-    assert words.about(seconds) == text
+    assert plan_text.about(seconds) == text
 
 
 def test_the_doubt_names_interval_and_history(plan):
     """Both ranges of the run's own number of devices, and where the factor of six is from."""
     own = replace(plan.points[1], seconds_range=(3600.0, 7200.0), seconds_history=(1800.0, 36_000.0))
-    text = words.doubt(replace(plan, points=(plan.points[0], own, *plan.points[2:])))
+    text = plan_text.doubt(replace(plan, points=(plan.points[0], own, *plan.points[2:])))
     assert text.startswith("Time on 2 GPUs: 1 h–2 h (interval of the noise scale and fits); 0.5 h–10 h if")
     assert "off by 6×" in text
 
 
 def test_the_goal_says_where_it_lies(plan):
     """Within the run or beyond it."""
-    assert "reached by the run after" in words.goal(plan)
-    assert words.goal(replace(plan, samples_of_run=None, target=0.5)).startswith(
+    assert "reached by the run after" in plan_text.goal(plan)
+    assert plan_text.goal(replace(plan, samples_of_run=None, target=0.5)).startswith(
         "Target: held-out loss 0.5, extrapolated: the run reached"
     )
 
@@ -97,21 +97,27 @@ def test_the_goal_says_where_it_lies(plan):
 )
 def test_compute_is_told_by_what_is_known(plan, by_count, by_time, said):
     """Both methods and their disagreement, or which of them is missing and why."""
-    assert said in words.compute(replace(plan, compute_of_run=Compute(by_count=by_count, by_time=by_time)))
+    assert said in plan_text.compute(replace(plan, compute_of_run=Compute(by_count=by_count, by_time=by_time)))
 
 
 def test_no_sentence_speaks_of_an_optimal_batch(plan):
     """But to deny it."""
     told = " ".join(
-        [words.headline(plan), words.goal(plan), words.doubt(plan), words.trade_off(plan), words.step_times(plan)]
+        [
+            plan_text.headline(plan),
+            plan_text.goal(plan),
+            plan_text.doubt(plan),
+            plan_text.trade_off(plan),
+            plan_text.step_times(plan),
+        ]
     )
     assert "optim" not in told
-    assert words.NO_OPTIMUM.startswith("The noise scale is not the optimal batch size")
-    assert "critical batch size" in words.trade_off(plan)
+    assert plan_text.NO_OPTIMUM.startswith("The noise scale is not the optimal batch size")
+    assert "critical batch size" in plan_text.trade_off(plan)
 
 
 def test_without_a_price_time_of_devices_stands_for_it(plan):
     """In hours."""
     point = replace(plan.points[0], cost=None, device_s=7200.0)
-    assert words.price(plan, point) == "2 GPU-hours"
-    assert words.energy(1.8e7) == "5 kWh"
+    assert plan_text.price(plan, point) == "2 GPU-hours"
+    assert plan_text.energy(1.8e7) == "5 kWh"

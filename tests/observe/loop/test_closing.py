@@ -60,7 +60,7 @@ def test_timms_order_needs_one_line():
         assert (same, dropped) == (True, 0)
 
 
-def test_a_step_is_closed_once_whoever_closes_it():
+def test_a_step_is_closed_once_by_any_caller():
     """By hand before or after the optimizer, or by the first of two optimizers: each step counts once."""
     for order in ("optimizer alone", "by hand before", "by hand after", "two optimizers"):
         model = make_model()
