@@ -6,6 +6,7 @@ import contextlib
 import io
 import random
 import shutil
+import signal
 from pathlib import Path
 from unittest import mock
 
@@ -142,6 +143,7 @@ def try_files(folder, *, number, seed):
     """Try so many files; return (what was wrong, its file, what was told) for each that was, and how many were taken."""
     folder, draw = Path(folder), random.Random(seed)
     found, accepted = [], 0
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the command has it, where no Ctrl-C is a KeyboardInterrupt
     with contextlib.chdir(folder), mock.patch("torch.distributed.destroy_process_group"):
         for index in range(number):
             (folder / "task.py").write_text(TASK)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dptrain.cli.sweep_request import read_request
 from dptrain.config.filled_in import given
 from dptrain.errors import ConfigError
-from dptrain.runtime.launcher import is_replica, load_for_all
+from dptrain.runtime.launcher import is_replica, load_for_all, refuse_in_many_tasks
 from dptrain.runtime.signals import EXIT_RESUMABLE
 from dptrain.sweep import (
     Outcome,
@@ -38,6 +38,7 @@ def sweep(arguments: Sequence[str]) -> int:
     """
     if is_replica():
         raise ConfigError("dptrain sweep starts its own replicas: run it once, without torchrun or srun")
+    refuse_in_many_tasks()
     request = read_request(arguments)
     config = request.config
     site = Site.here(

@@ -8,15 +8,16 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dptrain.cli.settings import parse
 from dptrain.config.train_config import TrainConfig
-from dptrain.errors import ConfigError, PeerLostError, TaskExitError
-from dptrain.runtime.launcher import GRACE_S, count_gpus, is_replica, start_replicas
+from dptrain.errors import ConfigError, PeerLostError, TaskError, TaskExitError
+from dptrain.runtime.launcher import GRACE_S, count_gpus, is_replica, refuse_in_many_tasks, start_replicas
 from dptrain.runtime.signals import EXIT_RESUMABLE, show_stacks_on_signal, was_asked_to_stop
 from dptrain.tracking.redact import printable
 from dptrain.tracking.row_text import spelled
@@ -42,7 +43,7 @@ def train(arguments: Sequence[str]) -> int:
         if options.replicas is not None:
             raise ConfigError("--replicas has no meaning under a launcher, which has started the replicas already")
         return _train_here(config, resume=options.resume, allow_fresh=options.allow_fresh)
-    _refuse_in_many_tasks()
+    refuse_in_many_tasks()
     # torch takes a second to load; without a device file there is nothing for it to count.
     num_gpus = count_gpus(cpu=config.device == "cpu" or not _may_have_gpus())
     # Two on the CPU: the least that has gradients to compare.
@@ -85,16 +86,6 @@ def _announce(config: TrainConfig, *, num_replicas: int, device: str) -> None:
         sys.stdout.flush()
 
 
-def _refuse_in_many_tasks() -> None:
-    """Refuse to become one of several launchers that fight for a run folder."""
-    num_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if num_tasks != "1":
-        raise ConfigError(
-            f"srun started {num_tasks} of this command, and each would start replicas of its own: use "
-            "launch/slurm.sbatch, or srun --ntasks 1"
-        )
-
-
 def _train_here(config: TrainConfig, *, resume: bool, allow_fresh: bool) -> int:
     import torch.distributed as dist
 
@@ -128,6 +119,7 @@ def _run(
 
     from dptrain.runtime.hosts.attempt import decide_attempt
     from dptrain.runtime.step_reduction import translate_peer_errors
+    from dptrain.tasks.check import is_interrupt
     from dptrain.train import Trainer
 
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
@@ -135,12 +127,13 @@ def _run(
     try:
         with translate_peer_errors(lambda: 0):
             attempt = decide_attempt(run_dir=config.run_dir, task=config.task, resume=resume, device=device)
-            trainer = Trainer(
-                replace(config, run_dir=attempt.run_dir),
-                resume=attempt.resume,
-                allow_fresh=allow_fresh,
-                launch=attempt.launch,
-            )
+            with _refused_in_one_sentence():
+                trainer = Trainer(
+                    replace(config, run_dir=attempt.run_dir),
+                    resume=attempt.resume,
+                    allow_fresh=allow_fresh,
+                    launch=attempt.launch,
+                )
             _kept.append(trainer)
             return trainer, trainer.run()
     except PeerLostError as error:
@@ -149,6 +142,33 @@ def _run(
     except SystemExit as error:
         # It is no end of the run, whatever its code: the trainer has reported none.
         raise TaskExitError(f"the task called sys.exit({error.code!r}) before the run was done") from error
+    except BaseException as error:
+        if isinstance(error, Exception) or is_interrupt(error):
+            raise
+        # Python ends as by SIGINT on a KeyboardInterrupt, and the launcher would take that for a signal from outside.
+        raise TaskExitError(f"the task raised {type(error).__name__} before the run was done") from error
+
+
+@contextlib.contextmanager
+def _refused_in_one_sentence() -> Iterator[None]:
+    """Hold warnings back until settings and task are accepted; a refusal is told without them."""
+    held: list[tuple[Any, ...]] = []
+
+    def hold(*warning: Any) -> None:  # noqa: ANN401 - the arguments of warnings.showwarning
+        held.append(warning)
+
+    # Not catch_warnings, which would undo the filters that a task file or a library sets while it is imported.
+    show, warnings.showwarning = warnings.showwarning, hold
+    try:
+        yield
+    except (ConfigError, TaskError):
+        held.clear()
+        raise
+    finally:
+        if warnings.showwarning is hold:
+            warnings.showwarning = show
+        for warning in held:
+            show(*warning)
 
 
 def _wait_for_own_stop() -> None:

@@ -44,6 +44,13 @@ _STOP = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 _PASSED_ON = _STOP | {signal.SIGUSR1}
 _PR_SET_PDEATHSIG = 1
 
+_STARTERS = {
+    "SLURM_STEP_NUM_TASKS": ("srun", "launch/slurm.sbatch, or srun --ntasks 1"),
+    "OMPI_COMM_WORLD_SIZE": ("mpirun", "launch/torchrun.sh on each host, or mpirun -n 1"),
+    "PMI_SIZE": ("mpiexec", "launch/torchrun.sh on each host, or mpiexec -n 1"),  # MPICH and Intel MPI
+}
+"""Variable with the number of tasks that a job step has → what started them, and what to use instead."""
+
 _NEEDED_LATER = ("dptrain.train", "torch.distributed.tensor", "torch._dynamo", "scipy.special")
 """Modules that a replica would load at its first use, when it wraps its model and reads the noise scale."""
 
@@ -56,6 +63,20 @@ def is_replica(environment: Mapping[str, str] = os.environ) -> bool:
 def is_silent_replica(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this is a replica whose errors another one most likely tells already."""
     return is_replica(environment) and environment["RANK"] != "0"
+
+
+def refuse_in_many_tasks(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse to become one of several launchers that fight for a run folder.
+
+    Raises:
+        ConfigError: where srun, mpirun or mpiexec has started several of this command, none of them as a replica.
+    """
+    for variable, (starter, remedy) in _STARTERS.items():
+        num_tasks = environment.get(variable) or "1"
+        if num_tasks != "1":
+            raise ConfigError(
+                f"{starter} started {num_tasks} of this command, and each would start replicas of its own: use {remedy}"
+            )
 
 
 def end_replica(code: int) -> NoReturn:

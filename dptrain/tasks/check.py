@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import random
+import signal
 import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
@@ -45,12 +47,14 @@ def check_task(task: Task) -> frozenset[str]:
         samples = _first_samples(task)
         with reported(f"the first two training samples of task {task.name!r} do not make a micro-batch"):
             batch = (task.collate or default_collate)(samples)
+        refuse_coroutine(batch, f"what `collate` of task {task.name!r} returns")
         _materialise(task, batch)
         with reported(f"the model of task {task.name!r} cannot be copied"):
             model = copy.deepcopy(task.model).train()
         wrapped = _Wrapped(model)
         with _explained(wrapped, name=task.name):
             found = task.loss(wrapped, batch)
+        refuse_coroutine(found, f"what the loss of task {task.name!r} returns")
         unused = _check_loss(found, model=model, name=task.name)
     if not wrapped.was_called:
         raise TaskError(
@@ -155,7 +159,9 @@ def _first_samples(task: Task) -> list[Any]:
 
 def _sample(data: Any, index: int, *, name: str) -> Any:  # noqa: ANN401 - whatever a user gave
     with reported(f"sample {index} of the training data of task {name!r} cannot be read"):
-        return data[index]
+        sample = data[index]
+    refuse_coroutine(sample, f"sample {index} of the training data of task {name!r}")
+    return sample
 
 
 def _materialise(task: Task, batch: Batch) -> None:
@@ -183,7 +189,7 @@ def _is_lazy(model: nn.Module) -> bool:
 
 def _check_loss(found: Any, *, model: nn.Module, name: str) -> frozenset[str]:  # noqa: ANN401 - whatever a user's loss returned
     parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
+    if not any(p.numel() for p in parameters.values()):
         raise TaskError(f"the model of task {name!r} has no parameter that requires a gradient")
     loss = _check_scalars(found, name=name)
     device = next(iter(parameters.values())).device
@@ -256,13 +262,34 @@ def random_state_kept() -> Iterator[None]:
 
 @contextmanager
 def reported(what: str) -> Iterator[None]:
-    """Make one sentence of what a user's code raises, sys.exit included; our own errors are sentences already."""
+    """Make one sentence of what a user's code raises; our own errors are sentences already.
+
+    That includes what is no Exception, such as sys.exit(), asyncio.CancelledError and a raised KeyboardInterrupt.
+    """
     try:
         yield
     except DptrainError:
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
         raise TaskError(f"{what}: {_description(error)}") from error
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether an error can be a person's Ctrl-C: never in the command, where SIGINT raises no KeyboardInterrupt."""
+    return isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def refuse_coroutine(found: Any, what: str) -> None:  # noqa: ANN401 - whatever a user's function returned
+    """Refuse what an `async def` returns, and close it, or Python would warn that it "was never awaited".
+
+    Raises:
+        TaskError: where it is a coroutine.
+    """
+    if inspect.iscoroutine(found):
+        found.close()
+        raise TaskError(f"{what} is a coroutine, which nothing would run: write `def` instead of `async def`")
 
 
 def _description(error: BaseException) -> str:

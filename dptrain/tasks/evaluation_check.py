@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, default_collate
 
 from dptrain.errors import TaskError
 from dptrain.tasks.base import Task, split_loss
-from dptrain.tasks.check import random_state_kept, reported
+from dptrain.tasks.check import random_state_kept, refuse_coroutine, reported
 
 _NUM_SAMPLES = 2
 
@@ -36,7 +36,10 @@ def _dry_run(task: Task, data: Dataset[Any], *, what: str) -> float:
     """Return the loss of the first samples; the metrics of torchmetrics are updated in copies."""
     with reported(f"the first samples of {what} of task {task.name!r} cannot be read"):
         num_samples = min(_NUM_SAMPLES, len(data))  # type: ignore[arg-type]
-        samples = [data[index] for index in range(num_samples)]
+        samples = []
+        for index in range(num_samples):
+            samples.append(data[index])
+            refuse_coroutine(samples[-1], f"sample {index} of {what} of task {task.name!r}")
     with reported(f"the first samples of {what} of task {task.name!r} do not make a batch"):
         batch = (task.collate or default_collate)(samples)
     model = copy.deepcopy(task.model).eval()
@@ -46,6 +49,7 @@ def _dry_run(task: Task, data: Dataset[Any], *, what: str) -> float:
             found, outputs = task.outputs(model, batch)
         else:
             found = (task.eval_loss or task.loss)(model, batch)
+        refuse_coroutine(found, f"what the loss of task {task.name!r} returns for {what}")
         loss, parts = split_loss(found)
     for name, value in {"loss": loss, **parts}.items():
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -62,6 +66,7 @@ def _check_metric(name: str, metric: Any, loss: float, *, task_name: str) -> Non
     what = f"eval_metrics[{name!r}] of task {task_name!r}"
     with reported(f"{what} takes the mean held-out loss and returns a number, but it fails"):
         value = metric(loss)
+    refuse_coroutine(value, f"what {what} returns")
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):

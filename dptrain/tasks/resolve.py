@@ -14,7 +14,7 @@ from typing import Any
 
 from dptrain.errors import ConfigError, TaskError
 from dptrain.tasks.base import Task
-from dptrain.tasks.check import check_parts, reported
+from dptrain.tasks.check import check_parts, refuse_coroutine, reported
 from dptrain.tasks.digits import digits
 from dptrain.tasks.gpt import gpt
 from dptrain.tasks.huggingface import huggingface
@@ -61,6 +61,7 @@ def resolve_task(spec: str | Callable[..., Task], *, options: Mapping[str, Any] 
     _check_options(build, name=name, options=options)
     with reported(f"task {name!r} could not be built"):
         task = build(**options)
+    refuse_coroutine(task, f"what task {name!r} returns")
     if not isinstance(task, Task):
         raise TaskError(f"task {name!r} must return a dptrain.tasks.Task, got {type(task).__name__}")
     check_parts(task)

@@ -7,8 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
+
+from dptrain.cli.train import _refused_in_one_sentence
+from dptrain.errors import CheckpointError, TaskError
 
 TASK = """
 import os, sys, torch
@@ -29,6 +33,8 @@ seen = []
 where, how = os.environ.get("TEST_WHERE", ""), os.environ.get("TEST_HOW", "")
 
 def end():
+    if how == "interrupt":
+        raise KeyboardInterrupt
     os._exit(0) if how == "os._exit(0)" else sys.exit({"": None, "0": 0, "75": 75}[how])
 
 def loss(model, batch):
@@ -89,15 +95,46 @@ def train(folder, *arguments, **environment):
 
 @pytest.mark.parametrize(
     ("where", "how", "code"),
-    [("data", "", 1), ("data", "75", 1), ("loss", "0", 1), ("task", "", 2), ("data", "os._exit(0)", 70)],
+    [
+        ("data", "", 1),
+        ("data", "75", 1),
+        ("loss", "0", 1),
+        ("task", "", 2),
+        ("data", "os._exit(0)", 70),
+        ("loss", "interrupt", 1),
+        ("task", "interrupt", 2),
+    ],
 )
 def test_a_task_that_ends_the_process_does_not_end_the_run(tmp_path, where, how, code):
-    """`sys.exit()` in data, loss or task, with any code, is a failure and is told; so is an end without any word."""
+    """`sys.exit()` or KeyboardInterrupt in data, loss or task is a failure and is told; so is an end without any word."""
     found, told = train(tmp_path, TEST_WHERE=where, TEST_HOW=how)
     assert found == code, told
     assert not (tmp_path / "run" / "summary.json").exists()
-    words = {1: "the task called sys.exit(", 2: "could not be built: SystemExit", 70: "before its trainer had reported"}
+    words = {1: "the task called sys.exit(", 2: "could not be built: SystemExit"}
+    if how == "interrupt":
+        words = {1: "the task raised KeyboardInterrupt before", 2: "could not be built: KeyboardInterrupt"}
+    words |= {70: "before its trainer had reported"}
     assert words[code] in told.splitlines()[-1]
+
+
+def test_a_refusal_is_told_without_the_warnings_of_what_it_refuses():
+    """Those of an accepted task come as soon as it is accepted, and a filter that a task file sets stays set."""
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        with pytest.raises(TaskError), _refused_in_one_sentence():
+            warnings.warn("of the model", stacklevel=1)
+            raise TaskError("refused")
+        assert not shown
+        with _refused_in_one_sentence():
+            warnings.warn("of the model", stacklevel=1)
+            warnings.filterwarnings("ignore", "of the task")
+            assert not shown
+        warnings.warn("of the task", stacklevel=1)
+        assert [str(warning.message) for warning in shown] == ["of the model"]
+        with pytest.raises(CheckpointError), _refused_in_one_sentence():
+            warnings.warn("of the disk", stacklevel=1)
+            raise CheckpointError("no fault of the task")
+        assert [str(warning.message) for warning in shown] == ["of the model", "of the disk"]
 
 
 def test_a_terminal_without_unicode_ends_no_run(tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from dptrain.cli.main import main
+from dptrain.runtime.launcher import refuse_in_many_tasks
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,12 +82,38 @@ def test_h12_variables_left_over_are_explained(refuse):
     assert "`unset RANK WORLD_SIZE`" in told
 
 
-def test_h12_several_launchers_at_once_are_refused(refuse):
-    """`srun dptrain train` on four tasks would start four runs in one folder."""
-    code, told, _ = refuse(SLURM_STEP_NUM_TASKS=4)
+@pytest.mark.parametrize(
+    ("variables", "starter", "remedy"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": 4}, "srun started 4", "launch/slurm.sbatch, or srun --ntasks 1"),
+        (
+            {"SLURM_JOB_ID": 7, "SLURM_NTASKS": 2, "SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": 1, "PMI_SIZE": 2},
+            "srun started 2",
+            "launch/slurm.sbatch",
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": 8, "OMPI_COMM_WORLD_RANK": 3}, "mpirun started 8", "launch/torchrun.sh"),
+        ({"PMI_SIZE": 2, "PMI_RANK": 0}, "mpiexec started 2", "mpiexec -n 1"),
+    ],
+)
+def test_h12_several_launchers_at_once_are_refused(refuse, variables, starter, remedy):
+    """`srun dptrain train` on four tasks would start four runs in one folder; so would mpirun."""
+    code, told, _ = refuse(**variables)
     assert code == 2
-    assert "srun started 4 of this command" in told
-    assert "launch/slurm.sbatch" in told
+    assert f"{starter} of this command" in told
+    assert remedy in told
+
+
+def test_h12_a_sweep_under_srun_is_refused(monkeypatch, capsys):
+    """Each task would train the whole grid into the same folder."""
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert main(["sweep", "--task", "quadratic"]) == 2
+    assert "srun started 2 of this command" in capsys.readouterr().err
+
+
+def test_h12_one_task_of_a_job_is_no_crowd():
+    """`srun --ntasks 1`, and a shell inside an allocation of several tasks, go on."""
+    refuse_in_many_tasks({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "2", "OMPI_COMM_WORLD_SIZE": "1"})
+    refuse_in_many_tasks({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"})
 
 
 def test_h12_a_launcher_in_a_launcher_is_refused(monkeypatch, capsys):

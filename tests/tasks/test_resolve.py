@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import multiprocessing
 import random
 import re
+import signal
 import sys
 import textwrap
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from dptrain.errors import ConfigError, TaskError
-from dptrain.tasks import BUILT_IN, Suggestion, Task, check_task, resolve, resolve_task
+from dptrain.tasks import BUILT_IN, Suggestion, Task, check_evaluation, check_task, resolve, resolve_task
 
 NEED_DATA = ("pictures", "gpt", "huggingface", "images")
 PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
@@ -181,6 +184,22 @@ def test_file_with_a_dot_in_its_name_is_refused(write):
         resolve_task(f"{write(name='my.task.py')}:build")
 
 
+@pytest.fixture
+def no_interrupt():
+    """As in the command, where SIGINT does not raise KeyboardInterrupt."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+class LaterData(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    async def __getitem__(self, index):
+        return torch.ones(2)
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -188,8 +207,12 @@ def test_file_with_a_dot_in_its_name_is_refused(write):
         ("x = 1\ny = (", r"does not import: SyntaxError: .*\(its_task.py, line 2\)"),
         ("import json\njson.loads('{')", r"JSONDecodeError: .*its_task.py, line 2\)"),
         ("import sys\nsys.exit(3)", r"does not import: SystemExit: 3 \(.*its_task.py, line 2\)"),
+        ("\nraise KeyboardInterrupt", r"does not import: KeyboardInterrupt \(.*its_task.py, line 2\)"),
+        ("import asyncio\nraise asyncio.CancelledError", r"does not import: CancelledError \(.*its_task.py, line 2\)"),
+        ("class Odd(BaseException): pass\nraise Odd('x')", r"does not import: Odd: x \(.*its_task.py, line 2\)"),
     ],
 )
+@pytest.mark.usefixtures("no_interrupt")
 def test_file_that_does_not_import_is_refused(write, text, sentence):
     """The sentence has the original type, message and the line in the user's file, and nothing of the file stays."""
     before = list(sys.path)
@@ -199,6 +222,46 @@ def test_file_that_does_not_import_is_refused(write, text, sentence):
     assert caught.value.__cause__ is not None
     assert sys.path == before
     assert "its_task" not in sys.modules
+
+
+@pytest.mark.skipif(signal.getsignal(signal.SIGINT) is not signal.default_int_handler, reason="SIGINT is ignored here")
+def test_interrupt_of_a_person_passes(write):
+    """Where Python turns Ctrl-C into KeyboardInterrupt, as in a notebook, it is no error of the task."""
+    path = write("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    with pytest.raises(KeyboardInterrupt):
+        resolve_task(f"{path}:build")
+
+
+async def later(*_):
+    return 0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("attempt", "sentence"),
+    [
+        (lambda: resolve_task(later), "what task 'later' returns is a coroutine.*write `def`"),
+        (lambda: check_task(_task(loss=later)), "what the loss of task 'small' returns is a coroutine"),
+        (lambda: check_task(_task(collate=later)), "what `collate` of task 'small' returns is a coroutine"),
+        (lambda: check_task(_task(train_data=LaterData())), "sample 0 of the training data .* is a coroutine"),
+        (
+            lambda: check_evaluation(_task(eval_data=[torch.ones(2)], eval_loss=later)),
+            "what the loss of .* is a coroutine",
+        ),
+        (lambda: check_evaluation(_task(eval_data=LaterData())), "sample 0 of eval_data .* is a coroutine"),
+        (
+            lambda: check_evaluation(_task(eval_data=[torch.ones(2)], eval_metrics={"x": later})),
+            r"what eval_metrics\['x'\] .* is a coroutine",
+        ),
+    ],
+)
+def test_async_functions_are_refused_without_a_warning(attempt, sentence):
+    """Nobody would run what they return, and Python's warning about it would stand beside the sentence."""
+    with mock.patch("sys.unraisablehook") as unraisable:
+        with pytest.raises(TaskError, match=sentence):
+            attempt()
+        gc.collect()
+    assert not unraisable.called
 
 
 def test_function_that_raises_is_reported(write):
@@ -267,6 +330,12 @@ def test_missing_option_is_refused():
 OTHER_MODEL = nn.Linear(2, 1)
 
 
+def _without_elements():
+    model = nn.Identity()
+    model.empty = nn.Parameter(torch.empty(0))
+    return model
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -280,6 +349,7 @@ OTHER_MODEL = nn.Linear(2, 1)
             r"does not run .* RuntimeError: .*test_resolve.py, line \d+",
         ),
         ({"model": nn.Linear(2, 1).requires_grad_(requires_grad=False)}, "no parameter that requires a gradient"),
+        ({"model": _without_elements()}, "no parameter that requires a gradient"),
         ({"train_data": [torch.ones(2), torch.ones(3)]}, "do not make a micro-batch: RuntimeError"),
         ({"train_data": torch.utils.data.Dataset()}, "sample 0 .* cannot be read: NotImplementedError"),
     ],
