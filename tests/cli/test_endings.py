@@ -106,7 +106,7 @@ def train(folder, *arguments, **environment):
     ],
 )
 def test_a_task_that_ends_the_process_does_not_end_the_run(tmp_path, where, how, code):
-    """`sys.exit()` or KeyboardInterrupt in data, loss or task is a failure and is told; so is an end without any word."""
+    """`sys.exit()` or KeyboardInterrupt in data, loss or task is a failure and told; so is an end without a word."""
     found, told = train(tmp_path, TEST_WHERE=where, TEST_HOW=how)
     assert found == code, told
     assert not (tmp_path / "run" / "summary.json").exists()
@@ -117,13 +117,18 @@ def test_a_task_that_ends_the_process_does_not_end_the_run(tmp_path, where, how,
     assert words[code] in told.splitlines()[-1]
 
 
+def warn_and_raise(text, error):
+    with _refused_in_one_sentence():
+        warnings.warn(text, stacklevel=1)
+        raise error
+
+
 def test_a_refusal_is_told_without_the_warnings_of_what_it_refuses():
     """Those of an accepted task come as soon as it is accepted, and a filter that a task file sets stays set."""
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
-        with pytest.raises(TaskError), _refused_in_one_sentence():
-            warnings.warn("of the model", stacklevel=1)
-            raise TaskError("refused")
+        with pytest.raises(TaskError):
+            warn_and_raise("of the model", TaskError("refused"))
         assert not shown
         with _refused_in_one_sentence():
             warnings.warn("of the model", stacklevel=1)
@@ -131,9 +136,8 @@ def test_a_refusal_is_told_without_the_warnings_of_what_it_refuses():
             assert not shown
         warnings.warn("of the task", stacklevel=1)
         assert [str(warning.message) for warning in shown] == ["of the model"]
-        with pytest.raises(CheckpointError), _refused_in_one_sentence():
-            warnings.warn("of the disk", stacklevel=1)
-            raise CheckpointError("no fault of the task")
+        with pytest.raises(CheckpointError):
+            warn_and_raise("of the disk", CheckpointError("no fault of the task"))
         assert [str(warning.message) for warning in shown] == ["of the model", "of the disk"]
 
 
