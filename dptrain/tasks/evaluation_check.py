@@ -36,7 +36,7 @@ def _dry_run(task: Task, data: Dataset[Any], *, what: str) -> float:
     """Return the loss of the first samples; the metrics of torchmetrics are updated in copies."""
     with reported(f"the first samples of {what} of task {task.name!r} cannot be read"):
         num_samples = min(_NUM_SAMPLES, len(data))  # type: ignore[arg-type]
-        samples = []
+        samples: list[Any] = []
         for index in range(num_samples):
             samples.append(data[index])
             refuse_coroutine(samples[-1], f"sample {index} of {what} of task {task.name!r}")
