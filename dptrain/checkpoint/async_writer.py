@@ -38,10 +38,16 @@ class SaveStatus:
     """Saves not begun because one was under way, in all."""
     error: str | None = None
     """Why the last one failed; None where it did not."""
+    is_diverged: bool = False
+    """Whether that is because the state holds numbers that are not finite: no fault of the disk."""
     stall_s: float = 0.0
     """How long the last copy held up training."""
     write_s: float = 0.0
     """How long the last write took that was committed."""
+
+
+class StateNotFiniteError(CheckpointError):
+    """The state of a training that has diverged; none is written."""
 
 
 class AsyncWriter:
@@ -157,13 +163,13 @@ def check_finite(tensors: Mapping[str, Mapping[str, Tensor]], *, infinite: Colle
         infinite: entries (`model/mask`) in which infinities are meant. NaN never is.
 
     Raises:
-        CheckpointError: naming the first such tensor.
+        StateNotFiniteError: naming the first such tensor.
     """
     for name, group in tensors.items():
         for key, tensor in group.items():
             found = _not_finite(tensor)
             if found == "NaN" or (found and f"{name}/{key}" not in infinite):
-                raise CheckpointError(
+                raise StateNotFiniteError(
                     f"this state is not saved, as it holds numbers that are not finite: {name}/{key} holds {found}; "
                     f"earlier checkpoints stay"
                 )
@@ -184,4 +190,4 @@ def _not_finite(tensor: Tensor) -> str | None:
 
 def _after_failure(status: SaveStatus, error: BaseException) -> SaveStatus:
     sentence = str(error) if isinstance(error, CheckpointError) else f"saving failed: {type(error).__name__}: {error}"
-    return replace(status, failed=status.failed + 1, error=sentence)
+    return replace(status, failed=status.failed + 1, error=sentence, is_diverged=isinstance(error, StateNotFiniteError))

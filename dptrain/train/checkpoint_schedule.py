@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dptrain.checkpoint.async_writer import AsyncWriter
 from dptrain.checkpoint.interval import young_daly_s
 from dptrain.checkpoint.settings import CheckpointConfig
-from dptrain.errors import CheckpointError
+from dptrain.errors import CheckpointError, DivergedError
 from dptrain.runtime.step_reduction import StepRecord
 from dptrain.tracking.run_log import RunLog
 
@@ -83,6 +83,7 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: where it cannot be written.
+            DivergedError: where it holds numbers that are not finite.
         """
         self._writer.wait()
         step, (tensors, state) = self._pack()
@@ -90,6 +91,9 @@ class CheckpointManager:
         self._writer.wait()
         status = self._writer.status()
         if status.committed_step != step:
+            # The last steps of a run can be too few for the trainer to call it diverged; no disk is to blame for them.
+            if status.is_diverged:
+                raise DivergedError(str(status.error))
             raise CheckpointError(status.error or f"the checkpoint of step {step} was not written")
 
     def failed_saves(self) -> int:

@@ -38,6 +38,8 @@ def end():
     os._exit(0) if how == "os._exit(0)" else sys.exit({"": None, "0": 0, "75": 75}[how])
 
 def loss(model, batch):
+    if where == "slope":  # a gradient that is finite wherever the parameters are
+        return model(batch[0]).mean() * 1e-3
     if where == "loss" and len(seen) > 300:
         end()
     return ((model(batch[0]) - batch[1]) ** 2).mean()
@@ -115,6 +117,16 @@ def test_a_task_that_ends_the_process_does_not_end_the_run(tmp_path, where, how,
         words = {1: "the task raised KeyboardInterrupt before", 2: "could not be built: KeyboardInterrupt"}
     words |= {70: "before its trainer had reported"}
     assert words[code] in told.splitlines()[-1]
+
+
+@pytest.mark.parametrize("law", ["constant", "noise"])
+def test_a_run_that_diverges_in_its_last_steps_has_diverged(tmp_path, law):
+    """A checkpoint that is refused because parameters are infinite is no failure of the disk: exit code 65."""
+    options = ("--max_samples", "32", "--optimizer.learning_rate", "1e30", "--control.law", law)
+    code, told = train(tmp_path, *options, TEST_WHERE="slope")
+    assert code == 65, told
+    assert "holds infinity" in told.splitlines()[-1]
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def warn_and_raise(text, error):

@@ -291,6 +291,31 @@ def test_h8_shared_memory_that_is_full_is_a_clear_error(tmp_path):
     assert "shared memory" in done.stderr or "shm" in done.stderr, done.stderr
 
 
+@pytest.mark.skipif(not _may_mount(), reason="the kernel allows no private /dev/shm")
+@pytest.mark.parametrize(("size", "num_workers", "num_replicas"), [("256k", "1", "2"), ("1m", "2", "1")])
+def test_h8_the_launcher_names_shared_memory(tmp_path, size, num_workers, num_replicas):
+    """The last line of the command, as in a container with a small /dev/shm: exit code 1, and its name."""
+    (tmp_path / "its_task.py").write_text(TASK)
+    small = f'mount -t tmpfs -o size={size} none {SHARED_MEMORY} && exec "$@"'
+    command = ["unshare", "-Urm", "bash", "-c", small, "bash", sys.executable, "-m", "dptrain", "train"]
+    command += ["--task", "its_task.py:points", "--run_dir", "run", "--device", "cpu", "--log.tracker", "none"]
+    command += ["--replicas", num_replicas, "--num_workers", num_workers, "--max-restarts", "0"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=bare_environment(tmp_path, TEST_SIZE="500000"),
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("dptrain train:")]
+    assert len(told) == 1
+    assert told[0] == done.stderr.splitlines()[-1]
+    assert "shared memory" in told[0]
+
+
 def test_h8_a_limit_on_processes_is_a_clear_error(tmp_path):
     """A run that may start no worker says so. The limit binds no root, so its error is raised in its place."""
     done = train(tmp_path, "--num_workers", "2", TEST_MAY_FORK="no")
