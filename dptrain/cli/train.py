@@ -9,10 +9,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dptrain.cli.settings import parse
 from dptrain.config.train_config import TrainConfig
@@ -158,7 +158,8 @@ def _refused_in_one_sentence() -> Iterator[None]:
         held.append(warning)
 
     # Not catch_warnings, which would undo the filters that a task file or a library sets while it is imported.
-    show, warnings.showwarning = warnings.showwarning, hold
+    show: Callable[..., None] = warnings.showwarning
+    warnings.showwarning = cast("Any", hold)
     try:
         yield
     except (ConfigError, TaskError):
