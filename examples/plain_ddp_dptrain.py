@@ -1,4 +1,4 @@
-"""The script of `plain_ddp.py`, told how large a batch is still useful; the lines with dptrain are all that is new."""
+"""The script of `plain_ddp.py`, with dptrain that measures how large a batch is still useful."""
 
 from __future__ import annotations
 

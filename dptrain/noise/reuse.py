@@ -75,7 +75,7 @@ class ReuseBias:
 
     @property
     def matters(self) -> bool:
-        """Whether it is told from zero and above a twentieth."""
+        """Whether it is distinguishable from zero and above a twentieth."""
         return self.relative > max(2 * self.error, 0.05)
 
 

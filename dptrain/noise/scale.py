@@ -34,9 +34,9 @@ class Resolution(StrEnum):
     RESOLVED = "resolved"
     """Both ends of the interval are known."""
     AT_LEAST = "at least"
-    """|G|² cannot be told from zero: only the lower end is known."""
+    """|G|² is not distinguishable from zero: only the lower end is known."""
     NOT_RESOLVED = "not resolved yet"
-    """Neither |G|² nor tr(Σ) can be told from zero."""
+    """Neither |G|² nor tr(Σ) is distinguishable from zero."""
     INCONSISTENT = "inconsistent"
     """tr(Σ), which is a sum of squares in truth, is below zero by far more than chance explains: a misuse."""
 
@@ -253,7 +253,7 @@ def _fieller(pair: NoiseScale | SmoothedMoments, t: float) -> tuple[float, float
         upper = (b + root) / a
         lower = c / (b + root) if b + root > 0 else 0.0
     elif c > 0:
-        # |G|² is not told from zero but tr(Σ) is: the set is open above, and 0 is not in it.
+        # |G|² is not distinguishable from zero but tr(Σ) is: the set is open above, and 0 is not in it.
         lower, upper = (c / (b + root) if b + root > 0 else math.inf), math.inf
     else:
         lower, upper = 0.0, math.inf

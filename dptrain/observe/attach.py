@@ -51,7 +51,7 @@ def attach(
 
     Without `optimizer`, call `meter.step()` once per optimizer step, after the last backward pass. The step's gradient
     is taken to be the mean over its micro-batches (each loss divided by the number of accumulation steps).
-    Micro-batches are told apart by the model's forward passes with gradients, until the loop calls `meter.begin`
+    Micro-batches are distinguished by the model's forward passes with gradients, until the loop calls `meter.begin`
     itself. `docs/measure.md` has the table of wrappers.
 
     Args:

@@ -257,7 +257,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
         return norms
 
     def _divisor_of(self, sums: list[float]) -> float:
-        # DDP divides by the ranks that still have samples only where Join was told so.
+        # DDP divides by the ranks that still have samples only where Join was set so.
         if self.divides_by_active:
             return sums[-2]
         return self._world_size * self._share if self._divisor is None else self._divisor

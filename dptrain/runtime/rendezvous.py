@@ -111,7 +111,7 @@ _PREFIX = "dptrain"
 
 # The agent of torchrun keeps its store over all attempts, and counts its restarts for itself: two agents that meet
 # again after one of them was started anew have different counts, and a change of membership raises none. So the keys
-# of earlier attempts cannot be told from those of this one by any variable of the environment. Instead each replica
+# of earlier attempts look like those of this one to every variable of the environment. Instead each replica
 # leaves a random token; rank 0 names a group and invites the tokens that it finds; the group is on when all of them
 # have accepted, which no dead replica does. A token that belonged to a group before is never invited again.
 

@@ -56,7 +56,7 @@ class RankReport:
         busy_s: seconds that it was busy by itself, in an earlier step.
         step_s: seconds from the beginning of the step before to that of this one; None where something else than
             training fell into them.
-        energy_j: joules that its device drew since it last told; NaN where that is not known.
+        energy_j: joules that its device drew since its last report; NaN where that is not known.
     """
 
     stop: bool = False

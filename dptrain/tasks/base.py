@@ -50,7 +50,7 @@ class Moment:
 
 
 class TrainHook:
-    """Is told of steps, evaluations and saves. Derive from it and override what is needed; all of it runs on all ranks.
+    """Receives steps, evaluations and saves. Derive from it and override what is needed; all of it runs on all ranks.
 
     It must do the same on each rank. What it remembers goes through `state_dict`, or a resumed run lacks it.
     """

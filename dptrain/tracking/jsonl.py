@@ -235,7 +235,7 @@ def _split_lines(text: bytes) -> list[bytes]:
 
 
 class _Kept:
-    """What `JsonlLog.resume` keeps of a log, told line by line.
+    """What `JsonlLog.resume` keeps of a log, fed line by line.
 
     Attributes:
         steps: of the rows of training steps that are kept.

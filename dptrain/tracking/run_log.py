@@ -247,7 +247,7 @@ def _on_record(folder: RunFolder, *, from_step: int) -> list[tuple[int, int]]:
         for step, batch in dict.fromkeys(pairs)
         if type(step) is int and type(batch) is int and batch >= 1 and step >= from_step
     ]
-    # The latest step that is told of may not have been decided on when the attempt ended.
+    # The latest step that is logged may not have been decided on when the attempt ended.
     steps = [_latest_step(folder.metrics) - 1, *(step for step, _ in found)]
     return [*found, (max(steps, default=0), 0)]
 

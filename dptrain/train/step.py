@@ -130,9 +130,9 @@ class Stepper:
             try:
                 return *self._accumulate(passes, record), parts > 1
             except torch.OutOfMemoryError as error:
-                told = str(error).splitlines()[0]
+                cause = str(error).splitlines()[0]
             # Only here, past the error, is the memory that its traceback held free.
-            self._check_can_begin_anew(record, parts=parts, told=told)
+            self._check_can_begin_anew(record, parts=parts, cause=cause)
             passes.close()
             self._update.zero_grad()
             self._meter.discard_step()
@@ -194,23 +194,23 @@ class Stepper:
                 yield _Pass(batch=piece, num_samples=share, number=place, position=position, is_last=is_last)
                 position, left = position + share, left - share
 
-    def _check_can_begin_anew(self, record: StepRecord, *, parts: int, told: str) -> None:
+    def _check_can_begin_anew(self, record: StepRecord, *, parts: int, cause: str) -> None:
         if self._is_sharded and self._world_size > 1:
             raise OutOfMemoryError(
                 f"micro-batches of {record.micro_batch_size} did not fit into memory, and a replica with sharded "
                 f"parameters cannot begin a step anew by itself: go on from the latest checkpoint with --resume "
-                f"--micro_batch_size {max(1, record.micro_batch_size // 2)} ({told})"
+                f"--micro_batch_size {max(1, record.micro_batch_size // 2)} ({cause})"
             )
         if self._is_combining:
             raise OutOfMemoryError(
                 f"micro-batches of {record.micro_batch_size} did not fit into memory while the replicas combined their "
                 f"gradients: go on from the latest checkpoint with --resume --micro-batch-size "
-                f"{max(1, record.micro_batch_size // 2)} ({told})"
+                f"{max(1, record.micro_batch_size // 2)} ({cause})"
             )
         least = self._statistics.smallest_micro_batch
         if parts >= record.micro_batch_size // least:
             samples = "a single sample" if least == 1 else f"{least} samples"
-            raise OutOfMemoryError(f"the memory does not suffice for {samples} at a time ({told})")
+            raise OutOfMemoryError(f"the memory does not suffice for {samples} at a time ({cause})")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -270,9 +270,9 @@ class Trainer:
 
     def _follow_record(self, log: RunLog) -> None:
         """Have all replicas take the decisions that an earlier attempt had acted upon, up to the end of its log."""
-        told = broadcast_from_rank_0([value for pair in log.on_record for value in pair], device=self._device)
-        if told:
-            *decisions, (up_to, _) = zip(told[::2], told[1::2], strict=True)
+        known = broadcast_from_rank_0([value for pair in log.on_record for value in pair], device=self._device)
+        if known:
+            *decisions, (up_to, _) = zip(known[::2], known[1::2], strict=True)
             self._run.follow(dict(decisions), up_to=up_to)
 
     def _train(

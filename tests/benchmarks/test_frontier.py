@@ -24,7 +24,7 @@ def test_known_frontiers_are_recovered(findings):
     assert {row["said"] for row in known} == {"hyperbola"}
 
 
-def test_what_is_no_hyperbola_is_told_so(findings):
+def test_what_is_no_hyperbola_is_reported_so(findings):
     """Ten sweeps of the greedy rate, and none is fitted."""
     greedy = rows(findings, "4")
     assert len(greedy) == 10

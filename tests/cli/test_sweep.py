@@ -133,7 +133,7 @@ def test_runs_are_as_they_were_asked_for(done):
     assert steps[-1]["progress/samples"] < 1600
 
 
-def test_progress_is_told_line_by_line(done):
+def test_progress_is_reported_line_by_line(done):
     """Each run says at its end what it came to, and how many there are."""
     lines = done.text("err").splitlines()
     assert sum("samples (" in line and "runs so far" in line for line in lines) >= 9
@@ -208,7 +208,7 @@ def test_nonsense_is_one_sentence(options, settings, said, tmp_path):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_what_could_not_be_told_is_told_so():
+def test_what_is_unknown_is_reported_so():
     """Batches out of reach, batches that were there before the first look, rates at the edge: a line for each."""
     spec = read_request(["--task=quadratic", "--global-batch-sizes=4,8,16", "--targets=1.0", "--seeds=1"]).spec
     outcome = Outcome(

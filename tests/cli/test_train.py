@@ -111,7 +111,7 @@ FILES = {
         ("--config binary.yaml", ["binary.yaml"]),
     ],
 )
-def test_settings_that_are_wrong_are_told_in_one_sentence(tmp_path, monkeypatch, arguments, parts):
+def test_settings_that_are_wrong_are_reported_in_one_sentence(tmp_path, monkeypatch, arguments, parts):
     """With the name, what it should be and what it is; exit code 2, and no replica is started."""
     monkeypatch.chdir(tmp_path)
     for name, text in FILES.items():

@@ -22,7 +22,7 @@ def test_a_run_is_resumed_with_its_own_settings_only():
         assert text in str(caught.value)
 
 
-def test_what_is_only_told_may_change_on_the_way():
+def test_what_is_only_reported_may_change_on_the_way():
     """Log, checkpoints, workers and the folder's place do not make another run."""
     config = TrainConfig()
     other = replace(

@@ -65,7 +65,7 @@ def test_what_collate_makes_of_the_samples_counts():
     assert digest_of(Augmented(), collate=one).whole() != digest_of(Augmented(), collate=other).whole()
 
 
-def test_the_samples_trained_last_are_told_from_others():
+def test_the_samples_trained_last_are_distinguished_from_others():
     """Eight before a position; those that come after it do not count."""
     stream = SampleStream(1000, seed=0)
     position = 400

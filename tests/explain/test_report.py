@@ -118,7 +118,7 @@ def test_several_runs_are_laid_over_each_other_where_they_lie(tmp_path):
     assert "Recommended batch size, from B two" in text
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
+def test_runs_of_one_name_are_distinguished(tmp_path):
     """By the folders that they lie in."""
     folders = [tmp_path / place for place in ("monday/run", "tuesday/run", "other")]
     for folder in folders:

@@ -284,7 +284,7 @@ def crashed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("where", ["sample", "the model", "the loss"])
-def test_a12_an_exception_is_told_once_with_its_replica(crashed, where):
+def test_a12_an_exception_is_reported_once_with_its_replica(crashed, where):
     """As traceback, whatever the other replica says about its lost peer; and the run goes on."""
     lines = [line for line in crashed.splitlines() if "is rotten" in line]
     own = [line for line in lines if where in line]

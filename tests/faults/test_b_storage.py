@@ -271,7 +271,7 @@ def test_b6_a_manifest_that_is_not_right_is_passed_over_with_its_reason(tmp_path
     assert reason in found.passed_over[0][1]
 
 
-def test_b7_where_none_is_intact_nothing_begins_afresh_unless_told(tmp_path):
+def test_b7_where_none_is_intact_nothing_begins_afresh_unless_asked(tmp_path):
     """The error gives each one's reason. Told to, the reader finds none, and the bad ones are moved out of the way."""
     for step in (1, 2):
         (save(tmp_path, step) / "state.json").unlink()

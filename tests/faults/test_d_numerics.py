@@ -80,7 +80,7 @@ def break_on_rank_1(rank, world_size, folder):
     return told
 
 
-def test_d1_d11_a_step_that_is_not_finite_is_skipped_and_told_with_rank_and_samples(tmp_path):
+def test_d1_d11_a_step_that_is_not_finite_is_skipped_and_reported_with_rank_and_samples(tmp_path):
     """NaN or infinity in a sample of rank 1: one step skipped, the run goes on, the sentence says who and what."""
     told, _ = run_replicas(break_on_rank_1, world_size=2, args=(tmp_path,))
     samples = samples_of_step(3, rank=1)

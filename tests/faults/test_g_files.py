@@ -333,8 +333,8 @@ def test_g4_nothing_is_parsed_before_its_sum_was_verified(tmp_path, monkeypatch)
     for name in ("model.safetensors", "state.json"):
         content = (path / name).read_bytes()
         (path / name).write_bytes(content[:-1] + b"!")
-        monkeypatch.setattr(module, "load", parser)
-        monkeypatch.setattr(module, "decode_state", parser)
+        monkeypatch.setattr("dptrain.checkpoint.opened.load", parser)
+        monkeypatch.setattr("dptrain.checkpoint.opened.decode_state", parser)
         with pytest.raises(CheckpointError):
             load_checkpoint(path)
         with pytest.raises(CheckpointError, match="has changed since it was verified"):
@@ -360,7 +360,7 @@ def test_g6_files_are_private_under_any_umask(tmp_path, mask):
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
 
 
-def test_g6_a_folder_that_others_may_write_is_told_once(tmp_path):
+def test_g6_a_folder_that_others_may_write_is_reported_once(tmp_path):
     """One warning when the run begins to use it, none for each save, and none where the folder is its owner's alone."""
     folder = tmp_path / "checkpoints"
     save(folder)

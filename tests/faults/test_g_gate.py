@@ -240,7 +240,7 @@ def test_g7_a_secret_in_a_setting_is_refused_and_the_error_shows_it_blanked(told
     assert all(outputs[name][0] == 2 for name in ("fails", "value", "name"))
 
 
-def test_g11_nothing_that_is_told_steers_a_terminal(told):
+def test_g11_no_output_steers_a_terminal(told):
     """Escapes, line ends and turned writing in names and errors come out spelled out, in one line each."""
     folder, outputs = told
     assert outputs["hostile"][0] == 0, outputs["hostile"]

@@ -339,7 +339,7 @@ def test_how_it_prints(changes, text):
 
 
 def test_a_ratio_is_printed_when_it_is_no_stroke_of_luck():
-    """|G|² of 1.5 half-widths of its interval is told from zero, and still only a bound is given; from 2 a value."""
+    """|G|² of 1.5 half-widths of its interval is distinguishable from zero, but gives only a bound; 2 gives a value."""
     lucky, known = (noise_scale(pair(var_grad=(2 / 2.086 / widths) ** 2)) for widths in (1.5, 2.1))
     assert (lucky.state, lucky.value, lucky.upper) == (Resolution.AT_LEAST, None, math.inf)
     assert known.state is Resolution.RESOLVED

@@ -148,7 +148,7 @@ def test_two_models_have_meters_of_their_own():
     assert scale.grad_sq_norm + scale.noise_trace / 10 == pytest.approx(judge_square, rel=1e-5)
 
 
-def test_wrong_settings_are_told_apart():
+def test_wrong_settings_are_distinguished():
     """Each setting that cannot be is refused by its name."""
     model = make_model()
     for settings, text in (

@@ -356,7 +356,7 @@ def test_ambiguous_loops_are_refused_with_a_remedy():
         assert remedy in error, (loop.__name__, error)
 
 
-def test_misused_loops_are_told_once_and_not_measured():
+def test_misused_loops_are_reported_once_and_not_measured():
     """One warning from one rank has the remedy, the reading has the reason, and at most the first step counts."""
     results = run_replicas(outcomes, world_size=2, args=(tuple(TOLD),))
     for (loop, remedy), found, other in zip(TOLD.items(), *results, strict=True):

@@ -80,7 +80,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_cause_is_told_and_its_consequences_are_not(case):
+def test_the_cause_is_reported_and_its_consequences_are_not(case):
     """The replica that ended first; with the exit code of the cause."""
     endings, expected = CASES[case]
     assert root_cause(endings) == expected
@@ -132,7 +132,7 @@ def test_what_another_has_caused_says_so(tmp_path, kind):
     assert read_failures(tmp_path, rank=1).is_consequence
 
 
-def test_without_a_launcher_the_error_is_told_by_who_has_it(tmp_path):
+def test_without_a_launcher_the_error_is_reported_by_who_has_it(tmp_path):
     """The same where the folder is gone."""
     assert not write_failure(ValueError(), environment={"RANK": "1"})
     assert not write_failure(ValueError(), environment=environment(tmp_path / "gone"))
@@ -146,6 +146,6 @@ def test_words_that_are_being_written_are_not_read(tmp_path):
 
 
 @pytest.mark.parametrize(("sentence", "hang"), [("Timed out waiting 300 s", True), ("closed by peer", False)])
-def test_a_peer_that_hangs_is_told_from_one_that_ended(sentence, hang):
+def test_a_peer_that_hangs_is_distinguished_from_one_that_ended(sentence, hang):
     """For the report of one that hangs there is no point in waiting."""
     assert Ending(rank=0, code=70, report=said(sentence, is_consequence=True)).blames_a_hang is hang

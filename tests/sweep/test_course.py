@@ -139,7 +139,7 @@ def test_a_summary_is_the_end(tmp_path):
     assert not course.has_diverged
 
 
-def test_a_damaged_row_is_told(tmp_path):
+def test_a_damaged_row_is_reported(tmp_path):
     """With the file, and what to do about it."""
     (tmp_path / "metrics.jsonl").write_text('{"kind": "eval", "st\n')
     with pytest.raises(ConfigError, match="remove the folder"):

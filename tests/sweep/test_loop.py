@@ -162,7 +162,7 @@ def test_a_run_that_somebody_ended_goes_on(played, code):
     assert list(ending.failures.values()) == [code]
 
 
-def test_a_run_that_failed_is_told_and_the_others_go_on(played):
+def test_a_run_that_failed_is_reported_and_the_others_go_on(played):
     """It is not started again: `dptrain train` has tried what can be tried."""
     acting, _, ending = played({NAMES[0]: [74, 74]})
     assert len(acting.started) == 3

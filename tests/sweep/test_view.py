@@ -88,6 +88,6 @@ def test_a_terminal_has_a_table(shown):
     assert "1 of 4 runs so far" in text
 
 
-def test_hours_are_told_as_hours(shown):
+def test_hours_are_reported_as_hours(shown):
     """Seconds alone would have to be divided by the reader."""
     assert [sweep_view._duration(seconds) for seconds in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]

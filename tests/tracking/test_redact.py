@@ -79,7 +79,7 @@ def test_what_steers_a_terminal_is_spelled_out(hostile):
     assert spelled_out(f"ä 本\u00a0{hostile}") == f"ä 本\u00a0{repr(hostile)[1:-1]}"
 
 
-def test_a_sentence_to_be_told_has_neither(monkeypatch):
+def test_a_printed_sentence_has_neither(monkeypatch):
     """One line, without secrets."""
     monkeypatch.setenv("MY_TOKEN", CANARY)
     assert printable(f"401 for {CANARY}\n\x1b[31m") == "401 for [secret]\\n\\x1b[31m"

@@ -85,7 +85,7 @@ def test_rows_and_summary_are_written(tmp_path):
         pass
 
 
-def test_a_full_disk_delays_rows_and_is_told_once(tmp_path, said, disk):
+def test_a_full_disk_delays_rows_and_is_reported_once(tmp_path, said, disk):
     """No row is lost, none is written twice, and training hears of nothing."""
     log = open_log(tmp_path)
     log.train(row(1))

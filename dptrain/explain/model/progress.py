@@ -131,7 +131,7 @@ def course(record: RunRecord, curve: LossCurve, assumption: Assumption = MEASURE
     """
     if not any(map(is_resolved, record.train)):
         raise ConfigError(
-            f"the noise scale of {record.name} was never resolved, and no other batch can be told from it: train on, "
+            f"the noise scale of {record.name} was never resolved; other batches cannot be compared: train on, "
             f"or on more replicas or accumulation steps, which measure it faster"
         )
     samples, batches = column(record.train, SAMPLES), column(record.train, "batch/global")

@@ -65,7 +65,7 @@ class GradientHook(Protocol):
             A float64 vector on the gradients' device, one entry for each group, or one for the whole model.
 
         Raises:
-            ObservationError: where what was seen cannot be told apart into micro-batches.
+            ObservationError: where what was seen cannot be split into micro-batches.
         """
 
     def discard(self) -> None:

@@ -99,7 +99,7 @@ class MicroBatchNorms:
         """Return Σ ‖seen‖²/v over the micro-batches of the step, by group, and forget them.
 
         Raises:
-            ObservationError: where what was seen cannot be told apart into micro-batches.
+            ObservationError: where what was seen cannot be split into micro-batches.
         """
         self._close_last()
         seen, overlap = self._squares, self._overlap

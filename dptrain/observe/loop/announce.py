@@ -26,7 +26,7 @@ def announce_forward_passes(
 
     Args:
         model: the module that the loop calls.
-        meter: to be told.
+        meter: that is notified.
         micro_batch_size: see `attach`.
         summed: whether the loss is the sum over the samples.
     """

@@ -74,7 +74,7 @@ class MeterResults:
 
     @property
     def steps_dropped(self) -> int:
-        """Steps that told nothing: squared norms not finite, fewer than two small batches; waits as `read` does."""
+        """Steps without a measurement: squared norms not finite, fewer than two small batches; waits as `read` does."""
         self._absorb_up_to(0)
         return self._estimate.steps_dropped
 

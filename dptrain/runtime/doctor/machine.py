@@ -46,7 +46,7 @@ class Machine:
         has_infiniband: whether there are InfiniBand or RoCE adapters.
         interfaces: IPv4 address of each network interface.
         gloo_interface, nccl_interface: the variables GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or None.
-        address: under which other ranks will be told to reach this one.
+        address: under which other ranks will reach this one.
     """
 
     rank: int

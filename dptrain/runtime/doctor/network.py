@@ -86,11 +86,11 @@ def call(address: str, port: int, *, token: bytes, limit_s: float = _CALL_S) -> 
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             began, began_s = time.time(), time.perf_counter()
             peer.sendall(token)
-            told = _CLOCK.unpack(_receive(peer, _CLOCK.size))[0]
+            remote_s = _CLOCK.unpack(_receive(peer, _CLOCK.size))[0]
             took_s = time.perf_counter() - began_s
     except (OSError, struct.error) as error:
         return Answer(problem=why(error))
-    return Answer(round_trip_s=took_s, clock_offset_s=told - (began + took_s / 2))
+    return Answer(round_trip_s=took_s, clock_offset_s=remote_s - (began + took_s / 2))
 
 
 def why(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Metrics by the OpenTelemetry SDK where it is installed; where they go is told by its own OTEL_ variables."""
+"""Metrics by the OpenTelemetry SDK where it is installed; its own OTEL_ variables say where they go."""
 
 from __future__ import annotations
 

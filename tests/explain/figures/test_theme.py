@@ -69,7 +69,7 @@ def test_text_and_curves_stand_out(name, colours):
 
 @pytest.mark.parametrize("who", SEEN_BY)
 @pytest.mark.parametrize(("name", "colours"), pages())
-def test_runs_are_told_apart_whatever_eyes_see(name, colours, who):
+def test_runs_are_distinguishable_to_colour_blind_readers(name, colours, who):
     """Every two of the colours lie far apart as they are seen with any kind of colour vision."""
     seen = {colour: lab(SEEN_BY[who] @ linear(colours[colour])) for colour in SERIES}
     assert min(np.linalg.norm(seen[one] - seen[other]) for one, other in combinations(SERIES, 2)) > 15

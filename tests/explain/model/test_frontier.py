@@ -187,7 +187,7 @@ def test_batches_on_one_side_bound_the_critical_batch(batches, low, high):
     assert ("at least" if low else "at most") in str(critical)
 
 
-def test_misfit_beyond_the_seeds_is_told():
+def test_misfit_beyond_the_seeds_is_reported():
     """A curve that is sharper than a hyperbola is told from one by seeds that scatter less than it misses."""
     rng = np.random.default_rng(6)
 

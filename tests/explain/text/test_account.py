@@ -15,7 +15,7 @@ def _account(folder):
     return {entry.name: entry for entry in account(read_run(folder))}
 
 
-def test_a_run_without_a_ledger_is_told_what_is_missing(tmp_path):
+def test_a_run_without_a_ledger_is_reported_what_is_missing(tmp_path):
     """Nothing is guessed; each line says why it is not known. Time on devices follows from what every log has."""
     found = _account(write_run(tmp_path))
     assert found["Work"].value == "17,280 samples in 300 optimizer steps"

@@ -74,7 +74,7 @@ def test_the_first_resolved_value_counts_where_there_is_one():
     assert findings.about_noise_scale(_record({})) == "The noise scale was not measured in this run"
 
 
-def test_the_noise_scale_is_told_beside_the_loss():
+def test_the_noise_scale_is_reported_beside_the_loss():
     """Both are told from the first resolved moment to the end, with no claim that the intervals do not prove."""
     record = _record(
         {"train/loss": 3.0, **_at_least(3)},
@@ -131,7 +131,7 @@ def test_a_constant_learning_rate_stayed():
     assert findings.about_learning_rate(_record({"train/lr": 0.1}, {"train/lr": 0.2})).endswith("rose from 0.1 to 0.2")
 
 
-def test_a_fixed_batch_is_no_gain_and_a_moving_one_is_told_against_it(tmp_path):
+def test_a_fixed_batch_is_no_gain_and_a_moving_one_is_reported_against_it(tmp_path):
     """A run of one batch is told what it took; one that moved, what it saved, or that there was no gain."""
     phi = [_resolved(value, value / 2, value * 2) for value in (10.0, 1000.0)]
     fixed = _record(phi[0], phi[1])

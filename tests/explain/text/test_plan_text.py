@@ -95,7 +95,7 @@ def test_the_goal_says_where_it_lies(plan):
         (None, None, "unknown"),
     ],
 )
-def test_compute_is_told_by_what_is_known(plan, by_count, by_time, said):
+def test_compute_is_reported_by_what_is_known(plan, by_count, by_time, said):
     """Both methods and their disagreement, or which of them is missing and why."""
     assert said in plan_text.compute(replace(plan, compute_of_run=Compute(by_count=by_count, by_time=by_time)))
 

@@ -59,7 +59,7 @@ def test_a_gradient_that_nobody_brought_is_a_contradiction():
     assert common_factor([0.0] * 8, [0.0] * 8, SEEN, tolerance=EXACT) is None
 
 
-def test_ranks_that_differ_are_told_apart_from_rounding():
+def test_ranks_that_differ_are_distinguished_from_rounding():
     """The spread over the ranks is compared with the magnitudes."""
     squares = [x * x for x in SEEN]
     assert not combined_differs(SEEN, squares, SIZES, tolerance=EXACT)

@@ -37,7 +37,7 @@ def loop(steps, *, accumulation=2, factor=1.0):
         ({"factor": 0.0}, Reason.ALL_ZERO),
     ],
 )
-def test_each_reason_is_told_once_and_kept(settings, reason):
+def test_each_reason_is_reported_once_and_kept(settings, reason):
     """Four dropped steps are no news; the fifth brings one warning, and nine bring no second one."""
     meter, told = loop(4, **settings)
     assert told == []

@@ -31,7 +31,7 @@ def test_a_clock_that_is_ahead_is_measured(monkeypatch):
     assert answer.clock_offset_s == pytest.approx(3600, abs=1 + answer.round_trip_s)
 
 
-def test_a_stranger_is_told_nothing():
+def test_a_stranger_gets_no_answer():
     """Who does not know the token is hung up on, and the listener serves on."""
     with ClockListener("127.0.0.1", token=TOKEN) as listener:
         assert call("127.0.0.1", listener.port, token=b"x" * 16).problem == "hung up without an answer"

@@ -149,7 +149,7 @@ def test_loopback_is_right_on_one_host():
         ({"threads": 16}, "threads", Status.WARNING, "export OMP_NUM_THREADS=8"),
     ],
 )
-def test_what_a_host_has_too_little_of_is_told(change, check, status, remedy):
+def test_what_a_host_has_too_little_of_is_reported(change, check, status, remedy):
     """Shared memory, open files, locked memory and cores are each checked, with the command that helps."""
     (finding,) = problems(two_hosts(**change))
     assert (finding.check, finding.status) == (check, status)

@@ -49,7 +49,7 @@ def test_who_does_not_answer_is_named_with_its_host(replicas, monkeypatch):
     assert asker.sentence() == "rank 2 on h of 3 did not answer: killed, frozen, or behind a cut link"
 
 
-def test_who_is_elsewhere_is_told_with_the_place(replicas, monkeypatch):
+def test_who_is_elsewhere_is_reported_with_the_place(replicas, monkeypatch):
     """All answer, and one is not in a collective: that one is what the others wait for."""
     replicas(1)
     replicas(2)

@@ -113,7 +113,7 @@ def test_opentelemetry_gets_each_number():
     assert "dptrain.noise_scale.value" not in points
 
 
-def test_what_does_not_start_or_breaks_is_told_once(tmp_path):
+def test_what_does_not_start_or_breaks_is_reported_once(tmp_path):
     """A port in use, a folder that is missing, and a file that fails later are each a sentence; the others go on."""
     told = []
     with socket.create_server(("127.0.0.1", 0)) as taken:
