@@ -140,7 +140,7 @@ def complaint(code, stderr, *, run):
 
 
 def try_files(folder, *, number, seed):
-    """Try so many files; return (what was wrong, its file, what was told) for each that was, and how many were taken."""
+    """Try so many files; return (what was wrong, its file, what was reported) for each that was, and how many were taken."""
     folder, draw = Path(folder), random.Random(seed)
     found, accepted = [], 0
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the command has it, where no Ctrl-C is a KeyboardInterrupt

@@ -125,12 +125,12 @@ def attempt(folder, *, kill_at=None, kill=kill, keep=3, config=None, task=noisy)
 
 
 def without_clock(record):
-    """Leave out what a clock told."""
+    """Leave out clock times."""
     return {key: value for key, value in record.items() if key not in BY_CLOCK}
 
 
 def result_of(folder):
-    """Everything that a run leaves, less what a clock told."""
+    """Everything that a run leaves, less all clock times."""
     folder = Path(folder)
     saved = load_newest(folder / "checkpoints")
     state = {**saved.state, "progress": without_clock(saved.state["progress"])}
@@ -148,7 +148,7 @@ def result_of(folder):
 
 
 def trained(folder):
-    """What was trained, decided and told; not how it was asked for."""
+    """What was trained, decided and reported; not how it was asked for."""
     found = result_of(folder)
     del found["state"]["config"]
     return {part: found[part] for part in ("parameters", "optimizer", "state", "rows", "decisions")}
@@ -161,7 +161,7 @@ def assert_same(found, expected):
 
 
 def windows(folder):
-    """The (step, first position, batch, micro-batch) of each step that a run has told."""
+    """The (step, first position, batch, micro-batch) of each step that a run has reported."""
     rows = [row for row in read_rows(Path(folder) / "metrics.jsonl") if row["kind"] == "train"]
     return [
         (row["step"], row["progress/samples"] - row["batch/global"], row["batch/global"], row["batch/micro"])
@@ -183,7 +183,7 @@ def reads(folder, *, rank, world_size, first, last):
 
 
 def wait_for_step(folder, step, process):
-    """Wait until a run that another process trains has told of a step."""
+    """Wait until a run that another process trains has reported a step."""
     path = Path(folder) / "metrics.jsonl"
     deadline_s = time.monotonic() + 60
     while not (path.exists() and any(row["step"] >= step for row in read_rows(path))):

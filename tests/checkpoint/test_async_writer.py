@@ -1,4 +1,4 @@
-"""A save costs the loop one copy; what comes of it is told and never raised."""
+"""A save costs the loop one copy; its result is reported and never raised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who else can write to a run is told in one warning, and nothing else is."""
+"""Who else can write to a run is reported in one warning, and nothing else is."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_a_folder_that_is_a_file_is_an_error(tmp_path):
 
 
 def test_asking_for_tensors_that_are_not_there_names_those_that_are(tmp_path):
-    """A wrong name is told what would have been right."""
+    """A wrong name gets the right one in the error."""
     with pytest.raises(CheckpointError, match=r"holds no gone\.safetensors: it holds model\.safetensors, optimizer"):
         load_checkpoint(save(tmp_path, 1)).tensors("gone")
 

@@ -53,7 +53,7 @@ def test_the_file_is_private_like_all_of_a_run(tmp_path):
 
 
 def test_a_damaged_newest_one_is_passed_over_aloud(tmp_path, capsys):
-    """The one before is written, and the reason is told; named itself, it is refused."""
+    """The one before is written, and the reason is reported; named itself, it is refused."""
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
     (newest / "state.json").unlink()

@@ -103,7 +103,7 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
 
 @pytest.mark.parametrize(("kind", "code"), [(CheckpointError, 74), (ZeroDivisionError, 1)])
 def test_a_replica_leaves_its_error_to_the_launcher(kind, code, monkeypatch, capsys, tmp_path):
-    """Foreseen or not, with the same exit code; it prints nothing, so that nothing is told twice."""
+    """Foreseen or not, with the same exit code; it prints nothing, so that nothing is printed twice."""
 
     def fail(_arguments):
         raise kind("something is wrong")

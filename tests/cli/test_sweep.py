@@ -55,7 +55,7 @@ class Started:
         return self.said.with_suffix(f".{stream}").read_text()
 
     def wait_for_evaluations(self, number):
-        """Wait until all runs together have told of so many, or the sweep is over."""
+        """Wait until all runs together have reported so many, or the sweep is over."""
         while self.process.is_alive() and evaluations(self.folder) < number:
             time.sleep(0.01)
 
@@ -80,7 +80,7 @@ def evaluations(folder):
 
 
 def rows(folder):
-    """The table without what a clock told."""
+    """The table without clock times."""
     with (folder / "table.csv").open(newline="") as file:
         return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
 

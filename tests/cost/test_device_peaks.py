@@ -63,7 +63,7 @@ def test_each_entry_names_its_source_and_is_in_order():
 
 
 def test_the_precision_of_products_is_what_runs():
-    """On a CPU there is no tf32; mixed precision is what accelerate was told."""
+    """On a CPU there is no tf32; mixed precision is what accelerate was set to."""
     cpu = torch.device("cpu")
     assert matmul_precision(cpu, mixed_precision="no") == "float32"
     assert matmul_precision(cpu, mixed_precision="bf16") == "bfloat16"

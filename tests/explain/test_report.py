@@ -141,7 +141,7 @@ def test_a_report_is_replaced_and_what_it_no_longer_has_goes(tmp_path):
 
 
 def test_a_folder_that_is_no_run_gets_one_sentence(tmp_path):
-    """A missing folder, one without a log, one without a step and a damaged log are told apart."""
+    """A missing folder, one without a log, one without a step and a damaged log are distinguished."""
     with pytest.raises(ConfigError, match="is not a folder"):
         draw_report(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"has no metrics\.jsonl"):

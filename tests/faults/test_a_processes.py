@@ -374,7 +374,7 @@ def stopped(tmp_path_factory, whole):
 
 
 def stop(run, run_dir, ask):
-    """Ask a run to stop; return exit code, output, seconds, the newest checkpoint's step and the last one told."""
+    """Ask a run to stop; return exit code, output, seconds, the newest checkpoint's step and the last one reported."""
     began_s = time.monotonic()
     ask()
     code, output = run.end()

@@ -41,7 +41,7 @@ def fail_to_save(rank, world_size, folder, failing):
 
 
 def test_b12_a_save_that_fails_once_is_reported_and_the_run_goes_on(tmp_path):
-    """Rank 0 fails to save once: told in one note, the run ends well, and its last checkpoint is there."""
+    """Rank 0 fails to save once: reported in one note, the run ends well, and its last checkpoint is there."""
     (first, _, notes), (second, _, _) = run_replicas(fail_to_save, world_size=2, args=(tmp_path, {2}))
     assert (first, second) == ("done", "done")
     assert [note for note in notes if "disk" in note] == ["the disk is full; training goes on"]

@@ -199,7 +199,7 @@ def by_hand(task, *, samples, global_batch_size, max_samples, **_):
 
 @pytest.mark.parametrize("samples", [0, 1])
 def test_c6_too_few_samples_are_refused(tmp_path, samples):
-    """With no sample, or one, from which no noise can be told: refused in one sentence before anything is trained."""
+    """With no sample, or one, which gives no noise estimate: refused in one sentence before anything is trained."""
     with pytest.raises(TaskError, match=f"at least 2 samples, got {samples}"):
         Trainer(plain_sgd(tmp_path), task=lambda: linear(samples))
 

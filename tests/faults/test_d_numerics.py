@@ -61,7 +61,7 @@ def samples_of_step(step, *, rank=None):
 
 
 def train(folder, task, **settings):
-    """Train and return the sentences that the run told."""
+    """Train and return the sentences that the run printed."""
     notes = []
     note = WritingLog.note
     WritingLog.note = lambda log, text: notes.append(text) or note(log, text)
@@ -159,7 +159,7 @@ def meet_huge_gradients(rank, world_size, folder):
 
 
 def test_d4_a_gradient_whose_square_overflows_is_no_silent_step_of_nothing(tmp_path):
-    """Clipping would turn it into zeros; here the step is skipped and told, and the noise scale stays finite."""
+    """Clipping would turn it into zeros; here the step is skipped and reported, and the noise scale stays finite."""
     notes, _ = run_replicas(meet_huge_gradients, world_size=2, args=(tmp_path,))
     assert [note.split(":")[0] for note in notes if "skipped" in note] == ["step 2 was skipped"]
     saved = load_newest(tmp_path / "checkpoints")

@@ -1,4 +1,4 @@
-"""Section F of the faults: settings, tasks and samples that are wrong are told in one sentence, before training."""
+"""Section F of the faults: settings, tasks and samples that are wrong are reported in one sentence, before training."""
 
 from __future__ import annotations
 

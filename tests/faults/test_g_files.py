@@ -132,7 +132,7 @@ def begin_run(run):
 
 
 def read_everything(run):
-    """Read a run folder in every way that dptrain has; what is wrong in it may be told in our own errors only."""
+    """Read a run folder in every way that dptrain has; what is wrong in it may be reported in our own errors only."""
     with contextlib.suppress(DptrainError, ValueError, yaml.YAMLError):
         read_run(run)
     with contextlib.suppress(CheckpointError):

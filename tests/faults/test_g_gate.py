@@ -1,4 +1,4 @@
-"""G2, G5, G7 and G10–G12 of the faults: what the code may not do, what names may not do, and what is told to nobody."""
+"""G2, G5, G7 and G10–G12 of the faults: what the code may not do, what names may not do, and what is sent to nobody."""
 
 from __future__ import annotations
 

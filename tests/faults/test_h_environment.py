@@ -53,7 +53,7 @@ def test_h5_a_port_in_use_is_a_clear_error(refuse):
 
 @pytest.mark.timeout(300)
 def test_h6_a_wrong_interface_is_a_clear_error(tmp_path):
-    """Also where two replicas have it: told once, with the variable, and not tried again."""
+    """Also where two replicas have it: reported once, with the variable, and not tried again."""
     found = subprocess.run(
         [
             sys.executable,

@@ -97,7 +97,7 @@ def test_linear_regression_over_epochs_of_a_small_set():
 
 
 def test_the_reading_says_by_how_much():
-    """A rise that is known is told with its error; before the second epoch nothing is."""
+    """A rise that is known is reported with its error; before the second epoch nothing is."""
     state = epochs(lambda u: 1 + u, spread=0.05)
     assert "|G|² reads 5" in reuse_warning(state, present_samples=512.0, population=512)
     assert reuse_warning(ReuseState(position=512.0), present_samples=512.0, population=512) is None

@@ -87,7 +87,7 @@ def test_groups_can_be_named_in_three_ways():
 
 
 def test_wrong_groups_are_refused():
-    """Overlapping, empty and unknown groups are told with what to do."""
+    """Overlapping, empty and unknown groups are reported with what to do."""
     model = make_model()
     for groups, text in (
         ({"a": "head", "b": model.head.parameters()}, "must not overlap"),

@@ -272,7 +272,7 @@ def test_a_fresh_state_begins_anew():
 
 
 def test_a_loop_can_ask_whether_a_step_is_measured():
-    """With every=2 each other step is, known before it begins; who announces by hand is told apart."""
+    """With every=2 each other step is, known before it begins; who announces by hand is distinguished."""
     model = make_model()
     with dptrain.attach(model, every=2) as meter:
         known = []

@@ -1,4 +1,4 @@
-"""Loops in which a meter could be wrong, from public bug reports: each is right, refused, or told."""
+"""Loops in which a meter could be wrong, from public bug reports: each is right, refused, or reported."""
 
 from __future__ import annotations
 

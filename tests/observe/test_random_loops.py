@@ -42,7 +42,7 @@ def test_a_correct_loop_is_right_and_raises_no_alarm(loop):
 @QUIET
 @given(loops(MISUSES))
 def test_a_misused_loop_gives_no_silent_wrong_number(loop):
-    """What is measured is right, or the loop is told."""
+    """What is measured is right, or a warning is given."""
     outcome = run(loop, rank=0, world_size=1)
     assert not is_silent_wrong(outcome), outcome
 

@@ -1,4 +1,4 @@
-"""Which of several failures is told: the one that explains the others, once, with the replica it came from."""
+"""Which of several failures is reported: the one that explains the others, once, with the replica it came from."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_what_the_launcher_had_to_kill_hung(asked, killed, sentence):
 
 
 def test_a_kill_by_the_launcher_hides_no_cause():
-    """A replica crashes, another does not end of itself: the crash is told."""
+    """A replica crashes, another does not end of itself: the crash is reported."""
     endings = ends((0, 1, said("ValueError: x", trace="T")), (1, -9, None))
     assert root_cause(endings, killed=[1]).sentence == "replica 0 of 2 failed with ValueError: x"
 

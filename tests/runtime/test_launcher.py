@@ -65,7 +65,7 @@ def test_numbers_that_make_no_sense_are_refused(tmp_path, numbers, words):
 
 @pytest.fixture
 def launch(monkeypatch, tmp_path, capfd):
-    """Start copies of this process that run `body(rank, attempt)` as replicas; return exit code and what was told."""
+    """Start copies of this process that run `body(rank, attempt)` as replicas; return exit code and output."""
     monkeypatch.setattr(replicas, "load_for_all", lambda: None)
 
     def start(body, *, arguments=(), num_replicas=2, reports=True, **settings):
@@ -146,7 +146,7 @@ def stay():
 
 
 def test_when_one_ends_badly_the_others_do_not_stay(launch):
-    """They have two seconds, in which they may say something; the cause is told, with its code."""
+    """They have two seconds, in which they may say something; the cause is reported, with its code."""
 
     def body(rank, attempt):
         return 3 if rank else stay()
@@ -405,7 +405,7 @@ def test_a_second_request_after_a_while_means_it(launch, send, tmp_path, monkeyp
 
 
 def test_a_stopped_run_is_not_started_again(launch, send, tmp_path):
-    """A replica that crashes on the way out is told about, and that is the end."""
+    """A replica that crashes on the way out is reported, and that is the end."""
     send((0, signal.SIGTERM))
     code, told = launch(obedient(tmp_path, code=1))
     assert (code, told) == (1, "dptrain train: replica 0 of 2 ended with exit code 1 and left no reason\n")

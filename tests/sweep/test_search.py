@@ -156,7 +156,7 @@ def test_a_target_out_of_reach_ends_the_search():
 
 
 def test_listed_rates_are_all_tried_and_no_other():
-    """The best of them being the last one is told."""
+    """The best of them being the last one is reported."""
     (found,) = World().run(spec(batch_sizes=[16], learning_rates=[0.01, 0.02, 0.04]))
     assert [run.learning_rate for run in found.runs] == [0.01, 0.02, 0.04]
     assert [(choice.grid_point, choice.is_at_edge) for choice in found.choices] == [(2, True), (2, True)]

@@ -88,7 +88,7 @@ def test_the_frontier_of_each_target_is_fitted(swept):
 
 
 def test_two_batches_are_reported_to_be_too_few(swept):
-    """The rest of what was asked for is told all the same."""
+    """The rest of what was asked for is printed all the same."""
     spec, searches, rows = swept
     few = [row for row in rows if row.global_batch_size < 64]
     _, hard = outcomes(spec, few, searches)

@@ -1,4 +1,4 @@
-"""Secrets stay out of what is kept and told, and text from outside steers no terminal."""
+"""Secrets stay out of what is kept and printed, and text from outside steers no terminal."""
 
 from __future__ import annotations
 

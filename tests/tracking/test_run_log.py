@@ -70,7 +70,7 @@ def row(step):
 
 
 def test_rows_and_summary_are_written(tmp_path):
-    """What was told is in the files, and the folder is free again."""
+    """What was logged is in the files, and the folder is free again."""
     log = open_log(tmp_path)
     log.train(row(1))
     log.evaluation({**row(1), "kind": "eval"})

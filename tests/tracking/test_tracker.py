@@ -317,7 +317,7 @@ def open_sink(tmp_path, *, project="p"):
 
 
 def test_a_resumed_run_goes_on_under_the_id_it_had(tmp_path, online):
-    """The id is kept in the run folder; samples are the axis, so that rows told twice fall on the same place."""
+    """The id is kept in the run folder; samples are the axis, so that rows logged twice fall on the same place."""
     open_sink(tmp_path)
     open_sink(tmp_path)
     first, second = online

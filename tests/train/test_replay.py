@@ -58,7 +58,7 @@ def shape(folder):
 
 
 def test_what_is_on_record_is_followed_to_its_end(killed):
-    """Each step that was told is taken again with the same samples in the same batch; then the clock decides."""
+    """Each step that was logged is taken again with the same samples in the same batch; then the clock decides."""
     told, decisions = shape(killed)
     assert decisions[-1]["batch/after"] > decisions[0]["batch/before"]
     attempt(killed, config=config(killed))

@@ -144,7 +144,7 @@ def test_a_missing_rank_0_is_named_by_the_others(tmp_path):
 
 
 def test_a_folder_that_is_not_shared_is_named(tmp_path):
-    """One relative name that is two folders is told as such."""
+    """One relative name that is two folders is reported as such."""
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
@@ -217,7 +217,7 @@ def namespaces():
 
 
 def in_namespaces(namespaces, run_dir, interfaces):
-    """The doctor in both namespaces, each told an interface."""
+    """The doctor in both namespaces, each given an interface."""
     prefixes, _ = namespaces
     fixed = ("--nnodes", 2, "--nproc", 1, "--head", "10.99.0.1", "--port", 29517, "--run-dir", run_dir)
     return [

@@ -1,4 +1,4 @@
-"""Colours that can be read in light and dark and told apart by everybody, and an SVG that has no colour of its own."""
+"""Colours that can be read in light and dark and distinguished by all, and an SVG that has no colour of its own."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_runs_are_distinguishable_to_colour_blind_readers(name, colours, who):
 
 
 def test_no_two_runs_share_colour_and_line():
-    """As many runs as can be told apart get a pair of their own, and neighbours differ in both."""
+    """As many runs as can be distinguished get a pair of their own, and neighbours differ in both."""
     pairs = [(SERIES[index % len(SERIES)], str(DASHES[index % len(DASHES)])) for index in range(26)]
     assert len(set(pairs)) == 26
     assert all(one[0] != other[0] and one[1] != other[1] for one, other in pairwise(pairs))

@@ -60,7 +60,7 @@ def test_more_devices_are_never_slower_and_never_cheaper():
 
 
 def test_one_device_takes_at_least_two_micro_batches():
-    """From a single one no noise could be told."""
+    """A single one gives no noise estimate."""
     shape = _planner().fastest(1)
     assert shape.accumulation_steps >= 2
 

@@ -40,7 +40,7 @@ def test_a_bound_is_no_estimate(tmp_path):
 
 
 def test_where_nothing_is_known_no_batch_is_named(tmp_path):
-    """It says that, and what to do; not measured is told from not resolved."""
+    """It says that, and what to do; not measured differs from not resolved."""
     unresolved = _advice(tmp_path / "a", noise="never")
     assert unresolved[0] == "No recommendation from this run."
     assert "was not resolved in this run: train longer" in unresolved[1]
@@ -49,7 +49,7 @@ def test_where_nothing_is_known_no_batch_is_named(tmp_path):
 
 
 def test_no_gain_is_said(tmp_path):
-    """A run whose moves saved nothing against a fixed batch is told so."""
+    """A run whose moves saved nothing against a fixed batch says so."""
     moved = _advice(tmp_path, batches=(64, 72))[2]
     assert "no gain over a constant batch of 68" in moved
 

@@ -1,4 +1,4 @@
-"""The tables of the report: nothing that moved the batch is missing, and advice is told from what was done."""
+"""The tables of the report: nothing that moved the batch is missing, and advice is kept apart from what was done."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_a_stranger_gets_no_answer():
     [("127.0.0.1", "refused: nobody listens there"), ("no.such.name.invalid", "its name is not known here")],
 )
 def test_a_failed_call_says_why(address, problem):
-    """A port where nobody listens and a name that nobody knows are told apart."""
+    """A port where nobody listens and a name that nobody knows are distinguished."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -92,7 +92,7 @@ def test_more_ranks_than_gpus_are_found():
 
 
 def test_unequal_gpus_are_a_warning():
-    """A slower kind of GPU in the run is told, and is no failure."""
+    """A slower kind of GPU in the run is reported, and is no failure."""
     (finding,) = problems(two_hosts(devices=["A100", "A100"]))
     assert finding.status is Status.WARNING
     assert finding.text == "different GPUs: 2 × H100; 2 × A100"
