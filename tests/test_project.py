@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FAKE_PYTHON = """#!/bin/sh
-# Stands in for Python: makes an environment of stand-ins that print their calls, and passes the version check.
+# Stands in for Python: makes an environment of fake commands that print their calls, and passes the version check.
 case "$2" in
   venv)
     mkdir -p .venv/bin
@@ -37,7 +37,7 @@ def _canonical(name):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The Makefile in a folder whose name has a space, with a stand-in for Python: nothing is downloaded."""
+    """The Makefile in a folder whose name has a space, with a fake Python: nothing is downloaded."""
     folder = tmp_path / "my checkout"
     folder.mkdir()
     (folder / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())

@@ -151,7 +151,7 @@ def _run(
 
 @contextlib.contextmanager
 def _refused_in_one_sentence() -> Iterator[None]:
-    """Hold warnings back until settings and task are accepted; a refusal is told without them."""
+    """Hold warnings back until settings and task are accepted; a refusal is printed without them."""
     held: list[tuple[Any, ...]] = []
 
     def hold(*warning: Any) -> None:  # noqa: ANN401 - the arguments of warnings.showwarning

@@ -68,6 +68,6 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["report", "--help"])
     assert ended.value.code == 0
-    told = capsys.readouterr().out
-    assert "run folder" in told
-    assert "--out DIR" in told
+    output = capsys.readouterr().out
+    assert "run folder" in output
+    assert "--out DIR" in output

@@ -73,18 +73,18 @@ def train(folder, task, **settings):
 
 
 def break_on_rank_1(rank, world_size, folder):
-    told = {}
+    output = {}
     for name, value in (("nan", math.nan), ("inf", math.inf), ("-inf", -math.inf)):
         index = samples_of_step(3, rank=1)[0]
-        told[name] = train(Path(folder) / name, make_task({index: value}))
-    return told
+        output[name] = train(Path(folder) / name, make_task({index: value}))
+    return output
 
 
 def test_d1_d11_a_step_that_is_not_finite_is_skipped_and_reported_with_rank_and_samples(tmp_path):
     """NaN or infinity in a sample of rank 1: one step skipped, the run goes on, the sentence says who and what."""
-    told, _ = run_replicas(break_on_rank_1, world_size=2, args=(tmp_path,))
+    output, _ = run_replicas(break_on_rank_1, world_size=2, args=(tmp_path,))
     samples = samples_of_step(3, rank=1)
-    for name, notes in told.items():
+    for name, notes in output.items():
         skipped = [note for note in notes if "skipped" in note]
         # tanh maps an infinity to a finite number, and its slope there to zero: the first layer's gradient is 0·∞.
         assert len(skipped) == 1, name

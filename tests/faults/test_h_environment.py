@@ -45,9 +45,9 @@ def test_h5_a_port_in_use_is_a_clear_error(refuse):
     """Within five seconds. A run on one node needs no port at all (G8)."""
     with socket.create_server(("0.0.0.0", 0)) as taken:  # noqa: S104 - held on all addresses, as a server does
         port = taken.getsockname()[1]
-        code, told, took_s = refuse(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        code, output, took_s = refuse(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     assert code == 69
-    assert f"port {port}, where the replicas are to meet, is in use" in told
+    assert f"port {port}, where the replicas are to meet, is in use" in output
     assert took_s < 5
 
 
@@ -68,18 +68,18 @@ def test_h6_a_wrong_interface_is_a_clear_error(tmp_path):
         check=False,
     )
     assert found.returncode == 69, found.stderr
-    told = [line for line in found.stderr.splitlines() if line.startswith("dptrain train: ")]
-    assert len(told) == 1
-    assert told[0].startswith("dptrain train: met the other replicas, but cannot connect to them: ")
-    assert "GLOO_SOCKET_IFNAME is 'nope0'" in told[0]
+    output = [line for line in found.stderr.splitlines() if line.startswith("dptrain train: ")]
+    assert len(output) == 1
+    assert output[0].startswith("dptrain train: met the other replicas, but cannot connect to them: ")
+    assert "GLOO_SOCKET_IFNAME is 'nope0'" in output[0]
     assert "Traceback" not in found.stderr
 
 
 def test_h12_variables_left_over_are_explained(refuse):
     """With the command that removes them; a process that nobody started as a replica would else wait for ever."""
-    code, told, _ = refuse(RANK=0, WORLD_SIZE=2)
+    code, output, _ = refuse(RANK=0, WORLD_SIZE=2)
     assert code == 69
-    assert "`unset RANK WORLD_SIZE`" in told
+    assert "`unset RANK WORLD_SIZE`" in output
 
 
 @pytest.mark.parametrize(
@@ -97,10 +97,10 @@ def test_h12_variables_left_over_are_explained(refuse):
 )
 def test_h12_several_launchers_at_once_are_refused(refuse, variables, starter, remedy):
     """`srun dptrain train` on four tasks would start four runs in one folder; so would mpirun."""
-    code, told, _ = refuse(**variables)
+    code, output, _ = refuse(**variables)
     assert code == 2
-    assert f"{starter} of this command" in told
-    assert remedy in told
+    assert f"{starter} of this command" in output
+    assert remedy in output
 
 
 def test_h12_a_sweep_under_srun_is_refused(monkeypatch, capsys):

@@ -146,10 +146,10 @@ def test_a_host_that_dies_and_returns_meets_the_other(tmp_path, whole):
         cluster.start(net.hosts[1])
         assert cluster.recovered(since_s, step) <= BUSY * RECOVERY_S, cluster.text()
         cluster.end()
-        told = cluster.text()
-    assert "resumed from step" in told
-    assert "unset RANK" not in told
-    assert re.search(r"rank 1 on host1 of 2 did not answer", told), told
+        output = cluster.text()
+    assert "resumed from step" in output
+    assert "unset RANK" not in output
+    assert re.search(r"rank 1 on host1 of 2 did not answer", output), output
     assert_same_end(tmp_path / "run", whole, bit_identical=True)
 
 
@@ -233,8 +233,10 @@ def test_a_run_folder_that_is_not_shared_is_called_that(tmp_path):
             own.mkdir()
             host.start("--config", cluster.settings, nnodes="2", max_restarts=0, cwd=own, **cluster.environment)
         assert all(host.wait(120) != 0 for host in net.hosts)
-        told = cluster.text()
-        assert "run folder run is not shared between the hosts: rank 1 of 2 does not see there what rank 0 sees" in told
+        output = cluster.text()
+        assert (
+            "run folder run is not shared between the hosts: rank 1 of 2 does not see there what rank 0 sees" in output
+        )
 
 
 def test_a_frozen_replica_on_another_host_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""The start scripts: what they ask torchrun and SLURM for, seen through stand-ins that print how they were called."""
+"""The start scripts: what they ask torchrun and SLURM for, seen through fake commands that print their calls."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def _write(folder, name, text):
 
 
 @pytest.fixture
-def stand_ins(tmp_path):
-    """A folder for stand-ins, with a torchrun that prints its arguments; it goes first on PATH."""
+def fake_commands(tmp_path):
+    """A folder for fake commands, with a torchrun that prints its arguments; it goes first on PATH."""
     _write(tmp_path, "torchrun", PRINT_CALL)
     _write(tmp_path, "nproc", "#!/bin/sh\necho 12\n")
     return tmp_path
 
 
-def _environment(stand_ins, **settings):
-    return {"PATH": f"{stand_ins}:/usr/bin:/bin", "HOME": os.environ.get("HOME", "/"), **settings}
+def _environment(fake_commands, **settings):
+    return {"PATH": f"{fake_commands}:/usr/bin:/bin", "HOME": os.environ.get("HOME", "/"), **settings}
 
 
-def _torchrun(stand_ins, *arguments, **settings):
+def _torchrun(fake_commands, *arguments, **settings):
     return subprocess.run(
-        [TORCHRUN, *arguments], env=_environment(stand_ins, **settings), capture_output=True, text=True, check=False
+        [TORCHRUN, *arguments], env=_environment(fake_commands, **settings), capture_output=True, text=True, check=False
     )
 
 
@@ -56,46 +56,46 @@ def test_the_scripts_parse(script):
     assert subprocess.run(["/bin/bash", "-n", script], capture_output=True, check=False).returncode == 0
 
 
-def test_one_node_meets_on_a_port_that_torchrun_finds(stand_ins):
+def test_one_node_meets_on_a_port_that_torchrun_finds(fake_commands):
     """One node needs no address; arguments with spaces go through whole."""
-    result = _torchrun(stand_ins, "--config", "my run.yaml", NPROC="4")
+    result = _torchrun(fake_commands, "--config", "my run.yaml", NPROC="4")
     call, variables = result.stdout.splitlines()
     assert call == "<--standalone><--nproc-per-node><4><-m><dptrain><train><--config><my run.yaml>"
     assert variables == "OMP_NUM_THREADS=3 SHARE_OFF=1"
 
 
 @pytest.mark.parametrize(("rank", "is_host"), [("0", 1), ("1", 0)])
-def test_two_nodes_meet_at_the_head(stand_ins, rank, is_host):
+def test_two_nodes_meet_at_the_head(fake_commands, rank, is_host):
     """Both nodes name the same meeting point, and node 0 alone serves it."""
-    result = _torchrun(stand_ins, NPROC="8", NNODES="2", NODE_RANK=rank, HEAD="node-a", PORT="1234", RUN_ID="7")
+    result = _torchrun(fake_commands, NPROC="8", NNODES="2", NODE_RANK=rank, HEAD="node-a", PORT="1234", RUN_ID="7")
     assert result.stdout.splitlines()[0] == (
         "<--nnodes><2><--rdzv-backend><c10d><--rdzv-id><7><--rdzv-endpoint><node-a:1234>"
         f"<--rdzv-conf><is_host={is_host}><--max-restarts><3><--nproc-per-node><8><-m><dptrain><train>"
     )
 
 
-def test_nodes_may_come_and_go(stand_ins):
+def test_nodes_may_come_and_go(fake_commands):
     """A range of nodes, a number of restarts and another command go to torchrun as they are."""
     settings = {"NPROC": "1", "NNODES": "1:3", "NODE_RANK": "2", "HEAD": "node-a", "MAX_RESTARTS": "9"}
-    call = _torchrun(stand_ins, COMMAND="doctor", **settings).stdout.splitlines()[0]
+    call = _torchrun(fake_commands, COMMAND="doctor", **settings).stdout.splitlines()[0]
     assert call.startswith("<--nnodes><1:3>")
     assert "<--max-restarts><9>" in call
     assert call.endswith("<-m><dptrain><doctor>")
-    single = _torchrun(stand_ins, NPROC="1", MAX_RESTARTS="2").stdout.splitlines()[0]
+    single = _torchrun(fake_commands, NPROC="1", MAX_RESTARTS="2").stdout.splitlines()[0]
     assert single.startswith("<--standalone><--max-restarts><2>")
 
 
 @pytest.mark.parametrize(("nproc", "given", "threads"), [("3", "", "4"), ("16", "", "1"), ("3", "2", "2")])
-def test_the_cores_are_shared_out_unless_threads_are_set(stand_ins, nproc, given, threads):
+def test_the_cores_are_shared_out_unless_threads_are_set(fake_commands, nproc, given, threads):
     """Each replica gets its share of the cores, at least one; a value from outside is left alone."""
-    result = _torchrun(stand_ins, NPROC=nproc, OMP_NUM_THREADS=given)
+    result = _torchrun(fake_commands, NPROC=nproc, OMP_NUM_THREADS=given)
     assert f"OMP_NUM_THREADS={threads} " in result.stdout
 
 
-def test_replicas_follow_the_devices_unless_given(stand_ins):
+def test_replicas_follow_the_devices_unless_given(fake_commands):
     """Without NPROC the number of replicas is what torch counts as devices."""
-    _write(stand_ins, "python", "#!/bin/sh\necho 6\n")
-    assert "<--nproc-per-node><6>" in _torchrun(stand_ins).stdout
+    _write(fake_commands, "python", "#!/bin/sh\necho 6\n")
+    assert "<--nproc-per-node><6>" in _torchrun(fake_commands).stdout
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,9 @@ def test_replicas_follow_the_devices_unless_given(stand_ins):
         ({"NPROC": "gpu"}, "NPROC must be a whole number of at least 1, got 'gpu'"),
     ],
 )
-def test_a_wrong_setting_gets_one_sentence_and_no_start(stand_ins, settings, sentence):
+def test_a_wrong_setting_gets_one_sentence_and_no_start(fake_commands, settings, sentence):
     """What cannot work is refused before torchrun is called."""
-    result = _torchrun(stand_ins, **{"NPROC": "1", **settings})
+    result = _torchrun(fake_commands, **{"NPROC": "1", **settings})
     assert result.returncode == 2
     assert sentence in result.stderr
     assert not result.stdout
@@ -142,13 +142,13 @@ for id in 0 1; do SLURM_NODEID=$id "$@" || exit; done
 """
 
 
-def test_slurm_starts_one_torchrun_per_node_at_the_first_node(stand_ins):
+def test_slurm_starts_one_torchrun_per_node_at_the_first_node(fake_commands):
     """Each node calls torchrun.sh with its own rank and the address of the first node of the job."""
-    _write(stand_ins, "scontrol", SCONTROL)
-    _write(stand_ins, "srun", SRUN)
+    _write(fake_commands, "scontrol", SCONTROL)
+    _write(fake_commands, "srun", SRUN)
     result = subprocess.run(
         [SBATCH, "--config", "my run.yaml"],
-        env=_environment(stand_ins, **SLURM),
+        env=_environment(fake_commands, **SLURM),
         capture_output=True,
         text=True,
         check=True,
@@ -161,34 +161,34 @@ def test_slurm_starts_one_torchrun_per_node_at_the_first_node(stand_ins):
         assert call.endswith("<train><--config><my run.yaml><--run-dir><runs/slurm-4321>")
 
 
-def test_slurm_checks_the_nodes_first_where_asked(stand_ins):
+def test_slurm_checks_the_nodes_first_where_asked(fake_commands):
     """DOCTOR=1 runs the checks on each node before the training, and a fault that they find ends the job."""
-    _write(stand_ins, "scontrol", SCONTROL)
-    _write(stand_ins, "srun", SRUN)
+    _write(fake_commands, "scontrol", SCONTROL)
+    _write(fake_commands, "srun", SRUN)
     for code in (0, 78):
-        _write(stand_ins, "dptrain", f'#!/bin/sh\necho "checked as $NODE_RANK: $*"\nexit {code}\n')
-        environment = _environment(stand_ins, **SLURM, DOCTOR="1", RUN_DIR="/r")
+        _write(fake_commands, "dptrain", f'#!/bin/sh\necho "checked as $NODE_RANK: $*"\nexit {code}\n')
+        environment = _environment(fake_commands, **SLURM, DOCTOR="1", RUN_DIR="/r")
         result = subprocess.run([SBATCH], env=environment, capture_output=True, text=True, check=False)
         assert "checked as 0: doctor --run-dir /r\n" in result.stdout
         assert ("<-m><dptrain><train>" in result.stdout) == (code == 0)
         assert result.returncode == code
 
 
-def test_a_requeued_job_goes_on_with_its_run_folder(stand_ins):
+def test_a_requeued_job_goes_on_with_its_run_folder(fake_commands):
     """The second attempt resumes what the first one left; where that left nothing it begins."""
-    _write(stand_ins, "scontrol", SCONTROL)
-    _write(stand_ins, "srun", SRUN)
-    for run_dir, end in ((stand_ins, "<--resume>"), (stand_ins / "none", f"<{stand_ins / 'none'}>")):
-        environment = _environment(stand_ins, **SLURM, SLURM_RESTART_COUNT="1", RUN_DIR=str(run_dir))
+    _write(fake_commands, "scontrol", SCONTROL)
+    _write(fake_commands, "srun", SRUN)
+    for run_dir, end in ((fake_commands, "<--resume>"), (fake_commands / "none", f"<{fake_commands / 'none'}>")):
+        environment = _environment(fake_commands, **SLURM, SLURM_RESTART_COUNT="1", RUN_DIR=str(run_dir))
         result = subprocess.run([SBATCH], env=environment, capture_output=True, text=True, check=True)
         assert result.stdout.splitlines()[0].endswith(end)
 
 
-def test_the_warning_before_the_time_limit_requeues_the_job(stand_ins):
+def test_the_warning_before_the_time_limit_requeues_the_job(fake_commands):
     """On USR1 the script asks for its job to be queued again, and waits for the step to end."""
-    _write(stand_ins, "scontrol", SCONTROL)
-    _write(stand_ins, "srun", "#!/bin/sh\necho started\nsleep 1\necho ended\n")
-    environment = _environment(stand_ins, **SLURM)
+    _write(fake_commands, "scontrol", SCONTROL)
+    _write(fake_commands, "srun", "#!/bin/sh\necho started\nsleep 1\necho ended\n")
+    environment = _environment(fake_commands, **SLURM)
     with subprocess.Popen([SBATCH], env=environment, stdout=subprocess.PIPE, text=True) as job:
         assert job.stdout.readline() == "started\n"
         job.send_signal(signal.SIGUSR1)

@@ -282,7 +282,7 @@ def test_fabrics_module_is_looked_into():
         assert dropped == 0
 
 
-def stand_ins(rank, world_size):
+def refused_engines(rank, world_size):
     """Engines that keep their gradients to themselves are refused with what to do."""
     engine = type("DeepSpeedEngine", (nn.Module,), {})()
     engine.module = make_model()
@@ -297,4 +297,4 @@ def stand_ins(rank, world_size):
 
 def test_engines_with_gradients_of_their_own_are_refused():
     """DeepSpeed's and Megatron's wrappers leave no `.grad`: the error names the Observer."""
-    assert all(run_replicas(stand_ins, world_size=2))
+    assert all(run_replicas(refused_engines, world_size=2))
