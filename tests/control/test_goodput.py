@@ -93,7 +93,7 @@ def test_a_neighbour_whose_time_is_not_known_is_tried_once():
     tried = decided(law(), Known(80.0, 1.05), batch=64, step_time=guess)
     assert tried.global_batch_size == 128
     assert tried.reason.startswith(
-        "noise scale 80 [72.6, 88.2]; timing 128: its step time was not measured lately, up to +"
+        "noise scale 80 [72.6, 88.2]; timing 128: its step time was not measured yet, up to +"
     )
     known = model(0.07, 0.001, 0.001, sd=0.01, timed=(32, 64, 128))
     assert decided(law(), Known(80.0, 1.05), batch=64, step_time=known).global_batch_size == 64
