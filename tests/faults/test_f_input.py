@@ -177,12 +177,12 @@ def test_f5_the_command_line_wins_over_files_and_the_environment_over_none(tmp_p
     for name in ("DPTRAIN_TRAIN_SEED", "DPTRAIN_SEED", "SEED", "DPTRAIN TRAIN_SEED"):
         monkeypatch.setenv(name, "77")
     first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
-    first.write_text("seed: 1\nmax_samples: 1\ntask_options: {a: 1, b: 1}\ncontrol: {min_gain: 1}\n")
-    second.write_text("max_samples: 2\ntask_options: {b: 2, c: 'true'}\ncontrol: {critical_ratio: 2}\n")
-    asked = ["--max_samples", "3", "--config", str(first), f"--config={second}", "--task_options.d", "4"]
+    first.write_text("seed: 1\nmax_samples: 1\ntask_options: {context: 1, width: 1}\ncontrol: {min_gain: 1}\n")
+    second.write_text("max_samples: 2\ntask_options: {width: 2, model: 'true'}\ncontrol: {critical_ratio: 2}\n")
+    asked = ["--max_samples", "3", "--config", str(first), f"--config={second}", "--task_options.heads", "4"]
     config, _ = parse(asked)
     assert (config.seed, config.max_samples, config.control.min_gain, config.control.critical_ratio) == (1, 3, 1, 2)
-    assert config.task_options == {"a": 1, "b": 2, "c": "true", "d": 4}
+    assert config.task_options == {"context": 1, "width": 2, "model": "true", "heads": 4}
     assert parse([])[0] == TrainConfig()
     with pytest.raises(SystemExit) as ended:
         parse([*asked, "--print_config"])

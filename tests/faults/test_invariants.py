@@ -199,7 +199,17 @@ def test_invariant_10_equal_sums_are_equal_outcomes(losses, squares, stops):
     for loss, square, stop in zip(losses, squares, stops, strict=False):
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64)
         sums[0], sums[1], sums[-1] = square, square, 4.0
-        vectors.append(send(record, report=RankReport(stop=stop), loss_sum=torch.tensor(loss), meter_sums=sums)._vector)
+        vectors.append(
+            send(
+                record,
+                report=RankReport(stop=stop),
+                loss_sum=torch.tensor(loss),
+                num_samples=4,
+                grad_norm=torch.tensor(sum(squares[:world]) / world, dtype=torch.float64),
+                meter_sums=sums,
+                measured=True,
+            )._vector
+        )
     total = torch.stack(vectors).sum(dim=0) / world  # one process: its group has one member, whose tags are its own
     total[0:3] = vectors[0][0:3]
     outcomes = [receive(PendingSum(total.clone()), record) for _ in range(world)]

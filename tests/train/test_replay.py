@@ -8,7 +8,6 @@ import shutil
 import pytest
 
 from dptrain.control import StepTimeModel
-from dptrain.errors import DptrainError
 from dptrain.runtime.step_timer import StepTimer
 from dptrain.tracking.jsonl import read_rows
 from dptrain.tracking.run_folder import newest_step
@@ -103,10 +102,11 @@ def test_advice_is_no_decision(killed):
 
 
 @pytest.mark.parametrize("batch", [0, -4, "8", 2.5, None, True])
-def test_a_damaged_record_is_refused(killed, batch):
-    """A batch that is no count is not trained with."""
+def test_a_damaged_record_is_not_followed(killed, batch):
+    """A batch that is no count is not trained with: the run goes on, and no step has it."""
     rows = read_rows(killed / "decisions.jsonl")
     rows[-1]["batch/after"] = batch
     (killed / "decisions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DptrainError, match="batch/after"):
-        attempt(killed, config=config(killed))
+    attempt(killed, config=config(killed))
+    windows_again, _ = shape(killed)
+    assert all(type(size) is int and size >= 1 for _, _, size, _ in windows_again)
