@@ -21,6 +21,7 @@ import torch
 
 import dptrain
 from benchmarks.gpu.rows import ON_GPU, Report, Row, read_rows
+from benchmarks.result_tables import figures_table
 
 NOT_RUN = "**not run on a GPU**"
 WHEELS = Path(__file__).parents[1] / ".wheels"
@@ -161,10 +162,10 @@ def _page(rows: list[Row], *, environment: Mapping[str, str], figures: Mapping[s
             for row in of_part
         ]
         lines.append("")
-    lines += ["## Figures", "", "| figure | value |", "|---|---|"]
-    lines += [f"| {name} | {value:.4g} |" for name, value in figures.items()]
     lines += [
+        "## Figures",
         "",
+        figures_table(figures),
         _NOTE,
         "",
     ]

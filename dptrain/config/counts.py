@@ -10,7 +10,8 @@ from dptrain.config.validation import choices_of, hints_of, is_group
 
 _FACTORS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 # No lower-case m: it would be a thousandth to one reader and a million to another.
-_COUNT = re.compile(r"([0-9][0-9_]*)(?:\.([0-9]+))?(?:[eE]\+?([0-9]{1,2}))?([kKMGBT]?)", re.ASCII)
+# No leading zero: 010 is ten to one reader and eight to another.
+_COUNT = re.compile(r"(0|[1-9][0-9_]*)(?:\.([0-9]+))?(?:[eE]\+?([0-9]{1,2}))?([kKMGBT]?)", re.ASCII)
 
 
 def as_count(text: str) -> int | None:

@@ -66,10 +66,7 @@ def test_f1_unknown_names_are_refused_with_the_nearest_one(written, text, part):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ('max_samples: "64"', "max_samples must be int or null, got '64'"),
         ("max_samples: 64.5", "max_samples must be int or null, got 64.5"),
-        ("max_samples: 64.0", "max_samples must be int or null, got 64.0"),
-        ("max_samples: 1e3", "max_samples must be int or null, got 1000.0"),
         ("max_samples: true", "max_samples must be int or null, got True"),
         ("seed: null", "seed must be int, got None"),
         ("seed:", "seed must be int, got None"),
