@@ -149,6 +149,9 @@ def _become_run(arguments: list[str], *, log: Path, environment: Mapping[str, st
     os.environ.update(environment)
     if not fork:
         os.execv(sys.executable, [sys.executable, "-m", "dptrain", *arguments])  # noqa: S606 - our own command
+    os.environ.setdefault(
+        "PYTHONHASHSEED", "0"
+    )  # a copy has the hashes of its sweep, and need not start again for others
     if "OMP_NUM_THREADS" in environment:
         import torch
 

@@ -34,6 +34,7 @@ def make_task(broken=None, *, model=None, loss=squared_error):
     """Build a task some of whose samples are broken: index → value of its features."""
     generator = torch.Generator().manual_seed(3)
     features = torch.randn(NUM_SAMPLES, 4, generator=generator)
+    torch.manual_seed(0)  # the task is built by each replica for itself
     for index, value in (broken or {}).items():
         features[index] = value
     return Task(

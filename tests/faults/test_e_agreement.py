@@ -15,9 +15,8 @@ import torch
 import torch.distributed as dist
 
 from dptrain.errors import ConfigError, DesyncError
-from dptrain.observe import NUM_SUMS, PendingSum
+from dptrain.observe import PendingSum
 from dptrain.runtime import stragglers
-from dptrain.runtime.step_reduction import _BAD, _NUM_HOST
 from dptrain.tracking.run_folder import write_config
 from dptrain.tracking.run_log import WritingLog
 from dptrain.train import Trainer
@@ -192,12 +191,14 @@ def test_e6_replicas_that_mean_different_runs_refuse_to_start(tmp_path):
 
 def answer_with_another_sum(rank, world_size, folder):
     """In step 4 one replica is in another reduction of the same shape, which gloo adds to the step's own."""
-    send = step_module.send
+    send, lengths = step_module.send, []
 
     def send_or_mix(record, **parts):
         if record.step == 4 and rank == 1:
-            return PendingSum(torch.ones(_NUM_HOST + _BAD + 1 + NUM_SUMS, dtype=torch.float64))
-        return send(record, **parts)
+            return PendingSum(torch.ones(lengths[-1], dtype=torch.float64))
+        pending = send(record, **parts)
+        lengths.append(pending._vector.numel())
+        return pending
 
     step_module.send = send_or_mix
     try:
