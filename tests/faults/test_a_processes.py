@@ -154,7 +154,8 @@ def battered(tmp_path_factory, whole):
             kill_and_wait(run, [chance.choice(run.replicas())])
         run.until_step(folder / "run", 10)
         kill_and_wait(run, run.replicas())
-        run.until_step(folder / "run", 12)
+        # Each third restart in a row must find a newer checkpoint, or the launcher gives up.
+        run.until(lambda: newest_step(folder / "run") > 10)
         kill_and_wait(run, run.replicas()[1:])
         kill_and_wait(run, [run.until(run.replicas)[1]])  # it is being started
         run.until_step(folder / "run", 14)
@@ -310,7 +311,7 @@ def test_a14_a_replica_that_takes_too_much_memory_is_started_again(crashed):
 
 def test_e9_a_replica_that_ends_early_has_failed(crashed):
     """Though its exit code is 0."""
-    assert crashed.count("replica 1 of 2 ended with exit code 0 before the run was done; starting again") == 1
+    assert crashed.count("replica 1 of 2 ended with exit code 0 before its trainer had reported an end") == 1
 
 
 def test_a13_a_crash_that_comes_again_ends_the_run(tmp_path):
@@ -357,7 +358,7 @@ def stopped(tmp_path_factory, whole):
         # To the second replica alone, but to all of its processes: they have a session of their own.
         found.by_one = stop(run, run_dir, lambda: os.killpg(run.replicas()[1].pid, signal.SIGTERM))
 
-    with running(folder / "log", *resume, micro_step_s=1.0) as run:  # no step ends while it is asked
+    with running(folder / "log", *resume, micro_step_s=2.5) as run:  # no step ends while it is asked
         run.until_step(run_dir, last_step(run_dir) + 1)
         os.killpg(run.pid, signal.SIGINT)
         time.sleep(2.3)
@@ -459,7 +460,7 @@ def test_a10_a_peer_that_hangs_does_not_hold_up_a_stop(tmp_path):
         took_s = time.monotonic() - began_s
     assert code == 71, output
     assert took_s < 3 + 2  # the grace, and what a busy machine takes on top
-    assert "replica 0 was asked to stop and could not within 2.5 s; it stands here:" in output
+    assert "replica 0 of 2 was asked to stop and could not within 2.5 s; it stands here:" in output
     assert "replica 0 of 2 was asked to stop and could not" in output
     assert load_newest(run_dir / "checkpoints").passed_over == ()
 

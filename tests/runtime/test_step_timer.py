@@ -66,7 +66,7 @@ def test_a_new_shape_counts_as_soon_as_it_is_known():
         models.append(step_timer.model)
     # The first step at 64 is left out, and three are timed; each is known when the next one begins.
     seconds_at_64 = [model.step_s(micro_batch_size=2, accumulation_steps=16) for model in models[-6:]]
-    assert max(seconds_at_64[:4]) < 2.1
+    assert max(seconds_at_64[:4]) < 3
     assert min(seconds_at_64[4:]) > 4
 
 
