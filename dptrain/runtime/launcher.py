@@ -176,7 +176,9 @@ def _stopped_early(cause: Cause, *, step: int) -> Cause:
     if number not in _STOP:
         return cause
     if step:
-        return Cause(code=EXIT_RESUMABLE, sentence=f"stopped on request before a step was made; step {step:,} is saved")
+        return Cause(
+            code=EXIT_RESUMABLE, sentence=f"stopped on request before a further step was saved; step {step:,} is saved"
+        )
     return Cause(code=cause.code, sentence="stopped on request before a step was saved: there is nothing to resume")
 
 

@@ -348,7 +348,7 @@ def test_a_stop_before_the_first_step_of_a_resumed_run_loses_nothing(launch, sen
         stay()
 
     send((0, signal.SIGINT))
-    assert launch(body) == (75, "dptrain train: stopped on request before a step was made; step 12 is saved\n")
+    assert launch(body) == (75, "dptrain train: stopped on request before a further step was saved; step 12 is saved\n")
 
 
 @pytest.mark.parametrize("code", [None, 0, 75])
