@@ -423,7 +423,7 @@ def test_a9_sigterm_to_loading_processes_loses_nothing(stopped):
 
 
 def test_a11_a_second_ctrl_c_means_it(stopped):
-    """The run ends within two seconds, where it stands, no file is broken, and it goes on from what was saved before."""
+    """The run ends within two seconds, where it stands, no file is broken, and what was saved before stays."""
     code, output, took_s = stopped.twice
     assert code == 75, output
     assert took_s < 2
