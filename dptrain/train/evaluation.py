@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.utils import send_to_device
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
@@ -186,6 +187,37 @@ def _shares(
         yield range(min(batch_size, num_samples)), False
 
 
+def _gathered(count: int, state: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """Return the count and the state of every replica; as safetensors, since pickles of others are never loaded.
+
+    Args:
+        count: of updates.
+        state: name → tensor, or list of tensors, on the host.
+    """
+    parts = {"count": torch.tensor([count])}
+    for name, value in state.items():
+        parts |= (
+            {f"list/{name}/{index}": part.contiguous() for index, part in enumerate(value)}
+            if isinstance(value, list)
+            else {f"tensor/{name}": value.contiguous()}
+        )
+    own = torch.frombuffer(bytearray(save(parts)), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([own.numel()]))
+    longest = max(int(size) for size in sizes)
+    buffers = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(buffers, torch.nn.functional.pad(own, (0, longest - own.numel())))
+    found = []
+    for buffer, size in zip(buffers, sizes, strict=True):
+        tensors = load(buffer[: int(size)].numpy().tobytes())
+        theirs: dict[str, Any] = {}
+        for name in state:
+            listed = sum(key.startswith(f"list/{name}/") for key in tensors)
+            theirs[name] = tensors.get(f"tensor/{name}", [tensors[f"list/{name}/{index}"] for index in range(listed)])
+        found.append((int(tensors["count"]), theirs))
+    return found
+
+
 def _over_replicas(name: str, metric: Any) -> float:  # noqa: ANN401 - torchmetrics is not always installed
     """Return a metric of all replicas' samples.
 
@@ -195,8 +227,7 @@ def _over_replicas(name: str, metric: Any) -> float:  # noqa: ANN401 - torchmetr
     metric._to_sync = metric.sync_on_compute = False  # noqa: SLF001 - compute looks at the first
     if dist.is_initialized() and dist.get_world_size() > 1:
         state = {key: _on_host(getattr(metric, key)) for key in metric._defaults}  # noqa: SLF001 - it has no other list
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (metric._update_count, state))  # noqa: SLF001 - as above
+        gathered = _gathered(int(metric._update_count), state)  # noqa: SLF001 - as above
         states = [found for num_updates, found in gathered if num_updates]
         metric = metric.to("cpu")
         metric.reset()
