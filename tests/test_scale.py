@@ -48,7 +48,11 @@ def step():
     meter.begin(num_samples=2)
     model(torch.ones(2, width)).sum().backward()
     record = StepRecord(step=1, position=0, global_batch_size=2, micro_batch_size=2, learning_rate=0.1, wall_s=0.0)
-    send(record, report=RankReport(), loss_sum=torch.zeros(()), meter_sums=meter.local_sums())
+    zero = torch.zeros(())
+    sums, measured = meter.close_step()
+    send(
+        record, report=RankReport(), loss_sum=zero, num_samples=2, grad_norm=zero, meter_sums=sums, measured=measured
+    )
 
 check = ReplicaCheck(model.named_parameters(), every_steps=1)
 print(json.dumps({
