@@ -198,7 +198,7 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         module = importlib.import_module(f"dptrain.cli.{_PLACES.get(name, name)}")
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package == "dptrain":
+        if package == "dptrain" or package in _EXTRAS:
             raise
         wanted = _PACKAGES.get(package, package)
         raise ConfigError(
