@@ -196,11 +196,12 @@ def _gathered(count: int, state: dict[str, Any]) -> list[tuple[int, dict[str, An
     """
     parts = {"count": torch.tensor([count])}
     for name, value in state.items():
-        parts |= (
-            {f"list/{name}/{index}": part.contiguous() for index, part in enumerate(value)}
-            if isinstance(value, list)
-            else {f"tensor/{name}": value.contiguous()}
-        )
+        if isinstance(value, list):
+            parts |= {f"list/{name}/{index}": part for index, part in enumerate(value)}
+        else:
+            parts[f"tensor/{name}"] = value
+    # Copies, since safetensors refuses tensors that share memory, such as one that a metric was given twice.
+    parts = {name: part.clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
     own = torch.frombuffer(bytearray(save(parts)), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([own.numel()]))

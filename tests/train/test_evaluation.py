@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 from torchmetrics import CatMetric, MeanMetric
 from torchmetrics.classification import BinaryAUROC, MulticlassF1Score
-from torchmetrics.regression import PearsonCorrCoef
+from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 
 from dptrain.errors import TaskError
 from dptrain.tasks import Suggestion, Task
@@ -77,12 +77,14 @@ METRICS = {
     "auroc": lambda: BinaryAUROC(),  # noqa: PLW0108 - a fresh one each time
     "auroc_by_bins": lambda: BinaryAUROC(thresholds=20),
     "correlation": lambda: PearsonCorrCoef(),  # noqa: PLW0108 - as above
+    "of_one_tensor_twice": lambda: SpearmanCorrCoef(),  # noqa: PLW0108 - as above
 }
 ARGUMENTS = {
     "f1": lambda logits, classes: (logits, classes),
     "auroc": lambda logits, classes: (logits[:, 0].sigmoid(), (classes == 0).long()),
     "auroc_by_bins": lambda logits, classes: (logits[:, 0].sigmoid(), (classes == 0).long()),
     "correlation": lambda logits, classes: (logits[:, 0], classes.float()),
+    "of_one_tensor_twice": lambda logits, _: (logits.sum(1),) * 2,
 }
 
 
