@@ -20,6 +20,7 @@ from dptrain.observe.checks.gradient_checksum import (
 )
 from dptrain.observe.checks.reasons import DropLog, Reason
 from dptrain.observe.geometry.dual import DualGeometry
+from dptrain.observe.reduction import on_device
 
 _FLAGS = (
     Reason.REDUCED_TWICE,
@@ -80,7 +81,6 @@ class StepCheck:
         self._whole = whole
         self._exact = exact
         self._device = parameters[0].device
-        self._flag_vectors: dict[tuple[float, ...], Tensor] = {}
         self._smallest_samples = math.inf
 
     def vector(self, *, announced: bool, outside: bool, repeated: bool) -> Tensor:
@@ -102,9 +102,7 @@ class StepCheck:
         )
         checks = self.checksum.vector()
         values = (*flags, float(self.checksum.half_precision))
-        if values not in self._flag_vectors:
-            self._flag_vectors[values] = torch.tensor(values, dtype=torch.float64, device=self._device)
-        return torch.cat([self._flag_vectors[values], checks])
+        return torch.cat([on_device(values, device=self._device), checks])
 
     def empty(self, *, with_dual: DualGeometry | None = None) -> Tensor:
         """Return the part of a rank that has none, with the dual norms that follow it."""

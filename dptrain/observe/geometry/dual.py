@@ -12,6 +12,7 @@ from dptrain.errors import ObservationError
 from dptrain.noise import MomentSums, NoiseScale, Smoothing, smoothed
 from dptrain.noise.dual import DualNorms, dual_moments, dual_noise_scale, sign_factor, spectral_factor
 from dptrain.observe.groups import Groups
+from dptrain.observe.reduction import on_device
 
 DualName = Literal["sign", "spectral"]
 _NUM_SIZES = 3
@@ -91,7 +92,7 @@ class DualGeometry:
                 sums[position * len(self._names) + label] = sums[position * len(self._names) + label] + value
         equal = len(set(sizes)) == 1
         numbers = [sizes[0], float(sum(sizes)), 1.0] if equal else [torch.nan, torch.nan, 1.0]
-        return torch.cat([torch.stack(sums), torch.tensor(numbers, dtype=torch.float64, device=self._zero.device)])
+        return torch.cat([torch.stack(sums), on_device(numbers, device=self._zero.device)])
 
     def _norm(self, index: int, grad: Tensor) -> Tensor:
         if self._kinds[index] == "sign":

@@ -7,20 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from dptrain.errors import ObservationError
-from dptrain.observe.checks.gradient_checksum import GradientChecksum
-from dptrain.observe.geometry import Geometry, PlainGeometry
+from dptrain.observe.geometry import Geometry
 from dptrain.observe.groups import Groups
-from dptrain.observe.hooks.micro_batches import MicroBatchNorms
+from dptrain.observe.hooks.micro_batches import MicroBatchHook, MicroBatchNorms
 from dptrain.observe.hooks.unhook import unhook
-from dptrain.observe.stopwatch import Stopwatch
 
 
-class FsdpHook:
+class FsdpHook(MicroBatchHook):
     """Squared norm of every micro-batch's gradient, with or without resharding and gradient sync per micro-batch.
 
     FSDP2 trains shards, which never have a replica's own gradient. But for each forward pass it puts the gathered
@@ -35,18 +33,9 @@ class FsdpHook:
     """
 
     name = "unsharded parameters"
-    accumulated = False
-    repeated = False
 
     def __init__(self, model: nn.Module, *, groups: Groups | None = None, geometry: Geometry | None = None) -> None:
-        device = next(model.parameters()).device
-        self.stopwatch = Stopwatch(device)
-        self._norms = MicroBatchNorms(
-            groups=groups or Groups(),
-            geometry=geometry or PlainGeometry(),
-            stopwatch=self.stopwatch,
-            zero=torch.zeros((), dtype=torch.float64, device=device),
-        )
+        super().__init__(next(model.parameters()).device, groups=groups, geometry=geometry)
         self._listening = True
         self._handles: dict[int, tuple[nn.Parameter, RemovableHandle]] = {}
         self._module_handles: list[RemovableHandle] = []
@@ -84,39 +73,9 @@ class FsdpHook:
                 unhook(*watched)
             self._handles.clear()
 
-    def begin(self, *, ignore: bool = False) -> bool:
-        """Start a micro-batch; one that is ignored is not looked at."""
-        return self._norms.begin(ignore=ignore)
-
-    def check_with(self, checksum: GradientChecksum) -> None:
-        """Have `checksum` see each gradient too."""
-        self._norms.checksum = checksum
-
-    def keep_first(self, note: Callable[[int, Tensor], None]) -> None:
-        """Have `note` see the gradients of each step's first micro-batch."""
-        self._norms.keep_first = note
-
-    @property
-    def outside(self) -> bool:
-        """Whether a gradient came that belongs to no micro-batch."""
-        return self._norms.outside
-
-    def end(self) -> bool:
-        """End the step's last micro-batch; return False where it saw no gradient."""
-        return self._norms.end()
-
-    def collect(self, weights: list[float]) -> Tensor:
-        """Return Σ ‖seen‖²/v over the micro-batches of the step."""
-        return self._norms.collect(weights)
-
-    def discard(self) -> None:
-        """Forget the micro-batches of the step under way."""
-        self._norms.forget()
-
     def remove(self) -> None:
-        """Take all hooks off."""
-        self.listen(on=False)
-        self._norms.forget()
+        """Take all hooks off, those of the modules too."""
+        super().remove()
         for handle in self._module_handles:
             handle.remove()
         self._module_handles.clear()

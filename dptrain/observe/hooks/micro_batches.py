@@ -1,7 +1,8 @@
-"""Norms of single micro-batches, collected parameter by parameter; hooks say where the gradients come from."""
+"""Norms of single micro-batches, collected parameter by parameter, and what the hooks that see them share."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from dptrain.errors import ObservationError
 from dptrain.observe.checks.gradient_checksum import GradientChecksum
-from dptrain.observe.geometry import Geometry
+from dptrain.observe.geometry import Geometry, PlainGeometry
 from dptrain.observe.groups import Groups
 from dptrain.observe.stopwatch import Stopwatch
 
@@ -124,3 +125,63 @@ class MicroBatchNorms:
         """Drop what was seen."""
         self._squares, self._last, self._current, self._overlap = [], None, None, False
         self._ignoring = self.outside = False
+
+
+class MicroBatchHook(ABC):
+    """A hook that sees each micro-batch singly; subclasses say where the gradients come from.
+
+    Args:
+        device: of the gradients.
+        groups: which trained parameter belongs where; the whole model by default.
+        geometry: the norm; the plain one by default.
+    """
+
+    accumulated = False
+    repeated = False
+
+    def __init__(self, device: torch.device, *, groups: Groups | None, geometry: Geometry | None) -> None:
+        self.stopwatch = Stopwatch(device)
+        self._norms = MicroBatchNorms(
+            groups=groups or Groups(),
+            geometry=geometry or PlainGeometry(),
+            stopwatch=self.stopwatch,
+            zero=torch.zeros((), dtype=torch.float64, device=device),
+        )
+
+    @abstractmethod
+    def listen(self, *, on: bool) -> None:
+        """Put the hooks on the parameters, or take them off."""
+
+    def begin(self, *, ignore: bool = False) -> bool:
+        """Start a micro-batch; one that is ignored is not looked at."""
+        return self._norms.begin(ignore=ignore)
+
+    def check_with(self, checksum: GradientChecksum) -> None:
+        """Have `checksum` see each gradient too."""
+        self._norms.checksum = checksum
+
+    def keep_first(self, note: Callable[[int, Tensor], None]) -> None:
+        """Have `note` see the gradients of each step's first micro-batch."""
+        self._norms.keep_first = note
+
+    @property
+    def outside(self) -> bool:
+        """Whether a gradient came that belongs to no micro-batch."""
+        return self._norms.outside
+
+    def end(self) -> bool:
+        """End the step's last micro-batch; return False where it saw no gradient."""
+        return self._norms.end()
+
+    def collect(self, weights: list[float]) -> Tensor:
+        """Return Σ ‖seen‖²/v over the micro-batches of the step."""
+        return self._norms.collect(weights)
+
+    def discard(self) -> None:
+        """Forget the micro-batches of the step under way."""
+        self._norms.forget()
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        self.listen(on=False)
+        self._norms.forget()

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dptrain.errors import ObservationError
-from dptrain.observe.checks.gradient_checksum import GradientChecksum
-from dptrain.observe.geometry import Geometry, PlainGeometry
+from dptrain.observe.geometry import Geometry
 from dptrain.observe.groups import Groups
-from dptrain.observe.hooks.micro_batches import MicroBatchNorms
+from dptrain.observe.hooks.micro_batches import MicroBatchHook
 from dptrain.observe.hooks.unhook import unhook
-from dptrain.observe.stopwatch import Stopwatch
 
 
-class ParameterHook:
+class ParameterHook(MicroBatchHook):
     """Squared norm of every micro-batch's gradient, under DDP with or without `no_sync` and in one process.
 
     A tensor hook runs once per parameter and backward pass, after tied uses were added up and before the gradient
@@ -31,8 +28,6 @@ class ParameterHook:
     """
 
     name = "parameters"
-    accumulated = False
-    repeated = False
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], *, groups: Groups | None = None, geometry: Geometry | None = None
@@ -40,14 +35,7 @@ class ParameterHook:
         self._watched = [p for p in parameters if p.requires_grad]
         if not self._watched:
             raise ObservationError("the model has no parameter that requires a gradient: there is nothing to measure")
-        device = self._watched[0].device
-        self.stopwatch = Stopwatch(device)
-        self._norms = MicroBatchNorms(
-            groups=groups or Groups(),
-            geometry=geometry or PlainGeometry(),
-            stopwatch=self.stopwatch,
-            zero=torch.zeros((), dtype=torch.float64, device=device),
-        )
+        super().__init__(self._watched[0].device, groups=groups, geometry=geometry)
         self._handles: list[tuple[nn.Parameter, RemovableHandle]] = []
         self.listen(on=True)
 
@@ -64,37 +52,3 @@ class ParameterHook:
                 if p.requires_grad  # a loop may freeze it later
             ]
         self.stopwatch.stop(began)
-
-    def begin(self, *, ignore: bool = False) -> bool:
-        """Start a micro-batch; one that is ignored is not looked at."""
-        return self._norms.begin(ignore=ignore)
-
-    def check_with(self, checksum: GradientChecksum) -> None:
-        """Have `checksum` see each gradient too."""
-        self._norms.checksum = checksum
-
-    def keep_first(self, note: Callable[[int, Tensor], None]) -> None:
-        """Have `note` see the gradients of each step's first micro-batch."""
-        self._norms.keep_first = note
-
-    @property
-    def outside(self) -> bool:
-        """Whether a gradient came that belongs to no micro-batch."""
-        return self._norms.outside
-
-    def end(self) -> bool:
-        """End the step's last micro-batch; return False where it saw no gradient."""
-        return self._norms.end()
-
-    def collect(self, weights: list[float]) -> Tensor:
-        """Return Σ ‖seen‖²/v over the micro-batches of the step."""
-        return self._norms.collect(weights)
-
-    def discard(self) -> None:
-        """Forget the micro-batches of the step under way."""
-        self._norms.forget()
-
-    def remove(self) -> None:
-        """Take the hooks off the parameters."""
-        self.listen(on=False)
-        self._norms.forget()
