@@ -240,7 +240,10 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
             small = self._hook.collect(sizes.resolved_weights())
             squares = torch.cat([small, self._averaged.squares(grad_norm=grad_norm)])
         if self._loss_scale is not None:
-            squares = squares / torch.as_tensor(self._loss_scale(), dtype=torch.float64, device=self._device) ** 2
+            scale = self._loss_scale()
+            if isinstance(scale, Tensor):
+                scale = scale.to(self._device, torch.float64, non_blocking=True)
+            squares = squares / scale**2
         return torch.cat([squares, self._size_vectors.of(sizes)])
 
     def absorb(self, sums: list[float]) -> SquaredNorms | None:
