@@ -27,7 +27,7 @@ from dptrain.train import (
 )
 from dptrain.train.step import Stepper
 
-EVERY = 25
+EVERY = 23
 BY_CLOCK = {
     "progress/wall_s",
     "throughput/samples_per_sec",
@@ -148,9 +148,9 @@ def result_of(folder):
 
 
 def trained(folder):
-    """What was trained, decided and reported; not how it was asked for."""
+    """What was trained, decided and reported; not how it was asked for, nor from which task file."""
     found = result_of(folder)
-    del found["state"]["config"]
+    del found["state"]["config"], found["state"]["data"]["sources"]
     return {part: found[part] for part in ("parameters", "optimizer", "state", "rows", "decisions")}
 
 

@@ -191,7 +191,7 @@ def send(
     own = meter_sums[: (len(meter_sums) - NUM_SIZES - NUM_TIMINGS) // 2].sum()
     is_bad = (~torch.isfinite(found[0] + own)).double()
     bad = torch.stack([is_bad, is_bad * rank])
-    return PendingSum(torch.cat([header, bad, found[:1], found[1:].square(), meter_sums]))
+    return PendingSum(torch.cat([header, bad, found, meter_sums]))
 
 
 def receive(pending: PendingSum, record: StepRecord) -> StepOutcome:
@@ -213,12 +213,12 @@ def receive(pending: PendingSum, record: StepRecord) -> StepOutcome:
         raise DesyncError(
             f"replicas disagree at step {record.step}: {flags['measured']:g} of {world_size} measured the noise scale"
         )
-    num_bad, bad_number, loss_sum, sq_norms, *meter_sums = values[_NUM_HOST:]
-    sq_norm = sq_norms / world_size
+    num_bad, bad_number, loss_sum, norms, *meter_sums = values[_NUM_HOST:]
+    grad_norm = norms / world_size
     return StepOutcome(
         loss=loss_sum / flags["num_samples"],
-        grad_norm=math.sqrt(sq_norm) if sq_norm >= 0 else math.nan,
-        finite=math.isfinite(sq_norm),
+        grad_norm=grad_norm,
+        finite=math.isfinite(grad_norm),
         bad_ranks=round(num_bad),
         bad_rank=round(bad_number) if num_bad == 1 else None,
         stop=flags["stop"] > 0,

@@ -15,14 +15,15 @@ from benchmarks.gpu.rows import Report, read_rows
 
 ROOT = Path(__file__).parents[2]
 WITHOUT = """
-import sys
+from importlib.machinery import PathFinder
 
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("wandb", "jsonargparse"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+find_spec = PathFinder.find_spec
 
-sys.meta_path.insert(0, Missing())
+def without(name, path=None, target=None):
+    missing = name.partition(".")[0] in ("wandb", "jsonargparse")
+    return None if missing else find_spec(name, path, target)
+
+PathFinder.find_spec = without
 """
 
 

@@ -136,4 +136,4 @@ def test_a_package_that_is_missing_is_named(monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     assert command.main(["train"]) == 2
-    assert "pip install jsonargparse" in capsys.readouterr().err
+    assert "pip install 'dptrain[train]'" in capsys.readouterr().err

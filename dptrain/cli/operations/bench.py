@@ -23,6 +23,8 @@ _WARM_UP = 10
 _NEVER = 10**9
 _SIZES = (2**10, 2**14, 2**18, 2**22)
 _ALL_REDUCES = 10
+_kept: list[object] = []
+"""What must not go before the process does, see `end_replica`."""
 
 
 def bench(arguments: Sequence[str]) -> int:
@@ -32,6 +34,7 @@ def bench(arguments: Sequence[str]) -> int:
         ConfigError: where a setting is wrong.
     """
     from dptrain.cli.settings import parse
+    from dptrain.runtime.failure_report import write_outcome
     from dptrain.runtime.launcher import GRACE_S, count_gpus, is_replica, start_replicas
     from dptrain.tracking.run_folder import write_config
 
@@ -45,6 +48,7 @@ def bench(arguments: Sequence[str]) -> int:
     config, options = parse(rest)
     if is_replica():
         _measure(config, num_steps=own.steps)
+        write_outcome(0)
         return 0
     num_gpus = count_gpus(cpu=config.device == "cpu")
     with tempfile.TemporaryDirectory(prefix="dptrain-") as folder:
@@ -75,6 +79,7 @@ def _measure(config: TrainConfig, *, num_steps: int) -> None:
         trainer = Trainer(
             replace(config, log=quiet, checkpoint=saves, control=control, max_samples=_NEVER, max_steps=None)
         )
+        _kept.append(trainer)
         on_gpu = torch.cuda.is_available() and config.device != "cpu"
         seconds, samples = [], 0
         with contextlib.redirect_stdout(io.StringIO()):
