@@ -23,7 +23,7 @@ def without(name, path=None, target=None):
     missing = name.partition(".")[0] in ("wandb", "jsonargparse")
     return None if missing else find_spec(name, path, target)
 
-PathFinder.find_spec = without
+PathFinder.find_spec = staticmethod(without)
 """
 
 
