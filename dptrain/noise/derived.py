@@ -36,24 +36,6 @@ def gain(phi: float, *, batch: float, reference_batch: float) -> float:
     return batch / reference_batch * efficiency(phi, batch=batch, reference_batch=reference_batch)
 
 
-def half_batch_cosine(phi: float, *, batch: float) -> float:
-    """Return the cosine between the gradients of a batch's two halves: 1/(1 + 2φ/B), SimiGrad's measure.
-
-    It is the ratio of the expectations, which the mean cosine approaches where the noise fills many directions.
-    """
-    return 1 / (1 + 2 * phi / batch)
-
-
-def norm_test_batch(phi: float, *, tolerance: float) -> float:
-    """Return the smallest batch at which the norm test with `tolerance` η holds: φ/η²."""
-    return phi / tolerance**2
-
-
-def gradient_diversity(phi: float, *, batch: float) -> float:
-    """Return the gradient diversity of a set of `batch` samples, φ being the set's own: (1 + φ)/B (Yin et al. 2018)."""
-    return (1 + phi) / batch
-
-
 def expert_noise_scale(phi_routed: float, *, probability: float) -> float:
     """Return the noise scale of an expert in samples of the batch: (φ_h + 1 − p)/p.
 
