@@ -340,6 +340,8 @@ def _why_offline() -> str | None:
 def _why_unreachable(url: str, *, limit_s: float) -> str | None:
     """Ask a web server for any answer at all; None where one came, else the reason.
 
+    wandb's `init_timeout` alone would do, but at a price: it overruns by 1.3 to 1.6 s (wandb 0.31, closed port and
+    silent listener), so within `START_LIMIT_S` (row H1 of the faults) a server that answers slowly would have 2 s left.
     A connection is not enough: there are listeners that accept and never answer. On a thread of its own, because
     the time limit of a socket does not cover the look-up of the name.
     """
