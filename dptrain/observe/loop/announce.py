@@ -94,7 +94,8 @@ class _Announcer:
                 # The pass announced last may have been one for a metric, which has no backward pass.
                 self._meter.resize_last(num_samples=num_samples, weight=num_samples if self._summed else None)
 
-        differentiable = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        # Not a leaf, such as a parameter that the model returns: it lives on, and its hooks would pile up.
+        differentiable = [tensor for tensor in _tensors(output) if tensor.grad_fn is not None]
         for tensor in differentiable:
             tensor.register_hook(reached)  # type: ignore[no-untyped-call]
         if accumulated and not differentiable:

@@ -88,6 +88,28 @@ def test_several_passes_are_asked_about_under_the_hook_too():
     assert first[1:] == (0, [], STEPS, STEPS * 12)
 
 
+class ReturnsAParameter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.scale = make_model(), nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.net(x), self.scale
+
+
+def test_a_parameter_in_the_output_is_no_pass_of_its_own():
+    """CLIP returns its temperature beside its features: each backward pass reaches it, and it is one pass."""
+
+    def scaled(model, x):
+        out, scale = model(x)
+        return (out * scale).square().mean()
+
+    model = ReturnsAParameter()
+    _, told, scale = measured(scaled, model=model)
+    assert (told, scale.num_steps) == ([], STEPS)
+    assert not model.scale._backward_hooks
+
+
 def test_an_empty_micro_batch_drops_its_step():
     """A micro-batch without samples is no error in the middle of a run: its step does not count."""
     sizes = iter([6, 0, *[6] * 2 * STEPS])
