@@ -122,7 +122,7 @@ class MicroBatchLoader:
             self._anchor()
         self._next_position = None  # a window that is dropped half way leaves the feed between two slots
         for micro in wanted:
-            fetched_position, samples = next(self._feed)
+            fetched_position, samples = self._fetched()
             if fetched_position != micro.position:
                 raise RuntimeError(
                     f"position {micro.position} was due but {fetched_position} came: another window of this loader was "
@@ -131,6 +131,19 @@ class MicroBatchLoader:
             if micro.is_last:
                 self._next_position = batch.after_step().position
             yield MicroBatch(batch=samples, num_samples=micro.num_samples, position=micro.position)
+
+    def _fetched(self) -> tuple[int, Batch]:
+        feed = self._feed
+        try:
+            fetched: tuple[int, Batch] = next(feed)
+        except (FileNotFoundError, ConnectionError, EOFError) as error:
+            # A worker hands its tensors over through a socket, which is gone with it: torch names the socket alone.
+            ended = [worker for worker in getattr(feed, "_workers", ()) if _has_ended(worker)]
+            if not ended:
+                raise
+            pids = ", ".join(str(worker.pid) for worker in ended)
+            raise RuntimeError(f"DataLoader worker (pid(s) {pids}) exited unexpectedly") from error
+        return fetched
 
     def close(self) -> None:
         """End the workers; a later window would start new ones."""
@@ -219,3 +232,8 @@ def _outlive_signals_to_the_group(_worker: int) -> None:
 def _close_if_alive(reference: weakref.ref[MicroBatchLoader]) -> None:
     if (loader := reference()) is not None:
         loader.close()
+
+
+def _has_ended(worker: Any) -> bool:  # noqa: ANN401 - a process of torch's
+    worker.join(timeout=1.0)  # the socket is closed a moment before the process is gone
+    return not worker.is_alive()

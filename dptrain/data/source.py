@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from dptrain.data.stream import SampleStream
 from dptrain.data.window import Slot
+from dptrain.errors import TaskExitError
 
 Sample = Any
 """What the dataset returns for one index."""
@@ -53,7 +54,11 @@ class SlotSource(Dataset[tuple[int, Batch]]):
 
     def __getitem__(self, slot: Slot) -> tuple[int, Batch]:
         numbers = self._stream.window(slot.position, slot.num_samples or self._filler_size)
-        return slot.position, self._collated(numbers, first=slot.position)
+        try:
+            return slot.position, self._collated(numbers, first=slot.position)
+        except SystemExit as error:
+            # A process that loads samples would end without a word, and torch could only say that it did.
+            raise TaskExitError(f"the task called sys.exit({error.code!r}) before the run was done") from error
 
     def micro_batch(self, positions: NDArray[np.int64]) -> Batch:
         """Return the samples at some positions, collated."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
@@ -22,6 +21,7 @@ from dptrain.errors import CheckpointError, ConfigError
 from dptrain.integrations.optimizer_rate import scale_learning_rate
 from dptrain.noise import NoiseScale
 from dptrain.observe import Meter, PendingSum, Reading
+from dptrain.observe.reduction import on_device
 from dptrain.tasks.base import Suggestion
 
 _READS_CLOCK = ("goodput", "pollux")
@@ -84,6 +84,7 @@ class BatchAdapter:
         rule: RuleName | None = None,
         max_samples: int | None = None,
     ) -> None:
+        _check_arguments(meter, optimizer)
         self.meter = meter
         self._world_size = meter.num_replicas
         self._plan = BatchPlan(
@@ -236,6 +237,24 @@ class BatchAdapter:
         self._rate_in_force = self.window.learning_rate_factor
 
 
+def _check_arguments(meter: object, optimizer: object) -> None:
+    """Raise for what is no meter or no optimizer: the batch would follow nothing, or nothing would follow the batch.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    if not isinstance(getattr(meter, "num_replicas", None), int) or not callable(getattr(meter, "on_remove", None)):
+        raise ConfigError(
+            f"the first argument must be a meter, got a {type(meter).__name__}: give what dptrain.attach(model) returns"
+        )
+    if optimizer is not None and not hasattr(optimizer, "register_step_pre_hook"):
+        raise ConfigError(
+            f"the optimizer must be a torch.optim.Optimizer, whose learning rate follows the batch, got a "
+            f"{type(optimizer).__name__}: give torch's own, or None and multiply your learning rate by "
+            "adapter.learning_rate_factor"
+        )
+
+
 class _StepClock:
     """Times the steps of a loop by the calls that close them, as the mean over all replicas.
 
@@ -263,11 +282,8 @@ class _StepClock:
                 accumulation_steps=accumulation_steps,
                 world_size=self._meter.num_replicas,
             )
-            vector = torch.tensor([now_s - began_s, 1.0], dtype=torch.float64)
-            pending = PendingSum(
-                vector.to(self._meter.join_device, non_blocking=True), group=self._meter.join_process_group
-            )
-            self._pending = (shape, pending)
+            vector = on_device([now_s - began_s, 1.0], device=self._meter.join_device)
+            self._pending = (shape, PendingSum(vector, group=self._meter.join_process_group))
         return self._times.model()
 
     def state(self) -> dict[str, Any]:

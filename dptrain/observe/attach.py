@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -16,9 +16,10 @@ from dptrain.observe.groups import GroupsLike
 from dptrain.observe.hooks.ddp import CommHook
 from dptrain.observe.hooks.wrapping import Reduction, identify
 from dptrain.observe.loop.announce import announce_forward_passes
+from dptrain.observe.loop.arguments import LossScale, check_arguments, check_optimizers, loss_factor
 from dptrain.observe.loop.batch_size import MicroBatchSize
 from dptrain.observe.loop.closing import close_with_optimizer
-from dptrain.observe.meter import LossScale, Meter
+from dptrain.observe.meter import Meter
 
 Loss = Literal["mean", "sum"]
 
@@ -86,14 +87,24 @@ def attach(
     Raises:
         ObservationError: where the meter could not be right; the text has the remedy.
     """
-    if loss not in ("mean", "sum"):
-        raise ObservationError(f"loss must be 'mean' or 'sum' over the samples of a micro-batch, got {loss!r}")
+    check_arguments(
+        model=model,
+        loss=loss,
+        micro_batch_size=micro_batch_size,
+        loss_scale=loss_scale,
+        smoothing=smoothing,
+        level=level,
+        budget=budget,
+        population=population,
+        comm_hook=comm_hook,
+    )
     optimizers = _as_list(optimizer)
+    check_optimizers(optimizers, parameters=model.parameters())
     meter = build_meter(
         identify(model, reduction=reduction),
         Options(
             method=method,
-            loss_scale=_factor(loss_scale),
+            loss_scale=loss_factor(loss_scale),
             groups=groups,
             geometry=geometry,
             optimizers=optimizers,
@@ -119,15 +130,3 @@ def _as_list(optimizer: Any) -> list[Any]:  # noqa: ANN401 - one or several
     if optimizer is None:
         return []
     return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-
-
-def _factor(loss_scale: LossScale | GradScaler | None) -> LossScale | None:
-    """Return a function of the factor that needs no wait."""
-    if not isinstance(loss_scale, GradScaler):
-        return loss_scale
-    if not loss_scale.is_enabled():
-        return None
-    scaler = loss_scale
-    # The tensor itself: its public form is a number, and reading that waits for all that is queued.
-    # One that has scaled no loss yet has none.
-    return lambda: 1.0 if getattr(scaler, "_scale", None) is None else cast("Tensor", scaler._scale)  # noqa: SLF001

@@ -24,9 +24,10 @@ from dptrain.observe.hooks.base import GradientHook
 from dptrain.observe.hooks.ddp import CommHook, DdpCommHook
 from dptrain.observe.hooks.parameter import ParameterHook
 from dptrain.observe.hooks.wrapping import Wrapping
+from dptrain.observe.loop.arguments import LossScale
 from dptrain.observe.loop.halves import HalfBatches
 from dptrain.observe.measurement_interval import MeasurementInterval
-from dptrain.observe.meter import LossScale, Meter
+from dptrain.observe.meter import Meter
 
 GeometryLike = GeometryName | Mapping[str, DualName]
 Method = Literal["auto", "parameters", "hook"]
@@ -139,6 +140,7 @@ def _check(
         checksum,
         parameters=parameters,
         others=[p for p in every_parameter if not p.requires_grad],
+        present=None if wrapping.kind == "fsdp" else wrapping.model.parameters,
         group=wrapping.group,
         whole=wrapping.reduction == "wrapper" and wrapping.num_shards == 1 and wrapping.ranks_per_replica == 1,
         exact=not any(str(getattr(hook, "__module__", "")).endswith(_LOSSY) for hook in hooks),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from numbers import Integral
 
 from dptrain.errors import ObservationError
 
@@ -46,8 +47,8 @@ class MeasurementInterval:
     """
 
     def __init__(self, *, every: int | None = None, budget: float = 0.01, first: int = _FIRST) -> None:
-        if every is not None and every < 1:
-            raise ObservationError(f"every must be at least 1 (each step), got {every!r}")
+        if every is not None and (not isinstance(every, Integral) or isinstance(every, bool) or every < 1):
+            raise ObservationError(f"every must be a whole number of steps, at least 1 (each step), got {every!r}")
         if not budget > 0:
             raise ObservationError(f"budget must be a positive share of the step time, such as 0.01, got {budget!r}")
         self._fixed = every is not None

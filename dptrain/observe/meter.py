@@ -21,15 +21,14 @@ from dptrain.observe.global_gradient import GlobalGradient, UnreducedGradient
 from dptrain.observe.groups import Groups
 from dptrain.observe.hooks.base import GradientHook
 from dptrain.observe.hooks.join import JoinableMeter, check_step
+from dptrain.observe.loop.arguments import LossScale
 from dptrain.observe.loop.halves import HalfBatches
 from dptrain.observe.loop.own_reduction import OwnReduction
 from dptrain.observe.loop.results import MeterResults
-from dptrain.observe.loop.sizes import MicroBatchSizes, SizeVectors
+from dptrain.observe.loop.sizes import MicroBatchSizes, SizeVectors, checked_size, checked_weight
 from dptrain.observe.measurement_interval import LAG, NUM_TIMINGS, MeasurementInterval
 from dptrain.observe.reading import Reading
 from dptrain.observe.step_reductions import StepReductions
-
-LossScale = Callable[[], float | Tensor]
 
 
 class Meter(OwnReduction, MeterResults, JoinableMeter):
@@ -154,12 +153,21 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
                 num_samples·world_size/global_batch_size. 0 for a filler, which is not looked at.
         """
         self._by_hand = True
-        self._begin(num_samples=num_samples, weight=weight)
+        self._begin(num_samples=checked_size(num_samples, given_by="meter.begin"), weight=checked_weight(weight))
 
     def begin_forward(self, *, num_samples: float, weight: float | None = None) -> None:
         """Announce a micro-batch from its forward pass, in the loop's place; nothing once the loop calls `begin`."""
         if not self._by_hand:
             self._begin(num_samples=num_samples, weight=weight)
+
+    def resize_last(self, *, num_samples: float, weight: float | None) -> None:
+        """Correct the size of the micro-batch announced last, from the backward pass that has begun."""
+        self._sizes.resize_last(num_samples=num_samples, weight=weight)
+
+    def doubt_step(self, reason: Reason) -> None:
+        """Know that the size of a micro-batch of the step under way is in doubt, so that it is dropped."""
+        if self._check is not None:
+            self._check.doubts.add(reason)
 
     def _begin(self, *, num_samples: float, weight: float | None) -> None:
         self._announced = True
@@ -187,7 +195,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
         self._sizes = MicroBatchSizes()
         self._hook.discard()
         if self._check is not None:
-            self._check.checksum.forget()
+            self._check.forget()
         if self._dual is not None:
             self._dual.forget()
 
@@ -326,7 +334,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
             return vector, None
         if split:
             return vector, self._check.empty(with_dual=self._dual)
-        checks = self._check.vector(announced=seen, outside=outside, repeated=repeated)
+        checks = self._check.vector(announced=seen, outside=outside, repeated=repeated, alike=self._hook.alike)
         return vector, checks if self._dual is None else torch.cat([checks, self._dual.vector(sizes)])
 
     def expect_optimizer(self) -> None:
@@ -418,8 +426,6 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
             zeros = torch.zeros(num_values, dtype=torch.float64, device=self._device)
             self._reduce(zeros, None if self._check is None else self._check.empty(with_dual=self._dual))
         self._turn()
-
-    # Life
 
     def on_remove(self, close: Callable[[], None]) -> None:
         """Have `close` called by `remove`."""

@@ -18,6 +18,11 @@ from dptrain.config.train_config import LogConfig, TrainConfig
 from dptrain.errors import ConfigError
 from dptrain.version import __version__
 
+_LOSS_TOLERANCE = 0.01
+"""Relative: kernels of different processors differ by 1e-6 in single precision and 1e-2 at most in half."""
+_LOSS_FLOOR = 1e-4
+"""Below it a loss may be what rounding leaves of larger terms."""
+
 
 def check_agreement(subjects: Mapping[str, object], *, device: torch.device) -> None:
     """Refuse to start where replicas differ in one of `subjects`. A collective; waits.
@@ -51,6 +56,31 @@ def check_same_run(config: TrainConfig, subjects: Mapping[str, object], *, devic
         "the version of torch": torch.__version__,
     }
     check_agreement({**own, **subjects}, device=device)
+
+
+def check_same_loss(loss: float | None, *, device: torch.device) -> None:
+    """Refuse to start where the replicas' losses of the same samples and parameters differ. A collective; waits.
+
+    Args:
+        loss: see `loss_of_two_samples`; None for one that cannot be compared.
+        device: where the collective runs.
+
+    Raises:
+        ConfigError: with the two losses farthest apart, on all replicas alike.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    known, value = float(loss is not None), loss or 0.0
+    extremes = torch.tensor([value, -value, -known, abs(value)], dtype=torch.float64, device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    largest, smallest, all_known, size = extremes.tolist()
+    smallest = -smallest
+    if all_known == -1 and largest - smallest > _LOSS_TOLERANCE * max(size, _LOSS_FLOOR):
+        raise ConfigError(
+            f"the replicas do not agree on the loss of the same two samples ({smallest:.4g} on one, {largest:.4g} on "
+            "another): the loss must not depend on the rank, nor on what each process builds for itself, such as class "
+            "weights: seed that, or compute it from the whole data set"
+        )
 
 
 def model_digests(model: nn.Module) -> dict[str, object]:

@@ -64,6 +64,32 @@ def check_task(task: Task) -> frozenset[str]:
     return unused
 
 
+def loss_of_two_samples(task: Task) -> float | None:
+    """Return the loss of the first two training samples, by a copy of the model in evaluation mode.
+
+    Replicas compare it: a loss that differs between them, by a sign or by class weights that each process computed for
+    itself, trains all of them on something that nobody asked for.
+
+    Args:
+        task: one that `check_task` has accepted.
+
+    Returns:
+        None where a second call gives another number (noise of its own), or none that is finite.
+    """
+    with random_state_kept(), torch.enable_grad():
+        model = copy.deepcopy(task.model).eval()
+        batch = (task.collate or default_collate)(_first_samples(task))
+        found = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            try:
+                result = task.loss(_Wrapped(model), batch)
+            except Exception:  # noqa: BLE001 - in training mode it ran, which is what counts
+                return None
+            found.append(split_loss(result)[0].item())
+    return found[0] if found[0] == found[1] and math.isfinite(found[0]) else None
+
+
 class _Wrapped(nn.Module):
     """Stands for what a model is wrapped in on several replicas: it can be called, and has nothing of the model's own.
 

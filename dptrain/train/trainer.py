@@ -32,7 +32,7 @@ from dptrain.runtime.rendezvous import rendezvous
 from dptrain.runtime.replica import num_replicas, rank_of_replica, replica_device, wait_for_everyone
 from dptrain.runtime.replica_check import ReplicaCheck, compared_tensors
 from dptrain.runtime.signals import SignalHandler
-from dptrain.runtime.startup_check import check_device, check_same_run, model_digests
+from dptrain.runtime.startup_check import check_device, check_same_loss, check_same_run, model_digests
 from dptrain.runtime.step_reduction import (
     RankReport,
     Result,
@@ -42,7 +42,7 @@ from dptrain.runtime.step_reduction import (
     translate_peer_errors,
 )
 from dptrain.runtime.watchdog import Watchdog
-from dptrain.tasks import Task, check_evaluation, check_task, resolve_task
+from dptrain.tasks import Task, check_evaluation, check_task, loss_of_two_samples, resolve_task
 from dptrain.tracking.jsonl import Value
 from dptrain.tracking.run_folder import RunFolder, checkpoints_in, default_run_dir
 from dptrain.tracking.run_log import RunLog, SilentLog, WritingLog
@@ -127,6 +127,7 @@ class Trainer:
             },
             device=self._device,
         )
+        check_same_loss(loss_of_two_samples(self._task) if self._world_size > 1 else None, device=self._device)
 
         self._bare_model = self._task.model
         execution, precision = self._config.execution, self._config.precision

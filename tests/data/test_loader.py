@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from dptrain.data.loader import MicroBatchLoader
 from dptrain.data.stream import SampleStream
-from dptrain.errors import ConfigError, TaskError
+from dptrain.errors import ConfigError, TaskError, TaskExitError
 
 NUM_SAMPLES = 37
 STREAM = SampleStream(NUM_SAMPLES, seed=3)
@@ -302,3 +302,36 @@ def test_impossible_counts_are_refused(options):
     """Workers and prefetching have least values, which the error names."""
     with pytest.raises(ConfigError, match="at least"):
         make_loader(**options)
+
+
+class Exits(Numbers):
+    """Ends its process at the fifth sample: by the interpreter, or without it."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.end = end
+
+    def __getitem__(self, index):
+        number = super().__getitem__(index)
+        if self.reads.value > 4:
+            self.end(0)
+        return torch.ones(1000) * number
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_data_set_that_exits_is_named(num_workers):
+    """`sys.exit()` in a sample is an error that says so, in this process and in one that loads samples."""
+    with (
+        make_loader(num_workers=num_workers, dataset=Exits(sys.exit)) as loader,
+        pytest.raises(TaskExitError, match=r"sys\.exit\(0\)"),
+    ):
+        indices_of(loader, {"position": 0, "global_batch_size": 16, "micro_batch_size": 2})
+
+
+def test_a_loading_process_that_vanished_is_named():
+    """What it had handed over is gone with it; the error is of the process, not of a socket."""
+    with (
+        make_loader(num_workers=1, dataset=Exits(os._exit)) as loader,
+        pytest.raises(RuntimeError, match="exited unexpectedly"),
+    ):
+        indices_of(loader, {"position": 0, "global_batch_size": 16, "micro_batch_size": 2})

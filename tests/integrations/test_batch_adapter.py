@@ -47,6 +47,20 @@ def test_windows_follow_the_law_and_the_rate_follows_the_windows():
     assert adaptive.as_metrics()["progress/samples"] == 8 * (2 + 2 + 2 + 4 + 4 + 8)
 
 
+@pytest.mark.parametrize("meter", [None, torch.nn.Linear(2, 2), SimpleNamespace(num_replicas=2)])
+def test_what_is_no_meter_is_refused(meter):
+    """A model in the place of the meter is answered by what makes one."""
+    with pytest.raises(ConfigError, match=r"what dptrain\.attach\(model\) returns"):
+        BatchAdapter(meter, None, micro_batch_size=4)
+
+
+def test_an_optimizer_that_takes_no_hooks_is_refused():
+    """Its rate could not follow the batch; the remedy is to multiply it oneself."""
+    meter = SimpleNamespace(num_replicas=2, on_remove=lambda _: None)
+    with pytest.raises(ConfigError, match=r"adapter\.learning_rate_factor"):
+        BatchAdapter(meter, [torch.optim.SGD], micro_batch_size=4)
+
+
 def test_a_window_that_cannot_be_stays_and_is_asked_for_again():
     """The loop's veto keeps batch and factor; the next decision brings the change."""
     adaptive = adapter()

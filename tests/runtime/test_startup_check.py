@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dptrain.errors import ConfigError
-from dptrain.runtime.startup_check import check_agreement, check_device, model_digests
+from dptrain.runtime.startup_check import check_agreement, check_device, check_same_loss, model_digests
 from dptrain.train import ExecutionConfig, TrainConfig
 from tests.replicas import run_replicas
 
@@ -101,3 +101,25 @@ def test_tensors_of_any_kind_have_a_digest(dtype):
     other.register_buffer("one", torch.zeros((), dtype=dtype))
     assert model_digests(model)[FORM] == model_digests(other)[FORM]
     assert model_digests(model)[VALUES] != model_digests(other)[VALUES]
+
+
+def losses_compared(rank, world_size, pairs):
+    refused = []
+    for pair in pairs:
+        try:
+            check_same_loss(pair[rank], device=CPU)
+        except ConfigError as error:
+            refused.append(str(error))
+        else:
+            refused.append(None)
+    return refused
+
+
+def test_replicas_with_another_loss_are_refused():
+    """Another sign or weight is named with both losses; rounding, and a loss that cannot be compared, are not."""
+    pairs = [(1.0, -1.0), (2.0, 3.0), (1.0, 1.0 + 1e-5), (None, 1.0), (0.0, 0.0), (-1e-9, 1e-9)]
+    first, second = run_replicas(losses_compared, world_size=2, args=(pairs,))
+    assert first == second
+    assert "-1 on one, 1 on another" in first[0]
+    assert "2 on one, 3 on another" in first[1]
+    assert first[2:] == [None] * 4

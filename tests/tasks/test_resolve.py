@@ -19,7 +19,16 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from dptrain.errors import ConfigError, TaskError
-from dptrain.tasks import BUILT_IN, Suggestion, Task, check_evaluation, check_task, resolve, resolve_task
+from dptrain.tasks import (
+    BUILT_IN,
+    Suggestion,
+    Task,
+    check_evaluation,
+    check_task,
+    loss_of_two_samples,
+    resolve,
+    resolve_task,
+)
 
 NEED_DATA = ("pictures", "gpt", "huggingface", "images")
 PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
@@ -370,6 +379,15 @@ def test_loss_that_uses_its_own_model_is_refused():
 def test_infinite_loss_passes():
     """Whether the first loss is finite is the trainer's matter."""
     check_task(_task(loss=lambda model, batch: model(batch).mean() / 0))
+
+
+def test_the_loss_of_two_samples_is_what_replicas_compare():
+    """It is the same at each call, or None: for a loss with noise of its own, and for one that is not finite."""
+    noise = torch.Generator().manual_seed(1)
+    task = _task(loss=lambda model, batch: model(batch).mean() + torch.rand(()))
+    assert loss_of_two_samples(task) == loss_of_two_samples(task) is not None
+    assert loss_of_two_samples(_task(loss=lambda m, b: m(b).mean() + torch.rand((), generator=noise))) is None
+    assert loss_of_two_samples(_task(loss=lambda m, b: m(b).mean() / 0)) is None
 
 
 def test_check_leaves_no_trace():

@@ -60,6 +60,8 @@ class GradientChecksum:
         self._num_opened = 0
         self._slots: dict[int, int] = {}
         self._invalid: set[int] = set()
+        self._sparse: set[int] = set()
+        self._row_factors = torch.tensor([[1.0], [0.37], [0.11], [0.53]], dtype=torch.float64, device=self._device)
         self._sums: dict[int, Tensor] = {}
         self._watching = False
         self._handles: list[tuple[nn.Parameter, RemovableHandle]] = []
@@ -124,18 +126,20 @@ class GradientChecksum:
 
     def forget(self) -> None:
         """Drop what was seen in this step."""
-        self._sums, self._invalid = {}, set()
+        self._sums, self._invalid, self._sparse = {}, set(), set()
         self._reduced, self.added_late = set(), False
 
     def note(self, index: int, grad: Tensor) -> None:
         """Add the gradient of parameter `index`, as one backward pass brings it."""
         if index not in self._slots:
             return
-        if grad.is_sparse:
+        known = self._sums.get(index)
+        if known is not None and grad.is_sparse is not (index in self._sparse):
             self._invalid.add(index)
             return
-        values = self._values(index, grad, first_row=0)
-        known = self._sums.get(index)
+        if grad.is_sparse:
+            self._sparse.add(index)
+        values = self._sparse_values(grad) if grad.is_sparse else self._values(index, grad, first_row=0)
         self._sums[index] = values if known is None else known + values
 
     def _values(self, index: int, grad: Tensor, *, first_row: int) -> Tensor:
@@ -158,6 +162,21 @@ class GradientChecksum:
         products = coefficients * part.to(dtype)
         return torch.stack([products.sum((1, 2)), products.abs().sum((1, 2))]).double()
 
+    def _sparse_values(self, grad: Tensor) -> Tensor:
+        """Return the same of a sparse gradient: of all its elements, coalesced or not, for few rows have any."""
+        grad = grad.detach()
+        places, values = grad._indices(), grad._values()  # noqa: SLF001 - the public ones ask for a coalesced tensor
+        values = values.reshape(values.shape[0], -1)
+        values = torch.view_as_real(values).flatten(1) if values.is_complex() else values
+        if values.dtype in (torch.float16, torch.bfloat16):
+            self.half_precision = True
+        columns = torch.arange(values.shape[1], dtype=torch.float64, device=values.device)
+        rows = (places.double() * self._row_factors[: places.shape[0]]).sum(0)
+        # Smooth functions of the place: fixed, of either sign, and alike in no two neighbours.
+        weights = [torch.cos(rows[:, None] * a + columns * b) for a, b in ((1.3, 0.7), (2.1, 1.9))]
+        products = torch.stack(weights) * values.double()
+        return torch.stack([products.sum((1, 2)), products.abs().sum((1, 2))])
+
     def _coefficients_of(self, index: int, dtype: torch.dtype) -> Tensor:
         key = index, dtype
         if key not in self._coefficients:
@@ -176,11 +195,15 @@ class GradientChecksum:
         for index, slot in self._slots.items():
             parameter = self._parameters[index]
             grad = parameter.grad
-            if index in self._invalid or (grad is not None and grad.is_sparse):
+            if index in self._invalid or (
+                grad is not None and index in self._sums and grad.is_sparse is not (index in self._sparse)
+            ):
                 continue
             if index in self._sums:
                 seen[:, slot] = self._sums[index]
-            if grad is not None:
+            if grad is not None and grad.is_sparse:
+                combined[slot] = self._sparse_values(grad)[0] * count
+            elif grad is not None:
                 local = grad.to_local() if hasattr(grad, "to_local") else grad
                 rows = self._num_rows(parameter)
                 piece = math.ceil(rows / count)  # as torch.chunk cuts

@@ -63,14 +63,27 @@ class Reason(StrEnum):
         "the gradients were clipped or unscaled before the step was closed, which the sign and spectral geometries "
         "cannot take out: call meter.step() right after the last backward()"
     )
+    SEVERAL_PASSES = (
+        "one backward pass went through several forward passes of the model, whose samples may be parts of the same or "
+        "more of them: give attach(..., micro_batch_size=), the samples that one backward pass is the mean over"
+    )
+    EMPTY_BATCH = "a micro-batch had no samples: skip it, or announce it by meter.begin(num_samples=1, weight=0)"
+    SAME_SAMPLES = (
+        "the micro-batches of each step have the same gradients to the last bit: they hold the same samples, so there "
+        "is no noise to see; draw samples for each micro-batch"
+    )
     RESTARTED = "the gradients were cleared in the middle of the step, which began anew (no misuse)"
     UNFROZEN = (
-        "parameters were unfrozen after attach, and are not measured: call meter.remove() and attach again, with "
-        "load_state_dict(meter.state_dict()) to go on"
+        "parameters were unfrozen, added or replaced after attach, and are not measured: call meter.remove() and "
+        "attach again, with load_state_dict(meter.state_dict()) to go on"
     )
 
 
-_HARMLESS = frozenset({Reason.ONE_SMALL_BATCH, Reason.NOT_FINITE, Reason.ALL_ZERO, Reason.RESTARTED})
+DOUBTS = (Reason.SEVERAL_PASSES, Reason.EMPTY_BATCH)
+"""What the forward passes of a step tell of their sizes."""
+_HARMLESS = frozenset(
+    {Reason.ONE_SMALL_BATCH, Reason.EMPTY_BATCH, Reason.NOT_FINITE, Reason.ALL_ZERO, Reason.RESTARTED}
+)
 
 
 class DropLog:

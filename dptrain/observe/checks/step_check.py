@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from dptrain.observe.checks.gradient_checksum import (
     combined_differs,
     common_factor,
 )
-from dptrain.observe.checks.reasons import DropLog, Reason
+from dptrain.observe.checks.reasons import DOUBTS, DropLog, Reason
 from dptrain.observe.geometry.dual import DualGeometry
 from dptrain.observe.reduction import on_device
 
@@ -26,15 +26,18 @@ _FLAGS = (
     Reason.REDUCED_TWICE,
     Reason.ADDED_LATE,
     Reason.UNFROZEN,
+    *DOUBTS,
     Reason.NO_FORWARD,
     Reason.NO_GRADIENT,
     Reason.OUTSIDE,
 )
 """What each rank sees of its own loop."""
-NUM_CHECK_VALUES = len(_FLAGS) + 1 + NUM_CHECKSUM_VALUES
+NUM_CHECK_VALUES = len(_FLAGS) + 2 + NUM_CHECKSUM_VALUES
 
 _JENSEN_TOLERANCE = 1e-3
 """Rounding of two norms in single precision is 1e-6 at most; in bfloat16 that of equal micro-batches is 4e-3."""
+_ALIKE_IN_A_ROW = 5
+"""Measured steps whose micro-batches have equal gradients on all ranks: fewer may be chance in a tiny data set."""
 _RESTART = 1.9
 """Samples of a step, relative to the smallest consistent one, from which on a contradiction is a step begun anew."""
 
@@ -59,6 +62,7 @@ class StepCheck:
         checksum: of the gradients.
         parameters: those that are measured.
         others: parameters of the model that were frozen when the meter was attached.
+        present: returns the model's parameters at present; None where the wrapper exchanges them itself (FSDP2).
         group: over which gradients are averaged.
         whole: whether each rank's `.grad` is the whole combined gradient, so that all must be equal.
         exact: False where a communication hook loses information on purpose (PowerSGD), so that sums cannot agree.
@@ -70,6 +74,7 @@ class StepCheck:
         *,
         parameters: Sequence[nn.Parameter],
         others: Sequence[nn.Parameter] = (),
+        present: Callable[[], Iterable[nn.Parameter]] | None = None,
         group: dist.ProcessGroup | None = None,
         whole: bool = True,
         exact: bool = True,
@@ -78,31 +83,51 @@ class StepCheck:
         self.log = DropLog(group)
         self._parameters = parameters
         self._others = others
+        self._present = present
+        self._known = {id(p) for p in (*parameters, *others)}
+        self._num_alike = 0
+        self.doubts: set[Reason] = set()
         self._whole = whole
         self._exact = exact
         self._device = parameters[0].device
         self._smallest_samples = math.inf
 
-    def vector(self, *, announced: bool, outside: bool, repeated: bool) -> Tensor:
+    def forget(self) -> None:
+        """Drop what was seen in the step under way."""
+        self.doubts.clear()
+        self.checksum.forget()
+
+    def vector(self, *, announced: bool, outside: bool, repeated: bool, alike: Tensor | None = None) -> Tensor:
         """Return this rank's part, to be summed over the ranks: `NUM_CHECK_VALUES` float64.
 
         Args:
             announced: whether a micro-batch was seen since the last step.
             outside: whether a gradient came without one.
             repeated: whether the gradients were reduced more than once.
+            alike: whether all micro-batches had the same gradient, a float64 scalar; None where there were not two.
         """
         missing = all(p.grad is None for p in self._parameters)
         flags = (
             float(repeated),
             float(self.checksum.added_late),
-            float(any(p.requires_grad for p in self._others)),
+            float(self._others_are_trained()),
+            *(float(reason in self.doubts) for reason in DOUBTS),
             float(not announced),
             float(missing),
             float(outside),
         )
+        self.doubts.clear()
         checks = self.checksum.vector()
         values = (*flags, float(self.checksum.half_precision))
-        return torch.cat([on_device(values, device=self._device), checks])
+        alike = checks.new_zeros(1) if alike is None else alike.reshape(1)
+        return torch.cat([on_device(values, device=self._device), alike, checks])
+
+    def _others_are_trained(self) -> bool:
+        """Say whether parameters get gradients that are not measured: unfrozen, added or replaced since."""
+        if any(p.requires_grad for p in self._others):
+            return True
+        present = () if self._present is None else self._present()
+        return any(id(p) not in self._known and p.requires_grad and p.grad is not None for p in present)
 
     def empty(self, *, with_dual: DualGeometry | None = None) -> Tensor:
         """Return the part of a rank that has none, with the dual norms that follow it."""
@@ -119,16 +144,15 @@ class StepCheck:
             divisor: by what the wrapper divides the sum of the ranks' gradients.
         """
         flags = dict(zip(_FLAGS, values, strict=False))
-        checks = values[len(_FLAGS) + 1 :]
+        alike, checks = values[len(_FLAGS) + 1], values[len(_FLAGS) + 2 :]
         misplaced = self._misplaced(flags, ranks)
         if misplaced is not None:
             return self._unless_restarted(misplaced, norms)
         if norms is None or norms.num_small < 2:  # noqa: PLR2004 - two is what a difference needs
             return Verdict(reason=Reason.ONE_SMALL_BATCH)
-        if not all(map(math.isfinite, (*checks, norms.small, norms.large))):
-            return Verdict(reason=Reason.NOT_FINITE)
-        if norms.small == 0 and norms.large == 0:
-            return Verdict(reason=Reason.ALL_ZERO)
+        uninformative = self._uninformative(checks, norms, alike=alike >= ranks)
+        if uninformative is not None:
+            return Verdict(reason=uninformative)
         verdict = self._compared(checks, norms, half=values[len(_FLAGS)] > 0, ranks=ranks, divisor=divisor)
         if verdict.reason is None:
             self._smallest_samples = min(self._smallest_samples, norms.num_samples)
@@ -136,10 +160,19 @@ class StepCheck:
         outside = verdict.reason is Reason.CHANGED and flags[Reason.OUTSIDE] > 0
         return self._unless_restarted(Reason.OUTSIDE if outside else verdict.reason, norms)
 
+    def _uninformative(self, checks: Sequence[float], norms: SquaredNorms, *, alike: bool) -> Reason | None:
+        """Return why numbers that may well belong together say nothing of the noise."""
+        if not all(map(math.isfinite, (*checks, norms.small, norms.large))):
+            return Reason.NOT_FINITE
+        if norms.small == 0 and norms.large == 0:
+            return Reason.ALL_ZERO
+        self._num_alike = self._num_alike + 1 if alike else 0
+        return Reason.SAME_SAMPLES if self._num_alike >= _ALIKE_IN_A_ROW else None
+
     @staticmethod
     def _misplaced(flags: Mapping[Reason, float], ranks: float) -> Reason | None:
         """Return what the ranks saw of their own loops, where it says that the step was not one."""
-        for reason in (Reason.REDUCED_TWICE, Reason.ADDED_LATE, Reason.UNFROZEN):
+        for reason in (Reason.REDUCED_TWICE, Reason.ADDED_LATE, Reason.UNFROZEN, *DOUBTS):
             if flags[reason] > 0:
                 return reason
         # One rank without a gradient of its own may be a joined or an idle one; all of them are a misplaced call.

@@ -29,6 +29,10 @@ class GradientHook(Protocol):
     """Whether an average came back into the replica's own gradient, by more than one reduction in the step."""
 
     @property
+    def alike(self) -> Tensor | None:
+        """Whether all micro-batches of the step collected last had the same gradient (1 or 0); None where unknown."""
+
+    @property
     def outside(self) -> bool:
         """Whether a gradient came since the last `collect` that belongs to no micro-batch."""
 

@@ -40,6 +40,7 @@ class DdpCommHook:
 
     name = "hook"
     accumulated = True
+    alike = None
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ class MicroBatchNorms:
         self._ignoring = False
         self.checksum: GradientChecksum | None = None
         self.outside = False
+        self.alike: Tensor | None = None
         self.keep_first: Callable[[int, Tensor], None] | None = None
 
     def begin(self, *, ignore: bool) -> bool:
@@ -116,10 +117,17 @@ class MicroBatchNorms:
                 f"{len(weights)} micro-batches were announced but gradients of {len(seen)} were seen: "
                 "each forward pass in training mode needs its backward pass before the step is closed"
             )
+        self.alike = self._are_alike(seen)
         total = self._zero.expand(self._groups.num_entries)
         for squares, weight in zip(seen, weights, strict=True):
             total = total + squares / weight
         return total
+
+    def _are_alike(self, squares: list[Tensor]) -> Tensor | None:
+        if self.checksum is None or len(squares) < 2:  # noqa: PLR2004 - two is what can be compared
+            return None
+        together = torch.stack(squares)
+        return ((together == together[0]).all() & (together[0] > 0).any()).double()
 
     def forget(self) -> None:
         """Drop what was seen."""
@@ -163,6 +171,11 @@ class MicroBatchHook(ABC):
     def keep_first(self, note: Callable[[int, Tensor], None]) -> None:
         """Have `note` see the gradients of each step's first micro-batch."""
         self._norms.keep_first = note
+
+    @property
+    def alike(self) -> Tensor | None:
+        """Whether all micro-batches of the step collected last had the same gradient."""
+        return self._norms.alike
 
     @property
     def outside(self) -> bool:

@@ -36,19 +36,29 @@ class ParameterHook(MicroBatchHook):
         if not self._watched:
             raise ObservationError("the model has no parameter that requires a gradient: there is nothing to measure")
         super().__init__(self._watched[0].device, groups=groups, geometry=geometry)
-        self._handles: list[tuple[nn.Parameter, RemovableHandle]] = []
+        self._handles: dict[int, tuple[nn.Parameter, RemovableHandle]] = {}
+        self._listening = False
         self.listen(on=True)
+
+    def begin(self, *, ignore: bool = False) -> bool:
+        """Start a micro-batch; what was frozen when the step began may be trained by now (a GAN takes turns)."""
+        if self._listening and len(self._handles) < len(self._watched):
+            self._put_on()
+        return super().begin(ignore=ignore)
 
     def listen(self, *, on: bool) -> None:
         """Put the hooks on the parameters, or take them off."""
         began = self.stopwatch.start()
-        for parameter, handle in self._handles:
+        self._listening = on
+        for parameter, handle in self._handles.values():
             unhook(parameter, handle)
         self._handles.clear()
         if on:
-            self._handles = [
-                (p, p.register_hook(functools.partial(self._norms.see, i)))  # type: ignore[no-untyped-call]
-                for i, p in enumerate(self._watched)
-                if p.requires_grad  # a loop may freeze it later
-            ]
+            self._put_on()
         self.stopwatch.stop(began)
+
+    def _put_on(self) -> None:
+        for i, p in enumerate(self._watched):
+            if i not in self._handles and p.requires_grad:  # a frozen one takes no hook
+                handle = p.register_hook(functools.partial(self._norms.see, i))  # type: ignore[no-untyped-call]
+                self._handles[i] = (p, handle)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -95,6 +96,11 @@ def identify(model: nn.Module, *, reduction: Reduction = "wrapper") -> Wrapping:
         raise ObservationError(f"reduction must be 'wrapper' or 'optimizer', got {reduction!r}")
     model = getattr(model, "_forward_module", model)  # what Lightning Fabric wraps
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ObservationError(
+            f"{type(model).__name__} takes no hooks on its forward pass: attach to the module before torch.jit.script, "
+            "or use torch.compile"
+        )
     for module in model.modules():
         _refuse_engines(module)
     # A sharded parameter is known by its mesh: importing DTensor to ask for its type would double the import time.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from dptrain.errors import ObservationError
+from dptrain.observe.checks.reasons import Reason
 from dptrain.observe.hooks.join import check_model
 from dptrain.observe.loop.batch_size import MicroBatchSize, batch_size, refuse_time_first
 from dptrain.observe.meter import Meter
@@ -21,8 +24,9 @@ def announce_forward_passes(
     """Put hooks on `model` that announce its forward passes to `meter`, until the meter is removed.
 
     A pass in evaluation mode counts as well where it has gradients: fine-tuning with frozen dropout and batch norm is
-    such a loop. A pass without a backward pass does not count: the meter replaces it by the next one, and where it sees
-    accumulated gradients only, a pass counts when its backward pass reaches its output.
+    such a loop. A pass without a backward pass does not count: the meter replaces it by the next one, and the size that
+    counts is that of the pass whose output the backward pass reaches. Several passes in one backward pass may be parts
+    of the same samples (a pair of images) or more samples: unless `micro_batch_size` is given, the step is dropped.
 
     Args:
         model: the module that the loop calls.
@@ -31,11 +35,10 @@ def announce_forward_passes(
         summed: whether the loss is the sum over the samples.
     """
     announcer = _Announcer(model, meter, micro_batch_size, summed=summed)
-    before = _outside_of_graphs(announcer.before)
+    before = _OutsideOfGraphs(announcer.before)
     meter.on_remove(model.register_forward_pre_hook(before, with_kwargs=True).remove)
-    if meter.accumulated:
-        after = _outside_of_graphs(announcer.after)
-        meter.on_remove(model.register_forward_hook(after, with_kwargs=True).remove)
+    after = _OutsideOfGraphs(announcer.after)
+    meter.on_remove(model.register_forward_hook(after, with_kwargs=True).remove)
 
 
 class _Announcer:
@@ -45,6 +48,10 @@ class _Announcer:
         self._given = given
         self._summed = summed
         self._time_first_refused = given is not None
+        self._announced: float | None = None
+        self._num_passes = 0
+        self._backward = -1
+        self._reached: set[int] = set()
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Announce a pass whose gradients are seen one by one."""
@@ -55,30 +62,61 @@ class _Announcer:
             return
         if not self._meter.measuring:
             self._meter.count_forward()
-        elif not self._meter.accumulated:
-            self._begin(self._num_samples(module, args, kwargs))
+        else:
+            size = self._num_samples(module, args, kwargs)
+            self._announced = 1 if size == 0 else size
+            if not self._meter.accumulated:
+                self._begin(self._announced)
+            if size == 0:
+                self._meter.doubt_step(Reason.EMPTY_BATCH)
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        """Announce a pass once its backward pass begins, which no other hook would tell of."""
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:  # noqa: ARG002 - the signature is torch's
+        """Have the pass known once its backward pass begins, which no other hook would tell of."""
         if not torch.is_grad_enabled() or self._meter.by_hand or not self._meter.measuring:
             return
-        waiting = [self._num_samples(module, args, kwargs)]
+        num_samples, self._announced = self._announced, None
+        if num_samples is None:
+            return
+        accumulated = self._meter.accumulated
+        self._num_passes += 1
+        number, waiting = self._num_passes, [num_samples]
 
         def reached(_: Tensor) -> None:
-            if waiting:
-                self._begin(waiting.pop())
+            alone = self._note(number)
+            if not waiting or self._meter.by_hand:
+                return
+            waiting.clear()
+            if not alone:
+                return
+            if accumulated:
+                self._begin(num_samples)
+            else:
+                # The pass announced last may have been one for a metric, which has no backward pass.
+                self._meter.resize_last(num_samples=num_samples, weight=num_samples if self._summed else None)
 
-        differentiable = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        # Not a leaf, such as a parameter that the model returns: it lives on, and its hooks would pile up.
+        differentiable = [tensor for tensor in _tensors(output) if tensor.grad_fn is not None]
         for tensor in differentiable:
             tensor.register_hook(reached)  # type: ignore[no-untyped-call]
-        if not differentiable:
-            self._begin(waiting.pop())  # an object that cannot be looked into
+        if accumulated and not differentiable:
+            self._begin(num_samples)  # an object that cannot be looked into
 
-    def _begin(self, num_samples: int | None) -> None:
+    def _note(self, number: int) -> bool:
+        """Note that a backward pass reached a forward pass; return whether it reached no other before."""
+        backward = torch._C._current_graph_task_id()  # noqa: SLF001 - the number of the backward() under way
+        if backward != self._backward:
+            self._backward, self._reached = backward, set()
+        alone = not self._reached - {number}
+        self._reached.add(number)
+        if not alone and self._given is None:
+            self._meter.doubt_step(Reason.SEVERAL_PASSES)
+        return alone
+
+    def _begin(self, num_samples: float | None) -> None:
         if num_samples is not None:
             self._meter.begin_forward(num_samples=num_samples, weight=num_samples if self._summed else None)
 
-    def _num_samples(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    def _num_samples(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
         try:
             if not self._time_first_refused and not any(isinstance(arg, PackedSequence) for arg in args):
                 refuse_time_first(self._model)
@@ -90,18 +128,23 @@ class _Announcer:
             return None  # an evaluation may be called in other ways; where it is trained on, the next check tells
 
 
-def _outside_of_graphs(hook: Callable[..., None]) -> Callable[..., None]:
-    """Keep a hook out of compiled graphs.
+class _OutsideOfGraphs:
+    """A hook that is kept out of compiled graphs, and out of copies of the model that it is on.
 
     Where the model is compiled in place, its hooks are inside. Elsewhere the way round dynamo would cost 20 µs a call
-    for nothing.
+    for nothing. A copy (an average of the weights, a teacher, a saved model) is not what the meter measures, and a
+    meter's process group cannot be copied: in its place stands what accepts any arguments and does nothing.
     """
-    outside = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
 
-    def called(*args: Any) -> None:  # noqa: ANN401 - those of torch's hooks
-        (outside if torch.compiler.is_dynamo_compiling() else hook)(*args)
+    def __init__(self, hook: Callable[..., None]) -> None:
+        self._hook = hook
+        self._outside = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
 
-    return called
+    def __call__(self, *args: Any) -> None:  # noqa: ANN401 - those of torch's hooks
+        (self._outside if torch.compiler.is_dynamo_compiling() else self._hook)(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # of the standard library, so a saved model needs no dptrain
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
@@ -113,3 +156,6 @@ def _tensors(value: object) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _tensors(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name, None))

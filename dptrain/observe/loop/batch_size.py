@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from dptrain.errors import ObservationError
+from dptrain.observe.loop.sizes import checked_size
 
 MicroBatchSize = int | Callable[..., int]
 """Samples in a micro-batch, or a function of the model's arguments that returns them."""
@@ -18,7 +22,7 @@ _SEQUENCE_NAMES = ("input_ids", "inputs_embeds", "input_values", "input_features
 """Arguments of transformers' models whose first dimension is always the batch, whatever else they are given."""
 
 
-def batch_size(given: MicroBatchSize | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+def batch_size(given: MicroBatchSize | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
     """Return the samples of one forward pass.
 
     Args:
@@ -27,10 +31,19 @@ def batch_size(given: MicroBatchSize | None, args: Sequence[Any], kwargs: Mappin
         kwargs: of the model.
 
     Raises:
-        ObservationError: where the inputs do not say it without doubt.
+        ObservationError: where the inputs do not say it without doubt, or the function gives no positive number.
     """
     if given is not None:
-        return given(*args, **kwargs) if callable(given) else given
+        if not callable(given):
+            return given
+        try:
+            size = given(*args, **kwargs)
+        except Exception as error:
+            raise ObservationError(
+                f"the function micro_batch_size raised {type(error).__name__}: {error}; it is called with the model's "
+                "arguments and must return the samples of the micro-batch"
+            ) from error
+        return checked_size(size, given_by="the function micro_batch_size")
     named = [value for key, value in _named(args, kwargs) if key in _SEQUENCE_NAMES and isinstance(value, Tensor)]
     looked_at: list[Any] = [*named] or [list(args), dict(kwargs)]
     sizes = [size for value in looked_at for size in _sizes(value, top=True)]
@@ -55,21 +68,52 @@ def _sizes(value: object, *, top: bool = False) -> Iterator[int]:
         yield int(value.batch_sizes[0])  # of the first time step, which every sequence has; it lives on the host
     elif isinstance(value, Tensor):
         if value.dim() > 0:
-            yield value.shape[0]
-    elif isinstance(value, Mapping):
-        for item in value.values():
+            yield value.size(0)  # a nested tensor of strided layout has no shape
+    else:
+        items, named = _items(value)
+        if not top and not named:
+            _refuse_samples(value, items)
+        for item in items:
             yield from _sizes(item)
-    elif isinstance(value, (tuple, list)):
-        tensors = [item for item in value if isinstance(item, Tensor)]
-        # Many tensors of one rank in a sequence are as likely the samples (a list of images) as parts of one batch.
-        alike = len({item.dim() for item in tensors}) == 1
-        if not top and tensors and alike and not hasattr(value, "_fields"):
-            raise ObservationError(
-                f"the model was called with a {type(value).__name__} of {len(tensors)} tensors, whose length or whose "
-                f"first dimension may be the batch size: {_REMEDY}"
-            )
-        for item in value:
-            yield from _sizes(item)
+
+
+def _items(value: object) -> tuple[list[Any], bool]:
+    """Return what a collection holds, and whether each has a name, as parts of one batch have; nothing of others."""
+    if isinstance(value, Mapping):
+        return list(value.values()), all(isinstance(key, str) for key in value)
+    if isinstance(value, (tuple, list, deque, set, frozenset)):
+        return list(value), hasattr(value, "_fields")
+    if isinstance(value, SimpleNamespace):
+        return list(vars(value).values()), True
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value)], True
+    return [], True
+
+
+def _refuse_samples(value: object, items: list[Any]) -> None:
+    """Raise where the items of a collection are as likely the samples as parts of one batch.
+
+    That is so for tensors of one rank (a list of images), and for records of one sample each (detectron2's list of
+    dicts).
+
+    Raises:
+        ObservationError: with the remedy.
+    """
+    tensors = [item for item in items if isinstance(item, Tensor)]
+    alike = len({item.dim() for item in tensors}) == 1
+    records = sum(isinstance(item, Mapping) and any(map(_holds_tensors, item.values())) for item in items)
+    if (tensors and alike) or records:
+        kind = "tensors" if tensors else "records"
+        raise ObservationError(
+            f"the model was called with a {type(value).__name__} of {len(tensors) or records} {kind}, whose length or "
+            f"whose first dimension may be the batch size: {_REMEDY}"
+        )
+
+
+def _holds_tensors(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_tensors, value.values()))
+    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(_holds_tensors, value)))
 
 
 def refuse_time_first(model: nn.Module) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from numbers import Real
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from dptrain.errors import ObservationError
 from dptrain.observe.reduction import on_device
 
 _MAX_VECTORS = 64
+_MOST_SHOWN = 60
 
 
 @dataclass(kw_only=True)
@@ -32,6 +37,11 @@ class MicroBatchSizes:
         """Note one micro-batch; a weight of None is an equal share of the replica's step, known at its end."""
         self.num_samples.append(num_samples)
         self.weights.append(weight)
+
+    def resize_last(self, *, num_samples: float, weight: float | None) -> None:
+        """Give the latest micro-batch another size: the backward pass is that of another forward pass."""
+        if self.num_samples:
+            self.num_samples[-1], self.weights[-1] = num_samples, weight
 
     def drop_last(self) -> None:
         """Forget the latest micro-batch: it had no backward pass."""
@@ -57,6 +67,53 @@ class MicroBatchSizes:
         if accumulated:
             return square / total if total else 0.0, square, total, float(total > 0), 1.0, sum(self.num_samples)
         return sum(v / b for b, v in pairs), square, total, float(len(pairs)), 1.0, sum(self.num_samples)
+
+
+def checked_size(size: object, *, given_by: str) -> float:
+    """Return a number of samples that a function or a loop gave.
+
+    Args:
+        size: what was given; a tensor of one element on the host counts as its number.
+        given_by: how the error names its origin.
+
+    Raises:
+        ObservationError: where it is not a positive number.
+    """
+    if isinstance(size, Tensor) and size.device.type == "cpu" and size.numel() == 1:
+        size = size.item()
+    if not is_real(size) or not 0 < size < math.inf:
+        raise ObservationError(
+            f"{given_by} gave {shown(size)} as the samples of a micro-batch: give a positive number of the host, such "
+            "as len(x)"
+        )
+    return size
+
+
+def checked_weight(weight: object) -> float | None:
+    """Return the weight of a micro-batch that a loop gave.
+
+    Raises:
+        ObservationError: where it is neither None nor a number that is not negative.
+    """
+    if weight is None:
+        return None
+    if not is_real(weight) or not 0 <= weight < math.inf:
+        raise ObservationError(
+            f"the weight of a micro-batch must be a number that is not negative, by which its mean loss is multiplied, "
+            f"got {shown(weight)}"
+        )
+    return weight
+
+
+def is_real(value: object) -> TypeGuard[float]:
+    """Say whether a value is a number of the host; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def shown(value: object) -> str:
+    """Return a value as an error shows it: its type where it is long."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN and "\n" not in text else f"a {type(value).__name__}"
 
 
 class SizeVectors:

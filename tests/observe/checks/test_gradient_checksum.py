@@ -147,3 +147,23 @@ def test_the_chosen_parameters_rotate_through_the_model():
         checksum.open()
         seen |= set(checksum._slots)
     assert seen == set(range(30))
+
+
+def test_sparse_gradients_are_checked_too():
+    """Coalesced or not, what was added up agrees with `.grad`; a factor is found, and a row that is gone is noticed."""
+    table = nn.Embedding(40, 4, sparse=True)
+    for change, expected in ((1.0, 1.0), (0.25, 0.25), (None, None)):
+        checksum = GradientChecksum([table.weight])
+        checksum.open()
+        handle = table.weight.register_hook(lambda grad, checksum=checksum: checksum.note(0, grad))
+        table.weight.grad = None
+        for ids in ([1, 2, 2, 7], [7, 30]):
+            table(torch.tensor(ids)).square().sum().backward()
+        handle.remove()
+        table.weight.grad = table.weight.grad.coalesce() * (1.0 if change is None else change)
+        if change is None:
+            table.weight.grad.values()[0] = 0
+        values = checksum.vector().tolist()
+        seen, magnitudes, combined = (values[i * NUM_CHECKS : (i + 1) * NUM_CHECKS] for i in range(3))
+        factor = common_factor(seen, magnitudes, combined, tolerance=EXACT)
+        assert factor == (expected if expected is None else pytest.approx(expected, rel=1e-4))

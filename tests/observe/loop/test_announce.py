@@ -1,0 +1,136 @@
+"""Which forward passes count, with what size, and that copies of a model are none of the meter's."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import dptrain
+from tests.replicas import run_replicas
+
+STEPS = 12
+
+
+def make_model():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+
+
+def measured(run, *, model=None, wrapped=lambda model: model, accumulation_steps=2, seed=2, **options):
+    """Return (sums of the meter, its warnings, its reason) after `run(model, x)` gave each micro-batch's loss."""
+    model = wrapped(model or make_model())
+    generator = torch.Generator().manual_seed(seed)
+    with warnings.catch_warnings(record=True) as told, dptrain.attach(model, every=1, **options) as meter:
+        warnings.simplefilter("always")
+        for _ in range(STEPS):
+            model.zero_grad()
+            for _ in range(accumulation_steps):
+                (run(model, torch.randn(6, 4, generator=generator)) / accumulation_steps).backward()
+            meter.step()
+        return meter.state().sums, [str(w.message) for w in told if "noise scale" in str(w.message)], meter.read()
+
+
+def plain(model, x):
+    return model(x).square().mean()
+
+
+def with_a_metric(model, x):
+    loss = plain(model, x)
+    model(torch.ones(50, 4))  # gradients are on, but nothing goes backward from here
+    return loss
+
+
+def with_a_kept_metric(model, x):
+    model.kept = model(torch.ones(50, 4))
+    return plain(model, x)
+
+
+def pair(model, x):
+    return plain(model, x) + plain(model, x[:2])
+
+
+@pytest.mark.parametrize("run", [with_a_metric, with_a_kept_metric])
+def test_a_pass_without_a_backward_pass_has_no_size(run):
+    """A metric's pass of 50 samples, before or after the training pass of 6, changes nothing."""
+    assert measured(run)[0] == measured(plain)[0]
+
+
+def test_several_passes_in_one_backward_are_asked_about():
+    """Without `micro_batch_size` the steps are dropped with one warning; with it they count."""
+    _, told, scale = measured(pair)
+    assert scale.num_steps == 0
+    assert len(told) == 1
+    assert "micro_batch_size=" in told[0]
+    _, told, scale = measured(pair, micro_batch_size=6)
+    assert (told, scale.num_steps, scale.num_samples) == ([], STEPS, STEPS * 12)
+
+
+def pairs_under_the_hook(rank, world_size):
+    wrapped = nn.parallel.DistributedDataParallel
+    options = {"wrapped": wrapped, "accumulation_steps": 1, "method": "hook", "seed": rank}
+    asked, given = measured(pair, **options), measured(pair, micro_batch_size=6, **options)
+    return asked[1], asked[2].num_steps, given[1], given[2].num_steps, given[2].num_samples
+
+
+def test_several_passes_are_asked_about_under_the_hook_too():
+    """There passes are counted by their backward passes; with a size given, one backward is one micro-batch."""
+    first, second = run_replicas(pairs_under_the_hook, world_size=2)
+    assert "micro_batch_size=" in first[0][0]
+    assert (len(first[0]), second[0]) == (1, [])
+    assert first[1:] == (0, [], STEPS, STEPS * 12)
+
+
+class ReturnsAParameter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.scale = make_model(), nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.net(x), self.scale
+
+
+def test_a_parameter_in_the_output_is_no_pass_of_its_own():
+    """CLIP returns its temperature beside its features: each backward pass reaches it, and it is one pass."""
+
+    def scaled(model, x):
+        out, scale = model(x)
+        return (out * scale).square().mean()
+
+    model = ReturnsAParameter()
+    _, told, scale = measured(scaled, model=model)
+    assert (told, scale.num_steps) == ([], STEPS)
+    assert not model.scale._backward_hooks
+
+
+def test_an_empty_micro_batch_drops_its_step():
+    """A micro-batch without samples is no error in the middle of a run: its step does not count."""
+    sizes = iter([6, 0, *[6] * 2 * STEPS])
+    _, told, scale = measured(lambda model, x: model(x[: next(sizes)]).square().sum())
+    assert (told, scale.num_steps) == ([], STEPS - 1)
+
+
+def test_copies_are_none_of_the_meters():
+    """A teacher that is called with gradients on is not counted, and a copied or saved model works without dptrain."""
+    model = make_model()
+    with dptrain.attach(model, every=1) as meter:
+        teacher = copy.deepcopy(model)
+        teacher(torch.ones(9, 4)).sum().backward()
+        pickle.dumps(model)
+        model(torch.ones(3, 4)).sum().backward()
+        meter.step()
+        saved = io.BytesIO()
+        torch.save(model, saved)
+    assert meter.read().num_samples <= 3
+    program = (
+        "import io, sys, torch; m = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=False); "
+        "m(torch.ones(2, 4)).sum().backward(); assert 'dptrain' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], input=saved.getvalue(), check=True, timeout=120)

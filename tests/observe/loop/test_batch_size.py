@@ -1,0 +1,62 @@
+"""The batch size is read off inputs that leave no doubt; others are refused with the remedy."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from dptrain.errors import ObservationError
+from dptrain.observe.loop.batch_size import batch_size
+
+IMAGE = torch.ones(3, 4, 4)
+
+
+@dataclass(frozen=True)
+class Batch:
+    x: torch.Tensor
+    name: str = "a batch"
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        [{"image": IMAGE, "id": 1} for _ in range(8)],
+        tuple({"image": [IMAGE]} for _ in range(8)),
+        dict.fromkeys(range(8), IMAGE),
+        deque([IMAGE] * 8),
+        {"images": [IMAGE] * 8},
+        SimpleNamespace(images=[IMAGE] * 8),
+    ],
+    ids=["list of dicts", "tuple of nested dicts", "dict by number", "deque", "list in a dict", "list in a namespace"],
+)
+def test_collections_of_samples_are_refused(argument):
+    """Eight images of three colours are eight samples, which no first dimension says."""
+    with pytest.raises(ObservationError, match="micro_batch_size="):
+        batch_size(None, (argument,), {})
+
+
+@pytest.mark.parametrize("record", [Batch(torch.ones(5, 2)), SimpleNamespace(x=torch.ones(5, 2))])
+def test_records_of_one_batch_are_looked_into(record):
+    """A data class and a namespace count by their tensors, and disagree with others as plain arguments do."""
+    assert batch_size(None, (record,), {}) == 5
+    with pytest.raises(ObservationError, match="ambiguous"):
+        batch_size(None, (record, torch.ones(1)), {})
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_count_their_parts(layout):
+    """In either layout the number of ragged rows."""
+    rows = [torch.ones(n, 2) for n in (1, 3, 2)]
+    assert batch_size(None, (torch.nested.nested_tensor(rows, layout=layout),), {}) == 3
+
+
+def test_a_function_counts_what_no_dimension_says():
+    """Its result may be a tensor of the host."""
+    assert batch_size(len, ([IMAGE] * 8,), {}) == 8
+    assert batch_size(lambda x: torch.tensor(len(x)), ([IMAGE] * 7,), {}) == 7
+    assert batch_size(6, (nn.Identity(),), {}) == 6
