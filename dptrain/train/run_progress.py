@@ -121,7 +121,7 @@ class RunProgress:
         """Note that a step was handed to the device, and that its outcome is under way."""
         self._unread = (record, pending, flops_per_sample)
         self._latest_batch = record.global_batch_size
-        self._progress = replace(self._progress, step=record.step, position=record.end, wall_s=wall_s)
+        self._progress = self._progress.updated(step=record.step, position=record.end, wall_s=wall_s)
 
     def paused(self, *, wall_s: float) -> None:
         """Note that something else than training took time up to now."""
@@ -164,8 +164,7 @@ class RunProgress:
         if outcome.measured:
             self._meter.absorb_step(outcome.meter_sums, usable=outcome.finite)
         self.step_timer.learn(record, outcome)
-        self._progress = replace(
-            self._progress,
+        self._progress = self._progress.updated(
             steps_dropped=self._progress.steps_dropped + (not outcome.finite),
             skipped_in_row=0 if outcome.finite else self._progress.skipped_in_row + 1,
             loss_first=outcome.loss if self._progress.loss_first is None else self._progress.loss_first,

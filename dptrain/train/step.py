@@ -152,7 +152,8 @@ class Stepper:
             with defer_combining(self._model, is_last=one.is_last), self._as_counted(one, record):
                 loss = self._forward(one)
                 self._is_combining = one.is_last and self._world_size > 1
-                self._update.scaled(loss * weight).backward()  # type: ignore[no-untyped-call]
+                weighted = loss if weight == 1 else loss * weight
+                self._update.scaled(weighted).backward()  # type: ignore[no-untyped-call]
                 self._is_combining = False
             summed = loss.detach() * one.num_samples
             loss_sum = summed if loss_sum is None else loss_sum + summed
@@ -167,12 +168,10 @@ class Stepper:
         self._stopwatch.stop(began)
         return loss
 
-    @contextmanager
-    def _as_counted(self, one: _Pass, record: StepRecord) -> Iterator[None]:
+    def _as_counted(self, one: _Pass, record: StepRecord) -> AbstractContextManager[object]:
         """Count the pass; one of a size off the grid runs uncompiled, for it would be compiled to run once."""
-        stance = uncompiled() if one.num_samples != record.micro_batch_size else nullcontext()
-        with stance, self._flops.counting(one.batch, num_samples=one.num_samples):
-            yield
+        counting = self._flops.counting(one.batch, num_samples=one.num_samples)
+        return counting if one.num_samples == record.micro_batch_size else _uncompiled(counting)
 
     def _passes(self, record: StepRecord, *, parts: int) -> Generator[_Pass]:
         """Yield the forward and backward passes of a step: the micro-batches, each in so many parts."""
@@ -211,6 +210,12 @@ class Stepper:
         if parts >= record.micro_batch_size // least:
             samples = "a single sample" if least == 1 else f"{least} samples"
             raise OutOfMemoryError(f"the memory does not suffice for {samples} at a time ({cause})")
+
+
+@contextmanager
+def _uncompiled(inner: AbstractContextManager[object]) -> Iterator[None]:
+    with uncompiled(), inner:
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)
