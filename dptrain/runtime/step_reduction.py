@@ -185,21 +185,14 @@ def send(
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     host = [float(getattr(record, tag)) for tag in _TAGS] + report.values(rank=rank)
-    host += [float(halved), float(measured), float(num_samples)]
-    # The meter's sums begin with the squares of this replica's own gradients, by group; zeros where it did not measure.
-    own = meter_sums[: (len(meter_sums) - NUM_SIZES - NUM_TIMINGS) // 2].sum() if measured else 0.0
-    if meter_sums.device.type == "cpu":
-        # Kernels have run when their calls return, and Python's own arithmetic is 20 µs a step shorter than torch's.
-        loss, norm = loss_sum.item(), grad_norm.item()
-        bad = float(not math.isfinite(loss + float(own)))
-        values = torch.tensor([*host, bad, bad * rank, loss, norm * norm], dtype=torch.float64)
-        return PendingSum(torch.cat([values, meter_sums]))
-    header = on_device(host, device=meter_sums.device)
+    header = on_device([*host, float(halved), float(measured), float(num_samples)], device=meter_sums.device)
     found = torch.stack([loss_sum, grad_norm]).double()
-    is_bad = (~torch.isfinite(found[0] + own)).double()
-    return PendingSum(
-        torch.cat([header, torch.stack([is_bad, is_bad * rank]), found[:1], found[1:].square(), meter_sums])
-    )
+    # The meter's sums begin with the squares of this replica's own gradients, by group; zeros where it did not measure.
+    own = found[0] + meter_sums[: (len(meter_sums) - NUM_SIZES - NUM_TIMINGS) // 2].sum() if measured else found[0]
+    # What is not finite is not zero less itself; `torch.isfinite` is four kernels.
+    is_bad = (own - own).ne(0).double()
+    bad = torch.stack([is_bad, is_bad * rank])
+    return PendingSum(torch.cat([header, bad, found[:1], found[1:].square(), meter_sums]))
 
 
 def receive(pending: PendingSum, record: StepRecord) -> StepOutcome:
