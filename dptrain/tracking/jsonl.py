@@ -9,6 +9,7 @@ kind="train", one per logged optimizer step
     progress/epoch              the same in passes over the training data
     progress/wall_s             seconds of training, earlier attempts included
     train/loss                  mean loss per sample over the global batch
+    train/<part>                the same of each further part that the task's loss returns by name
     train/lr                    learning rate that was applied
     train/grad_norm             norm of the averaged gradient before clipping
     train/steps_dropped         steps skipped so far, on all replicas together, for a gradient that was not finite

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -71,7 +71,7 @@ class RunProgress:
         self._progress = Progress(global_batch_size=batch, learning_rate_factor=factor)
         # A fit takes a third of a millisecond, and nobody asks how long other batches would take where none is tried.
         self._asks_time = config.control.mode in ("advise", "adapt") and config.control.law != "constant"
-        self._unread: tuple[StepRecord, PendingSum, float | None] | None = None
+        self._unread: tuple[StepRecord, PendingSum, float | None, Sequence[str]] | None = None
         self._undecided: StepRecord | None = None
         self._outcome: StepOutcome | None = None
         self._latest_batch = batch
@@ -117,9 +117,17 @@ class RunProgress:
         self.step_timer.began(record)
         return record
 
-    def sent(self, record: StepRecord, pending: PendingSum, *, flops_per_sample: float | None, wall_s: float) -> None:
+    def sent(
+        self,
+        record: StepRecord,
+        pending: PendingSum,
+        *,
+        flops_per_sample: float | None,
+        wall_s: float,
+        parts: Sequence[str] = (),
+    ) -> None:
         """Note that a step was handed to the device, and that its outcome is under way."""
-        self._unread = (record, pending, flops_per_sample)
+        self._unread = (record, pending, flops_per_sample, parts)
         self._latest_batch = record.global_batch_size
         self._progress = self._progress.updated(step=record.step, position=record.end, wall_s=wall_s)
 
@@ -152,8 +160,8 @@ class RunProgress:
         """
         if self._unread is None:
             return
-        (record, pending, flops_per_sample), self._unread = self._unread, None
-        outcome = receive(pending, record)
+        (record, pending, flops_per_sample, parts), self._unread = self._unread, None
+        outcome = receive(pending, record, parts=parts)
         interval_s = self.step_timer.interval_of(record)
         self._ledger.step(
             seconds=self._progress.wall_s - record.wall_s if interval_s is None else interval_s,
@@ -283,6 +291,7 @@ class RunProgress:
             "progress/epoch": self._plan.epochs(record.end),
             "progress/wall_s": record.wall_s,
             "train/loss": outcome.loss,
+            **{f"train/{name}": value for name, value in outcome.parts.items()},
             "train/lr": record.learning_rate,
             "train/grad_norm": outcome.grad_norm,
             "train/steps_dropped": self._progress.steps_dropped,
