@@ -48,6 +48,7 @@ class RunProgress:
         stream: order of the training data.
         ledger: counts what steps used.
         smallest_micro_batch: fewest samples that the model takes at a time.
+        tokens_per_sample: length of a sample, where tokens are counted.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class RunProgress:
         stream: SampleStream,
         ledger: Ledger,
         smallest_micro_batch: int = 1,
+        tokens_per_sample: int | None = None,
     ) -> None:
         self._config = config
+        self._tokens_per_sample = tokens_per_sample
         self._meter = meter
         self._world_size = world_size
         self._ledger = ledger
@@ -299,11 +302,23 @@ class RunProgress:
             "batch/micro": record.micro_batch_size,
             "batch/accumulation": record.micro_steps(self._world_size),
             "throughput/samples_per_sec": samples / elapsed if samples and elapsed > 0 else None,
+            **self._tokens(record, samples / elapsed if samples and elapsed > 0 else None),
             "time/step_s": self.step_timer.interval_of(record),
             "time/world_size": self._world_size,
             **self._ledger.columns(),
         }
         return train_row(columns, noise_scale=scale, groups=self._groups(record))
+
+    def _tokens(self, record: StepRecord, samples_per_s: float | None) -> dict[str, Value]:
+        """Return the columns in tokens; none where samples are not made of tokens."""
+        length = self._tokens_per_sample
+        if length is None:
+            return {}
+        return {
+            "progress/tokens": length * record.end,
+            "batch/tokens": length * record.global_batch_size,
+            "throughput/tokens_per_sec": None if samples_per_s is None else length * samples_per_s,
+        }
 
     def _groups(self, record: StepRecord) -> Mapping[str, NoiseScale]:
         """Return the noise scale of the groups, as often as keeps a row short: 200 groups are 26 KB."""
@@ -314,8 +329,11 @@ class RunProgress:
     def figures(self) -> dict[str, Value]:
         """Return the figures of the whole run, as far as they are known here."""
         progress, scale = self._progress, self._meter.read()
+        length = self._tokens_per_sample
+        tokens: dict[str, Value] = {} if length is None else {"tokens_seen": length * progress.position}
         return {
             "samples_seen": progress.position,
+            **tokens,
             "steps": progress.step,
             "wall_s": progress.wall_s,
             "samples_per_s": progress.position / progress.wall_s,

@@ -157,17 +157,22 @@ class Stepper:
             self._meter.begin(num_samples=one.num_samples, weight=weight)
             self._statistics.begin_micro_batch(one.number if one.num_samples else None)
             _seed_forward(self._seed_of(one.position), self._device)
-            with defer_combining(self._model, is_last=one.is_last), self._as_counted(one, record):
+            with self._deferred(is_last=one.is_last), self._as_counted(one, record):
                 loss, parts = self._forward(one)
                 self._is_combining = one.is_last and self._world_size > 1
-                weighted = loss if weight == 1 else loss * weight
-                self._update.scaled(weighted).backward()  # type: ignore[no-untyped-call]
+                self._backpropagate(loss if weight == 1 else loss * weight)
                 self._is_combining = False
             summed = [value.detach() * one.num_samples for value in (loss, *parts)]
             sums = [total + value for total, value in zip(sums, summed, strict=True)] if sums else summed
             num_samples += one.num_samples
         assert sums, "a step without a pass"
         return sums, num_samples
+
+    def _deferred(self, *, is_last: bool) -> AbstractContextManager[None]:
+        return defer_combining(self._model, is_last=is_last)
+
+    def _backpropagate(self, loss: Tensor) -> None:
+        self._update.scaled(loss).backward()  # type: ignore[no-untyped-call]
 
     def _forward(self, one: _Pass) -> tuple[Tensor, list[Tensor]]:
         began = self._stopwatch.start()

@@ -17,6 +17,7 @@ from dptrain.checkpoint.state import infinite_buffers
 from dptrain.checkpoint.store import load_checkpoint, load_newest, set_aside
 from dptrain.config.filled_in import as_saved, filled_in
 from dptrain.config.resume_check import check_same_settings
+from dptrain.config.tokens import in_samples
 from dptrain.config.train_config import TrainConfig
 from dptrain.cost.energy import EnergyCounter
 from dptrain.cost.flops import FlopCounter
@@ -96,6 +97,7 @@ class Trainer:
         wait_for_everyone(self._device)  # one that fails in what follows must not tear connections still being made
         seed_everything(config.seed)  # a split that the task draws is then the same on all replicas, and on resume
         self._task = task if isinstance(task, Task) else resolve_task(task or config.task, options=config.task_options)
+        config = in_samples(config, tokens_per_sample=self._task.tokens_per_sample, task=self._task.name)
         adapt_model(self._task.model, config.model)
         self._unused = check_task(self._task)
         check_evaluation(self._task)
@@ -176,6 +178,7 @@ class Trainer:
             stream=self._stream,
             ledger=build_ledger(self._config, device=self._device),
             smallest_micro_batch=self._statistics.smallest_micro_batch,
+            tokens_per_sample=self._task.tokens_per_sample,
         )
         self._state = RunState(
             self._config,

@@ -10,16 +10,22 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dptrain.config.train_config import TrainConfig
 from dptrain.errors import ConfigError
 
+if TYPE_CHECKING:
+    from dptrain.data import MicroBatchLoader
+    from dptrain.train.step import Stepper
+
 _DESCRIPTION = """Take some steps of a task on all replicas and print how fast they are; nothing is kept. What is not an
 option below is a setting of `dptrain train`, such as --task or --execution.compile."""
 _WARM_UP = 10
+_FEWEST_FOR_PARTS = 6
 _NEVER = 10**9
 _SIZES = (2**10, 2**14, 2**18, 2**22)
 _ALL_REDUCES = 10
@@ -32,6 +38,7 @@ def bench(arguments: Sequence[str]) -> int:
         ConfigError: where a setting is wrong.
     """
     from dptrain.cli.settings import parse
+    from dptrain.runtime.failure_report import write_outcome
     from dptrain.runtime.launcher import GRACE_S, count_gpus, is_replica, start_replicas
     from dptrain.tracking.run_folder import write_config
 
@@ -45,6 +52,7 @@ def bench(arguments: Sequence[str]) -> int:
     config, options = parse(rest)
     if is_replica():
         _measure(config, num_steps=own.steps)
+        write_outcome(0)  # an exit code alone says nothing to the launcher: a task may have ended the process
         return 0
     num_gpus = count_gpus(cpu=config.device == "cpu")
     with tempfile.TemporaryDirectory(prefix="dptrain-") as folder:
@@ -66,16 +74,34 @@ def _measure(config: TrainConfig, *, num_steps: int) -> None:
 
     from dptrain.runtime.rendezvous import rendezvous
     from dptrain.train import Trainer
+    from dptrain.train.execution.phases import Phases
 
     rendezvous(device=config.device, share_devices=config.execution.share_devices)
     try:
         quiet = replace(config.log, tracker="none", print_every_steps=_NEVER, eval_every_samples=_NEVER)
         saves = replace(config.checkpoint, every_samples=_NEVER)
         control = replace(config.control, law="constant") if config.control.mode == "adapt" else config.control
-        trainer = Trainer(
-            replace(config, log=quiet, checkpoint=saves, control=control, max_samples=_NEVER, max_steps=None)
+        config = replace(
+            config,
+            log=quiet,
+            checkpoint=saves,
+            control=control,
+            max_samples=_NEVER,
+            max_steps=None,
+            max_tokens=None,
+            replica_check_every_steps=0,
         )
         on_gpu = torch.cuda.is_available() and config.device != "cpu"
+        phases = Phases(torch.device("cuda" if on_gpu else "cpu"))
+
+        class Timed(Trainer):
+            timed: Stepper
+
+            def _stepper(self, loader: MicroBatchLoader) -> Stepper:
+                self.timed = super()._stepper(loader)
+                return self.timed
+
+        trainer = Timed(config)
         seconds, samples = [], 0
         with contextlib.redirect_stdout(io.StringIO()):
             steps = trainer.steps()
@@ -87,11 +113,24 @@ def _measure(config: TrainConfig, *, num_steps: int) -> None:
                 if number >= _WARM_UP:
                     seconds.append(time.perf_counter() - began_s)
                     samples += record.global_batch_size
+            # Parts are timed after the step as a whole, which they make longer.
+            phases.attach(trainer.timed)
+            for _ in range(max(num_steps, _FEWEST_FOR_PARTS)):
+                began_s = time.perf_counter()
+                next(steps)
+                if on_gpu:
+                    torch.cuda.synchronize()
+                phases.step(time.perf_counter() - began_s)
             steps.close()
         bandwidths = _all_reduce_bandwidths(torch.device("cuda") if on_gpu else torch.device("cpu"))
         if dist.get_rank() == 0:
             peak_bytes = torch.cuda.max_memory_allocated() if on_gpu else _resident_bytes()
-            sys.stdout.write("".join(f"{line}\n" for line in _lines(seconds, samples, peak_bytes, bandwidths)))
+            lines = [
+                *_lines(seconds, samples, peak_bytes, bandwidths),
+                _flops_line(config, phases.flops_per_sample, samples / sum(seconds), on_gpu=on_gpu),
+                _shares_line(phases.shares()),
+            ]
+            sys.stdout.write("".join(f"{line}\n" for line in lines))
             sys.stdout.flush()
     finally:
         if dist.is_initialized():
@@ -108,6 +147,32 @@ def _lines(seconds: list[float], samples: int, peak_bytes: int, bandwidths: dict
         f"memory        {peak_bytes / 2**20:,.0f} MiB on rank 0",
         *(f"all-reduce    {size * 4 / 2**10:,.0f} KiB: {rate / 1e9:.3f} GB/s" for size, rate in bandwidths.items()),
     ]
+
+
+def _flops_line(config: TrainConfig, flops_per_sample: float | None, samples_per_s: float, *, on_gpu: bool) -> str:
+    """Return the model FLOPs utilisation of a device, or why it is not known."""
+    import torch
+    import torch.distributed as dist
+
+    from dptrain.cost.device_peaks import matmul_precision, peak_flops_per_s
+
+    if flops_per_sample is None:
+        return "mfu           not known: no FLOPs were counted"
+    per_device = flops_per_sample * samples_per_s / dist.get_world_size()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    name = torch.cuda.get_device_name() if on_gpu else None
+    peak = peak_flops_per_s(name, precision=matmul_precision(device, mixed_precision=config.precision))
+    speed = f"{per_device:.3g} FLOP/s per replica"
+    if peak is None:
+        return f"mfu           not known: no peak is on record for {name or 'this CPU'} ({speed})"
+    return f"mfu           {per_device / peak:.1%} of {peak / 1e12:,.0f} TFLOP/s ({speed})"
+
+
+def _shares_line(shares: Mapping[str, float | None]) -> str:
+    """Return how the time of a step is divided."""
+    texts = [f"{name} {share:.1%}" for name, share in shares.items() if share is not None]
+    unknown = ", communication is in backward and optimizer" if shares["communication"] is None else ""
+    return f"step          {', '.join(texts)}{unknown}"
 
 
 _SHARES = (("p90", 0.9), ("p99", 0.99))

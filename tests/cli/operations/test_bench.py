@@ -6,6 +6,10 @@ import re
 import subprocess
 import sys
 
+import pytest
+
+from dptrain.train.execution.phases import PHASES
+
 
 def bench(*more):
     command = [sys.executable, "-m", "dptrain", "bench", "--task", "digits", "--device", "cpu", *more]
@@ -22,6 +26,10 @@ def test_it_prints_speed_memory_and_bandwidth():
     assert 0 < times[0] <= times[1] <= times[2]
     assert len(re.findall(r"all-reduce +[\d,]+ KiB: [\d.]+ GB/s", ended.stdout)) == 4
     assert re.search(r"memory +[\d,]+ MiB", ended.stdout)
+    assert re.search(r"mfu +not known: no peak is on record for this CPU \([\d.e+]+ FLOP/s per replica\)", ended.stdout)
+    parts = re.findall(r"(\w+) ([\d.]+)%", ended.stdout)
+    assert [name for name, _ in parts] == list(PHASES)
+    assert sum(float(share) for _, share in parts) == pytest.approx(100, abs=1)
 
 
 def test_no_steps_are_refused():
