@@ -155,7 +155,7 @@ def test_one_sample_at_a_time_is_refused_for_batch_norms(tmp_path):
     ],
 )
 def test_what_replicas_cannot_train_is_refused(model, loss, sentence):
-    """A loss past the wrapper, sparse, complex and reentrant gradients, a lazy module without use: one sentence each."""
+    """A loss past the wrapper, sparse, complex and reentrant gradients, a lazy module without use: a sentence each."""
     with pytest.raises(TaskError, match=sentence):
         check_task(make_task(model(), loss=loss))
 
