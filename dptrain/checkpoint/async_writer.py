@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-
+from dptrain.checkpoint.finite import StateNotFiniteError, check_finite
 from dptrain.checkpoint.host_copy import HostCopy
 from dptrain.checkpoint.permissions import warn_if_exposed
+from dptrain.checkpoint.shards import Staging, announce_failure, write_shard
 from dptrain.checkpoint.store import prepare_folder, save_checkpoint
 from dptrain.errors import CheckpointError
 
@@ -46,12 +47,10 @@ class SaveStatus:
     """How long the last write took that was committed."""
 
 
-class StateNotFiniteError(CheckpointError):
-    """The state of a training that has diverged; none is written."""
-
-
 class AsyncWriter:
-    """Writes checkpoints in a thread of its own. For rank 0 alone: nothing here talks to other replicas.
+    """Writes checkpoints in a thread of its own: on rank 0, and where they are sharded on all ranks.
+
+    The thread runs no collective; shards meet in the folder.
 
     Nothing that happens to a save is raised, since an exception on one replica would leave the others in their next
     collective: it is in `status`, and the caller decides, on all replicas alike. A process that ends while a write is
@@ -62,23 +61,41 @@ class AsyncWriter:
         keep: how many verified checkpoints to leave.
         committed_step: the step that the run begins from.
         infinite: entries (`model/mask`) that hold infinities on purpose; `infinite_buffers` finds them.
+        commits: whether this is rank 0; the others write their shards of sharded checkpoints.
 
     Raises:
         CheckpointError: where nothing can be written to `folder`.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 3, committed_step: int = 0, infinite: Collection[str] = ()) -> None:
-        prepare_folder(folder)
-        warn_if_exposed(folder)
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 3,
+        committed_step: int = 0,
+        infinite: Collection[str] = (),
+        commits: bool = True,
+    ) -> None:
+        if commits:
+            prepare_folder(folder)
+            warn_if_exposed(folder)
         self._folder = folder
         self._keep = keep
         self._infinite = frozenset(infinite)
         self._snapshot = HostCopy()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dptrain-saver")
         self._writing: Future[tuple[int, float]] | None = None
+        self._staging: Staging | None = None
         self._status = SaveStatus(committed_step=committed_step)
 
-    def save(self, *, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, JSON]) -> bool:
+    def save(
+        self,
+        *,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, JSON],
+        staging: Staging | None = None,
+    ) -> bool:
         """Copy everything, have it written, and return; training may change the tensors from then on.
 
         A save that meets another under way is skipped: `wait` first where it must not be. The arguments are those of
@@ -96,9 +113,13 @@ class AsyncWriter:
             copied_state = copy.deepcopy(dict(state))
         except Exception as error:  # noqa: BLE001 - no memory, say; see the class: nothing is raised on one replica alone
             self._status = _after_failure(self._status, error)
+            _announce(staging, error)
             return False
         self._status = replace(self._status, stall_s=time.perf_counter() - began)
-        self._writing = self._executor.submit(self._write, step=step, tensors=copied, state=copied_state)
+        self._staging = staging
+        self._writing = self._executor.submit(
+            self._write, step=step, tensors=copied, state=copied_state, staging=staging
+        )
         return True
 
     def status(self) -> SaveStatus:
@@ -118,6 +139,8 @@ class AsyncWriter:
 
     def close(self) -> None:
         """Wait for the write under way, for as long as it takes, and end the thread. Calling it again does nothing."""
+        if self._staging is not None:
+            self._staging.closing.set()
         self._executor.shutdown(wait=True)
         self._under_way()
 
@@ -143,49 +166,32 @@ class AsyncWriter:
         return False
 
     def _write(
-        self, *, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, JSON]
+        self,
+        *,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, JSON],
+        staging: Staging | None,
     ) -> tuple[int, float]:
         """Run in the thread, on the copies alone."""
         began = time.perf_counter()
-        check_finite(tensors, infinite=self._infinite)
-        save_checkpoint(self._folder, step=step, tensors=tensors, state=state, keep=self._keep)
+        try:
+            check_finite(tensors, infinite=self._infinite)
+            if staging is not None and staging.rank != 0:
+                write_shard(staging, tensors)
+            else:
+                save_checkpoint(self._folder, step=step, tensors=tensors, state=state, keep=self._keep, staging=staging)
+        except Exception as error:
+            _announce(staging, error)
+            raise
         return step, time.perf_counter() - began
 
 
-def check_finite(tensors: Mapping[str, Mapping[str, Tensor]], *, infinite: Collection[str] = ()) -> None:
-    """Refuse tensors with NaN or infinities in them, before retention could trade healthy checkpoints for such ones.
-
-    Refused and not saved with a mark: a marked checkpoint would need room, rules of its own in retention and in the
-    search for the newest, and serves nobody, since what went wrong can be looked at in the run that stops.
-
-    Args:
-        tensors: group → key → tensor.
-        infinite: entries (`model/mask`) in which infinities are meant. NaN never is.
-
-    Raises:
-        StateNotFiniteError: naming the first such tensor.
-    """
-    for name, group in tensors.items():
-        for key, tensor in group.items():
-            found = _not_finite(tensor)
-            if found == "NaN" or (found and f"{name}/{key}" not in infinite):
-                raise StateNotFiniteError(
-                    f"this state is not saved, as it holds numbers that are not finite: {name}/{key} holds {found}; "
-                    f"earlier checkpoints stay"
-                )
-
-
-def _not_finite(tensor: Tensor) -> str | None:
-    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
-        return None
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    if real.element_size() == 1:
-        real = real.float()  # torch has no reductions over eight-bit floats
-    # Both pass NaN on. In one sweep and without a tensor of flags, unlike `isfinite().all()`.
-    ends = torch.stack(torch.aminmax(real))
-    if ends.isnan().any():
-        return "NaN"
-    return "infinity" if ends.isinf().any() else None
+def _announce(staging: Staging | None, error: BaseException) -> None:
+    """Let rank 0 know that a shard will not come; rank 0 itself knows."""
+    if staging is not None and staging.rank != 0:
+        with suppress(OSError):
+            announce_failure(staging, error)
 
 
 def _after_failure(status: SaveStatus, error: BaseException) -> SaveStatus:

@@ -56,7 +56,7 @@ def decode_manifest(content: bytes) -> tuple[int, dict[str, FileDigest]]:
     Raises:
         CheckpointError: unless `content` is, to the byte, what `encode_manifest` writes in this format.
     """
-    body = _decode_json(content, name=MANIFEST)
+    body = decode_json(content, name=MANIFEST)
     if not isinstance(body, dict):
         raise CheckpointError(f"{MANIFEST} is not an object")
     version, written_by, step, files = (body.get(key) for key in ("format", "dptrain", "step", "files"))
@@ -99,7 +99,7 @@ def decode_state(content: bytes) -> dict[str, JSON]:
     Raises:
         CheckpointError: where `content` is not strict JSON with an object at the top.
     """
-    state = _decode_json(content, name=STATE)
+    state = decode_json(content, name=STATE)
     if not isinstance(state, dict):
         raise CheckpointError(f"{STATE} is not an object")
     return state
@@ -124,7 +124,7 @@ def check_header(start: bytes, *, size_bytes: int) -> None:
             f"read: join small tensors"
         )
     if len(start) >= 8 + length:
-        entries = _decode_json(start[8 : 8 + length], name="the header")
+        entries = decode_json(start[8 : 8 + length], name="the header")
         if isinstance(entries, dict) and len(entries) > MAX_TENSORS:
             raise CheckpointError(f"{len(entries):,} tensors are refused, up to {MAX_TENSORS:,} are written or read")
 
@@ -152,7 +152,8 @@ def _plain(value: object, *, where: str) -> object:
     )
 
 
-def _decode_json(content: bytes, *, name: str) -> object:
+def decode_json(content: bytes, *, name: str) -> object:
+    """Return what JSON holds; a CheckpointError where it is not strict."""
     try:
         return json.loads(content.decode(), object_pairs_hook=_decode_object, parse_constant=_refuse_constant)
     except (ValueError, TypeError, struct.error, RecursionError) as error:

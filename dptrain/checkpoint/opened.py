@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from dptrain.checkpoint.manifest import MANIFEST, STATE, FileDigest, check_header, decode_manifest, decode_state, quoted
+from dptrain.checkpoint.shards import Assembly, ShardError, decode_layout, layouts_in, shard_file
 from dptrain.checkpoint.verified_files import check_file, manifest_bytes, opened_folder, verified_bytes
 from dptrain.errors import CheckpointError
 
@@ -61,22 +62,41 @@ class Checkpoint:
         The file is read again and hashed again, so that the bytes parsed are the bytes verified even where somebody
         changed the file since. It costs about a second per GB once per restart, and twice the file's size in memory.
 
+        Sharded ones are put together, whole on each rank that asks.
+
         Raises:
-            CheckpointError: where there is no such file, or it is no longer what the manifest says.
+            CheckpointError: where there is no such file, it is no longer what the manifest says, or pieces are missing.
         """
-        file_name = f"{name}.safetensors"
-        if file_name not in self._digests:
-            raise CheckpointError(f"checkpoint {self.path} holds no {file_name}: it holds {', '.join(self._digests)}")
+        whole = self._load(f"{name}.safetensors")
+        layouts = {rank: (layout, self._bytes(layout)) for rank, layout in layouts_in(self._digests).items()}
         try:
-            with opened_folder(self.path) as folder:
-                content = verified_bytes(folder, file_name, self._digests[file_name])
-        except (CheckpointError, OSError) as error:
-            raise CheckpointError(f"checkpoint {self.path} has changed since it was verified: {error}") from error
+            places = {
+                rank: decode_layout(content, name=layout, group=name) for rank, (layout, content) in layouts.items()
+            }
+            assembly = Assembly()
+            for rank, own in places.items():
+                if own:
+                    assembly.add(self._load(shard_file(name, rank=rank)), own)
+            return whole | assembly.tensors()
+        except ShardError as error:
+            raise CheckpointError(f"checkpoint {self.path}: {error}") from error
+
+    def _load(self, file_name: str) -> dict[str, Tensor]:
+        content = self._bytes(file_name)
         try:
             check_header(content, size_bytes=len(content))
             return dict(load(content))
         except _NOT_SAFETENSORS as error:
             raise CheckpointError(f"checkpoint {self.path}: {file_name} is not safetensors: {error!r}") from error
+
+    def _bytes(self, file_name: str) -> bytes:
+        if file_name not in self._digests:
+            raise CheckpointError(f"checkpoint {self.path} holds no {file_name}: it holds {', '.join(self._digests)}")
+        try:
+            with opened_folder(self.path) as folder:
+                return verified_bytes(folder, file_name, self._digests[file_name])
+        except (CheckpointError, OSError) as error:
+            raise CheckpointError(f"checkpoint {self.path} has changed since it was verified: {error}") from error
 
 
 def committed(folder: Path) -> list[tuple[int, Path]]:

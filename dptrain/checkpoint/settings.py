@@ -14,6 +14,8 @@ class CheckpointConfig:
     every_samples: int | None = setting(None, AT_LEAST_1)
     """Samples between two checkpoints. Default: as often as pays, by what a checkpoint costs and how often runs fail.
     One is always written at the end."""
+    every_tokens: int | None = setting(None, AT_LEAST_1)
+    """Tokens between two checkpoints, in place of every_samples."""
     hours_between_failures: float = setting(24.0, POSITIVE)
     """How long the whole run goes on without a failure, on average; decides how often saving pays."""
     keep: int = setting(3, AT_LEAST_1)

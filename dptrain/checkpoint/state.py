@@ -2,10 +2,10 @@
 
 What is packed shares memory with the live object where it can: copy it before the next step if it is written later.
 
-Parameters sharded by `fully_shard` are packed whole, so that a checkpoint does not know how many ranks wrote it, and
-fits any number of them, and the same model without sharding. Packing is then a collective: every rank calls it, one
-tensor after the other is gathered, and rank 0 alone keeps it, in host memory. Unpacking is none: each rank takes its
-shard of the whole.
+Parameters sharded by `fully_shard` are packed as they are (`gather=False`), for `shards.py` to write a file per rank,
+or whole: then packing is a collective, every rank calls it, one tensor after the other is gathered, and rank 0 alone
+keeps it, in host memory. Either way a checkpoint fits any number of ranks, and the same model without sharding.
+Unpacking is no collective: each rank takes its shard of the whole.
 """
 
 from __future__ import annotations
@@ -29,17 +29,21 @@ if TYPE_CHECKING:
 _MAX_DIFFERENCES = 20
 
 
-def pack_model(model: nn.Module) -> dict[str, Tensor]:
+def pack_model(model: nn.Module, *, gather: bool = True) -> dict[str, Tensor]:
     """Return the model's state dict, buffers included, in tensors that share no memory with one another.
 
     Tied weights (names of one and the same tensor) stand under their first name only. Views that overlap otherwise
     are written each in full. On ranks other than 0, sharded entries are left out.
 
+    Args:
+        model: not wrapped.
+        gather: whether sharded entries are put together on rank 0, a collective; else they stay as they are.
+
     Raises:
         CheckpointError: where an entry is not a dense tensor.
     """
     live, first_names = _entries(model)
-    return _unshared(_gathered({name: live[name] for name in dict.fromkeys(first_names.values())}))
+    return _packed({name: live[name] for name in dict.fromkeys(first_names.values())}, gather=gather)
 
 
 def unpack_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -54,12 +58,12 @@ def unpack_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     saved = {name: _form(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     _refuse("model", list(_differences(live=wanted, saved=saved)))
     for name in dict.fromkeys(first_names.values()):
-        if _is_sharded(live[name]):
+        if is_sharded(live[name]):
             _copy_shard(live[name], whole=tensors[name])
     # Under every name, not the first alone: a module may react to its own keys, and copying a tied weight twice
     # changes nothing, nor does copying a shard onto itself.
     model.load_state_dict(
-        {name: live[name] if _is_sharded(live[name]) else tensors[first] for name, first in first_names.items()}
+        {name: live[name] if is_sharded(live[name]) else tensors[first] for name, first in first_names.items()}
     )
 
 
@@ -72,12 +76,15 @@ def infinite_buffers(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, buffer in buffers.items() if buffer.isinf().any())
 
 
-def pack_optimizer(optimizer: Optimizer, *, names: Mapping[nn.Parameter, str]) -> tuple[dict[str, Tensor], JSON]:
+def pack_optimizer(
+    optimizer: Optimizer, *, names: Mapping[nn.Parameter, str], gather: bool = True
+) -> tuple[dict[str, Tensor], JSON]:
     """Return an optimizer's state as (tensors, JSON), keyed by parameter name instead of by position.
 
     Args:
         optimizer: the optimizer itself, not a wrapper around it.
         names: the name of each parameter, as `{parameter: name for name, parameter in model.named_parameters()}`.
+        gather: as for `pack_model`.
 
     Returns:
         Tensors under `<entry>/<parameter>` (`exp_avg/layer.weight`), a group's tensor options under
@@ -108,7 +115,7 @@ def pack_optimizer(optimizer: Optimizer, *, names: Mapping[nn.Parameter, str]) -
             form = _form(parameter.shape, parameter.dtype)
             parameters[name] = {"form": form, "values": values, "tensors": list(found)}
     state: JSON = {"class": type(optimizer).__qualname__, "groups": described, "parameters": parameters}
-    return _unshared(_gathered(tensors)), state
+    return _packed(tensors, gather=gather), state
 
 
 def unpack_optimizer(
@@ -183,7 +190,7 @@ def _placed(saved: Tensor, *, like: Tensor) -> Tensor:
     if saved.shape != like.shape:
         return saved.to(device=like.device, copy=True)
     placed = torch.empty_like(like, dtype=saved.dtype, requires_grad=False)
-    if _is_sharded(placed):
+    if is_sharded(placed):
         _copy_shard(placed, whole=saved)
         return placed
     return placed.copy_(saved)
@@ -191,12 +198,12 @@ def _placed(saved: Tensor, *, like: Tensor) -> Tensor:
 
 def _dense(name: str, value: object, *, of: Tensor | None = None) -> Tensor:
     """Refuse what a checkpoint cannot hold, or not give back; `of` is the parameter that the value is state of."""
-    plain = isinstance(value, Tensor) and (type(value.detach()) is Tensor or _is_sharded(value))
+    plain = isinstance(value, Tensor) and (type(value.detach()) is Tensor or is_sharded(value))
     if not isinstance(value, Tensor) or not plain or value.layout is not torch.strided:
         raise CheckpointError(
             f"{name!r} is a {type(value).__name__}, and a checkpoint holds dense tensors only: convert it first"
         )
-    if of is not None and _is_sharded(value) and value.shape != of.shape:
+    if of is not None and is_sharded(value) and value.shape != of.shape:
         raise CheckpointError(
             f"{name!r} is sharded and of shape {tuple(value.shape)}, its parameter of shape {tuple(of.shape)}, so that "
             f"nothing would say how to shard it again: use an optimizer whose state has the parameter's shape"
@@ -207,16 +214,25 @@ def _dense(name: str, value: object, *, of: Tensor | None = None) -> Tensor:
 # --- shards ----------------------------------------------------------------------------------------------------------
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is cut up over ranks."""
     # By its method: to import DTensor only to ask for its type would double the import time.
     return hasattr(tensor, "full_tensor")
+
+
+def _packed(entries: Mapping[str, Tensor], *, gather: bool) -> dict[str, Tensor]:
+    if gather:
+        return _unshared(_gathered(entries))
+    return {name: tensor for name, tensor in entries.items() if is_sharded(tensor)} | _unshared(
+        {name: tensor for name, tensor in entries.items() if not is_sharded(tensor)}
+    )
 
 
 def _gathered(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return whole tensors; sharded ones by one collective each, in the order given, and then on rank 0 only."""
     whole = {}
     for name, tensor in entries.items():
-        if _is_sharded(tensor):
+        if is_sharded(tensor):
             gathered = cast("Any", tensor).full_tensor()
             if dist.get_rank() == 0:
                 whole[name] = gathered.cpu()
@@ -251,7 +267,7 @@ def _entries(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _identity(name: str, tensor: Tensor, *, parameter: nn.Parameter | None) -> object:
-    if _is_sharded(tensor):
+    if is_sharded(tensor):
         return name if parameter is None else id(parameter)  # a shard may be empty here and not on another rank
     if not tensor.numel():
         return name  # no memory, so nothing to share

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from dptrain.checkpoint.durable_files import fsync_folder, sync_and_digest
 from dptrain.checkpoint.manifest import (
     MANIFEST,
     MAX_TENSORS,
@@ -35,10 +36,8 @@ from dptrain.checkpoint.manifest import (
     encode_state,
 )
 from dptrain.checkpoint.opened import Checkpoint, committed, fingerprint, open_checkpoint, verdict, verdicts
-from dptrain.checkpoint.verified_files import (
-    check_limit,
-    digest_of,
-)
+from dptrain.checkpoint.shards import Staging, announce, collect_shards, own_files
+from dptrain.checkpoint.verified_files import check_limit
 from dptrain.errors import CheckpointError, ConfigError
 from dptrain.version import __version__
 
@@ -71,6 +70,7 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, JSON],
     keep: int = 3,
+    staging: Staging | None = None,
 ) -> Path:
     """Commit one checkpoint to disk, then retire the oldest beyond `keep`.
 
@@ -86,6 +86,7 @@ def save_checkpoint(
             must not change before this returns: copy them first if training goes on meanwhile.
         state: everything else. Strict JSON, plus tuples and non-finite floats.
         keep: how many verified checkpoints to leave, this one included, at least 1.
+        staging: where all ranks write a shard each, for a sharded checkpoint; this call waits for theirs.
 
     Returns:
         The folder of the checkpoint.
@@ -94,6 +95,8 @@ def save_checkpoint(
         CheckpointError: where it cannot be written (disk full, say), or holds what a file cannot.
         ConfigError: where `keep` is below 1.
     """
+    if staging is not None:
+        assert staging.folder.parent == folder, staging.folder
     if keep < 1:
         raise ConfigError(f"keep must be at least 1, got {keep}: retention never removes the last checkpoint")
     assert step >= 0, step
@@ -105,14 +108,16 @@ def save_checkpoint(
     with _one_writer:
         try:
             _make_folder(folder)
-            _remove_leftovers(folder)
+            _remove_leftovers(folder, but=None if staging is None else staging.folder)
             with suppress(OSError):
                 # A writer that died before it could prune left one too many; this save is to need room for one only.
                 _prune(folder, step=step, keep=keep)
             if not os.path.lexists(final) or verdict(final) is not None:
-                _commit(final, step=step, tensors=tensors, encoded_state=encoded)
+                _commit(final, step=step, tensors=tensors, encoded_state=encoded, staging=staging)
             else:
-                _fsync_folder(folder)  # its writer may have died between rename and fsync
+                fsync_folder(folder)  # its writer may have died between rename and fsync
+                if staging is not None:
+                    _delete(staging.folder)
         except (OSError, SafetensorError) as error:
             needed = len(encoded) + sum(t.nbytes for group in tensors.values() for t in group.values())
             raise CheckpointError(
@@ -211,10 +216,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _commit(final: Path, *, step: int, tensors: Mapping[str, Mapping[str, Tensor]], encoded_state: bytes) -> None:
-    temporary = final.with_name(f".tmp-{step}-{secrets.token_hex(4)}")
+def _commit(
+    final: Path,
+    *,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    encoded_state: bytes,
+    staging: Staging | None,
+) -> None:
+    temporary = final.with_name(f".tmp-{step}-{secrets.token_hex(4)}") if staging is None else staging.folder
     try:
-        temporary.mkdir(mode=0o700)
+        temporary.mkdir(mode=0o700, exist_ok=staging is not None)
         temporary.chmod(0o700)  # a umask may have taken our own rights away
         digests = {}
         for name, group in tensors.items():
@@ -224,15 +236,18 @@ def _commit(final: Path, *, step: int, tensors: Mapping[str, Mapping[str, Tensor
             save_file(dict(group), path)
             with path.open("rb") as file:
                 check_header(file.read(8), size_bytes=path.stat().st_size)
-            digests[path.name] = _sync_and_digest(path)
+            digests[path.name] = sync_and_digest(path)
+        if staging is not None:
+            announce(staging, {name: digests.pop(name) for name in own_files(staging) if name in digests})
+            digests |= collect_shards(staging)
         digests[STATE] = _write(temporary / STATE, encoded_state)
         _write(temporary / MANIFEST, encode_manifest(step=step, written_by=__version__, digests=digests))
-        _fsync_folder(temporary)
+        fsync_folder(temporary)
         if os.path.lexists(final):
             _rename_bad(final, step=step)
         temporary.rename(final)
         try:
-            _fsync_folder(final.parent)
+            fsync_folder(final.parent)
         except BaseException:
             # Not left to a later save of the same step: its fsync would call clean what this one may have lost.
             final.rename(temporary)
@@ -249,16 +264,7 @@ def _rename_bad(path: Path, *, step: int) -> Path:
 def _write(path: Path, content: bytes) -> FileDigest:
     check_limit(path.name, size_bytes=len(content))
     path.write_bytes(content)
-    return _sync_and_digest(path)
-
-
-def _sync_and_digest(path: Path) -> FileDigest:
-    """Make a file durable and private, and say what it holds."""
-    path.chmod(0o600)
-    with path.open("rb", buffering=0) as file:
-        digest = digest_of(file)
-        os.fsync(file.fileno())
-        return FileDigest(size_bytes=os.fstat(file.fileno()).st_size, sha256=digest)
+    return sync_and_digest(path)
 
 
 def _check_tensors(name: str, group: Mapping[str, Tensor]) -> None:
@@ -278,15 +284,7 @@ def _make_folder(folder: Path) -> None:
     if not folder.exists():
         folder.mkdir(mode=0o700, parents=True)
         folder.chmod(0o700)
-        _fsync_folder(folder.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        fsync_folder(folder.parent)
 
 
 def _free_bytes(folder: Path) -> str:
@@ -323,10 +321,11 @@ def _retire(path: Path) -> None:
     _delete(doomed)
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what dead attempts left. With one writer per folder, every temporary folder seen here is dead."""
+def _remove_leftovers(folder: Path, *, but: Path | None = None) -> None:
+    """Remove what dead attempts left. With one writer per folder, every temporary folder but its own is dead."""
     for path in folder.glob(".tmp-*"):
-        _delete(path)
+        if path != but:
+            _delete(path)
 
 
 def _delete(path: Path) -> None:

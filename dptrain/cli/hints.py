@@ -32,6 +32,11 @@ _SAVE = "checkpoints are written every --checkpoint.every-samples N"
 _WARMUP = "the warm-up is counted in samples: --optimizer.warmup-samples N"
 _EVAL = "evaluations are counted in samples: --log.eval-every-samples N"
 
+_STATIC = (
+    "DDP's static_graph is not used, since it fails under no_sync: a model that recomputes activations needs none with "
+    "use_reentrant=False, or --execution.activation-checkpointing blocks"
+)
+
 _HINTS: Mapping[str, str] = {
     **dict.fromkeys(("batch", "batch_size", "bs", "train_batch_size", "per_device_train_batch_size"), _BATCH),
     **dict.fromkeys(("gpus", "num_gpus", "ngpus", "devices", "nproc", "nproc_per_node", "world_size"), _REPLICAS),
@@ -49,6 +54,7 @@ _HINTS: Mapping[str, str] = {
     **dict.fromkeys(("clip", "grad_clip", "clip_grad", "clip_grad_norm", "gradient_clipping"), _CLIP),
     **dict.fromkeys(("save_every", "save_steps", "save_interval", "checkpoint_every"), _SAVE),
     **dict.fromkeys(("warmup", "warmup_steps", "num_warmup_steps", "warmup_ratio"), _WARMUP),
+    **dict.fromkeys(("static_graph", "ddp_static_graph", "execution.static_graph"), _STATIC),
     **dict.fromkeys(("eval_every", "eval_interval", "eval_steps"), _EVAL),
 }
 """By the option's name with underscores. It counts only where there is no option of that name."""

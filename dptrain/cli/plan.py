@@ -211,5 +211,6 @@ def _positive(text: str) -> float:
 
 def _gradient_bytes(run_dir: Path) -> float | None:
     """Return the size of a run's gradients, as that of the weights in its newest checkpoint; None without one."""
-    found = sorted((run_dir / "checkpoints").glob("step-*/model.safetensors"))
-    return float(found[-1].stat().st_size) if found else None
+    newest = max((run_dir / "checkpoints").glob("step-*"), default=None)
+    files = [] if newest is None else [newest / "model.safetensors", *newest.glob("model-shard-*.safetensors")]
+    return float(sum(path.stat().st_size for path in files)) if files and files[0].exists() else None

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader, s
 from dptrain.cli.help import show_help
 from dptrain.cli.hints import refuse_other_tools
 from dptrain.cli.spelling import as_option, underscored, with_numbers
+from dptrain.config.resume_check import LENGTHS
 from dptrain.config.settings_file import (
     build_config,
     nearest,
@@ -58,8 +59,8 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, Namespace]:
         raise ConfigError(_sentence(str(error), known=known)) from None
     given = parsed.as_dict()
     groups = {name.partition(".")[0] for name in types}
-    if {"max_samples", "max_steps"} & given.keys():  # the command line wins, whichever of the two it says
-        settings = {name: value for name, value in settings.items() if name not in ("max_samples", "max_steps")}
+    if set(LENGTHS) & given.keys():  # the command line wins, whichever of them it says
+        settings = {name: value for name, value in settings.items() if name not in LENGTHS}
     config = build_config(_merged(settings, {name: value for name, value in given.items() if name in groups}))
     refuse_secrets(config)
     if given.get("print_config"):

@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dptrain.batch import BatchPlan
+from dptrain.config.tokens import check_in_samples
 from dptrain.config.train_config import OptimizerConfig, TrainConfig, optimizer_family
 from dptrain.control import DEFAULT_RATE_RULE, PER_SAMPLE, CriticalRatio, RuleName, Schedule
 from dptrain.control.settings import ControlConfig
@@ -29,8 +30,9 @@ def filled_in(config: TrainConfig, suggestion: Suggestion, *, world_size: int) -
         world_size: replicas for which a new run is laid out.
 
     Raises:
-        ConfigError: where the first global batch cannot be laid out over the replicas.
+        ConfigError: where the first global batch cannot be laid out over the replicas, or a setting is in tokens.
     """
+    check_in_samples(config)
     replicas = config.layout_replicas or world_size
     scheduled = _scheduled_batches(config.control)
     batch = config.global_batch_size or (scheduled or [_suggested_batch(suggestion.global_batch_size, replicas)])[0]

@@ -15,7 +15,8 @@ _FREE = ("run_dir", "log", "checkpoint", "num_workers", "device", "replica_check
 """They change what is recorded, not what is trained. The size of micro-batches changes the last bits of a sum; it is
 free because memory may leave no choice."""
 
-_LENGTHS = ("max_samples", "max_steps")
+LENGTHS = ("max_samples", "max_steps", "max_tokens")
+"""Settings of which each gives the length of a run."""
 
 
 def check_same_settings(config: TrainConfig, *, saved: Mapping[str, Any], position: int = 0) -> None:
@@ -33,7 +34,7 @@ def check_same_settings(config: TrainConfig, *, saved: Mapping[str, Any], positi
     differing = [
         f"{name} was {before.get(name)!r} and is {current.get(name)!r}"
         for name in sorted(before.keys() | current.keys())
-        if before.get(name) != current.get(name) and name.split(".")[0] not in (*_FREE, *_LENGTHS)
+        if before.get(name) != current.get(name) and name.split(".")[0] not in (*_FREE, *LENGTHS)
     ]
     if differing:
         raise ConfigError(f"cannot resume with other settings: {'; '.join(differing)}")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from dptrain.checkpoint.settings import CheckpointConfig
 from dptrain.config.execution import ExecutionConfig
+from dptrain.config.tokens import check_units
 from dptrain.config.validation import check_ranges, check_types
 from dptrain.control import DEFAULT_RATE_RULE, PER_SAMPLE, Schedule, check_scaling
 from dptrain.control.settings import ControlConfig
@@ -53,6 +54,8 @@ class OptimizerConfig:
     reference_batch_size: int | None = setting(None, AT_LEAST_1)
     """Global batch, in samples, that learning_rate was tuned at; the rule scales the rate from there to the batch in
     use. Default: the first global batch."""
+    reference_batch_tokens: int | None = setting(None, AT_LEAST_1)
+    """reference_batch_size in tokens, for a task whose samples are made of tokens."""
     preset: Literal["per_sample"] | None = None
     """per_sample: rate, betas and weight decay follow the batch together, so that training per sample stays the same:
     rule=root_gain, beta_rule=half_life, decay_rule=timescale for adamw; rule=gain, decay_rule=timescale for sgd."""
@@ -71,6 +74,8 @@ class OptimizerConfig:
     """Fraction of the run over which a wsd schedule decays. Default: 0.2."""
     warmup_samples: int | None = setting(None, AT_LEAST_0)
     """Length of the linear warm-up, in samples. Default: 2 % of the run."""
+    warmup_tokens: int | None = setting(None, AT_LEAST_0)
+    """Length of the linear warm-up in tokens, in place of warmup_samples."""
     final_fraction: float | None = setting(None, between(0, 1))
     """Final learning rate as a fraction of the peak. Default: 0.1 for a schedule that decays."""
     weight_decay: float = setting(0.1, AT_LEAST_0)
@@ -110,6 +115,8 @@ class LogConfig:
     """Steps between two rows of metrics.jsonl."""
     eval_every_samples: int | None = setting(None, AT_LEAST_1)
     """Samples between two evaluations; there is always one at the end. Default: the task's."""
+    eval_every_tokens: int | None = setting(None, AT_LEAST_1)
+    """Tokens between two evaluations, in place of eval_every_samples."""
     print_every_steps: int = setting(50, AT_LEAST_1)
     """Steps between two printed lines; the live view on a terminal does not use it."""
     console: Literal["auto", "json"] = "auto"
@@ -146,10 +153,15 @@ class TrainConfig:
     """Seed of initialisation, sample order and dropout."""
     max_samples: int | None = setting(None, AT_LEAST_1)
     """Length of the run, in samples. Default: the task's."""
+    max_tokens: int | None = setting(None, AT_LEAST_1)
+    """Length of the run in tokens, in place of max_samples, for a task whose samples are made of tokens (gpt, pysource,
+    huggingface). All settings in tokens are rounded to whole samples."""
     max_steps: int | None = setting(None, AT_LEAST_1)
     """Length of the run in optimizer steps, for a constant batch (control.law=constant)."""
     global_batch_size: int | None = setting(None, AT_LEAST_1)
     """First global batch, in samples over all replicas. Default: the schedule's, or the task's."""
+    global_batch_tokens: int | None = setting(None, AT_LEAST_1)
+    """First global batch in tokens, in place of global_batch_size."""
     micro_batch_size: int | Literal["auto"] | None = setting(None, AT_LEAST_1_OR_AUTO)
     """Most samples in one forward-backward on one replica; a step has at least two of them. auto: the largest that fits
     into GPU memory, found by trial. Default: the task's."""
@@ -180,6 +192,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(TrainConfig, vars(self))
         check_ranges(self)
+        check_units(self)
         _check_law(self)
         _check_bounds(self)
         _check_length(self)
@@ -218,6 +231,7 @@ _ONLY_FOR: Mapping[str, tuple[str, ...]] = {
     "ratio": ("noise",),
     "samples_per_step": ("noise",),
     "schedule": ("schedule",),
+    "schedule_tokens": ("schedule",),
 }
 """The laws that have a use for a setting; others refuse it."""
 _LAW_OPTIONS: Mapping[str, tuple[str, ...]] = {"pollux": ("overlap",), "kaplan": ("tokens_per_sample", "ratio")}
@@ -229,7 +243,7 @@ def _check_law(config: TrainConfig) -> None:
     for name, laws in _ONLY_FOR.items():
         if getattr(control, name) is not None and control.law not in laws:
             raise ConfigError(f"control.{name} is given, but control.law is {control.law}: it would be ignored")
-    if control.law == "schedule" and control.schedule is None:
+    if control.law == "schedule" and control.schedule is None and control.schedule_tokens is None:
         raise ConfigError("control.law=schedule needs control.schedule")
     if control.ratio is not None and control.samples_per_step is not None:
         raise ConfigError("control.ratio and control.samples_per_step exclude each other: leave one out")
@@ -246,8 +260,9 @@ def _check_law(config: TrainConfig) -> None:
         raise ConfigError(
             f"optimizer.decay_fraction is given, but optimizer.schedule is {optimizer.schedule}: it would be ignored"
         )
-    if control.law == "schedule":
-        Schedule.parse(str(control.schedule))
+    for written in (control.schedule, control.schedule_tokens):
+        if written is not None:
+            Schedule.parse(written)
 
 
 def _check_law_options(control: ControlConfig) -> None:

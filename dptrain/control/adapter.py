@@ -40,10 +40,15 @@ class Adapter:
         self._rule = rule
         self._reference_batch_size = reference_batch_size
         self._state = controller.init()
+        self._latest: tuple[NoiseScale, int, float] | None = None
 
     def learning_rate_factor(self, noise_scale: NoiseScale, *, batch: int) -> float:
         """Return the factor on the base rate for a batch."""
-        return self._rule(noise_scale, batch=batch, reference_batch=self._reference_batch_size)
+        # A reading is the same object until the next measured step, and a rule averages over ten quantiles of it.
+        if self._latest is None or self._latest[0] is not noise_scale or self._latest[1] != batch:
+            factor = self._rule(noise_scale, batch=batch, reference_batch=self._reference_batch_size)
+            self._latest = noise_scale, batch, factor
+        return self._latest[2]
 
     def decide(self, measurement: Measurement, *, allowed: Callable[[int], int] = lambda asked: asked) -> Adapted:
         """Ask the controller, and return what holds from the next step on.

@@ -28,11 +28,17 @@ class ControlConfig:
     """Samples that one step fewer is worth, for law=noise: batch √(samples_per_step × noise scale)."""
     schedule: str | None = None
     """Batches by position in samples, for law=schedule: "0:64 100000:128", or "0:64..512 100K:512" for a ramp."""
+    schedule_tokens: str | None = None
+    """schedule with positions and batches in tokens: "0:64K 100M:128K"."""
     smallest: int | None = setting(None, AT_LEAST_1)
     """Smallest global batch, in samples. Default: a full micro-batch on each replica, or the first batch if smaller;
     of a schedule, its own."""
+    smallest_tokens: int | None = setting(None, AT_LEAST_1)
+    """Smallest global batch in tokens, in place of smallest."""
     largest: int | None = setting(None, AT_LEAST_1)
     """Largest global batch, in samples. Default: 64 times the first, but at least 50 steps in the run;
     of a schedule, its own."""
+    largest_tokens: int | None = setting(None, AT_LEAST_1)
+    """Largest global batch in tokens, in place of largest."""
     min_gain: float = setting(0.02, AT_LEAST_0)
     """Least gain in progress per second for a change, as a fraction."""

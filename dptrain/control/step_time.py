@@ -60,16 +60,16 @@ class TimedShape:
     to_skip: int = _SKIPPED_OF_A_PROCESS
     predicted_s: float | None = None
 
-    def timed(self, seconds: float) -> TimedShape:
-        """Take in one more duration."""
+    def timed(self, seconds: float, *, latest: int) -> TimedShape:
+        """Take in one more duration, of the step with the number `latest`."""
         if self.to_skip:
-            return replace(self, to_skip=self.to_skip - 1)
+            return replace(self, to_skip=self.to_skip - 1, latest=latest)
         if self.num_since + 1 < self.stride:
-            return replace(self, num_since=self.num_since + 1)
+            return replace(self, num_since=self.num_since + 1, latest=latest)
         kept, stride = (*self.seconds, seconds), self.stride
         if len(kept) > _MOST_SECONDS and stride < _MOST_STRIDE:
             kept, stride = kept[1::2], 2 * stride
-        return replace(self, seconds=kept[-_MOST_SECONDS:], stride=stride, num_since=0)
+        return replace(self, seconds=kept[-_MOST_SECONDS:], stride=stride, num_since=0, latest=latest)
 
     @property
     def is_settled(self) -> bool:
@@ -114,7 +114,7 @@ class StepTimes:
             known = replace(known, to_skip=max(known.to_skip, _SKIPPED_OF_A_CHANGE))
         others = (entry for entry in self.shapes if entry.shape != shape)
         num_steps = self.num_steps + (known.to_skip == 0)
-        after = replace(known.timed(seconds), latest=num_steps)
+        after = known.timed(seconds, latest=num_steps)
         return StepTimes(shapes=(*others, after)[-_MOST_SHAPES:], num_steps=num_steps)
 
     @property

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -37,8 +38,7 @@ class FlopCounter:
         self._flops = 0
         self._num_samples = 0
 
-    @contextmanager
-    def counting(self, batch: Batch, *, num_samples: int) -> Iterator[None]:
+    def counting(self, batch: Batch, *, num_samples: int) -> AbstractContextManager[None]:
         """Count what runs inside: the forward and the backward pass of one micro-batch. No host sync.
 
         Args:
@@ -47,11 +47,17 @@ class FlopCounter:
         """
         shape = _shape(batch)
         if shape in self._known:
+            return _KnownPass(partial(self._add, shape, num_samples))
+        return self._counted(shape, num_samples)
+
+    @contextmanager
+    def _counted(self, shape: Hashable, num_samples: int) -> Iterator[None]:
+        with uncompiled(), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
             yield
-        else:
-            with uncompiled(), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
-                yield
-            self._known[shape] = counter.get_total_flops()
+        self._known[shape] = counter.get_total_flops()
+        self._add(shape, num_samples)
+
+    def _add(self, shape: Hashable, num_samples: int) -> None:
         if num_samples:
             self._flops += self._known[shape]
             self._num_samples += num_samples
@@ -72,6 +78,20 @@ class FlopCounter:
         per_sample = self._flops / self._num_samples if self._flops else None
         self._flops = self._num_samples = 0
         return per_sample
+
+
+class _KnownPass:
+    """Adds a pass at its end where it did not fail. Not by a generator, whose way through contextlib is 2 µs longer."""
+
+    def __init__(self, add: Callable[[], None]) -> None:
+        self._add = add
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._add()
 
 
 def uncompiled() -> AbstractContextManager[object]:

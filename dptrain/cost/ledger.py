@@ -65,24 +65,25 @@ class Ledger:
             energy_j: drawn by all devices since the last entry; NaN where it is not known.
         """
         device_s = seconds * self._world_size
-        self._enter_time(seconds, energy_j=energy_j)
-        self._used = replace(
-            self._used,
-            flops=_sum(self._used.flops, _product(flops_per_sample, num_samples)),
-            steps_device_s=self._used.steps_device_s + device_s,
-            peak_flops=_sum(self._used.peak_flops, _product(self._peak_flops_per_s, device_s)),
+        used = self._used
+        self._used = Used(
+            flops=_sum(used.flops, _product(flops_per_sample, num_samples)),
+            steps_device_s=used.steps_device_s + device_s,
+            pauses_device_s=used.pauses_device_s,
+            peak_flops=_sum(used.peak_flops, _product(self._peak_flops_per_s, device_s)),
+            energy_j=_sum(used.energy_j, _known(energy_j)),
+            cost=_sum(used.cost, _product(self._price_per_device_s, device_s)),
         )
 
     def pause(self, *, seconds: float, energy_j: float) -> None:
         """Enter an evaluation or a save, for which the devices are paid for too."""
-        self._enter_time(seconds, energy_j=energy_j)
-        pauses_device_s = self._used.pauses_device_s + seconds * self._world_size
-        self._used = replace(self._used, pauses_device_s=pauses_device_s)
-
-    def _enter_time(self, seconds: float, *, energy_j: float) -> None:
-        energy = None if math.isnan(energy_j) else energy_j
-        cost = _product(self._price_per_device_s, seconds * self._world_size)
-        self._used = replace(self._used, energy_j=_sum(self._used.energy_j, energy), cost=_sum(self._used.cost, cost))
+        device_s = seconds * self._world_size
+        self._used = replace(
+            self._used,
+            pauses_device_s=self._used.pauses_device_s + device_s,
+            energy_j=_sum(self._used.energy_j, _known(energy_j)),
+            cost=_sum(self._used.cost, _product(self._price_per_device_s, device_s)),
+        )
 
     @property
     def device_s(self) -> float:
@@ -129,6 +130,10 @@ class Ledger:
             self._used = Used(**state)
         except TypeError as error:
             raise CheckpointError(f"not the state of a ledger: {error}") from error
+
+
+def _known(energy_j: float) -> float | None:
+    return None if math.isnan(energy_j) else energy_j
 
 
 def _sum(before: float | None, part: float | None) -> float | None:

@@ -12,7 +12,6 @@ from typing import Any, Self
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from dptrain.data.elastic_batch import ElasticBatch
 from dptrain.data.source import Batch, Sample, SlotSource
 from dptrain.data.stream import SampleStream
 from dptrain.data.window import Slot, is_full, slots
@@ -99,7 +98,7 @@ class MicroBatchLoader:
         self._prefetch_factor = prefetch_factor
         self._pin_memory = pin_memory
         self._dataloader: DataLoader[Any] | None = None
-        self._feed: Any = None  # torch's iterator over (position, batch)
+        self._feed: Any = None  # iterator over (position, batch)
         self._next_position: int | None = None  # where the feed stands, if it stands between two windows
 
     def window(self, *, position: int, global_batch_size: int, micro_batch_size: int) -> Iterator[MicroBatch]:
@@ -111,8 +110,13 @@ class MicroBatchLoader:
             ConfigError: where a size is below 1.
         """
         plan = self._plan
-        batch = ElasticBatch(position=position, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size)
-        wanted = batch.micro_batches(rank=plan.rank, world_size=plan.world_size)
+        wanted = slots(
+            position=position,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            world_size=plan.world_size,
+            rank=plan.rank,
+        )
         if position != self._next_position or not plan.covers(
             global_batch_size=global_batch_size, micro_batch_size=micro_batch_size
         ):
@@ -128,8 +132,8 @@ class MicroBatchLoader:
                     f"position {micro.position} was due but {fetched_position} came: another window of this loader was "
                     f"begun before this one ended"
                 )
-            if micro.is_last:
-                self._next_position = batch.after_step().position
+            if micro is wanted[-1]:
+                self._next_position = position + global_batch_size
             yield MicroBatch(batch=samples, num_samples=micro.num_samples, position=micro.position)
 
     def _fetched(self) -> tuple[int, Batch]:
@@ -163,6 +167,10 @@ class MicroBatchLoader:
 
     def _anchor(self) -> None:
         """Let the feed begin at the plan's position; workers that run keep running."""
+        if self._num_workers == 0 and not self._pin_memory:
+            # Nothing is left for torch's loader to do, and its way to the source takes longer than a small batch.
+            self._feed = map(self._source.__getitem__, self._plan)
+            return
         if self._dataloader is None:
             self._dataloader = DataLoader(
                 self._source,

@@ -129,6 +129,11 @@ class TokenWindows(Dataset[Tensor]):
         self._dtype: type[np.generic] = np.uint8 if is_bytes else np.int32
         self._opened: dict[int, Tokens] = {}
 
+    @property
+    def size(self) -> int:
+        """Tokens in a window."""
+        return self._size
+
     def __len__(self) -> int:
         return math.ceil(self._num_windows / self._every)
 

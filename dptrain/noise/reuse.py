@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from dptrain.errors import ConfigError
 
@@ -102,7 +102,7 @@ def reuse_warning(state: ReuseState, *, present_samples: float, population: int)
 
 def skipped(state: ReuseState, *, num_samples: float) -> ReuseState:
     """Count samples of a step that was not measured."""
-    return ReuseState(**{**asdict(state), "position": state.position + num_samples})
+    return replace(state, position=state.position + num_samples)
 
 
 def reuse_updated(

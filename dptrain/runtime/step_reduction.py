@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -140,6 +140,7 @@ class StepOutcome:
         halved: how many replicas had too little memory for their micro-batches, and took them in halves.
         measured: whether the meter measured the step.
         meter_sums: for `Meter.absorb_step`, where it did.
+        parts: of the loss by name, means over all samples as the loss is.
     """
 
     loss: float
@@ -158,6 +159,7 @@ class StepOutcome:
     halved: int
     measured: bool
     meter_sums: list[float]
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 def send(
@@ -170,6 +172,7 @@ def send(
     meter_sums: Tensor,
     measured: bool,
     halved: bool = False,
+    part_sums: Sequence[Tensor] = (),
 ) -> PendingSum:
     """Start the reduction of a step. A collective; does not wait.
 
@@ -182,20 +185,28 @@ def send(
         meter_sums: of this replica, from `Meter.close_step`.
         measured: from there too.
         halved: whether this replica had too little memory for its micro-batches.
+        part_sums: as `loss_sum`, of the named parts of the loss; as many on each replica, in the same order.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     host = [float(getattr(record, tag)) for tag in _TAGS] + report.values(rank=rank)
     header = on_device([*host, float(halved), float(measured), float(num_samples)], device=meter_sums.device)
     found = torch.stack([loss_sum, grad_norm]).double()
     # The meter's sums begin with the squares of this replica's own gradients, by group; zeros where it did not measure.
-    own = meter_sums[: (len(meter_sums) - NUM_SIZES - NUM_TIMINGS) // 2].sum()
-    is_bad = (~torch.isfinite(found[0] + own)).double()
+    own = found[0] + meter_sums[: (len(meter_sums) - NUM_SIZES - NUM_TIMINGS) // 2].sum() if measured else found[0]
+    # What is not finite is not zero less itself; `torch.isfinite` is four kernels.
+    is_bad = (own - own).ne(0).double()
     bad = torch.stack([is_bad, is_bad * rank])
-    return PendingSum(torch.cat([header, bad, found, meter_sums]))
+    parts = [torch.stack(list(part_sums)).double()] if part_sums else []
+    return PendingSum(torch.cat([header, bad, found, *parts, meter_sums]))
 
 
-def receive(pending: PendingSum, record: StepRecord) -> StepOutcome:
+def receive(pending: PendingSum, record: StepRecord, *, parts: Sequence[str] = ()) -> StepOutcome:
     """Wait for a step's reduction and check that every replica meant the same step.
+
+    Args:
+        pending: from `send`.
+        record: the step.
+        parts: names of the parts of the loss, in the order of their sums.
 
     Raises:
         DesyncError: where the tags do not add up: replicas are at different steps, positions or batches.
@@ -213,7 +224,8 @@ def receive(pending: PendingSum, record: StepRecord) -> StepOutcome:
         raise DesyncError(
             f"replicas disagree at step {record.step}: {flags['measured']:g} of {world_size} measured the noise scale"
         )
-    num_bad, bad_number, loss_sum, norms, *meter_sums = values[_NUM_HOST:]
+    num_bad, bad_number, loss_sum, norms, *rest = values[_NUM_HOST:]
+    part_sums, meter_sums = rest[: len(parts)], rest[len(parts) :]
     grad_norm = norms / world_size
     return StepOutcome(
         loss=loss_sum / flags["num_samples"],
@@ -232,6 +244,7 @@ def receive(pending: PendingSum, record: StepRecord) -> StepOutcome:
         halved=round(flags["halved"]),
         measured=flags["measured"] > 0,
         meter_sums=meter_sums,
+        parts={name: total / flags["num_samples"] for name, total in zip(parts, part_sums, strict=True)},
     )
 
 

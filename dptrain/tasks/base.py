@@ -19,7 +19,7 @@ Batch = Any
 
 Loss = Tensor | Mapping[str, Tensor]
 """A scalar, the **mean** over the micro-batch's samples of the loss per sample; or a mapping of such means by name, of
-which `loss` is minimised and the others are logged beside it."""
+which `loss` is minimised and the others are logged beside it, as means over all samples of a step."""
 
 LossFunction = Callable[[nn.Module, Batch], Loss]
 """(model, micro-batch) → its loss."""

@@ -237,11 +237,20 @@ def _check_loss(found: Any, *, model: nn.Module, name: str) -> frozenset[str]:  
     return frozenset(key for key, gradient in by_name.items() if gradient is None)
 
 
+_COLUMNS = frozenset({"lr", "grad_norm", "steps_dropped"})
+"""Names of the columns `train/…` of the log beside the loss and its parts."""
+
+
 def _check_scalars(found: Any, *, name: str) -> Tensor:  # noqa: ANN401 - whatever a user's loss returned
     """Return what is minimised, and refuse a loss or a part of it that is no number."""
     if isinstance(found, Mapping) and "loss" not in found:
         raise TaskError(f"the loss of task {name!r} returned {', '.join(map(repr, found))}, and no part named 'loss'")
     loss, parts = split_loss(found) if isinstance(found, (Tensor, Mapping)) else (found, {})
+    if taken := parts.keys() & _COLUMNS:
+        raise TaskError(
+            f"the loss of task {name!r} returned a part named {_listed(sorted(taken))}, which is a column of the log "
+            f"already (train/{min(taken)}): give it another name"
+        )
     if not isinstance(loss, Tensor):
         raise TaskError(f"the loss of task {name!r} must return a scalar tensor, got {type(loss).__name__}")
     for what, value in (("the loss", loss), *((f"part {key!r} of the loss", part) for key, part in parts.items())):

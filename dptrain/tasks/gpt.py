@@ -17,7 +17,7 @@ from dptrain.data.token_files import TokenFile, Tokens, TokenWindows, find_token
 from dptrain.errors import ConfigError
 from dptrain.models.experts import ExpertsConfig
 from dptrain.models.gpt import SIZES, Gpt, GptConfig
-from dptrain.tasks.base import Suggestion, Task
+from dptrain.tasks.base import Loss, Suggestion, Task
 
 _EVAL_TOKENS = 1 << 20
 _HELD_OUT_SHARE = 20
@@ -167,20 +167,24 @@ def language_task(
         loss=partial(next_token_loss, balance_weight=0.0 if experts is None else experts.balance_weight),
         eval_metrics=metrics,
         suggestion=suggestion,
+        tokens_per_sample=train.size - 1,
     )
 
 
-def next_token_loss(model: nn.Module, windows: Tensor, *, balance_weight: float = 0.0) -> Tensor:
+def next_token_loss(model: nn.Module, windows: Tensor, *, balance_weight: float = 0.0) -> Loss:
     """Mean cross-entropy of the next token, in nats; windows are integers of shape (samples, context + 1).
 
     All windows are equally long, so the mean over tokens is the mean over samples of each one's mean over tokens. In
-    training, the balance loss of experts is added; the held-out loss is that of the predictions alone.
+    training, the balance loss of experts is added, and both are parts beside the sum; the held-out loss is that of the
+    predictions alone.
     """
     windows = windows.long()
     found = model(windows[:, :-1])
     logits, balance = found if isinstance(found, tuple) else (found, None)
     loss = functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-    return loss if balance is None or not model.training else loss + balance_weight * balance
+    if balance is None or not model.training:
+        return loss
+    return {"loss": loss + balance_weight * balance, "cross_entropy": loss, "load_balancing": balance}
 
 
 def nats_to_bits(nats: float) -> float:

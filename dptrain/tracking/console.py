@@ -23,6 +23,7 @@ from dptrain.tracking.row_text import (
     noise_scale_text,
     number,
     step_time,
+    tokens_text,
 )
 from dptrain.tracking.view import View
 
@@ -98,15 +99,18 @@ class LineView(View):
             return
         self._is_first = False
         mfu, dropped = number(row, "ledger/mfu"), number(row, "train/steps_dropped")
+        shape = layout(row, " ({}×{}×{})")
         parts = [
             f"step {integer(row, 'step')}{f'/{self._num_steps:,}' if self._num_steps else ''}",
             f"{integer(row, 'progress/samples')}/{self._max_samples:,} samples",
+            tokens_text(row, "progress/tokens", "tokens"),
             f"loss {figure(row, 'train/loss')}",
             f"lr {learning_rate(row)}",
-            f"batch {integer(row, 'batch/global')}{layout(row, ' ({}×{}×{})')}",
+            f"batch {integer(row, 'batch/global')}{shape}{tokens_text(row, 'batch/tokens', 'tokens', ' = ')}",
             f"noise scale now {noise_scale_text(row)}",
             step_time(row),
             f"{self._speed.text} samples/s",
+            tokens_text(row, "throughput/tokens_per_sec", "tokens/s"),
             f"mfu {_PERCENT * mfu:.0f} %" if mfu is not None else "",
             f"eta {duration(self._speed.time_left_s(self._max_samples))}",
             f"skipped {dropped:,.0f}" if dropped else "",

@@ -6,14 +6,17 @@ that is not finite is written as null. `metrics.jsonl` holds two kinds of row, b
 kind="train", one per logged optimizer step
     step                        optimizer steps done, this one included; steps that were dropped count
     progress/samples            samples seen, this step included
+    progress/tokens             the same in tokens, where the task says how many a sample has
     progress/epoch              the same in passes over the training data
     progress/wall_s             seconds of training, earlier attempts included
     train/loss                  mean loss per sample over the global batch
+    train/<part>                the same of each further part that the task's loss returns by name
     train/lr                    learning rate that was applied
     train/grad_norm             norm of the averaged gradient before clipping
     train/steps_dropped         steps skipped so far, on all replicas together, for a gradient that was not finite
     batch/global, batch/micro, batch/accumulation
                                 samples per step; samples per forward–backward; micro-batches per replica and step
+    batch/tokens                tokens per step, where the task says how many a sample has
     noise_scale/state                   "resolved", "at least" or "not resolved yet"
     noise_scale/value                   now (last 1 % of the steps, 20 at least), in samples; null unless resolved
     noise_scale/lower, noise_scale/upper        its interval; upper null = unbounded
@@ -23,6 +26,7 @@ kind="train", one per logged optimizer step
     noise_scale/<group>/value, noise_scale/<group>/lower, noise_scale/<group>/upper
                                 the same of a part of the model, with noise.groups=true
     throughput/samples_per_sec  samples per second since the last logged step
+    throughput/tokens_per_sec   the same in tokens, where the task says how many a sample has
     time/step_s                 seconds of this step; null where something else than training fell into it
     time/world_size             replicas
     ledger/…                    used up to now, earlier attempts included (see ledger.py): flops, device_s (devices ×

@@ -26,6 +26,7 @@ from dptrain.tracking.row_text import (
     learning_rate,
     noise_scale_text,
     number,
+    tokens_text,
 )
 from dptrain.tracking.view import View
 
@@ -152,10 +153,16 @@ class LiveView(View):
         lines = [
             ("training loss", figure(self._losses, "train/loss")),
             *evaluation_figures(self._evaluation),
-            ("global batch", f"{integer(row, 'batch/global')}{shape}"),
+            (
+                "global batch",
+                f"{integer(row, 'batch/global')}{shape}{tokens_text(row, 'batch/tokens', 'tokens', ' = ')}",
+            ),
             (f"noise scale, {_PERCENT * self._level:g} %", noise_scale_text(row)),
             ("learning rate", learning_rate(row)),
-            ("throughput", f"{self._speed.text} samples/s"),
+            (
+                "throughput",
+                f"{self._speed.text} samples/s{tokens_text(row, 'throughput/tokens_per_sec', 'tokens/s', ' = ')}",
+            ),
             ("steps", f"{integer(row, 'step')}{f', {skipped:,.0f} skipped' if skipped else ''}"),
         ]
         width = max(len(name) for name, _ in lines) + 2

@@ -91,6 +91,12 @@ def evaluation_figures(row: Row) -> list[tuple[str, str]]:
     ]
 
 
+def tokens_text(row: Row, name: str, unit: str, before: str = "") -> str:
+    """Return a count of tokens such as 1.3M tokens; empty where samples are not made of tokens."""
+    value = number(row, name)
+    return "" if value is None else f"{before}{compact(value, like=value)} {unit}"
+
+
 def layout(row: Row, form: str) -> str:
     """Fill micro-batch, accumulation steps and replicas into `form`; empty where they do not give the batch."""
     batch, micro, accumulation = (row.get(f"batch/{name}") for name in ("global", "micro", "accumulation"))

@@ -92,6 +92,8 @@ class BatchControl:
             )
         if not applied:
             return replace(progress, advised=batch)
+        if batch == present and adapted.learning_rate_factor == progress.learning_rate_factor:
+            return progress
         scaled = betas(self._config, batch=batch) if batch != present else None
         if scaled is not None and scaled.is_floored:
             log.note(f"batch {batch}: beta1={scaled.beta1:.3g} beta2={scaled.beta2:.3g} (floor of beta_rule)")

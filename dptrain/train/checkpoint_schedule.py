@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dptrain.checkpoint.async_writer import AsyncWriter
 from dptrain.checkpoint.interval import young_daly_s
 from dptrain.checkpoint.settings import CheckpointConfig
+from dptrain.checkpoint.shards import Staging, pieces_of
 from dptrain.errors import CheckpointError, DivergedError
 from dptrain.runtime.step_reduction import StepRecord
 from dptrain.tracking.run_log import RunLog
@@ -26,8 +29,25 @@ _FIRST_S = 5.0
 _WORTH_TELLING = 2.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """Who saves where parameters are sharded.
+
+    Attributes:
+        rank: of this process.
+        num_ranks: that save a shard each.
+        agree: returns rank 0's whole numbers on all ranks; a collective.
+        patience_s: how long rank 0 waits for the shards of the others.
+    """
+
+    rank: int
+    num_ranks: int
+    agree: Callable[[Sequence[int]], list[int]]
+    patience_s: float
+
+
 class CheckpointManager:
-    """Saves the state of a run on rank 0; the replicas are equal, so no other has anything to save.
+    """Saves the state of a run: on rank 0, for the replicas are equal; on all ranks where parameters are sharded.
 
     Args:
         config: how often, and how many are kept.
@@ -36,6 +56,7 @@ class CheckpointManager:
         infinite: entries that hold infinities on purpose, see `AsyncWriter`.
         committed_step: of the checkpoint that the run goes on from, 0 for none.
         log: gets failures and changes of the interval.
+        sharding: where parameters are sharded. Then all ranks call `save` together.
     """
 
     def __init__(
@@ -47,18 +68,26 @@ class CheckpointManager:
         infinite: frozenset[str],
         committed_step: int,
         log: RunLog,
+        sharding: Sharding | None = None,
     ) -> None:
         self._config = config
+        self._folder = folder
+        self._sharding = sharding
+        self._rank = 0 if sharding is None else sharding.rank
         self._pack = pack
         self._log = log
-        self._writer = AsyncWriter(folder, keep=config.keep, committed_step=committed_step, infinite=infinite)
+        self._writer = AsyncWriter(
+            folder, keep=config.keep, committed_step=committed_step, infinite=infinite, commits=self._rank == 0
+        )
         self._interval_s = _FIRST_S
         self._logged_s: float | None = None
         self._failed = 0
         self._saved_s = time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether a save is due by the clock; never where saves are by samples. Asked for once, it is not due again."""
+        """Whether a save is due by rank 0's clock, never where saves are by samples. Asked for, it is not due again."""
+        if self._rank != 0:
+            return False
         now_s = time.monotonic()
         if self._config.every_samples is not None or now_s - self._saved_s < self._interval_s:
             return False
@@ -71,10 +100,9 @@ class CheckpointManager:
         Where a save is still under way, one that is due by the clock is left out; one by samples waits.
         """
         began_s = time.monotonic()
-        if self._config.every_samples is not None:
+        if self._config.every_samples is not None or self._rank != 0:
             self._writer.wait()
-        step, (tensors, state) = self._pack()
-        self._writer.save(step=step, tensors=tensors, state=state)
+        self._begin()
         self._saved_s = time.monotonic()
         self._choose_interval(stall_s=self._saved_s - began_s)
 
@@ -86,8 +114,7 @@ class CheckpointManager:
             DivergedError: where it holds numbers that are not finite.
         """
         self._writer.wait()
-        step, (tensors, state) = self._pack()
-        self._writer.save(step=step, tensors=tensors, state=state)
+        step = self._begin()
         self._writer.wait()
         status = self._writer.status()
         if status.committed_step != step:
@@ -96,8 +123,35 @@ class CheckpointManager:
                 raise DivergedError(str(status.error))
             raise CheckpointError(status.error or f"the checkpoint of step {step} was not written")
 
+    def _begin(self) -> int | None:
+        """Copy the state and have it written; return the step, or None where a write is under way."""
+        if self._sharding is None:
+            step, (tensors, state) = self._pack()
+            self._writer.save(step=step, tensors=tensors, state=state)
+            return step
+        # Rank 0 alone knows whether its write is under way; its number marks the folder of this one save.
+        free = self._writer.wait(timeout_s=0)
+        (number,) = self._sharding.agree([1 + secrets.randbits(31) if free else 0] if self._rank == 0 else [])
+        if not number:
+            return None
+        step, (tensors, state) = self._pack()
+        whole, pieces, layout = pieces_of(tensors, rank=self._rank)
+        staging = Staging(
+            folder=self._folder / f".tmp-{step}-{number:08x}",
+            rank=self._rank,
+            num_ranks=self._sharding.num_ranks,
+            layout=layout,
+            patience_s=self._sharding.patience_s,
+        )
+        self._writer.save(
+            step=step, tensors=pieces if self._rank else {**whole, **pieces}, state=state, staging=staging
+        )
+        return step
+
     def failed_saves(self) -> int:
-        """Return how many saves in a row failed; tells of each once."""
+        """Return how many saves in a row failed, on rank 0, which hears of the others' shards; tells of each once."""
+        if self._rank != 0:
+            return 0
         status = self._writer.status()
         if status.failed > self._failed:
             self._log.note(f"{status.error}; training goes on")

@@ -251,7 +251,8 @@ def step_if_finite(optimizer: Optimizer, grad_norm: Tensor, *, grad_scale: Tenso
     Returns:
         1 where the norm was not finite, else 0; a float32 scalar on the device.
     """
-    not_finite = (~torch.isfinite(grad_norm)).to(torch.float32)
+    # Infinity minus itself is NaN, which is not 0; `torch.isfinite` is four kernels.
+    not_finite = (grad_norm - grad_norm).ne(0).to(torch.float32)
     if skips_on_device(optimizer):
         # The protocol of torch.amp.GradScaler with fused optimizers.
         optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]

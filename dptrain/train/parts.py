@@ -18,8 +18,11 @@ from dptrain.observe import DdpCommHook, Meter, ParameterHook
 from dptrain.observe.groups import Groups, resolve_groups
 from dptrain.observe.hooks.base import GradientHook
 from dptrain.observe.hooks.null import NullHook
-from dptrain.runtime.replica import num_replicas
+from dptrain.runtime.rendezvous import collective_timeout_s
+from dptrain.runtime.replica import num_replicas, rank_of_replica
+from dptrain.runtime.step_reduction import broadcast_from_rank_0
 from dptrain.tasks import Task
+from dptrain.train.checkpoint_schedule import Sharding
 from dptrain.train.execution.loss_scale import LossScale
 from dptrain.train.execution.master_weights import MasterWeights
 from dptrain.train.execution.update import Update
@@ -29,6 +32,10 @@ from dptrain.train.optimizer import num_states
 
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
+
+
+_SHARD_PATIENCE = 0.8
+"""Time that rank 0 waits for the shards of others, of what they wait for it in the collective at the end of a run."""
 
 
 def build_meter(
@@ -103,6 +110,16 @@ def build_update(
         max_grad_norm=config.optimizer.max_grad_norm,
         loss_scale=loss_scale,
         masters=masters,
+    )
+
+
+def sharding(device: torch.device) -> Sharding:
+    """Return who saves where parameters are sharded: all ranks, and rank 0 waits for less than a collective does."""
+    return Sharding(
+        rank=rank_of_replica(),
+        num_ranks=num_replicas(),
+        agree=partial(broadcast_from_rank_0, device=device),
+        patience_s=_SHARD_PATIENCE * collective_timeout_s(),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -48,6 +48,7 @@ class RunProgress:
         stream: order of the training data.
         ledger: counts what steps used.
         smallest_micro_batch: fewest samples that the model takes at a time.
+        tokens_per_sample: length of a sample, where tokens are counted.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class RunProgress:
         stream: SampleStream,
         ledger: Ledger,
         smallest_micro_batch: int = 1,
+        tokens_per_sample: int | None = None,
     ) -> None:
         self._config = config
+        self._tokens_per_sample = tokens_per_sample
         self._meter = meter
         self._world_size = world_size
         self._ledger = ledger
@@ -71,7 +74,7 @@ class RunProgress:
         self._progress = Progress(global_batch_size=batch, learning_rate_factor=factor)
         # A fit takes a third of a millisecond, and nobody asks how long other batches would take where none is tried.
         self._asks_time = config.control.mode in ("advise", "adapt") and config.control.law != "constant"
-        self._unread: tuple[StepRecord, PendingSum, float | None] | None = None
+        self._unread: tuple[StepRecord, PendingSum, float | None, Sequence[str]] | None = None
         self._undecided: StepRecord | None = None
         self._outcome: StepOutcome | None = None
         self._latest_batch = batch
@@ -117,11 +120,19 @@ class RunProgress:
         self.step_timer.began(record)
         return record
 
-    def sent(self, record: StepRecord, pending: PendingSum, *, flops_per_sample: float | None, wall_s: float) -> None:
+    def sent(
+        self,
+        record: StepRecord,
+        pending: PendingSum,
+        *,
+        flops_per_sample: float | None,
+        wall_s: float,
+        parts: Sequence[str] = (),
+    ) -> None:
         """Note that a step was handed to the device, and that its outcome is under way."""
-        self._unread = (record, pending, flops_per_sample)
+        self._unread = (record, pending, flops_per_sample, parts)
         self._latest_batch = record.global_batch_size
-        self._progress = replace(self._progress, step=record.step, position=record.end, wall_s=wall_s)
+        self._progress = self._progress.updated(step=record.step, position=record.end, wall_s=wall_s)
 
     def paused(self, *, wall_s: float) -> None:
         """Note that something else than training took time up to now."""
@@ -152,8 +163,8 @@ class RunProgress:
         """
         if self._unread is None:
             return
-        (record, pending, flops_per_sample), self._unread = self._unread, None
-        outcome = receive(pending, record)
+        (record, pending, flops_per_sample, parts), self._unread = self._unread, None
+        outcome = receive(pending, record, parts=parts)
         interval_s = self.step_timer.interval_of(record)
         self._ledger.step(
             seconds=self._progress.wall_s - record.wall_s if interval_s is None else interval_s,
@@ -164,8 +175,7 @@ class RunProgress:
         if outcome.measured:
             self._meter.absorb_step(outcome.meter_sums, usable=outcome.finite)
         self.step_timer.learn(record, outcome)
-        self._progress = replace(
-            self._progress,
+        self._progress = self._progress.updated(
             steps_dropped=self._progress.steps_dropped + (not outcome.finite),
             skipped_in_row=0 if outcome.finite else self._progress.skipped_in_row + 1,
             loss_first=outcome.loss if self._progress.loss_first is None else self._progress.loss_first,
@@ -284,6 +294,7 @@ class RunProgress:
             "progress/epoch": self._plan.epochs(record.end),
             "progress/wall_s": record.wall_s,
             "train/loss": outcome.loss,
+            **{f"train/{name}": value for name, value in outcome.parts.items()},
             "train/lr": record.learning_rate,
             "train/grad_norm": outcome.grad_norm,
             "train/steps_dropped": self._progress.steps_dropped,
@@ -291,11 +302,23 @@ class RunProgress:
             "batch/micro": record.micro_batch_size,
             "batch/accumulation": record.micro_steps(self._world_size),
             "throughput/samples_per_sec": samples / elapsed if samples and elapsed > 0 else None,
+            **self._tokens(record, samples / elapsed if samples and elapsed > 0 else None),
             "time/step_s": self.step_timer.interval_of(record),
             "time/world_size": self._world_size,
             **self._ledger.columns(),
         }
         return train_row(columns, noise_scale=scale, groups=self._groups(record))
+
+    def _tokens(self, record: StepRecord, samples_per_s: float | None) -> dict[str, Value]:
+        """Return the columns in tokens; none where samples are not made of tokens."""
+        length = self._tokens_per_sample
+        if length is None:
+            return {}
+        return {
+            "progress/tokens": length * record.end,
+            "batch/tokens": length * record.global_batch_size,
+            "throughput/tokens_per_sec": None if samples_per_s is None else length * samples_per_s,
+        }
 
     def _groups(self, record: StepRecord) -> Mapping[str, NoiseScale]:
         """Return the noise scale of the groups, as often as keeps a row short: 200 groups are 26 KB."""
@@ -306,8 +329,11 @@ class RunProgress:
     def figures(self) -> dict[str, Value]:
         """Return the figures of the whole run, as far as they are known here."""
         progress, scale = self._progress, self._meter.read()
+        length = self._tokens_per_sample
+        tokens: dict[str, Value] = {} if length is None else {"tokens_seen": length * progress.position}
         return {
             "samples_seen": progress.position,
+            **tokens,
             "steps": progress.step,
             "wall_s": progress.wall_s,
             "samples_per_s": progress.position / progress.wall_s,

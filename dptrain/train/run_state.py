@@ -76,9 +76,9 @@ class RunState:
         self._names = named if masters is None else masters.names
 
     def pack(self) -> tuple[int, tuple[Mapping[str, Mapping[str, torch.Tensor]], Mapping[str, JSON]]]:
-        """Return the step, and the tensors and the state that a checkpoint of this moment holds."""
+        """Return the step, the tensors (sharded ones as they are) and the state that a checkpoint of now holds."""
         self._hook.on_save(self._run.moment(self._model))
-        optimizer_tensors, optimizer_state = pack_optimizer(self._optimizer, names=self._names)
+        optimizer_tensors, optimizer_state = pack_optimizer(self._optimizer, names=self._names, gather=False)
         state: dict[str, JSON] = {
             "config": asdict(self._config),
             "world_size": self._world_size,
@@ -90,7 +90,7 @@ class RunState:
             "loss_scale": None if self._loss_scale is None else self._loss_scale.state(),
             **self._run.state(),
         }
-        tensors = {"model": pack_model(self._model), "optimizer": optimizer_tensors}
+        tensors = {"model": pack_model(self._model, gather=False), "optimizer": optimizer_tensors}
         if self._average is not None:
             tensors["average"] = self._average.tensors()
         if self._masters is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dptrain.cost.flops import FlopCounter, uncompiled
 from dptrain.data import MicroBatchLoader
-from dptrain.errors import OutOfMemoryError
+from dptrain.errors import OutOfMemoryError, TaskError
 from dptrain.exchange.running_statistics import RunningStatistics
 from dptrain.observe import Meter, PendingSum
 from dptrain.observe.stopwatch import Stopwatch
@@ -70,6 +70,12 @@ class Stepper:
         self._to_device = DeviceCopy(device)
         self._stopwatch = Stopwatch(device)
         self._is_combining = False
+        self._parts: tuple[str, ...] | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts that the loss returns beside what is minimised, sorted; none before the first step."""
+        return self._parts or ()
 
     def take_busy_s(self) -> float:
         """Return the seconds spent in forward passes since the last call, in which a replica waits for nobody.
@@ -94,13 +100,14 @@ class Stepper:
         """
         if self._statistics:
             self._statistics.begin_step()
-        loss_sum, num_samples, halved = self._backward(record)
+        (loss_sum, *part_sums), num_samples, halved = self._backward(record)
         grad_norm, scaled_norm = self._update.grad_norms()
         sums, measured = self._meter.close_step(grad_norm=scaled_norm)
         pending = send(
             record,
             report=report,
             loss_sum=loss_sum,
+            part_sums=part_sums,
             num_samples=num_samples,
             grad_norm=grad_norm,
             meter_sums=sums,
@@ -112,14 +119,15 @@ class Stepper:
             self._statistics.end_step(num_micro_batches=record.num_micro_batches, finite=torch.isfinite(grad_norm))
         return pending
 
-    def _backward(self, record: StepRecord) -> tuple[Tensor, int, bool]:
+    def _backward(self, record: StepRecord) -> tuple[list[Tensor], int, bool]:
         """Accumulate the gradient of the mean loss over the global batch.
 
         Where the memory does not suffice, this replica begins the step anew with each micro-batch in halves: the same
         samples, the same batch, nothing for the others to wait for but the time it takes.
 
         Returns:
-            This replica's sum of losses, over how many samples, and whether micro-batches had to be halved.
+            This replica's sums of the loss and its parts, over how many samples, and whether micro-batches had to be
+            halved.
 
         Raises:
             OutOfMemoryError: where that does not help.
@@ -140,8 +148,8 @@ class Stepper:
             release_memory(self._device)
             parts *= 2
 
-    def _accumulate(self, passes: Iterator[_Pass], record: StepRecord) -> tuple[Tensor, int]:
-        loss_sum: Tensor | None = None
+    def _accumulate(self, passes: Iterator[_Pass], record: StepRecord) -> tuple[list[Tensor], int]:
+        sums: list[Tensor] = []
         num_samples = 0
         for one in passes:
             # Replicas are averaged with equal weight; this factor makes it the mean over samples, whatever their sizes.
@@ -149,30 +157,43 @@ class Stepper:
             self._meter.begin(num_samples=one.num_samples, weight=weight)
             self._statistics.begin_micro_batch(one.number if one.num_samples else None)
             _seed_forward(self._seed_of(one.position), self._device)
-            with defer_combining(self._model, is_last=one.is_last), self._as_counted(one, record):
-                loss = self._forward(one)
+            with self._deferred(is_last=one.is_last), self._as_counted(one, record):
+                loss, parts = self._forward(one)
                 self._is_combining = one.is_last and self._world_size > 1
-                self._update.scaled(loss * weight).backward()  # type: ignore[no-untyped-call]
+                self._backpropagate(loss if weight == 1 else loss * weight)
                 self._is_combining = False
-            summed = loss.detach() * one.num_samples
-            loss_sum = summed if loss_sum is None else loss_sum + summed
+            summed = [value.detach() * one.num_samples for value in (loss, *parts)]
+            sums = [total + value for total, value in zip(sums, summed, strict=True)] if sums else summed
             num_samples += one.num_samples
-        assert loss_sum is not None, "a step without a pass"
-        return loss_sum, num_samples
+        assert sums, "a step without a pass"
+        return sums, num_samples
 
-    def _forward(self, one: _Pass) -> Tensor:
+    def _deferred(self, *, is_last: bool) -> AbstractContextManager[None]:
+        return defer_combining(self._model, is_last=is_last)
+
+    def _backpropagate(self, loss: Tensor) -> None:
+        self._update.scaled(loss).backward()  # type: ignore[no-untyped-call]
+
+    def _forward(self, one: _Pass) -> tuple[Tensor, list[Tensor]]:
         began = self._stopwatch.start()
         with self._precision():
-            loss, _ = split_loss(self._loss(self._model, one.batch))
+            loss, parts = split_loss(self._loss(self._model, one.batch))
         self._stopwatch.stop(began)
-        return loss
+        names = tuple(sorted(parts))
+        if self._parts is None:
+            self._parts = names
+        elif names != self._parts:
+            # Their sums travel by place: another number of them would not meet that of the other replicas.
+            raise TaskError(
+                f"the loss returned the parts {', '.join(names) or 'none'} here and "
+                f"{', '.join(self._parts) or 'none'} before: return the same ones for each micro-batch"
+            )
+        return loss, [parts[name] for name in names]
 
-    @contextmanager
-    def _as_counted(self, one: _Pass, record: StepRecord) -> Iterator[None]:
+    def _as_counted(self, one: _Pass, record: StepRecord) -> AbstractContextManager[object]:
         """Count the pass; one of a size off the grid runs uncompiled, for it would be compiled to run once."""
-        stance = uncompiled() if one.num_samples != record.micro_batch_size else nullcontext()
-        with stance, self._flops.counting(one.batch, num_samples=one.num_samples):
-            yield
+        counting = self._flops.counting(one.batch, num_samples=one.num_samples)
+        return counting if one.num_samples == record.micro_batch_size else _uncompiled(counting)
 
     def _passes(self, record: StepRecord, *, parts: int) -> Generator[_Pass]:
         """Yield the forward and backward passes of a step: the micro-batches, each in so many parts."""
@@ -211,6 +232,12 @@ class Stepper:
         if parts >= record.micro_batch_size // least:
             samples = "a single sample" if least == 1 else f"{least} samples"
             raise OutOfMemoryError(f"the memory does not suffice for {samples} at a time ({cause})")
+
+
+@contextmanager
+def _uncompiled(inner: AbstractContextManager[object]) -> Iterator[None]:
+    with uncompiled(), inner:
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)

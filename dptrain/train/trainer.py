@@ -17,6 +17,7 @@ from dptrain.checkpoint.state import infinite_buffers
 from dptrain.checkpoint.store import load_checkpoint, load_newest, set_aside
 from dptrain.config.filled_in import as_saved, filled_in
 from dptrain.config.resume_check import check_same_settings
+from dptrain.config.tokens import in_samples
 from dptrain.config.train_config import TrainConfig
 from dptrain.cost.energy import EnergyCounter
 from dptrain.cost.flops import FlopCounter
@@ -54,7 +55,7 @@ from dptrain.train.execution.wrapping import autocast, autocast_dtype, is_sharde
 from dptrain.train.facts import facts_of
 from dptrain.train.hooks import build_hooks, wants_end
 from dptrain.train.optimizer import build_optimizer, skips_on_device
-from dptrain.train.parts import build_ledger, build_meter, build_update, fitting_micro_batch_size
+from dptrain.train.parts import build_ledger, build_meter, build_update, fitting_micro_batch_size, sharding
 from dptrain.train.run_progress import RunProgress
 from dptrain.train.run_state import RunState
 from dptrain.train.step import Stepper, forward_seed
@@ -96,6 +97,7 @@ class Trainer:
         wait_for_everyone(self._device)  # one that fails in what follows must not tear connections still being made
         seed_everything(config.seed)  # a split that the task draws is then the same on all replicas, and on resume
         self._task = task if isinstance(task, Task) else resolve_task(task or config.task, options=config.task_options)
+        config = in_samples(config, tokens_per_sample=self._task.tokens_per_sample, task=self._task.name)
         adapt_model(self._task.model, config.model)
         self._unused = check_task(self._task)
         check_evaluation(self._task)
@@ -177,6 +179,7 @@ class Trainer:
             stream=self._stream,
             ledger=build_ledger(self._config, device=self._device),
             smallest_micro_batch=self._statistics.smallest_micro_batch,
+            tokens_per_sample=self._task.tokens_per_sample,
         )
         self._state = RunState(
             self._config,
@@ -262,6 +265,8 @@ class Trainer:
             if not skips_on_device(self._optimizer):
                 log.note("this optimizer cannot skip a step on the device: each step waits for it once")
             checkpoint_manager = self._on_rank_0(lambda: self._checkpoint_manager(log))
+            if self._is_sharded and not self._is_main:
+                checkpoint_manager = self._checkpoint_manager(log)
             if checkpoint_manager is not None:
                 stack.callback(checkpoint_manager.close)
             loader = stack.enter_context(self._loader())
@@ -296,7 +301,8 @@ class Trainer:
                 run.decide(log)
                 drift.finish()
                 flops = stepper.take_flops_per_sample()
-                run.sent(record, pending, flops_per_sample=flops, wall_s=time.monotonic() - began_s)
+                wall_s = time.monotonic() - began_s
+                run.sent(record, pending, flops_per_sample=flops, wall_s=wall_s, parts=stepper.parts)
                 self._hook.on_step(run.moment(self._bare_model))
                 drift.start(record.step)
                 garbage.stepped(record.step)
@@ -349,8 +355,8 @@ class Trainer:
             ends = ends or run.at_end
         if ends or saves:
             self._drift.check(record.step)
-        if (ends or saves) and self._is_sharded and checkpoint_manager is None:
-            self._state.pack()  # to put shards together takes all replicas; rank 0 alone keeps what comes of it
+        if ends and checkpoint_manager is not None and not self._is_main:
+            checkpoint_manager.save()  # its shard, for which rank 0 waits
         if ends:
             self._on_rank_0(lambda: None if checkpoint_manager is None else checkpoint_manager.save_and_wait())
         elif checkpoint_manager is not None and saves:
@@ -438,6 +444,7 @@ class Trainer:
             infinite=infinite_buffers(self._bare_model),
             committed_step=0 if self._saved is None else self._saved.step,
             log=log,
+            sharding=sharding(self._device) if self._is_sharded else None,
         )
 
     def _on_rank_0(self, action: Callable[[], Result]) -> Result | None:

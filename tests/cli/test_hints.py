@@ -26,6 +26,8 @@ WRONG_TRIES = [
     ("--epochs 3 --task no_such_task", "--max-samples (epochs × samples in the training data)"),
     ("--gradient-accumulation-steps 4", "--global-batch-size = --micro-batch-size"),
     ("--momentum 0.8", "--optimizer.beta1 0.8"),
+    ("--static-graph true", "use_reentrant=False"),
+    ("--execution.static-graph true", "use_reentrant=False"),
 ]
 
 

@@ -95,6 +95,8 @@ VALID = {
 
 COUNTS = [
     *("max_samples", "max_steps", "global_batch_size", "control.smallest", "control.largest"),
+    *("max_tokens", "global_batch_tokens", "control.smallest_tokens", "control.largest_tokens"),
+    *("optimizer.reference_batch_tokens", "checkpoint.every_tokens", "log.eval_every_tokens"),
     "optimizer.reference_batch_size",
     *("layout_replicas", "optimizer.max_skipped_steps", "checkpoint.every_samples", "checkpoint.keep"),
     *("log.every_steps", "log.print_every_steps", "log.eval_every_samples"),
@@ -150,6 +152,7 @@ OUTSIDE = {
     "optimizer.weight_decay": [-1.0, math.nan, math.inf, None],
     "optimizer.final_fraction": [-0.1, 1.1, math.nan, "1"],
     "optimizer.warmup_samples": [-1, 2**63, 0.5],
+    "optimizer.warmup_tokens": [-1, 2**63, 0.5],
     "noise.groups": [1, "true", None],
     "control.min_gain": [-1.0, math.nan, math.inf, "1", None],
     "control.law_options": [None, [], {"overlap": 2.0}],
@@ -159,6 +162,7 @@ OUTSIDE = {
     "micro_batch_size": [0, -1, 2**63, 1.5, "3", "all", True, []],
     "branch_from": ["", "a\x00b", 7, "\udcff"],
     "control.schedule": ["0:8", 3],
+    "control.schedule_tokens": ["0:8", 3],
     "optimizer.decay_fraction": [0.0, 0.5, 1.1, "1"],
     "run_dir": ["", "a\x00b", "a\nb", "a\x1b[2Jb", "x" * 256, "x/" * 4000, 7, "\udcff"],
     "task": ["", None, 7, "a\x00b"],
@@ -255,6 +259,9 @@ def test_f10_every_setting_is_fuzzed():
     alone = {"control.law", "control.samples_per_step", "control.schedule", "control.smallest", "control.largest"}
     alone |= {"control.ratio", "control.law_options", "max_steps"}
     alone |= {"optimizer.preset", "optimizer.beta_rule", "optimizer.decay_rule", "optimizer.decay_fraction"}
+    alone |= {"max_tokens", "global_batch_tokens", "optimizer.reference_batch_tokens", "optimizer.warmup_tokens"}
+    alone |= {"control.schedule_tokens", "control.smallest_tokens", "control.largest_tokens"}
+    alone |= {"checkpoint.every_tokens", "log.eval_every_tokens"}  # allowed in place of those in samples only
     alone |= {"optimizer.warmup_samples", "optimizer.final_fraction"}  # allowed with some values of others only
     # Allowed with packages, devices, ports or sizes of replicas that not every machine has.
     alone |= {

@@ -41,7 +41,10 @@ def test_the_balance_loss_of_experts_is_in_training_alone(tmp_path):
     task = gpt(data=data, vocab_size=96, context=32, num_experts=4)
     batch = torch.stack([task.train_data[index] for index in range(2)])
     _, balance = task.model(batch[:, :-1])
-    difference = task.loss(task.model.train(), batch) - task.loss(task.model.eval(), batch)
+    found = task.loss(task.model.train(), batch)
+    assert found["cross_entropy"] == task.loss(task.model.eval(), batch)
+    assert found["load_balancing"] == balance
+    difference = found["loss"] - found["cross_entropy"]
     assert difference.item() == pytest.approx(0.01 * balance.item(), rel=1e-3)
 
 

@@ -138,7 +138,17 @@ EVERYTHING_ELSE = TrainConfig(
 )
 
 
-@pytest.mark.parametrize("config", [TrainConfig(), EVERYTHING_ELSE])
+IN_TOKENS = TrainConfig(
+    max_tokens=4096,
+    global_batch_tokens=512,
+    control=ControlConfig(law="schedule", schedule_tokens="0:512 2048:1024", smallest_tokens=512, largest_tokens=2048),
+    optimizer=OptimizerConfig(reference_batch_tokens=512, warmup_tokens=0),
+    checkpoint=CheckpointConfig(every_tokens=1024),
+    log=LogConfig(eval_every_tokens=1024),
+)
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), EVERYTHING_ELSE, IN_TOKENS])
 def test_settings_come_back_through_the_command_line(tmp_path, config):
     """A run's config.yaml is a --config."""
     path = tmp_path / "config.yaml"
@@ -148,9 +158,9 @@ def test_settings_come_back_through_the_command_line(tmp_path, config):
 
 
 def test_no_setting_is_left_out_of_the_example():
-    """The example above differs from the defaults in every group, so that the round trip means something."""
-    default, other = asdict(TrainConfig()), asdict(EVERYTHING_ELSE)
-    assert all(default[name] != other[name] for name in default)
+    """Together the examples differ from the defaults in every group, so that the round trip means something."""
+    default, *others = asdict(TrainConfig()), asdict(EVERYTHING_ELSE), asdict(IN_TOKENS)
+    assert all(any(default[name] != other[name] for other in others) for name in default)
 
 
 def test_the_default_folder_is_named_after_task_and_time():

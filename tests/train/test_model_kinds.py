@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
+from torch.utils.checkpoint import checkpoint
 
 from dptrain.errors import ConfigError, TaskError
 from dptrain.tasks import Task, check_task
@@ -51,6 +52,21 @@ class Own(nn.Module):
         return mse_loss(self.layer(batch[0]), batch[1])
 
 
+class Shared(nn.Module):
+    """Calls one layer twice, each time with its activations computed again in the backward pass."""
+
+    def __init__(self, *, use_reentrant=False):
+        super().__init__()
+        self.first, self.shared, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, features):
+        hidden = self.first(features)
+        for _ in range(2):
+            hidden = checkpoint(self.shared, hidden, use_reentrant=self.use_reentrant).tanh()
+        return self.last(hidden)
+
+
 def batch_normed():
     # Without a bias below the batch norm: its gradient is rounding alone, which Adam divides by its own size.
     return nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
@@ -60,6 +76,7 @@ KINDS = {
     "lazy modules": lambda: nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(1)),
     "unused parameters": Heads,
     "batch norms": batch_normed,
+    "checkpointed twice": Shared,
 }
 
 
@@ -95,7 +112,7 @@ def train(rank, world_size, folder):
 
 
 def test_they_train_on_two_replicas_as_on_one(tmp_path):
-    """Lazy modules, unused parameters, batch norms: all samples are seen; weights, statistics and loss agree."""
+    """Lazy modules, unused parameters, batch norms, shared layers: all samples are seen; weights and loss agree."""
     (one,) = run_replicas(train, world_size=1, args=(str(tmp_path),), timeout_s=250)
     two, other = run_replicas(train, world_size=2, args=(str(tmp_path),), timeout_s=250)
     for kind, (seen, held_out, state) in one.items():
@@ -133,10 +150,12 @@ def test_one_sample_at_a_time_is_refused_for_batch_norms(tmp_path):
             lambda model, batch: model[0](batch[0]).mean(),
             "lazy",
         ),
+        # DDP would need static_graph for it, which torch's reducer does not take together with no_sync.
+        (lambda: Shared(use_reentrant=True), lambda model, batch: model(batch[0]).mean(), "use_reentrant=False"),
     ],
 )
 def test_what_replicas_cannot_train_is_refused(model, loss, sentence):
-    """A loss that goes past the wrapper, sparse and complex gradients, a lazy module without use: one sentence each."""
+    """A loss past the wrapper, sparse, complex and reentrant gradients, a lazy module without use: a sentence each."""
     with pytest.raises(TaskError, match=sentence):
         check_task(make_task(model(), loss=loss))
 

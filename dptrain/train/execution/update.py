@@ -91,5 +91,6 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
 
 def clip(grads: Sequence[Tensor], *, norm: Tensor, largest: float) -> None:
     """Shorten the gradient to `largest` where its norm is above it, as `torch.nn.utils.clip_grads_with_norm_` does."""
-    factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
+    # In place, and not by `/`, which is a function in Python.
+    factor = (norm + 1e-6).reciprocal_().mul_(largest).clamp_(max=1.0)
     torch._foreach_mul_(list(grads), factor)

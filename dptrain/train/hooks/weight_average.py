@@ -44,8 +44,8 @@ class WeightAverage(TrainHook):
         self._averaged.update_parameters(moment.model)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the averaged weights for a checkpoint."""
-        return pack_model(self.model)
+        """Return the averaged weights for a checkpoint; sharded ones stay so."""
+        return pack_model(self.model, gather=False)
 
     def restore(self, tensors: Mapping[str, Tensor], *, step: int) -> None:
         """Go on from `tensors` of a checkpoint after so many steps."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from dptrain.checkpoint.store import load_newest
@@ -119,6 +120,17 @@ def test_other_ways_train_and_measure_the_same_but_for_rounding(runs, way, error
         assert (plain[name] - found[name].float()).abs().max() < (1e-5 if error < 0.1 else 0.08), name
     for name in ("train/grad_norm", "noise_scale/trace"):
         assert column(runs / way, name) == pytest.approx(column(runs / "plain", name), rel=error), name
+
+
+def test_each_rank_saves_its_own_shard(runs):
+    """Under FSDP both ranks write a file, rank 0 holds half of the parameters; of HSDP's copies one is written."""
+    whole = sum(value.numel() for value in weights(runs / "plain").values())
+    for way, num_files in (("fsdp", 2), ("hsdp", 1)):
+        files = sorted(load_newest(runs / way / "checkpoints").path.glob("model-shard-*.safetensors"))
+        assert len(files) == num_files
+        held = [sum(value.numel() for value in load_file(file).values()) for file in files]
+        assert sum(held) == whole
+        assert max(held) < 0.7 * whole or num_files == 1
 
 
 def test_parameters_are_kept_in_the_type_that_was_asked_for(runs):
