@@ -167,6 +167,7 @@ def language_task(
         loss=partial(next_token_loss, balance_weight=0.0 if experts is None else experts.balance_weight),
         eval_metrics=metrics,
         suggestion=suggestion,
+        tokens_per_sample=train[0].numel() - 1,
     )
 
 

@@ -95,6 +95,7 @@ def _causal(
         loss=causal_loss,
         eval_metrics={"perplexity": perplexity},
         suggestion=_suggestion(len(train), pretrained=_has_weights(folder) and pretrained),
+        tokens_per_sample=context,
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dptrain.explain.model.compute import PETAFLOP_S_DAY, UTILISATION
+from dptrain.cost.ledger import PETAFLOP_S_DAY
+from dptrain.explain.model.compute import UTILISATION
 from dptrain.explain.text.findings import count, short
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def compute(plan: Plan) -> str:
 
 def step_times(plan: Plan) -> str:
     """Say how good the model of step times is, and where its all-reduce is from."""
+    if plan.assumptions:
+        return f"Step time: assumed: {'; '.join(plan.assumptions)}; all-reduce: {plan.all_reduce}"
     error = "error unknown" if plan.step_time_error is None else f"±{100 * plan.step_time_error:.0f} % on new shapes"
     return f"Step time: fitted to the run ({error}); all-reduce: {plan.all_reduce}"
 
@@ -88,8 +91,13 @@ def about(seconds: float) -> str:
 def price(plan: Plan, point: Point) -> str:
     """Write what a point costs: money where there is a price, else the time of devices."""
     if point.cost is not None:
-        return f"{short(point.cost, digits=2)} $"
+        return money(plan, point.cost)
     return f"{short(point.device_s / _HOUR_S, digits=2)} {plan.device}-hours"
+
+
+def money(plan: Plan, amount: float) -> str:
+    """Write an amount in the plan's currency, of a large one no digit that means nothing."""
+    return f"{short(amount, digits=2)} {plan.currency}"
 
 
 def energy(joules: float) -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from dptrain.cost.prices import DevicePrice
 from dptrain.explain.model.compute import Compute
 from dptrain.explain.model.devices import devices
 from dptrain.explain.model.plan import make_plan
@@ -16,7 +17,7 @@ from tests.ideal_runs import ideal_record
 @pytest.fixture(scope="module")
 def plan():
     record = ideal_record()
-    return make_plan(record, devices(record), numbers=[1, 2, 8, 64], price_per_device_hour=100.0)
+    return make_plan(record, devices(record), numbers=[1, 2, 8, 64], price=DevicePrice.given(100.0))
 
 
 def _at(plan, **seconds):
