@@ -94,7 +94,7 @@ def test_numbers_with_dots(text, expected):
         ("--within", "6"),
         ("--within", "6 hours"),
         ("--minimum-rental", "0h"),
-        ("--currency", "€uro=1"),
+        ("--currency", "EUR 1"),
         ("--currency", "a currency"),
     ],
 )

@@ -147,6 +147,10 @@ class OtherDevices:
         """Return what the time of a step may be, at both ends of all assumptions."""
         return self._at(self.fastest, shape), self._at(self.slowest, shape)
 
+    def is_bound_by_host(self, shape: StepShape) -> bool:
+        """Return whether a forward–backward takes what it takes at least, whatever its samples."""
+        return self.planned.floor_s > self.planned.sample_s * shape.micro_batch_size
+
     def _at(self, speed: Speed, shape: StepShape) -> float:
         return speed.seconds(shape, all_reduce=self.all_reduce, gradient_bytes=self.gradient_bytes)
 

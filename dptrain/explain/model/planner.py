@@ -50,6 +50,7 @@ class Point:
         global_batch_size: the product of the three; the same through the whole training.
         steps: optimizer steps.
         samples: seen in training.
+        samples_range: by the noise scale's interval, and two standard errors of a target beyond the run.
         step_s: time of a step.
         seconds: time of training, without evaluations and saves.
         seconds_range: by the noise scale's interval, two standard errors of a target beyond the run, what the
@@ -68,6 +69,7 @@ class Point:
     global_batch_size: int
     steps: float
     samples: float
+    samples_range: tuple[float, float]
     step_s: float
     seconds: float
     seconds_range: tuple[float, float]
@@ -173,6 +175,8 @@ class Planner:
         ends = self._devices.seconds_range(shape)
         interval = [other.steps(batch) * end for other in self._interval for end in ends]
         history = [*interval, *(other.steps(batch) * end for other in self._history for end in ends)]
+        seen = [other.samples(batch) for other in self._interval]
+        far = 1 + 2 * self.needed.error
         unsure = 1 + math.hypot(2 * self.needed.error, self._devices.error or 0.0)
         device_s, price, rates = shape.world_size * seconds, self._price_per_device_s, self._rates
         billed_s = shape.world_size * max(seconds, self._minimum_rental_s)
@@ -183,6 +187,7 @@ class Planner:
             global_batch_size=batch,
             steps=implied.steps(batch),
             samples=samples,
+            samples_range=(min(seen) / far, max(seen) * far),
             step_s=step_s,
             seconds=seconds,
             seconds_range=(min(interval) / unsure, max(interval) * unsure),
@@ -213,6 +218,11 @@ class Planner:
                 f"{further:.3g} times its progress, ±{2 * self.needed.error:.0%} if its power law goes on"
             )
         if isinstance(devices, OtherDevices):
+            if devices.is_bound_by_host(self.fastest(1)):
+                yield (
+                    f"starting kernels takes longer than computing on the {devices.name}: the model is too small to "
+                    f"tell GPUs apart, and its time is that of the host"
+                )
             return
         if not devices.is_split_known:
             yield (

@@ -38,12 +38,13 @@ def goal(plan: Plan) -> str:
 
 
 def doubt(plan: Plan) -> str:
-    """Say how sure the times are: by what was measured, and by how the method fared elsewhere."""
+    """Say how sure samples and times are: by what was measured, and by how the method fared elsewhere."""
     point = _telling(plan)[0]
     measured, history = (f"{about(low)}–{about(high)}" for low, high in (point.seconds_range, point.seconds_history))
+    seen = " to ".join(short(end) for end in point.samples_range)
     return (
-        f"Time on {_devices(plan, point.num_devices)}: {measured} (interval of the noise scale and fits); {history} if "
-        f"the noise scale is off by 6× (typical in McCandlish et al. 2018)"
+        f"Time on {_devices(plan, point.num_devices)}: {measured} for {seen} samples (interval of the noise scale and "
+        f"fits); {history} if the noise scale is off by 6× (typical in McCandlish et al. 2018)"
     )
 
 

@@ -53,6 +53,13 @@ def test_a_small_pass_takes_its_launches():
     assert found.seconds(shape()) == pytest.approx(host)
 
 
+def test_a_small_model_is_bound_by_the_host():
+    """8 samples are; 2^20 of them are not."""
+    found = planned()
+    assert found.is_bound_by_host(shape())
+    assert not found.is_bound_by_host(shape(micro=2**20))
+
+
 def test_the_all_reduce_goes_by_the_link_in_a_host_and_by_the_network_beyond():
     """4 MB: 2·7/8 × 4e6/450e9 s + 2·3 × 10 µs on 8 devices, 2·15/16 × 4e6/12.5e9 s + 2·4 × 10 µs on 16."""
     found = planned()

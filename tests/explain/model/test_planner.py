@@ -72,3 +72,4 @@ def test_ranges_enclose_one_another():
         point = planner.at(planner.fastest(1 << power))
         (low, high), (least, most) = point.seconds_range, point.seconds_history
         assert 0 < least <= low <= point.seconds <= high <= most
+        assert 0 < point.samples_range[0] <= point.samples <= point.samples_range[1]
