@@ -88,7 +88,7 @@ def plan(arguments: Sequence[str]) -> int:
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename or picture}: {error.strerror or error}") from error
     console = _console(stderr=options.json == "-")
-    show(found, console=console, picture=picture, others=plans[1:], told=told)
+    show(found, console=console, picture=picture, others=plans[1:], told=told, budget=options.budget or _BUDGET)
     if options.json == "-":
         sys.stdout.write(text)
     return 0
@@ -109,7 +109,13 @@ def to_json(found: Plan, *, others: Sequence[Plan] = (), told: Sequence[Answer] 
 
 
 def show(
-    found: Plan, *, console: Console, picture: Path, others: Sequence[Plan] = (), told: Sequence[Answer] = ()
+    found: Plan,
+    *,
+    console: Console,
+    picture: Path,
+    others: Sequence[Plan] = (),
+    told: Sequence[Answer] = (),
+    budget: float = _BUDGET,
 ) -> None:
     """Print a plan for people."""
     console.print(_table(found))
@@ -123,7 +129,7 @@ def show(
         plan_text.doubt(found),
         plan_text.trade_off(found),
         plan_text.compute(found),
-        *filter(None, (rental_text.trend(found), rental_text.sizes(found))),
+        *filter(None, (rental_text.trend(found), rental_text.sizes(found), rental_text.sizes_of_budget(found, budget))),
     ]
     for sentence in [*sentences, plan_text.step_times(found), *found.warnings, *map(_size, found.optimal_sizes)]:
         console.print(f"{sentence[0].upper()}{sentence[1:]}.", highlight=False, markup=False)

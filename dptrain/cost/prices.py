@@ -35,6 +35,7 @@ _GPUHUNT_NAMES: Mapping[str, tuple[str, float]] = {
     "H100": ("H100", 80),
     "H100-NVL": ("H100NVL", 94),
     "H200": ("H200", 141),
+    "H200-NVL": ("H200NVL", 141),
     "L4": ("L4", 24),
     "L40S": ("L40S", 48),
     "RTX4090": ("RTX4090", 24),

@@ -139,6 +139,11 @@ class OtherDevices:
     error = None
     """No step was timed on such a device."""
 
+    @property
+    def flops_per_s(self) -> float:
+        """What a device computes at the planned utilisation."""
+        return self.peak_flops_per_s * self.utilisation.value
+
     def seconds(self, shape: StepShape) -> float:
         """Return the time of a step of `shape`."""
         return self._at(self.planned, shape)

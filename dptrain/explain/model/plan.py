@@ -55,6 +55,7 @@ class Plan:
         currency: of all costs.
         price: of an hour of the device, with its range; None without one.
         minimum_rental_s: the shortest time of a device that is billed.
+        flops_per_s: that a device is planned to compute in training; None where the step times are the run's own.
         assumptions: of the step times, in words; empty where they are the run's own.
         warnings: what the plan rests on that the run does not show.
     """
@@ -84,6 +85,7 @@ class Plan:
     currency: str
     price: DevicePrice | None
     minimum_rental_s: float
+    flops_per_s: float | None
     assumptions: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -158,6 +160,7 @@ def make_plan(
         currency=currency,
         price=price,
         minimum_rental_s=minimum_rental_s,
+        flops_per_s=devices.flops_per_s if isinstance(devices, OtherDevices) else None,
         assumptions=devices.assumptions if isinstance(devices, OtherDevices) else (),
         warnings=tuple(planner.warnings()),
     )

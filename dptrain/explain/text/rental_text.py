@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dptrain.explain.model.model_sizes import optimal_sizes
 from dptrain.explain.model.rentals import Rental, cheapest_within, fastest_below, rental, rentals
 from dptrain.explain.text import plan_text
 from dptrain.explain.text.findings import count, short
@@ -131,6 +132,22 @@ def sizes(plan: Plan) -> str | None:
     return (
         f"The run trained {_size(paid.num_parameters)} parameters on {_size(paid.num_tokens)} tokens; the same compute "
         f"({paid.flops:.2g} FLOPs) would pay for {by_law}{family}{fitted}"
+    )
+
+
+def sizes_of_budget(plan: Plan, budget: float) -> str | None:
+    """Say which model a budget would train from the start, were it of the run's kind; None where no law applies."""
+    if plan.paid_sizes is None or plan.price is None or plan.flops_per_s is None:
+        return None
+    hours = budget / plan.price.typical
+    flops = hours * 3600 * plan.flops_per_s
+    paid = optimal_sizes(flops)
+    by_law = " or ".join(
+        f"{_size(size.num_parameters)} parameters on {_size(size.num_tokens)} tokens ({size.law})" for size in paid
+    )
+    return (
+        f"A language model for {plan_text.money(plan, budget)}: {short(hours, digits=2)} {plan.device}-hours compute "
+        f"{flops:.2g} FLOPs at the planned utilisation, which pay for {by_law}"
     )
 
 

@@ -11,7 +11,7 @@ from dptrain.explain.model.compute import trend_place
 from dptrain.explain.model.devices import devices
 from dptrain.explain.model.model_sizes import paid_sizes
 from dptrain.explain.model.plan import make_plan
-from dptrain.explain.text.rental_text import answers, comparison, sizes, trend
+from dptrain.explain.text.rental_text import answers, comparison, sizes, sizes_of_budget, trend
 from tests.ideal_runs import ideal_record
 
 PRICE = DevicePrice(low=1.0, typical=2.0, high=6.0, providers=("a", "b"), read="2026-01-01")
@@ -72,6 +72,17 @@ def test_the_sizes_are_those_of_the_run_and_of_both_laws(plan):
     assert "ready-made gpt is tiny" in text
     assert "an extrapolation" in text
     assert sizes(replace(plan, paid_sizes=None)) is None
+
+
+def test_a_budget_pays_for_a_model(plan):
+    """100 $ at 2 $ an hour are 50 hours; at 10^14 FLOP/s 1.8e19 FLOPs, which 6·N·D must come to."""
+    record = replace(ideal_record(), facts={"num_parameters": 1_000, "tokens_per_sample": 64})
+    able = replace(plan, flops_per_s=1e14, paid_sizes=paid_sizes(record, flops=7e12, num_samples=1))
+    text = sizes_of_budget(able, 100.0)
+    assert text.startswith("A language model for 100 $: 50 H100 GPU-hours compute 1.8e+19 FLOPs")
+    assert "Hoffmann 2022" in text
+    assert sizes_of_budget(replace(able, paid_sizes=None), 100.0) is None
+    assert sizes_of_budget(replace(able, flops_per_s=None), 100.0) is None
 
 
 @pytest.mark.parametrize(
