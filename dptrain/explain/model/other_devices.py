@@ -12,6 +12,8 @@ from dptrain.explain.model.devices import LATENCY_S, AllReduce, Devices
 from dptrain.explain.record import SAMPLES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dptrain.control import StepShape
     from dptrain.explain.record import RunRecord
 
@@ -213,7 +215,10 @@ def other_devices(
     else:
         used = ASSUMED if utilisation is None else _given(utilisation)
         speeds = _assumed(here, per_sample, used, spec=spec, peak=peak, num_parameters=num_parameters)
-        shapes, micro = _HOST_TEXT, (here.micro_batch_sizes[0], _LARGER_MICRO_BATCHES * here.micro_batch_sizes[1])
+        shapes, micro = (
+            _host_text(speeds),
+            (here.micro_batch_sizes[0], _LARGER_MICRO_BATCHES * here.micro_batch_sizes[1]),
+        )
     if gb_per_s is not None:
         speeds = tuple(replace(speed, host_gb_per_s=gb_per_s, network_gb_per_s=gb_per_s) for speed in speeds)
         network = f"{gradient_bytes / 1e6:,.3g} MB at {gb_per_s:g} GB/s, as given"
@@ -260,10 +265,16 @@ def _given(share: float) -> Utilisation:
     return Utilisation(value=share, low=share, high=share, source="as given")
 
 
-_HOST_TEXT = (
-    f"{1e3 * HOST_S:g} ms [{1e3 * HOST_RANGE_S[0]:g}, {1e3 * HOST_RANGE_S[1]:g}] of host time per pass and per step "
-    f"(assumed)"
-)
+def _host_text(speeds: Sequence[Speed]) -> str:
+    """Return what a pass and a step take at least, in words: planned, and at both ends."""
+    each = [
+        " ".join((f"{1e3 * times[0]:.2g}", f"[{1e3 * times[1]:.2g}, {1e3 * times[2]:.2g}]"))
+        for times in ([speed.floor_s for speed in speeds], [speed.step_s for speed in speeds])
+    ]
+    both = (
+        f"{each[0]} ms per pass and per step" if each[0] == each[1] else f"{each[0]} ms per pass and {each[1]} per step"
+    )
+    return f"host time of at least {both} (assumed)"
 
 
 def _assumed(

@@ -267,12 +267,13 @@ def _refuse_a_falling_rate(record: RunRecord, needed: Needs, *, curve: LossCurve
 
 
 def _samples_of_data_set(record: RunRecord) -> int | None:
-    """Return the samples of the data set, from position and epoch of the last row that has both."""
+    """Return the samples of the data set, from position and epoch of the last row that has both, or the run's facts."""
     for row in reversed(record.train):
         epoch = row.get("progress/epoch")
         if isinstance(epoch, int | float) and epoch > 0:
             return round(float(row[SAMPLES]) / epoch)
-    return None
+    known = record.facts.get("num_samples")
+    return int(known) if isinstance(known, int | float) and known > 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)
