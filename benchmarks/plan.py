@@ -102,7 +102,7 @@ def _trained(case: Case, folder: Path) -> Runs:
     console = Console(stderr=True)
 
     def run(name: str, **options: Any) -> RunRecord:  # noqa: ANN401 - those of train
-        if (folder / name / "summary.json").exists():
+        if _is_done(folder / name, target=options.get("target")):
             return read_run(folder / name)
         with console.status(name):
             return train(folder / name, **options)
@@ -119,6 +119,13 @@ def _trained(case: Case, folder: Path) -> Runs:
             f"{batch}-{replicas}", replicas=replicas, settings=_fixed(case, point), target=last
         )
     return Runs(begun=begun, whole=whole, settled=settled)
+
+
+def _is_done(folder: Path, *, target: float | None) -> bool:
+    """Return whether a kept run ended by itself, or came to its target, where it was asked to end."""
+    if not (folder / "metrics.jsonl").exists():
+        return False
+    return (folder / "summary.json").exists() or (target is not None and took(read_run(folder), target=target).reached)
 
 
 def findings(*, case: Case, runs: Runs) -> harness.Findings:

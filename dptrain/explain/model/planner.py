@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dptrain.control import StepShape
+from dptrain.control import CriticalRatio, StepShape
 from dptrain.errors import ConfigError
 from dptrain.explain.model.compute import Compute, flops_by_time
 from dptrain.explain.model.other_devices import OtherDevices
@@ -35,6 +35,11 @@ HALF_GAIN = math.sqrt(2)
 NO_GAIN = 1.05
 """The same, below which nothing is said to be gained; a matter of taste."""
 
+RATIO_DOUBT = CriticalRatio().spread ** 2
+"""Factor of two standard deviations of the critical ratio's prior, which the law moves the batch by as well.
+
+Without it the samples of batches far from the run's lay outside: 128 beside 16 took 1/1.7 of what was planned.
+"""
 _MOST_ACCUMULATION = 1 << 14
 _HOUR_S = 3600.0
 
@@ -50,11 +55,11 @@ class Point:
         global_batch_size: the product of the three; the same through the whole training.
         steps: optimizer steps.
         samples: seen in training.
-        samples_range: by the noise scale's interval, and two standard errors of a target beyond the run.
+        samples_range: by the noise scale's interval, two standard deviations of the critical ratio's prior, and two
+            standard errors of a target beyond the run.
         step_s: time of a step.
         seconds: time of training, without evaluations and saves.
-        seconds_range: by the noise scale's interval, two standard errors of a target beyond the run, what the
-            all-reduce may be, and the error of the step times.
+        seconds_range: by the same, what the all-reduce may be, and the error of the step times.
         seconds_history: the same, were the noise scale off by a factor of six beside.
         device_s: seconds × devices.
         cost: for `device_s`, or for the minimum rental where that is longer, in the currency of the price; None
@@ -120,7 +125,9 @@ class Planner:
         self.needed = self._needs(MEASURED)
         _refuse_a_falling_rate(record, self.needed, curve=self.curve, target=self.target)
         self.num_samples = _samples_of_data_set(record)
-        self._interval = [self.needed.implied, *(self._needs(assumption).implied for assumption in (LOW, HIGH))]
+        self._of_noise = [self.needed.implied, *(self._needs(assumption).implied for assumption in (LOW, HIGH))]
+        doubted = (replace(LOW, factor=1 / RATIO_DOUBT), replace(HIGH, factor=RATIO_DOUBT))
+        self._interval = [*self._of_noise, *(self._needs(assumption).implied for assumption in doubted)]
         self._history = [self._needs(assumption).implied for assumption in HISTORY]
         self._price_per_device_s = None if price_per_device_hour is None else price_per_device_hour / _HOUR_S
         self._minimum_rental_s = minimum_rental_s
@@ -132,7 +139,7 @@ class Planner:
     @property
     def twice_both_range(self) -> tuple[float, float]:
         """The batch that takes twice the fewest steps and samples, by both ends of the noise scale's interval."""
-        ends = [implied.noise_scale for implied in self._interval]
+        ends = [implied.noise_scale for implied in self._of_noise]
         return min(ends), max(ends)
 
     @property

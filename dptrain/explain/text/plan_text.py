@@ -43,8 +43,8 @@ def doubt(plan: Plan) -> str:
     measured, history = (f"{about(low)}–{about(high)}" for low, high in (point.seconds_range, point.seconds_history))
     seen = " to ".join(short(end) for end in point.samples_range)
     return (
-        f"Time on {_devices(plan, point.num_devices)}: {measured} for {seen} samples (interval of the noise scale and "
-        f"fits); {history} if the noise scale is off by 6× (typical in McCandlish et al. 2018)"
+        f"Time on {_devices(plan, point.num_devices)}: {measured} for {seen} samples (noise scale, critical ratio "
+        f"and fits); {history} if the noise scale is off by 6× (typical in McCandlish et al. 2018)"
     )
 
 

@@ -77,7 +77,7 @@ def test_the_doubt_names_interval_and_history(plan):
     )
     text = plan_text.doubt(replace(plan, points=(plan.points[0], own, *plan.points[2:])))
     assert text.startswith(
-        "Time on 2 GPUs: 1 h–2 h for 30,000 to 41,000 samples (interval of the noise scale and fits); 0.5 h–10 h if"
+        "Time on 2 GPUs: 1 h–2 h for 30,000 to 41,000 samples (noise scale, critical ratio and fits); 0.5 h–10 h if"
     )
     assert "off by 6×" in text
 
