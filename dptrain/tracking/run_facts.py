@@ -27,6 +27,7 @@ class RunFacts:
         device: type of the device, "cpu" or "cuda".
         device_name: its name, such as "NVIDIA H200"; None on the CPU.
         torch_version: of PyTorch.
+        tokens_per_sample: of a language model's task; None for others.
     """
 
     task: str
@@ -37,6 +38,7 @@ class RunFacts:
     device: str
     device_name: str | None
     torch_version: str
+    tokens_per_sample: int | None = None
 
     def line(self, *, run_dir: object) -> str:
         """Return the facts in a line, for the console."""
@@ -63,4 +65,5 @@ class RunFacts:
             "num_parameters": self.num_parameters,
             "num_samples": self.num_samples,
             "num_held_out": self.num_held_out,
+            "tokens_per_sample": self.tokens_per_sample,
         }

@@ -20,4 +20,5 @@ def facts_of(task: Task, *, num_samples: int, world_size: int, device: torch.dev
         device=device.type,
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         torch_version=torch.__version__,
+        tokens_per_sample=task.tokens_per_sample,
     )

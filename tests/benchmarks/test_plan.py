@@ -7,8 +7,20 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.harness import Findings
-from benchmarks.plan import CASES, _fixed, _layout, _row, findings, page
-from benchmarks.timed_runs import Took, took, train
+from benchmarks.plan import (
+    CASES,
+    NUM_DEFAULT_TARGETS,
+    Runs,
+    _fixed,
+    _layout,
+    constant_holds,
+    default_holds,
+    default_targets,
+    findings,
+    first_part,
+    page,
+)
+from benchmarks.timed_runs import took, train
 from dptrain.explain.model.devices import devices
 from dptrain.explain.model.planner import Planner
 from tests.ideal_runs import ideal_record, step_s
@@ -67,41 +79,71 @@ def test_the_rate_follows_the_root_of_the_batch():
     assert at_64["control.law"] == "constant"
 
 
+def _took_what_was_planned(case, begun, *, factor):
+    """Runs of the settings that took `factor` times the samples planned at each target."""
+    settled = {}
+    for batch, replicas in case.settings:
+        evals, rows = [], []
+        for number, target in enumerate(case.targets, start=1):
+            point = Planner(begun, devices(begun), target=target).at(
+                _layout(case, begun, batch=batch, replicas=replicas)
+            )
+            samples = factor * point.samples
+            evals.append({"kind": "eval", "step": number, "progress/samples": samples, "eval/loss": target})
+            rows.append({"progress/samples": samples, "batch/global": batch, "step": number, "time/step_s": 1.0})
+        settled[batch, replicas] = replace(begun, train=rows, evals=evals)
+    return settled
+
+
 def _found(*, factor=1.0):
     """Findings of a run that follows the theory, whose settings took `factor` times what was planned."""
     begun = ideal_record()
-    case = replace(CASES["digits"], target=0.9 * begun.evals[-1]["eval/loss"])
-    planner = Planner(begun, devices(begun), target=case.target)
-    rows = []
-    for batch, replicas in case.settings:
-        point = planner.at(_layout(case, begun, batch=batch, replicas=replicas))
-        measured = Took(
-            samples=factor * point.samples, seconds=factor * point.seconds, step_s=point.step_s, reached=True
-        )
-        rows.append(_row(point, measured))
-    return findings(rows, case=case, begun=begun), case
+    lowest = begun.evals[-1]["eval/loss"]
+    case = replace(CASES["digits"], targets=(0.95 * lowest, 0.9 * lowest))
+    whole = replace(begun, config={"optimizer": {"schedule": "cosine"}})
+    runs = Runs(begun=begun, whole=whole, settled=_took_what_was_planned(case, begun, factor=factor))
+    return findings(case=case, runs=runs), case
 
 
-def test_the_answer_is_the_median_error():
-    """Of samples and of seconds together, and each by itself."""
-    found, _ = _found(factor=0.8)
-    assert found.figures["plan_median_error"] == pytest.approx(0.25)
-    assert found.figures["step_time_median_error"] == 0
-    assert found.figures["num_given_up"] == 0
-    assert found.figures["further"] > 1
-    assert "held" in found.note
-    assert "BROKEN" in _found(factor=0.5)[0].note
+def test_the_answer_is_how_often_the_samples_were_inside():
+    """And the median error of samples, which took 1.25 times what was planned."""
+    found, far = _found()[0].figures, _found(factor=3.0)[0].figures
+    assert found["samples_inside"] == found["num_predictions"] == 8
+    assert far["samples_inside"] == 0
+    assert _found(factor=1.25)[0].figures["samples_median_error"] == pytest.approx(0.2)
+    assert found["num_given_up"] == 0
+    assert constant_holds(found)
+    assert not constant_holds(far)
 
 
-def test_the_page_tells_the_answer_and_shows_every_setting():
-    """Yes or no in its first sentence, a row for each setting, what was run, and what it does not show."""
-    (found, case), (bad, _) = _found(factor=0.9), _found(factor=0.5)
+def test_a_plan_from_the_default_schedule_is_refused_at_every_target():
+    """Its learning rate falls, which no curve of the first fifth foresees; one with a constant rate is planned."""
+    record = ideal_record()
+    falling = replace(record, config={"optimizer": {"schedule": "cosine"}})
+    assert default_targets(falling) == ["refused"] * NUM_DEFAULT_TARGETS
+    assert "refused" not in default_targets(record)
+    assert default_holds(_found()[0].figures)
+
+
+def test_the_first_part_of_a_run_knows_nothing_of_the_rest():
+    """Neither rows nor figures."""
+    record = ideal_record()
+    part = first_part(record, samples=5000)
+    assert max(row["progress/samples"] for row in [*part.train, *part.evals]) <= 5000
+    assert set(part.summary) <= {"task", "device", "world_size"}
+
+
+def test_the_page_tells_the_answers_and_shows_every_prediction():
+    """Yes or no for both schedules, a row for each prediction, what was run, and what it does not show."""
+    (found, case), (bad, _) = _found(), _found(factor=3.0)
     text = page(found, case=case)
     assert isinstance(found, Findings)
-    assert "\n\nYes: the median error is 11%" in text
-    assert "\n\n**No**: " in page(bad, case=case)
+    assert "\n\nYes for the default schedule" in text
+    assert "10 were refused with the reason" in text
+    assert "\n\nYes for a constant rate" in text
+    assert "\n\n**No** for a constant rate" in page(bad, case=case)
     for row in found.rows:
-        assert f"| {row['batch']} | {row['replicas']} |" in text
+        assert f"| {row['target']:g} | {row['batch']} | {row['replicas']} |" in text
     assert "## What was run" in text
     assert "## What the numbers do not show" in text
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dptrain.cli.plan import numbers, plan
+from dptrain.cli.plan import duration, numbers, plan
 from dptrain.errors import ConfigError
 from tests.ideal_runs import write_ideal_run
 
@@ -90,6 +90,12 @@ def test_numbers_with_dots(text, expected):
         ("--gpus", "2,3,...,9"),
         ("--gpus", "1,2,..."),
         ("--price-per-gpu-hour", "-1"),
+        ("--budget", "0"),
+        ("--within", "6"),
+        ("--within", "6 hours"),
+        ("--minimum-rental", "0h"),
+        ("--currency", "EUR 1"),
+        ("--currency", "a currency"),
     ],
 )
 def test_what_makes_no_sense_is_refused(run, option, value, capsys):
@@ -105,3 +111,88 @@ def test_a_folder_that_takes_no_file_is_named(run):
     (run / "plan.json").mkdir()
     with pytest.raises(ConfigError, match=r"cannot write .*plan\.json"):
         plan([str(run), "--gpus", "2"])
+
+
+FACTS = {"device_type": "cpu", "device_name": None, "num_parameters": 459_392, "tokens_per_sample": 64}
+
+
+@pytest.fixture
+def cpu_run(tmp_path):
+    """A run on CPUs that tells its sizes."""
+    summary = {"task": "gpt-tiny", "world_size": 2, "device": "cpu"}
+    folder = write_ideal_run(tmp_path, summary=summary)
+    (folder / "run.json").write_text(json.dumps(FACTS))
+    return folder
+
+
+def _plan_of(folder):
+    return json.loads((folder / "plan.json").read_text())
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_on_cpus_answers_three_questions_for_gpus(cpu_run, capsys):
+    """Each in two sentences that name what is assumed; the trend and the sizes beside them."""
+    assert plan([str(cpu_run), "--device", "H100,l4", "--gpus", "1,8", "--within", "90min", "--budget", "40"]) == 0
+    out, found = " ".join(capsys.readouterr().out.split()), _plan_of(cpu_run)
+    questions = [answer["question"] for answer in found["answers"]]
+    assert questions == [
+        "How long does it take on H100 GPUs, and what does it cost?",
+        "What is the cheapest within 1.5 h?",
+        "What is the fastest below 40 $?",
+    ]
+    for answer in found["answers"]:
+        assert "utilisation 33 % [10, 50]" in answer["assumes"]
+        assert "list of 20" in answer["assumes"]
+        assert answer["answer"] in out
+    assert found["device"] == "H100 GPU"
+    assert [other["device"] for other in found["other_devices"]] == ["L4 GPU"]
+    assert "petaflop/s-days: outside the trend of AI and Compute" in out
+    assert "the nearest ready-made gpt is tiny" in out
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_prices_of_the_user_and_a_currency(cpu_run, tmp_path, capsys):
+    """4 EUR an hour, of which an hour at least is paid: 8 GPUs cost 32 EUR; in pounds at 0.85 it is 27."""
+    prices = tmp_path / "mine.json"
+    prices.write_text(json.dumps({"currency": "EUR", "minimum_rental_s": 3600, "prices": {"H100": 4}}))
+    options = [str(cpu_run), "--device", "H100", "--gpus", "8", "--prices", str(prices)]
+    assert plan(options) == 0
+    assert _plan_of(cpu_run)["points"][0]["cost"] == pytest.approx(32)
+    assert "32 EUR" in capsys.readouterr().out
+    assert plan([*options, "--currency", "GBP=0.85"]) == 0
+    assert "27 GBP" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"prices are in EUR: .*--currency GBP=0.92"):
+        plan([*options, "--currency", "GBP"])
+    assert plan([*options[:5], "--price-per-gpu-hour", "3600", "--mfu", "0.2"]) == 0
+    found = _plan_of(cpu_run)["points"][0]
+    assert found["cost"] == pytest.approx(8 * found["seconds"])
+    assert "utilisation 20 % of 989.4 TFLOP/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "H10O"], r"no device 'H10O' is listed; did you mean H100"),
+        (["--device", "H100", "--precision", "tf32", "--mfu", "2"], r"at most 1, got 2"),
+        (["--device", "V100", "--precision", "bf16"], r"V100 has no bfloat16"),
+        (["--device", "V100S"], r"no price of the V100S"),
+        (["--device", "H100,L4", "--price-per-gpu-hour", "2"], r"one price for 2 devices"),
+        (["--device", "H100", "--price-per-gpu-hour", "2", "--prices", "x.json"], r"leave one out"),
+        (["--device", "H100", "--gpus", "1000000000"], r"no training has 1,000,000,000 devices"),
+        (["--device", "H100", "--prices", "none.json"], r"cannot read prices from none.json"),
+        (["--mfu", "0.3"], r"--mfu is for GPUs that the run was not on: add --device"),
+        (["--budget", "100"], r"--budget needs a price"),
+        (["--within", "6h"], r"--within needs a price"),
+        (["--device", "H100", "--currency", "EUR"], r"--currency EUR=0.92"),
+    ],
+)
+def test_a_question_that_cannot_be_answered_is_refused(cpu_run, options, message):
+    """With what to write instead."""
+    with pytest.raises(ConfigError, match=message):
+        plan([str(cpu_run), *options])
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("6h", 21_600), ("90min", 5400), ("1.5 d", 129_600), ("45s", 45)])
+def test_times_with_their_units(text, seconds):
+    """A bare number could be minutes or hours, and is refused."""
+    assert duration(text) == seconds

@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 
-from dptrain.cost.device_peaks import PEAKS, matmul_precision, peak_flops_per_s
+from dptrain.cost.device_peaks import DEVICES, device_named, device_of, matmul_precision, peak_flops_per_s
+from dptrain.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -54,12 +55,38 @@ def test_a_precision_that_a_device_lacks_has_no_figure():
 
 
 def test_each_entry_names_its_source_and_is_in_order():
-    """Fewer digits are never slower, and each name is found by one entry alone."""
-    for peak in PEAKS.values():
-        assert "NVIDIA" in peak.source
-        assert peak.float32 <= (peak.tf32 or peak.float32) <= (peak.bfloat16 or 1e9)
-    names = [re.sub(r"[\[(](\w+)[^)\]]*[)\]]", r"\1", pattern) for pattern in PEAKS]
-    assert all(sum(bool(re.fullmatch(pattern, name)) for pattern in PEAKS) == 1 for name in names)
+    """Fewer digits are never slower, and each name that CUDA gives is found by one entry alone."""
+    for spec in DEVICES.values():
+        assert "NVIDIA" in spec.source
+        assert spec.float32 <= (spec.tf32 or spec.float32) <= (spec.bfloat16 or 1e9)
+        assert min(spec.memory_gb, spec.memory_gb_per_s, spec.link_gb_per_s) > 0
+        assert spec.link_gb_per_s < spec.memory_gb_per_s
+    names = [re.sub(r"\(([^|)]*)[^)]*\)", r"\1", spec.cuda_name) for spec in DEVICES.values()]
+    assert all(sum(bool(re.fullmatch(spec.cuda_name, name)) for spec in DEVICES.values()) == 1 for name in names)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "memory_gb", "memory_gb_per_s"),
+    [
+        ("H100", "H100", 80, 3350),
+        ("h100-pcie", "H100-PCIe", 80, 2000),
+        ("NVIDIA H200", "H200", 141, 4800),
+        ("a100 40gb", "A100-40GB", 40, 1555),
+        ("rtx 4090", "RTX4090", 24, 1008),
+        ("l4", "L4", 24, 300),
+    ],
+)
+def test_a_device_is_found_by_the_name_that_people_write(text, name, memory_gb, memory_gb_per_s):
+    """In any case, with or without dashes, or as CUDA calls it; memory and its bandwidth are of the data sheet."""
+    found, spec = device_named(text)
+    assert (found, spec.memory_gb, spec.memory_gb_per_s) == (name, memory_gb, memory_gb_per_s)
+    assert device_of(text) in (None, name)
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_and_the_list():
+    """Which a slip of the keyboard needs."""
+    with pytest.raises(ConfigError, match=r"no device 'H10O' is listed; did you mean H100.*devices: V100, .*L40S"):
+        device_named("H10O")
 
 
 def test_the_precision_of_products_is_what_runs():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
+from dptrain.cost.ledger import PETAFLOP_S_DAY
 from dptrain.explain.figures.theme import BLUE, GREEN, GREY, INK, SOFT, STYLE, VERMILLION
-from dptrain.explain.model.compute import PETAFLOP_S_DAY
 from dptrain.explain.text import plan_text
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _by_work(axes: Axes, plan: Plan, *, unit_s: float, unit: str) -> None:
 
 def _by_money(axes: Axes, plan: Plan, *, unit_s: float, unit: str) -> None:
     priced = all(point.cost is not None for point in plan.points)
-    what, name = ("money", "money ($)") if priced else (f"{plan.device}-hours", f"{plan.device}-hours")
+    what, name = ("money", f"money ({plan.currency})") if priced else (f"{plan.device}-hours", f"{plan.device}-hours")
 
     def amount(point: Point) -> float:
         return point.cost or 0.0 if priced else point.device_s / 3600

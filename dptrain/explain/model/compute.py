@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from dptrain.cost.ledger import PETAFLOP_S_DAY
 from dptrain.errors import ConfigError
-
-PETAFLOP_S_DAY = 1e15 * 86_400
-"""FLOPs in a petaflop/s-day: 8.64e19."""
 
 UTILISATION = 0.33
 """Share of the peak that a GPU is taken to reach where nobody measured it (Amodei and Hernandez 2018, see below)."""
@@ -40,6 +39,40 @@ def flops_by_time(
         utilisation: share of the peak that was reached.
     """
     return num_devices * peak_flops_per_s * seconds * utilisation
+
+
+DOUBLING_MONTHS = 3.4
+"""Of the compute of the largest trainings, 2012 to 2018 (Amodei and Hernandez 2018, "AI and Compute", OpenAI)."""
+ALEXNET_PETAFLOP_S_DAYS = 0.0058
+"""The first point of that trend: 2 GPUs × 5.5 days × 1.58 TFLOP/s × 0.33, in the appendix of the article."""
+_ALEXNET_YEAR = 2012 + 8.5 / 12  # September 2012
+_WHOLE_GROWTH = 3e5
+"""From AlexNet to AlphaGo Zero, the last point of the trend: "more than 300,000 times"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrendPlace:
+    """Where an amount of compute lies on the trend of "AI and Compute".
+
+    Attributes:
+        petaflop_s_days: the amount.
+        doublings: from AlexNet to it; negative below.
+        year: with its fraction, in which the largest trainings took as much; None outside of the article's years,
+            which the trend says nothing of.
+    """
+
+    petaflop_s_days: float
+    doublings: float
+    year: float | None
+
+
+def trend_place(flops: float) -> TrendPlace:
+    """Return where a training of so many FLOPs, more than 0, lies on the trend."""
+    days = flops / PETAFLOP_S_DAY
+    growth = days / ALEXNET_PETAFLOP_S_DAYS
+    doublings = math.log2(growth)
+    year = _ALEXNET_YEAR + doublings * DOUBLING_MONTHS / 12 if 1 <= growth <= _WHOLE_GROWTH else None
+    return TrendPlace(petaflop_s_days=days, doublings=doublings, year=year)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,21 @@ class Devices:
     all_reduce: AllReduce
     micro_batch_sizes: tuple[int, int]
 
+    @property
+    def world_size(self) -> int:
+        """Number of devices of the run."""
+        return self.model.world_size
+
+    @property
+    def error(self) -> float | None:
+        """Relative error on shapes that were not timed; None where it is not known."""
+        return self.model.error
+
+    @property
+    def is_split_known(self) -> bool:
+        """Whether the run separates the cost per step from that per sample."""
+        return self.model.is_split_known
+
     def seconds(self, shape: StepShape) -> float:
         """Return the time of a step of `shape`."""
         return self._seconds(shape, volume_s=self.all_reduce.volume_s)

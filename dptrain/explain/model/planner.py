@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dptrain.control import StepShape
+from dptrain.control import CriticalRatio, StepShape
 from dptrain.errors import ConfigError
 from dptrain.explain.model.compute import Compute, flops_by_time
+from dptrain.explain.model.other_devices import OtherDevices
 from dptrain.explain.model.progress import (
     HIGH,
     HISTORY,
@@ -34,6 +35,11 @@ HALF_GAIN = math.sqrt(2)
 NO_GAIN = 1.05
 """The same, below which nothing is said to be gained; a matter of taste."""
 
+RATIO_DOUBT = CriticalRatio().spread ** 2
+"""Factor of two standard deviations of the critical ratio's prior, which the law moves the batch by as well.
+
+Without it the samples of batches far from the run's lay outside: 128 beside 16 took 1/1.7 of what was planned.
+"""
 _MOST_ACCUMULATION = 1 << 14
 _HOUR_S = 3600.0
 
@@ -49,13 +55,15 @@ class Point:
         global_batch_size: the product of the three; the same through the whole training.
         steps: optimizer steps.
         samples: seen in training.
+        samples_range: by the noise scale's interval, two standard deviations of the critical ratio's prior, and two
+            standard errors of a target beyond the run.
         step_s: time of a step.
         seconds: time of training, without evaluations and saves.
-        seconds_range: by the noise scale's interval, two standard errors of a target beyond the run, what the
-            all-reduce may be, and the error of the step times.
+        seconds_range: by the same, what the all-reduce may be, and the error of the step times.
         seconds_history: the same, were the noise scale off by a factor of six beside.
         device_s: seconds × devices.
-        cost: for `device_s`, in the currency of the price; None without one.
+        cost: for `device_s`, or for the minimum rental where that is longer, in the currency of the price; None
+            without one.
         compute: FLOPs by both methods.
         energy_j: at the power that the run drew; None where it was not measured.
     """
@@ -66,6 +74,7 @@ class Point:
     global_batch_size: int
     steps: float
     samples: float
+    samples_range: tuple[float, float]
     step_s: float
     seconds: float
     seconds_range: tuple[float, float]
@@ -87,6 +96,7 @@ class Planner:
         devices: time of a step, fitted to it.
         target: loss to come to; the lowest of the run where it is None.
         price_per_device_hour: in any currency.
+        minimum_rental_s: the shortest time of a device that is billed.
 
     Raises:
         ConfigError: if the run lacks what is needed.
@@ -101,10 +111,11 @@ class Planner:
     def __init__(
         self,
         record: RunRecord,
-        devices: Devices,
+        devices: Devices | OtherDevices,
         *,
         target: float | None = None,
         price_per_device_hour: float | None = None,
+        minimum_rental_s: float = 0.0,
     ) -> None:
         self.curve = loss_curve(record)
         self.target = self.curve.lowest if target is None else target
@@ -114,10 +125,13 @@ class Planner:
         self.needed = self._needs(MEASURED)
         _refuse_a_falling_rate(record, self.needed, curve=self.curve, target=self.target)
         self.num_samples = _samples_of_data_set(record)
-        self._interval = [self.needed.implied, *(self._needs(assumption).implied for assumption in (LOW, HIGH))]
+        self._of_noise = [self.needed.implied, *(self._needs(assumption).implied for assumption in (LOW, HIGH))]
+        doubted = (replace(LOW, factor=1 / RATIO_DOUBT), replace(HIGH, factor=RATIO_DOUBT))
+        self._interval = [*self._of_noise, *(self._needs(assumption).implied for assumption in doubted)]
         self._history = [self._needs(assumption).implied for assumption in HISTORY]
         self._price_per_device_s = None if price_per_device_hour is None else price_per_device_hour / _HOUR_S
-        self._rates = _rates(record)
+        self._minimum_rental_s = minimum_rental_s
+        self._rates = _rates(record, devices)
 
     def _needs(self, assumption: Assumption) -> Needs:
         return needs(course(self._record, self.curve, assumption), self.curve, target=self.target)
@@ -125,14 +139,15 @@ class Planner:
     @property
     def twice_both_range(self) -> tuple[float, float]:
         """The batch that takes twice the fewest steps and samples, by both ends of the noise scale's interval."""
-        ends = [implied.noise_scale for implied in self._interval]
+        ends = [implied.noise_scale for implied in self._of_noise]
         return min(ends), max(ends)
 
     @property
     def compute_of_run(self) -> Compute:
         """The FLOPs that the run took, by both methods."""
         device_s = self._record.last("ledger/device_s", in_summary="device_s")
-        return self._compute(samples=float(self._record.train[-1][SAMPLES]), device_s=device_s)
+        samples, peak = float(self._record.train[-1][SAMPLES]), _peak_of_run(self._record)
+        return self._compute(samples=samples, device_s=device_s, peak_flops_per_s=peak)
 
     def fastest(self, num_devices: int) -> StepShape:
         """Return the layout of a step that takes the least time to the target.
@@ -167,8 +182,11 @@ class Planner:
         ends = self._devices.seconds_range(shape)
         interval = [other.steps(batch) * end for other in self._interval for end in ends]
         history = [*interval, *(other.steps(batch) * end for other in self._history for end in ends)]
-        unsure = 1 + math.hypot(2 * self.needed.error, self._devices.model.error or 0.0)
-        device_s, price, watts = shape.world_size * seconds, self._price_per_device_s, self._rates.watts
+        seen = [other.samples(batch) for other in self._interval]
+        far = 1 + 2 * self.needed.error
+        unsure = 1 + math.hypot(2 * self.needed.error, self._devices.error or 0.0)
+        device_s, price, rates = shape.world_size * seconds, self._price_per_device_s, self._rates
+        billed_s = shape.world_size * max(seconds, self._minimum_rental_s)
         return Point(
             num_devices=shape.world_size,
             micro_batch_size=shape.micro_batch_size,
@@ -176,14 +194,15 @@ class Planner:
             global_batch_size=batch,
             steps=implied.steps(batch),
             samples=samples,
+            samples_range=(min(seen) / far, max(seen) * far),
             step_s=step_s,
             seconds=seconds,
             seconds_range=(min(interval) / unsure, max(interval) * unsure),
             seconds_history=(min(history) / unsure, max(history) * unsure),
             device_s=device_s,
-            cost=None if price is None else price * device_s,
-            compute=self._compute(samples=samples, device_s=device_s),
-            energy_j=None if watts is None else watts * device_s,
+            cost=None if price is None else price * billed_s,
+            compute=self._compute(samples=samples, device_s=device_s, peak_flops_per_s=rates.peak_flops_per_s),
+            energy_j=None if rates.watts is None else rates.watts * device_s,
         )
 
     def limits(self, numbers: Sequence[int]) -> tuple[int, int | None]:
@@ -193,24 +212,31 @@ class Planner:
         """
         ratios = {number: self._least(number) / self._least(2 * number) for number in numbers}
         knee = max((number for number in numbers if ratios[number] >= HALF_GAIN), default=min(numbers))
-        last_gain = max((number for number in numbers if ratios[number] >= NO_GAIN), default=min(numbers))
-        return knee, last_gain if last_gain < max(numbers) else None
+        gaining = max((number for number in numbers if ratios[number] >= NO_GAIN), default=0)
+        return knee, min((number for number in numbers if number > gaining), default=None)
 
     def warnings(self) -> Iterator[str]:
         """Yield what the plan rests on that the run does not show."""
-        model = self._devices.model
+        devices = self._devices
         if self.needed.samples_of_run is None:
             further = self.needed.implied.min_steps / float(course(self._record, self.curve).progress[-1])
             yield (
                 f"the target lies beyond the run, whose lowest {self.curve.name} is {self.curve.lowest:.4g}: "
                 f"{further:.3g} times its progress, ±{2 * self.needed.error:.0%} if its power law goes on"
             )
-        if not model.is_split_known:
+        if isinstance(devices, OtherDevices):
+            if devices.is_bound_by_host(self.fastest(1)):
+                yield (
+                    f"starting kernels takes longer than computing on the {devices.name}: the model is too small to "
+                    f"tell GPUs apart, and its time is that of the host"
+                )
+            return
+        if not devices.is_split_known:
             yield (
                 "all steps of the run had one batch, so how much of a step's time is per step and how much per sample "
                 "is assumed, half and half: let the batch move, or times at other batches mean little"
             )
-        if model.world_size == 1 and not self._devices.all_reduce.volume_s:
+        if devices.world_size == 1 and not devices.all_reduce.volume_s:
             yield (
                 "the all-reduce is not known from a run on one device, and on more of them each step takes longer than "
                 "planned: give --allreduce-gb-per-s"
@@ -224,8 +250,8 @@ class Planner:
     def _seconds(self, shape: StepShape) -> float:
         return self.needed.implied.steps(shape.global_batch_size) * self._devices.seconds(shape)
 
-    def _compute(self, *, samples: float, device_s: float | None) -> Compute:
-        counted, peak = self._rates.flops_per_sample, self._rates.peak_flops_per_s
+    def _compute(self, *, samples: float, device_s: float | None, peak_flops_per_s: float | None) -> Compute:
+        counted, peak = self._rates.flops_per_sample, peak_flops_per_s
         by_count, by_time = None if counted is None else counted * samples, None
         if peak is not None and device_s is not None:
             by_time = flops_by_time(num_devices=1, peak_flops_per_s=peak, seconds=device_s)
@@ -248,12 +274,13 @@ def _refuse_a_falling_rate(record: RunRecord, needed: Needs, *, curve: LossCurve
 
 
 def _samples_of_data_set(record: RunRecord) -> int | None:
-    """Return the samples of the data set, from position and epoch of the last row that has both."""
+    """Return the samples of the data set, from position and epoch of the last row that has both, or the run's facts."""
     for row in reversed(record.train):
         epoch = row.get("progress/epoch")
         if isinstance(epoch, int | float) and epoch > 0:
             return round(float(row[SAMPLES]) / epoch)
-    return None
+    known = record.facts.get("num_samples")
+    return int(known) if isinstance(known, int | float) and known > 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,16 +292,23 @@ class _Rates:
     watts: float | None
 
 
-def _rates(record: RunRecord) -> _Rates:
+def _rates(record: RunRecord, devices: Devices | OtherDevices) -> _Rates:
     flops = record.last("ledger/flops", in_summary="flops")
     device_s = record.last("ledger/device_s", in_summary="device_s")
     energy_j = record.last("ledger/energy_j", in_summary="energy_j")
-    peak = record.summary.get("peak_flops_per_s")
+    # A device that the run was not on draws another power.
+    is_metered = not isinstance(devices, OtherDevices) and energy_j is not None
+    watts = energy_j / device_s if is_metered and energy_j is not None and device_s else None
     return _Rates(
         flops_per_sample=flops / float(record.train[-1][SAMPLES]) if flops else None,
-        peak_flops_per_s=float(peak) if isinstance(peak, int | float) else None,
-        watts=energy_j / device_s if energy_j is not None and device_s else None,
+        peak_flops_per_s=devices.peak_flops_per_s if isinstance(devices, OtherDevices) else _peak_of_run(record),
+        watts=watts,
     )
+
+
+def _peak_of_run(record: RunRecord) -> float | None:
+    peak = record.summary.get("peak_flops_per_s")
+    return float(peak) if isinstance(peak, int | float) else None
 
 
 def _layouts(micro_batch_sizes: tuple[int, int], *, num_devices: int) -> Iterator[StepShape]:

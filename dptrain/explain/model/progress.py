@@ -217,7 +217,8 @@ def _extrapolated(course: Course, curve: LossCurve, *, target: float) -> tuple[f
     spread = float(np.average((goals - goal) ** 2, weights=weights))
     # The curve's last point may lie above the line; what was reached is not beyond.
     progress = max(math.exp(goal), float(course.progress[-1]))
-    return progress, math.hypot(math.sqrt(spread), plain.deviation(target) / -plain.slope)
+    # The curve that will be measured scatters as this one does: a prediction is less sure than the line.
+    return progress, math.hypot(math.sqrt(spread), plain.deviation(target) / -plain.slope, plain.scatter / -plain.slope)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,11 +242,16 @@ class _Law:
         """Return ln s at a loss."""
         return (math.log(target - self.floor) - self.intercept) / self.slope if self.slope else math.inf
 
+    @property
+    def scatter(self) -> float:
+        """The standard deviation of a loss about the law, in ln L."""
+        return math.sqrt(self.misfit / (len(self.x) - 2))
+
     def deviation(self, target: float) -> float:
         """Return the standard error of the line at a loss, in ln L; of a law without a floor."""
         count, far = len(self.x), self.goal(target) - float(self.x.mean())
         spread = float(np.sum((self.x - self.x.mean()) ** 2))
-        return math.sqrt(self.misfit / (count - 2) * (1 / count + far**2 / spread))
+        return self.scatter * math.sqrt(1 / count + far**2 / spread)
 
 
 def _growth(record: RunRecord, curve: LossCurve) -> float:

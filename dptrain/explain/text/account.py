@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dptrain.explain.model.compute import PETAFLOP_S_DAY
+from dptrain.cost.ledger import PETAFLOP_S_DAY
 from dptrain.explain.record import SAMPLES
 from dptrain.explain.text.findings import num_replicas, short
 

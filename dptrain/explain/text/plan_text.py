@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dptrain.explain.model.compute import PETAFLOP_S_DAY, UTILISATION
+from dptrain.cost.ledger import PETAFLOP_S_DAY
+from dptrain.explain.model.compute import UTILISATION
 from dptrain.explain.text.findings import count, short
 
 if TYPE_CHECKING:
@@ -37,12 +38,13 @@ def goal(plan: Plan) -> str:
 
 
 def doubt(plan: Plan) -> str:
-    """Say how sure the times are: by what was measured, and by how the method fared elsewhere."""
+    """Say how sure samples and times are: by what was measured, and by how the method fared elsewhere."""
     point = _telling(plan)[0]
     measured, history = (f"{about(low)}–{about(high)}" for low, high in (point.seconds_range, point.seconds_history))
+    seen = " to ".join(short(end) for end in point.samples_range)
     return (
-        f"Time on {_devices(plan, point.num_devices)}: {measured} (interval of the noise scale and fits); {history} if "
-        f"the noise scale is off by 6× (typical in McCandlish et al. 2018)"
+        f"Time on {_devices(plan, point.num_devices)}: {measured} for {seen} samples (noise scale, critical ratio "
+        f"and fits); {history} if the noise scale is off by 6× (typical in McCandlish et al. 2018)"
     )
 
 
@@ -72,6 +74,8 @@ def compute(plan: Plan) -> str:
 
 def step_times(plan: Plan) -> str:
     """Say how good the model of step times is, and where its all-reduce is from."""
+    if plan.assumptions:
+        return f"Step time: assumed: {'; '.join(plan.assumptions)}; all-reduce: {plan.all_reduce}"
     error = "error unknown" if plan.step_time_error is None else f"±{100 * plan.step_time_error:.0f} % on new shapes"
     return f"Step time: fitted to the run ({error}); all-reduce: {plan.all_reduce}"
 
@@ -88,8 +92,13 @@ def about(seconds: float) -> str:
 def price(plan: Plan, point: Point) -> str:
     """Write what a point costs: money where there is a price, else the time of devices."""
     if point.cost is not None:
-        return f"{short(point.cost, digits=2)} $"
+        return money(plan, point.cost)
     return f"{short(point.device_s / _HOUR_S, digits=2)} {plan.device}-hours"
+
+
+def money(plan: Plan, amount: float) -> str:
+    """Write an amount in the plan's currency, of a large one no digit that means nothing."""
+    return f"{short(amount, digits=2)} {plan.currency}"
 
 
 def energy(joules: float) -> str:

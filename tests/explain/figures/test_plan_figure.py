@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dptrain.cost.prices import DevicePrice
 from dptrain.explain.figures.plan_figure import draw_plan, figure
 from dptrain.explain.model.devices import devices
 from dptrain.explain.model.plan import make_plan
@@ -18,7 +19,7 @@ def _plan(record=None, *, numbers=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512), **opt
 
 @pytest.fixture(scope="module")
 def plan():
-    return _plan(price_per_device_hour=2.5)
+    return _plan(price=DevicePrice.given(2.5))
 
 
 def test_each_graph_has_its_finding_its_units_and_how_to_read_it(plan):

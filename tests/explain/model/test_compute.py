@@ -15,6 +15,7 @@ from dptrain.explain.model.compute import (
     Compute,
     flops_by_count,
     flops_by_time,
+    trend_place,
 )
 
 DAY_S = 86_400
@@ -100,3 +101,19 @@ def test_no_budget_is_refused(nothing):
     """With the value."""
     with pytest.raises(ConfigError, match="budget"):
         SCALING_LAWS["Besiroglu 2024"].optimum(nothing)
+
+
+def test_the_place_on_the_trend_of_ai_and_compute():
+    """AlexNet is its first point; twelve months later the largest trainings took 2^(12/3.4), 11.5 times as much."""
+    first, later = trend_place(0.0058 * PETAFLOP_S_DAY), trend_place(0.0058 * 2 ** (12 / 3.4) * PETAFLOP_S_DAY)
+    assert first.doublings == pytest.approx(0)
+    assert later.year - first.year == pytest.approx(1)
+    assert later.petaflop_s_days == pytest.approx(0.0058 * 11.55, rel=1e-3)
+
+
+def test_the_trend_says_nothing_outside_of_its_years():
+    """Its last point, 300,000 times AlexNet, is in the end of 2017, which its doubling time agrees with."""
+    assert trend_place(0.0058 * 2.99e5 * PETAFLOP_S_DAY).year == pytest.approx(2017.9, abs=0.1)
+    assert trend_place(0.0058 * 3.01e5 * PETAFLOP_S_DAY).year is None
+    below = trend_place(0.0029 * PETAFLOP_S_DAY)
+    assert (below.year, below.doublings) == (None, pytest.approx(-1))

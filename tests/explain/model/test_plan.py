@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from dptrain.cost.prices import DevicePrice
 from dptrain.errors import ConfigError
 from dptrain.explain.model.devices import devices
 from dptrain.explain.model.plan import make_plan
@@ -22,13 +23,13 @@ def _plan(record=None, *, numbers=NUMBERS, fitted=None, **options):
 
 
 def test_the_knee_and_the_end_of_gains_are_what_they_say():
-    """Twice the devices save 30 % up to the knee and less beyond; above the ceiling they save less than 5 %."""
+    """Twice the devices save 30 % up to the knee and less beyond; from the ceiling on they save less than 5 %."""
     plan = _plan()
     assert 1 <= plan.knee < plan.ceiling < 4096
-    for number, bound, above in ((plan.knee, HALF_GAIN, False), (plan.ceiling, NO_GAIN, False)):
-        up_to, beyond = (_plan(numbers=[at, 2 * at]).points for at in (number, 2 * number))
+    for last, bound in ((plan.knee, HALF_GAIN), (plan.ceiling // 2, NO_GAIN)):
+        up_to, beyond = (_plan(numbers=[at, 2 * at]).points for at in (last, 2 * last))
         assert up_to[0].seconds / up_to[1].seconds >= bound * 0.999
-        assert (beyond[0].seconds / beyond[1].seconds >= bound) == above
+        assert beyond[0].seconds / beyond[1].seconds < bound
 
 
 def test_a_ceiling_above_all_that_was_asked_for_is_none():
@@ -49,11 +50,24 @@ def test_a_target_beyond_the_run_widens_the_interval_and_is_warned_of():
 
 def test_money_is_the_price_of_all_devices():
     """Proportional to it, and none without it."""
-    plan = _plan(price_per_device_hour=3.6)
+    plan = _plan(price=DevicePrice.given(3.6))
     for point in plan.points:
         assert point.cost == pytest.approx(point.device_s / 1000)
         assert point.device_s == pytest.approx(point.seconds * point.num_devices)
     assert _plan().points[0].cost is None
+
+
+def test_a_rental_has_a_least_time():
+    """An hour is paid for on each of 64 devices, though they are needed for less."""
+    plan = _plan(numbers=[64], price=DevicePrice.given(2.0), minimum_rental_s=3600.0)
+    assert plan.points[0].seconds < 3600
+    assert plan.points[0].cost == pytest.approx(64 * 2.0)
+
+
+def test_more_devices_than_anybody_has_are_refused():
+    """Also where the run does not tell the size of its data set."""
+    with pytest.raises(ConfigError, match=r"no training has 1,000,000,000 devices"):
+        _plan(numbers=[10**9])
 
 
 def test_compute_by_both_methods_and_energy_are_those_of_the_ledger():

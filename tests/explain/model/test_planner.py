@@ -9,7 +9,7 @@ import pytest
 
 from dptrain.control import StepShape
 from dptrain.explain.model.devices import devices
-from dptrain.explain.model.planner import Planner
+from dptrain.explain.model.planner import RATIO_DOUBT, Planner
 from tests.ideal_runs import PER_PASS_S, PER_SAMPLE_S, ideal_record, step_s, steps_to
 
 
@@ -72,3 +72,20 @@ def test_ranges_enclose_one_another():
         point = planner.at(planner.fastest(1 << power))
         (low, high), (least, most) = point.seconds_range, point.seconds_history
         assert 0 < least <= low <= point.seconds <= high <= most
+        assert 0 < point.samples_range[0] <= point.samples <= point.samples_range[1]
+
+
+def test_the_doubt_of_the_critical_ratio_grows_with_the_distance_from_the_run_s_batches():
+    """Two standard deviations of its prior are a factor of four: little at the run's own batches, much far away."""
+    planner = _planner()
+
+    def width(accumulation):
+        point = planner.at(StepShape(micro_batch_size=8, accumulation_steps=accumulation, world_size=2))
+        return point.samples_range[1] / point.samples_range[0]
+
+    mean = planner.needed.samples_of_run / len(ideal_record().train)
+    near = width(round(mean / 16))
+    assert RATIO_DOUBT == 4
+    assert near < 1.3
+    assert width(4000) > 2 * near
+    assert width(4000) < RATIO_DOUBT**2

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from dptrain.cost.prices import DevicePrice
 from dptrain.explain.model.compute import Compute
 from dptrain.explain.model.devices import devices
 from dptrain.explain.model.plan import make_plan
@@ -16,7 +17,7 @@ from tests.ideal_runs import ideal_record
 @pytest.fixture(scope="module")
 def plan():
     record = ideal_record()
-    return make_plan(record, devices(record), numbers=[1, 2, 8, 64], price_per_device_hour=100.0)
+    return make_plan(record, devices(record), numbers=[1, 2, 8, 64], price=DevicePrice.given(100.0))
 
 
 def _at(plan, **seconds):
@@ -68,9 +69,16 @@ def test_times_are_written_with_two_digits(seconds, text):
 
 def test_the_doubt_names_interval_and_history(plan):
     """Both ranges of the run's own number of devices, and where the factor of six is from."""
-    own = replace(plan.points[1], seconds_range=(3600.0, 7200.0), seconds_history=(1800.0, 36_000.0))
+    own = replace(
+        plan.points[1],
+        samples_range=(30_000.0, 41_000.0),
+        seconds_range=(3600.0, 7200.0),
+        seconds_history=(1800.0, 36_000.0),
+    )
     text = plan_text.doubt(replace(plan, points=(plan.points[0], own, *plan.points[2:])))
-    assert text.startswith("Time on 2 GPUs: 1 h–2 h (interval of the noise scale and fits); 0.5 h–10 h if")
+    assert text.startswith(
+        "Time on 2 GPUs: 1 h–2 h for 30,000 to 41,000 samples (noise scale, critical ratio and fits); 0.5 h–10 h if"
+    )
     assert "off by 6×" in text
 
 
