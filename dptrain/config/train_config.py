@@ -12,7 +12,7 @@ from dptrain.config.validation import check_ranges, check_types
 from dptrain.control import DEFAULT_RATE_RULE, PER_SAMPLE, Schedule, check_scaling
 from dptrain.control.settings import ControlConfig
 from dptrain.errors import ConfigError
-from dptrain.models.settings import ModelConfig
+from dptrain.models.settings import DistillationConfig, ModelConfig
 from dptrain.noise import Smoothing
 from dptrain.noise.settings import NoiseConfig
 from dptrain.ranges import (
@@ -172,6 +172,7 @@ class TrainConfig:
     control: ControlConfig = field(default_factory=ControlConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)

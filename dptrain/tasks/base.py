@@ -154,6 +154,8 @@ class Task:
             each once in a pass.
         tokens_per_sample: length of a sample, where tokens are what its user counts in.
         hook: is called on steps, evaluations and saves.
+        digests: of what else decides about a step and is in no checkpoint, such as a teacher's weights, by its name in
+            an error; the replicas must agree on them, and a run goes on with the same ones only.
     """
 
     name: str
@@ -171,6 +173,7 @@ class Task:
     sample_weights: Sequence[float] | Tensor | None = None
     tokens_per_sample: int | None = None
     hook: TrainHook | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.train_data, IterableDataset):

@@ -97,8 +97,13 @@ class RunState:
             tensors["masters"] = self._masters.tensors()
         return self._run.progress.step, (tensors, state)
 
-    def check_same_data(self, saved: Checkpoint) -> None:
-        """Refuse a checkpoint from which this data would go on in another order, or with other samples."""
+    def check_same_data(self, saved: Checkpoint, *, is_own: bool = True) -> None:
+        """Refuse a checkpoint from which this data would go on in another order, or with other samples.
+
+        Args:
+            saved: the checkpoint.
+            is_own: of this run, whose teacher must be the same as well; not of one that it branches off from.
+        """
         state: dict[str, Any] = saved.state
         if state["num_samples"] != self._num_samples:
             raise ConfigError(
@@ -106,6 +111,8 @@ class RunState:
                 f"{self._num_samples} now: the order of samples would be another one"
             )
         self._identity.check(state, position=int(state["progress"]["position"]), path=saved.path)
+        if is_own:
+            self._identity.check_digests(state, path=saved.path)
 
     def restore(self, saved: Checkpoint, log: RunLog) -> None:
         """Become what the saved run was when it was saved."""

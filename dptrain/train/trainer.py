@@ -23,7 +23,6 @@ from dptrain.cost.flops import FlopCounter
 from dptrain.data import MicroBatchLoader
 from dptrain.data.source import seed_everything
 from dptrain.exchange import RunningStatistics
-from dptrain.models.adaptation import adapt_model
 from dptrain.runtime.garbage import GarbageCollection
 from dptrain.runtime.hosts.shared_folder import check_resumable, check_shared_folder
 from dptrain.runtime.hosts.task_identity import TaskIdentity
@@ -55,6 +54,7 @@ from dptrain.train.facts import facts_of
 from dptrain.train.hooks import build_hooks, wants_end
 from dptrain.train.optimizer import build_optimizer, skips_on_device
 from dptrain.train.parts import build_ledger, build_meter, build_update, fitting_micro_batch_size
+from dptrain.train.preparation import prepared
 from dptrain.train.run_progress import RunProgress
 from dptrain.train.run_state import RunState
 from dptrain.train.step import Stepper, forward_seed
@@ -96,7 +96,7 @@ class Trainer:
         wait_for_everyone(self._device)  # one that fails in what follows must not tear connections still being made
         seed_everything(config.seed)  # a split that the task draws is then the same on all replicas, and on resume
         self._task = task if isinstance(task, Task) else resolve_task(task or config.task, options=config.task_options)
-        adapt_model(self._task.model, config.model)
+        self._task = prepared(self._task, config)
         self._unused = check_task(self._task)
         check_evaluation(self._task)
         self._statistics = RunningStatistics(self._task.model, rank=self._rank, world_size=self._world_size)
@@ -247,7 +247,7 @@ class Trainer:
             check_same_settings(self._config, saved=state["config"], position=int(state["progress"]["position"]))
         for checkpoint in (saved, self._branch):
             if checkpoint is not None:
-                self._state.check_same_data(checkpoint)
+                self._state.check_same_data(checkpoint, is_own=checkpoint is saved)
         log = self._open_log(saved)
         with ExitStack() as stack:
             stack.callback(log.close)

@@ -134,6 +134,11 @@ OUTSIDE = {
     "model.lora_rank": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, ""],
     "model.lora_targets": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, True, [], {}, 3, ""],
     "model.weights": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, True, [], {}, 3, ""],
+    "distillation.teacher": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, True, [], {}, 3, ""],
+    "distillation.temperature": [0.0, 0, -1, -1.0, math.nan, math.inf, "x", True, None, [], {}, ""],
+    "distillation.weight": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, None, [], {}, 3, ""],
+    "model.layer_decay": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, 3, ""],
+    "model.new_head": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, True, [], {}, 3, ""],
     "noise.budget": [0.0, 0, -1, -1.0, math.nan, math.inf, "x", True, None, [], {}, ""],
     "noise.every": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, ""],
     "optimizer.average_decay": [-1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, 3, ""],
@@ -258,6 +263,9 @@ def test_f10_every_setting_is_fuzzed():
     alone |= {"optimizer.warmup_samples", "optimizer.final_fraction"}  # allowed with some values of others only
     # Allowed with packages, devices, ports or sizes of replicas that not every machine has.
     alone |= {
+        "distillation.teacher",
+        "distillation.temperature",
+        "distillation.weight",
         "early_stopping.figure",
         "early_stopping.higher_is_better",
         "early_stopping.min_improvement",
@@ -276,9 +284,11 @@ def test_f10_every_setting_is_fuzzed():
         "log.metrics_port",
         "log.opentelemetry",
         "model.freeze",
+        "model.layer_decay",
         "model.lora_alpha",
         "model.lora_rank",
         "model.lora_targets",
+        "model.new_head",
         "model.weights",
         "noise.budget",
         "noise.every",

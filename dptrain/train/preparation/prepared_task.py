@@ -1,0 +1,37 @@
+"""The task that is trained: the one that was asked for, with its model adapted and a teacher in its loss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from dptrain.config.train_config import TrainConfig
+from dptrain.models.adaptation import adapt_model
+from dptrain.tasks import Task, check_task
+from dptrain.train.preparation.distillation import DistilledLoss, check_logits
+from dptrain.train.preparation.layer_rates import with_layer_rates
+from dptrain.train.preparation.teacher import digest_of, load_teacher
+from dptrain.train.preparation.weights import read_weights
+
+
+def prepared(task: Task, config: TrainConfig) -> Task:
+    """Return the task as the settings want it; its model is changed in place. Held-out figures stay the task's own.
+
+    Raises:
+        ConfigError: where settings and model do not fit.
+        TaskError: where there is a teacher, and the task does not do what is needed of it.
+        CheckpointError: where weights come from a run none of whose checkpoints can be trusted.
+    """
+    adapt_model(task.model, config.model, read=read_weights)
+    if config.model.layer_decay is not None:
+        task = with_layer_rates(task, decay=config.model.layer_decay)
+    if config.distillation.teacher is not None:
+        teacher = load_teacher(Path(config.distillation.teacher).expanduser())
+        check_task(task)
+        check_logits(task)
+        loss = DistilledLoss(
+            task.loss, teacher, temperature=config.distillation.temperature, weight=config.distillation.weight
+        )
+        digests = {**task.digests, "the teacher": digest_of(teacher)}
+        task = replace(task, loss=loss, eval_loss=task.eval_loss or task.loss, digests=digests)
+    return task
