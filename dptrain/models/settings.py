@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from dptrain.ranges import AT_LEAST_1, NAME, PATH, POSITIVE, SHARE, setting
+from dptrain.ranges import AT_LEAST_1, LEVEL, NAME, PATH, POSITIVE, SHARE, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,3 +42,24 @@ class DistillationConfig:
     """The logits of both are divided by it; the divergence is multiplied by its square."""
     weight: float = setting(0.5, SHARE)
     """Weight of the divergence from the teacher in the loss; the task's own loss has the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityConfig:
+    """Which weights of linear and convolutional layers are kept at zero (RigL: Evci et al. 2020, arXiv 1911.11134)."""
+
+    method: Literal["off", "static", "rigl"] = "off"
+    """static: a random mask that stays; rigl: at each update the smallest weights are dropped, and as many grow where
+    the gradient is largest."""
+    sparsity: float = setting(0.9, LEVEL)
+    """Part of the weights of these layers that is zero, over all of them."""
+    distribution: Literal["erk", "uniform"] = "erk"
+    """erk: layers with more inputs and outputs than weights are denser (Erdős–Rényi kernel); uniform: all alike."""
+    dense: str | None = setting(None, NAME)
+    """Parameters that stay dense: patterns of their names, with commas."""
+    update_every_samples: int | None = setting(None, AT_LEAST_1)
+    """Samples between two updates of the masks. Default: 1 % of the run."""
+    drop_fraction: float = setting(0.3, SHARE)
+    """Part of a layer's weights that the first update replaces; it falls to zero by a cosine."""
+    end_fraction: float = setting(0.75, SHARE)
+    """Part of the run after which masks stay."""

@@ -95,6 +95,8 @@ class RunState:
             tensors["average"] = self._average.tensors()
         if self._masters is not None:
             tensors["masters"] = self._masters.tensors()
+        if beside := self._hook.tensors():
+            tensors["hook"] = dict(beside)
         return self._run.progress.step, (tensors, state)
 
     def check_same_data(self, saved: Checkpoint, *, is_own: bool = True) -> None:
@@ -162,6 +164,7 @@ class RunState:
         )
         if self._masters is not None:
             self._masters.restore(checkpoint.tensors("masters"))
+        self._hook.load_tensors(checkpoint.tensors("hook") if checkpoint.holds("hook") else {})
 
 
 @contextmanager

@@ -149,7 +149,7 @@ class Trainer:
         self._is_sharded = is_sharded(self._bare_model)
         # FSDP casts parameters itself, once for all passes of a step.
         self._autocast = partial(autocast, self._device, dtype=None if self._is_sharded else autocast_dtype(precision))
-        self._hook, average = build_hooks(self._config, self._task, model=self._bare_model)
+        self._hook, average = build_hooks(self._config, self._task, model=self._bare_model, optimizer=self._optimizer)
         self._held_out = HeldOut(
             self._task,
             self._bare_model,
@@ -174,7 +174,7 @@ class Trainer:
             meter=self._meter,
             world_size=self._world_size,
             stream=self._stream,
-            ledger=build_ledger(self._config, device=self._device),
+            ledger=build_ledger(self._config, task=self._task, device=self._device),
             smallest_micro_batch=self._statistics.smallest_micro_batch,
         )
         self._state = RunState(

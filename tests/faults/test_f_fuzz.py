@@ -112,6 +112,13 @@ CHOICES = [
     *("optimizer.schedule", "log.tracker", "control.mode"),
 ]
 OUTSIDE = {
+    "sparsity.dense": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, True, [], {}, 3, ""],
+    "sparsity.distribution": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, None, [], {}, 3, ""],
+    "sparsity.drop_fraction": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, None, [], {}, 3, ""],
+    "sparsity.end_fraction": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, None, [], {}, 3, ""],
+    "sparsity.method": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, None, [], {}, 3, ""],
+    "sparsity.sparsity": [0.0, 0, -1, -1.0, 1.0, math.nan, math.inf, 1.5, "x", True, None, [], {}, 3, ""],
+    "sparsity.update_every_samples": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, ""],
     "early_stopping.figure": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, True, None, [], {}, 3, ""],
     "early_stopping.higher_is_better": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", None, [], {}, 3, ""],
     "early_stopping.min_improvement": [-1, -1.0, math.nan, math.inf, "x", True, None, [], {}, ""],
@@ -294,6 +301,13 @@ def test_f10_every_setting_is_fuzzed():
         "noise.every",
         "optimizer.average_decay",
         "optimizer.options",
+        "sparsity.dense",
+        "sparsity.distribution",
+        "sparsity.drop_fraction",
+        "sparsity.end_fraction",
+        "sparsity.method",
+        "sparsity.sparsity",
+        "sparsity.update_every_samples",
     }
     assert set(VALID) | alone == set(setting_names())
     assert set(OUTSIDE) == set(setting_names())
