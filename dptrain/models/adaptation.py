@@ -90,7 +90,7 @@ def _load(model: nn.Module, path: Path, *, head: Sequence[str], read: ReadWeight
     given = {tensor.data_ptr() for name, tensor in own.items() if name in tensors}
     missing = [name for name, tensor in own.items() if name not in tensors and tensor.data_ptr() not in given]
     unknown = [name for name in tensors if name not in own]
-    shapes = [name for name, tensor in tensors.items() if name in own and tensor.shape != own[name].shape]
+    shapes = [name for name, tensor in own.items() if name in tensors and tensor.shape != tensors[name].shape]
     for what, names in (("lacks", missing), ("has, and the model has not,", unknown), ("has in another shape", shapes)):
         if names:
             more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
