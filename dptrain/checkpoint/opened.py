@@ -56,6 +56,10 @@ class Checkpoint:
         """Optimizer steps between this checkpoint and the newest that was passed over, going by its folder's name."""
         return max([step_of(path) for path, _ in self.passed_over], default=self.step) - self.step
 
+    def holds(self, name: str) -> bool:
+        """Whether tensors were saved under `name`."""
+        return f"{name}.safetensors" in self._digests
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the tensors saved under `name`, on the CPU.
 

@@ -13,9 +13,13 @@ def dashed(arguments: Sequence[str]) -> list[str]:
     return [_respelt(argument, "_", "-") for argument in arguments]
 
 
+_SHORT = {"--from": "--model.weights", "--teacher": "--distillation.teacher"}
+"""Names that stand for a setting: `from` is none that Python would take."""
+
+
 def underscored(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with underscores in the names of options, as settings have them in Python."""
-    return [_respelt(argument, "-", "_") for argument in arguments]
+    return [_in_full(_respelt(argument, "-", "_")) for argument in arguments]
 
 
 def as_option(name: str) -> str:
@@ -28,6 +32,11 @@ def _respelt(argument: str, before: str, after: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return f"--{name[2:].replace(before, after)}{equals}{value}"
+
+
+def _in_full(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return f"{_SHORT.get(name, name)}{equals}{value}"
 
 
 def is_option(argument: str) -> bool:

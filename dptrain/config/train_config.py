@@ -13,7 +13,7 @@ from dptrain.config.validation import check_ranges, check_types
 from dptrain.control import DEFAULT_RATE_RULE, PER_SAMPLE, Schedule, check_scaling
 from dptrain.control.settings import ControlConfig
 from dptrain.errors import ConfigError
-from dptrain.models.settings import ModelConfig
+from dptrain.models.settings import DistillationConfig, ModelConfig, SparsityConfig
 from dptrain.noise import Smoothing
 from dptrain.noise.settings import NoiseConfig
 from dptrain.ranges import (
@@ -184,6 +184,8 @@ class TrainConfig:
     control: ControlConfig = field(default_factory=ControlConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
@@ -196,6 +198,7 @@ class TrainConfig:
         _check_law(self)
         _check_bounds(self)
         _check_length(self)
+        _check_sparsity(self)
         Smoothing(memory=self.noise.memory, half_life_samples=self.noise.half_life_samples)
 
 
@@ -210,6 +213,23 @@ def _check_bounds(config: TrainConfig) -> None:
         raise ConfigError(f"global_batch_size {batch} is below control.smallest {smallest}")
     if largest is not None and batch > largest:
         raise ConfigError(f"global_batch_size {batch} is above control.largest {largest}")
+
+
+def _check_sparsity(config: TrainConfig) -> None:
+    """Refuse what masks cannot go with: parts of a weight elsewhere, copies of it, or averages over masks."""
+    if config.sparsity.method == "off":
+        return
+    reasons = {
+        f"execution.wrapper={config.execution.wrapper} cuts weights up: use ddp": config.execution.wrapper != "ddp",
+        "precision=bf16_parameters keeps copies of the weights: use bf16": config.precision == "bf16_parameters",
+        "model.lora_rank freezes the layers that would be sparse": config.model.lora_rank is not None,
+        "optimizer.average_decay would average weights of different masks: use method=static": (
+            config.sparsity.method == "rigl" and config.optimizer.average_decay is not None
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(f"sparsity.method={config.sparsity.method} does not go with it: {reason}")
 
 
 def _check_length(config: TrainConfig) -> None:

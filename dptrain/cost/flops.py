@@ -52,7 +52,7 @@ class FlopCounter:
 
     @contextmanager
     def _counted(self, shape: Hashable, num_samples: int) -> Iterator[None]:
-        with uncompiled(), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        with uncompiled(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             yield
         self._known[shape] = counter.get_total_flops()
         self._add(shape, num_samples)
@@ -149,7 +149,7 @@ def _recurrent_backward(*args: Any, **kwargs: Any) -> int:  # noqa: ANN401 - the
     return 2 * _recurrent(*args, **kwargs)
 
 
-_FORMULAS = {
+FORMULAS = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,  # noqa: SLF001 - torch's operators have no others
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,  # noqa: SLF001
     _aten._scaled_dot_product_flash_attention_backward: _attention_backward,  # noqa: SLF001

@@ -45,14 +45,22 @@ class Ledger:
         world_size: number of replicas, each on one device.
         peak_flops_per_s: of one device, from `peak_flops_per_s`; None where it is not known.
         price_per_device_hour: in any currency; None for no cost.
+        density: part of the FLOPs that is not a product with a zero of a sparse weight, from `flop_density`; None for
+            a dense model.
     """
 
     def __init__(
-        self, *, world_size: int, peak_flops_per_s: float | None = None, price_per_device_hour: float | None = None
+        self,
+        *,
+        world_size: int,
+        peak_flops_per_s: float | None = None,
+        price_per_device_hour: float | None = None,
+        density: float | None = None,
     ) -> None:
         self._world_size = world_size
         self._peak_flops_per_s = peak_flops_per_s
         self._price_per_device_s = None if price_per_device_hour is None else price_per_device_hour / _HOUR_S
+        self._density = density
         self._used = Used()
 
     def step(self, *, seconds: float, num_samples: int, flops_per_sample: float | None, energy_j: float) -> None:
@@ -101,6 +109,7 @@ class Ledger:
         used = self._used
         return {
             "ledger/flops": used.flops,
+            **({} if self._density is None else {"ledger/sparse_flops": _product(used.flops, self._density)}),
             "ledger/device_s": self.device_s,
             "ledger/mfu": self.mfu,
             "ledger/energy_j": used.energy_j,

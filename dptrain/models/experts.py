@@ -87,9 +87,10 @@ class MixtureOfExperts(nn.Module):
             places = torch.where(_rank_in_expert(places, experts) < capacity, places, experts)
         order = places.flatten().argsort(stable=True)
         rows = order // top_k
-        found = self._experts(tokens.reshape(-1, width)[rows], places.flatten())
-        # Rows of tokens that went to no expert come last and were not computed: their memory may hold anything.
+        # Rows of tokens that went to no expert come last and are not computed, neither forward nor backward: what is in
+        # their memory must reach neither the output nor, through the gradient, the layers below.
         kept = (places.flatten()[order] < experts)[:, None]
+        found = self._experts(torch.where(kept, tokens.reshape(-1, width)[rows], 0), places.flatten())
         weighted = torch.where(kept, found, 0) * gates.flatten()[order][:, None].to(found.dtype)
         out = torch.zeros(samples * length, width, dtype=weighted.dtype, device=weighted.device)
         return out.index_add(0, rows, weighted).view(samples, length, width), balance

@@ -72,6 +72,13 @@ class TrainHook:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
 
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return the tensors that a checkpoint shall hold of it; they may share memory with what it works on."""
+        return {}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from `tensors`, once parameters are those of the checkpoint; from none, where it holds none of it."""
+
 
 class Hooks(TrainHook):
     """Several hooks as one, called in their order.
@@ -108,6 +115,25 @@ class Hooks(TrainHook):
             name = f"{place}/{type(member).__name__}"
             if name in state:
                 member.load_state_dict(state[name])
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return the tensors of all, each under its member's name."""
+        return {
+            f"{prefix}/{name}": value for prefix, member in self._named() for name, value in member.tensors().items()
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give each its own."""
+        for prefix, member in self._named():
+            start = f"{prefix}/"
+            member.load_tensors(
+                {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+            )
+
+    def _named(self) -> list[tuple[str, TrainHook]]:
+        """Return the members by class, and by their number among those of a class: one that joins moves no other."""
+        kinds = [type(member).__name__ for member in self._members]
+        return [(f"{kind}-{kinds[:at].count(kind)}", self._members[at]) for at, kind in enumerate(kinds)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +180,8 @@ class Task:
             each once in a pass.
         tokens_per_sample: length of a sample, where tokens are what its user counts in.
         hook: is called on steps, evaluations and saves.
+        digests: of what else decides about a step and is in no checkpoint, such as a teacher's weights, by its name in
+            an error; the replicas must agree on them, and a run goes on with the same ones only.
     """
 
     name: str
@@ -171,6 +199,7 @@ class Task:
     sample_weights: Sequence[float] | Tensor | None = None
     tokens_per_sample: int | None = None
     hook: TrainHook | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.train_data, IterableDataset):

@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 from dptrain.config.built import measurement_interval, smoothing
 from dptrain.config.train_config import TrainConfig
 from dptrain.cost.device_peaks import matmul_precision, peak_flops_per_s
+from dptrain.cost.flop_density import flop_density
 from dptrain.cost.ledger import Ledger
 from dptrain.errors import ConfigError
+from dptrain.models.sparsity import densities, sparse_parameters
 from dptrain.observe import DdpCommHook, Meter, ParameterHook
 from dptrain.observe.groups import Groups, resolve_groups
 from dptrain.observe.hooks.base import GradientHook
@@ -123,14 +125,18 @@ def sharding(device: torch.device) -> Sharding:
     )
 
 
-def build_ledger(config: TrainConfig, *, device: torch.device) -> Ledger:
+def build_ledger(config: TrainConfig, *, task: Task, device: torch.device) -> Ledger:
     """Return the ledger of a run."""
+    density = None
+    if config.sparsity.method != "off":
+        density = flop_density(task, densities(sparse_parameters(task.model, config.sparsity), config.sparsity))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     precision = matmul_precision(device, mixed_precision=config.precision)
     return Ledger(
         world_size=num_replicas(),
         peak_flops_per_s=peak_flops_per_s(name, precision=precision),
         price_per_device_hour=config.log.price_per_device_hour,
+        density=density,
     )
 
 

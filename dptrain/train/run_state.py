@@ -95,10 +95,17 @@ class RunState:
             tensors["average"] = self._average.tensors()
         if self._masters is not None:
             tensors["masters"] = self._masters.tensors()
+        if beside := self._hook.tensors():
+            tensors["hook"] = dict(beside)
         return self._run.progress.step, (tensors, state)
 
-    def check_same_data(self, saved: Checkpoint) -> None:
-        """Refuse a checkpoint from which this data would go on in another order, or with other samples."""
+    def check_same_data(self, saved: Checkpoint, *, is_own: bool = True) -> None:
+        """Refuse a checkpoint from which this data would go on in another order, or with other samples.
+
+        Args:
+            saved: the checkpoint.
+            is_own: of this run, whose teacher must be the same as well; not of one that it branches off from.
+        """
         state: dict[str, Any] = saved.state
         if state["num_samples"] != self._num_samples:
             raise ConfigError(
@@ -106,6 +113,8 @@ class RunState:
                 f"{self._num_samples} now: the order of samples would be another one"
             )
         self._identity.check(state, position=int(state["progress"]["position"]), path=saved.path)
+        if is_own:
+            self._identity.check_digests(state, path=saved.path)
 
     def restore(self, saved: Checkpoint, log: RunLog) -> None:
         """Become what the saved run was when it was saved."""
@@ -155,6 +164,7 @@ class RunState:
         )
         if self._masters is not None:
             self._masters.restore(checkpoint.tensors("masters"))
+        self._hook.load_tensors(checkpoint.tensors("hook") if checkpoint.holds("hook") else {})
 
 
 @contextmanager

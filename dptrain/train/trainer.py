@@ -17,14 +17,12 @@ from dptrain.checkpoint.state import infinite_buffers
 from dptrain.checkpoint.store import load_checkpoint, load_newest, set_aside
 from dptrain.config.filled_in import as_saved, filled_in
 from dptrain.config.resume_check import check_same_settings
-from dptrain.config.tokens import in_samples
 from dptrain.config.train_config import TrainConfig
 from dptrain.cost.energy import EnergyCounter
 from dptrain.cost.flops import FlopCounter
 from dptrain.data import MicroBatchLoader
 from dptrain.data.source import seed_everything
 from dptrain.exchange import RunningStatistics
-from dptrain.models.adaptation import adapt_model
 from dptrain.runtime.garbage import GarbageCollection
 from dptrain.runtime.hosts.shared_folder import check_resumable, check_shared_folder
 from dptrain.runtime.hosts.task_identity import TaskIdentity
@@ -43,7 +41,7 @@ from dptrain.runtime.step_reduction import (
     translate_peer_errors,
 )
 from dptrain.runtime.watchdog import Watchdog
-from dptrain.tasks import Task, check_evaluation, check_task, loss_of_two_samples, resolve_task
+from dptrain.tasks import Task, check_evaluation, check_task, loss_of_two_samples
 from dptrain.tracking.jsonl import Value
 from dptrain.tracking.run_folder import RunFolder, checkpoints_in, default_run_dir
 from dptrain.tracking.run_log import RunLog, SilentLog, WritingLog
@@ -56,6 +54,7 @@ from dptrain.train.facts import facts_of
 from dptrain.train.hooks import build_hooks, wants_end
 from dptrain.train.optimizer import build_optimizer, skips_on_device
 from dptrain.train.parts import build_ledger, build_meter, build_update, fitting_micro_batch_size, sharding
+from dptrain.train.preparation import prepared
 from dptrain.train.run_progress import RunProgress
 from dptrain.train.run_state import RunState
 from dptrain.train.step import Stepper, forward_seed
@@ -96,9 +95,7 @@ class Trainer:
         self._is_main = self._rank == 0
         wait_for_everyone(self._device)  # one that fails in what follows must not tear connections still being made
         seed_everything(config.seed)  # a split that the task draws is then the same on all replicas, and on resume
-        self._task = task if isinstance(task, Task) else resolve_task(task or config.task, options=config.task_options)
-        config = in_samples(config, tokens_per_sample=self._task.tokens_per_sample, task=self._task.name)
-        adapt_model(self._task.model, config.model)
+        self._task, config = prepared(task, config)
         self._unused = check_task(self._task)
         check_evaluation(self._task)
         self._statistics = RunningStatistics(self._task.model, rank=self._rank, world_size=self._world_size)
@@ -152,7 +149,7 @@ class Trainer:
         self._is_sharded = is_sharded(self._bare_model)
         # FSDP casts parameters itself, once for all passes of a step.
         self._autocast = partial(autocast, self._device, dtype=None if self._is_sharded else autocast_dtype(precision))
-        self._hook, average = build_hooks(self._config, self._task, model=self._bare_model)
+        self._hook, average = build_hooks(self._config, self._task, model=self._bare_model, optimizer=self._optimizer)
         self._held_out = HeldOut(
             self._task,
             self._bare_model,
@@ -177,7 +174,7 @@ class Trainer:
             meter=self._meter,
             world_size=self._world_size,
             stream=self._stream,
-            ledger=build_ledger(self._config, device=self._device),
+            ledger=build_ledger(self._config, task=self._task, device=self._device),
             smallest_micro_batch=self._statistics.smallest_micro_batch,
             tokens_per_sample=self._task.tokens_per_sample,
         )
@@ -251,7 +248,7 @@ class Trainer:
             check_same_settings(self._config, saved=state["config"], position=int(state["progress"]["position"]))
         for checkpoint in (saved, self._branch):
             if checkpoint is not None:
-                self._state.check_same_data(checkpoint)
+                self._state.check_same_data(checkpoint, is_own=checkpoint is saved)
         log = self._open_log(saved)
         with ExitStack() as stack:
             stack.callback(log.close)

@@ -114,6 +114,13 @@ CHOICES = [
     *("optimizer.schedule", "log.tracker", "control.mode"),
 ]
 OUTSIDE = {
+    "sparsity.dense": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, True, [], {}, 3, ""],
+    "sparsity.distribution": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, None, [], {}, 3, ""],
+    "sparsity.drop_fraction": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, None, [], {}, 3, ""],
+    "sparsity.end_fraction": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, None, [], {}, 3, ""],
+    "sparsity.method": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, None, [], {}, 3, ""],
+    "sparsity.sparsity": [0.0, 0, -1, -1.0, 1.0, math.nan, math.inf, 1.5, "x", True, None, [], {}, 3, ""],
+    "sparsity.update_every_samples": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, ""],
     "early_stopping.figure": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, True, None, [], {}, 3, ""],
     "early_stopping.higher_is_better": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", None, [], {}, 3, ""],
     "early_stopping.min_improvement": [-1, -1.0, math.nan, math.inf, "x", True, None, [], {}, ""],
@@ -136,6 +143,11 @@ OUTSIDE = {
     "model.lora_rank": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, ""],
     "model.lora_targets": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, True, [], {}, 3, ""],
     "model.weights": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, True, [], {}, 3, ""],
+    "distillation.teacher": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, True, [], {}, 3, ""],
+    "distillation.temperature": [0.0, 0, -1, -1.0, math.nan, math.inf, "x", True, None, [], {}, ""],
+    "distillation.weight": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, None, [], {}, 3, ""],
+    "model.layer_decay": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, 3, ""],
+    "model.new_head": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, True, [], {}, 3, ""],
     "noise.budget": [0.0, 0, -1, -1.0, math.nan, math.inf, "x", True, None, [], {}, ""],
     "noise.every": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, ""],
     "optimizer.average_decay": [-1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, 3, ""],
@@ -265,6 +277,9 @@ def test_f10_every_setting_is_fuzzed():
     alone |= {"optimizer.warmup_samples", "optimizer.final_fraction"}  # allowed with some values of others only
     # Allowed with packages, devices, ports or sizes of replicas that not every machine has.
     alone |= {
+        "distillation.teacher",
+        "distillation.temperature",
+        "distillation.weight",
         "early_stopping.figure",
         "early_stopping.higher_is_better",
         "early_stopping.min_improvement",
@@ -283,14 +298,23 @@ def test_f10_every_setting_is_fuzzed():
         "log.metrics_port",
         "log.opentelemetry",
         "model.freeze",
+        "model.layer_decay",
         "model.lora_alpha",
         "model.lora_rank",
         "model.lora_targets",
+        "model.new_head",
         "model.weights",
         "noise.budget",
         "noise.every",
         "optimizer.average_decay",
         "optimizer.options",
+        "sparsity.dense",
+        "sparsity.distribution",
+        "sparsity.drop_fraction",
+        "sparsity.end_fraction",
+        "sparsity.method",
+        "sparsity.sparsity",
+        "sparsity.update_every_samples",
     }
     assert set(VALID) | alone == set(setting_names())
     assert set(OUTSIDE) == set(setting_names())

@@ -56,3 +56,21 @@ def test_models_that_it_does_not_have_are_refused():
     """With the names of those that it has."""
     with pytest.raises(ConfigError, match="mnist1d has the models 'mlp', 'cnn', got 'gru'"):
         mnist1d(model="gru")
+
+
+def test_some_classes_are_a_task_of_their_own():
+    """Labels count from 0, the network has as many outputs, and the signals are those of the whole task."""
+    whole, part = mnist1d(), mnist1d(classes="5-9", num_train=200)
+    signals, classes = whole.train_data.tensors
+    chosen = classes >= 5
+    assert torch.equal(part.train_data.tensors[0], signals[chosen][:200])
+    assert torch.equal(part.train_data.tensors[1], classes[chosen][:200] - 5)
+    assert len(part.eval_data) == int((whole.eval_data.tensors[1] >= 5).sum())
+    assert part.model.output.out_features == 5
+
+
+@pytest.mark.parametrize("options", [{"classes": "4"}, {"classes": "5-2"}, {"classes": "0-10"}, {"num_train": 1}])
+def test_parts_that_it_does_not_have_are_refused(options):
+    """No range of classes, or too few signals."""
+    with pytest.raises(ConfigError, match="of mnist1d"):
+        mnist1d(**options)

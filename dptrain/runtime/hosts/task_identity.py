@@ -41,6 +41,7 @@ class TaskIdentity:
             f"{name}:{_held_out(data, seed=stream.seed, collate=task.collate)}" for name, data in task.eval_sets.items()
         )
         self._sources = source_digests(task)
+        self._digests = dict(task.digests)
 
     def subjects(self) -> dict[str, object]:
         """Return what must be the same on all replicas, by its name in an error."""
@@ -49,6 +50,7 @@ class TaskIdentity:
             "the data": self._train_digest,
             "the held-out data": self._held_out_digest,
             "the source of the task": self._sources,
+            **self._digests,
         }
 
     def state(self, *, position: int) -> dict[str, Any]:
@@ -62,7 +64,22 @@ class TaskIdentity:
             "held_out": self._held_out_digest,
             "recent": self._train.recent(position),
             "sources": self._sources,
+            "digests": self._digests,
         }
+
+    def check_digests(self, saved: Mapping[str, Any], *, path: Path) -> None:
+        """Refuse to go on from a checkpoint with another teacher, or other parts that no checkpoint holds.
+
+        Raises:
+            ConfigError: naming the part and the checkpoint.
+        """
+        before = {} if isinstance(saved["data"], str) else saved["data"].get("digests", {})
+        for name in sorted(before.keys() | self._digests.keys()):
+            if before.get(name) != self._digests.get(name):
+                raise ConfigError(
+                    f"cannot resume: {name} is another one than when {path} was saved (sha256 "
+                    f"{str(before.get(name))[:12]} then, {str(self._digests.get(name))[:12]} now)"
+                )
 
     def check(self, saved: Mapping[str, Any], *, position: int, path: Path) -> None:
         """Refuse to go on from a checkpoint with other training samples.
@@ -125,8 +142,8 @@ def changed_sources(before: Mapping[str, str], now: Mapping[str, str]) -> list[s
 
 
 def _file_of(part: object) -> Path | None:
-    while isinstance(part, functools.partial):
-        part = part.func
+    while isinstance(part, functools.partial) or hasattr(part, "__wrapped__"):
+        part = part.func if isinstance(part, functools.partial) else part.__wrapped__
     if not (inspect.isclass(part) or inspect.isroutine(part)):
         part = type(part)
     try:

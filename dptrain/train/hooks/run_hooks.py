@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from dptrain.config.filled_in import given
 from dptrain.config.train_config import TrainConfig
@@ -13,23 +14,31 @@ from dptrain.observe import PendingSum
 from dptrain.tasks import Task
 from dptrain.tasks.base import Hooks, Moment, TrainHook
 from dptrain.train.hooks.early_stopping import EarlyStopping
+from dptrain.train.hooks.sparse_training import SparseTraining
 from dptrain.train.hooks.weight_average import WeightAverage
 
 
-def build_hooks(config: TrainConfig, task: Task, *, model: nn.Module) -> tuple[TrainHook, WeightAverage | None]:
+def build_hooks(
+    config: TrainConfig, task: Task, *, model: nn.Module, optimizer: Optimizer
+) -> tuple[TrainHook, WeightAverage | None]:
     """Return all hooks as one, and the average of the weights where the settings ask for it.
 
     Args:
         config: filled in.
         task: may have a hook.
-        model: not wrapped, on its device.
+        model: not wrapped, on its device; the meter is not on it yet, so that it sees what hooks leave of gradients.
+        optimizer: of the model's parameters.
     """
-    optimizer, average = config.optimizer, None
-    if optimizer.average_decay is not None:
-        batch = given(optimizer.reference_batch_size)
-        average = WeightAverage(model, decay=optimizer.average_decay, reference_batch_size=batch)
+    sparse = None
+    if config.sparsity.method != "off":  # before the average, which begins with the sparse weights
+        length = given(config.max_samples)
+        sparse = SparseTraining(config.sparsity, model, optimizer=optimizer, max_samples=length, seed=config.seed)
+    average = None
+    if config.optimizer.average_decay is not None:
+        batch = given(config.optimizer.reference_batch_size)
+        average = WeightAverage(model, decay=config.optimizer.average_decay, reference_batch_size=batch)
     stopping = None if config.early_stopping.patience is None else EarlyStopping(config.early_stopping)
-    return Hooks([hook for hook in (task.hook, average, stopping) if hook is not None]), average
+    return Hooks([hook for hook in (task.hook, average, stopping, sparse) if hook is not None]), average
 
 
 def wants_end(hook: TrainHook, moment: Moment, figures: Mapping[str, float], *, device: torch.device) -> bool:

@@ -1,0 +1,5 @@
+"""What settings make of a task before it is trained: weights to start from, rates by layer, a teacher in its loss."""
+
+from dptrain.train.preparation.prepared_task import prepared
+
+__all__ = ["prepared"]

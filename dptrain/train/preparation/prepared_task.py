@@ -1,0 +1,48 @@
+"""The task that is trained: the one that was asked for, with its model adapted and a teacher in its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from dptrain.config.tokens import in_samples
+from dptrain.config.train_config import TrainConfig
+from dptrain.models.adaptation import adapt_model
+from dptrain.tasks import Task, check_task, resolve_task
+from dptrain.train.preparation.distillation import DistilledLoss, check_logits
+from dptrain.train.preparation.layer_rates import with_layer_rates
+from dptrain.train.preparation.teacher import digest_of, load_teacher
+from dptrain.train.preparation.weights import read_weights
+
+
+def prepared(task: Task | Callable[..., Task] | None, config: TrainConfig) -> tuple[Task, TrainConfig]:
+    """Return the task as the settings want it, and the settings in its samples where they are in tokens.
+
+    The task's model is changed in place. Held-out figures stay the task's own.
+
+    Args:
+        task: as given to the trainer; None for the one that the settings name.
+        config: of the run.
+
+    Raises:
+        ConfigError: where settings and model do not fit.
+        TaskError: where there is a teacher, and the task does not do what is needed of it.
+        CheckpointError: where weights come from a run none of whose checkpoints can be trusted.
+    """
+    if not isinstance(task, Task):
+        task = resolve_task(task or config.task, options=config.task_options)
+    config = in_samples(config, tokens_per_sample=task.tokens_per_sample, task=task.name)
+    adapt_model(task.model, config.model, read=read_weights)
+    if config.model.layer_decay is not None:
+        task = with_layer_rates(task, decay=config.model.layer_decay)
+    if config.distillation.teacher is not None:
+        teacher = load_teacher(Path(config.distillation.teacher).expanduser())
+        check_task(task)
+        check_logits(task)
+        loss = DistilledLoss(
+            task.loss, teacher, temperature=config.distillation.temperature, weight=config.distillation.weight
+        )
+        digests = {**task.digests, "the teacher": digest_of(teacher)}
+        task = replace(task, loss=loss, eval_loss=task.eval_loss or task.loss, digests=digests)
+    return task, config
