@@ -371,8 +371,8 @@ to losses that it came to later."""
 
 _NOT_SHOWN = """## What the numbers do not show
 
-- **Other machines.** Seconds are those of one machine and of two replicas at most. Kept runs may have been trained side by
-  side, and beside other work, as those of this page were: their seconds say little, their losses do not depend on it.
+- **Other machines.** Seconds are those of one machine and of two replicas at most. Kept runs may have been trained
+  side by side, and beside other work, as those of this page were: their seconds say little, their losses do not change.
 - **A fresh test of the interval.** Its parts were settled with these runs in view: before it held the critical ratio's
   spread, batches of 32 and 128 lay outside. `--task digits` refuses all its targets, 25 times as far, as too far.
 - **Independent targets.** Those of one setting are points of one run, and all predictions are from one beginning.
