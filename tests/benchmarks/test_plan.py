@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -93,6 +94,7 @@ def _took_what_was_planned(case, begun, *, factor):
     return settled
 
 
+@cache
 def _found(*, factor=1.0):
     """Findings of a run that follows the theory, whose settings took `factor` times what was planned."""
     begun = ideal_record()
