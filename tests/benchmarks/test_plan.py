@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -70,10 +71,8 @@ def test_settings_are_cut_into_the_micro_batches_of_the_run(batch, replicas, mic
 def test_the_rate_follows_the_root_of_the_batch():
     """From that of the task at its own batch."""
     record = ideal_record()
-    planner = Planner(record, devices(record))
     at_64, at_16 = (
-        _fixed(CASES["digits"], planner.at(_layout(CASES["digits"], record, batch=batch, replicas=2)))
-        for batch in (64, 16)
+        _fixed(CASES["digits"], _layout(CASES["digits"], record, batch=batch, replicas=2)) for batch in (64, 16)
     )
     assert float(at_64["optimizer.learning_rate"]) == 2 * float(at_16["optimizer.learning_rate"])
     assert at_64["control.law"] == "constant"
@@ -95,6 +94,7 @@ def _took_what_was_planned(case, begun, *, factor):
     return settled
 
 
+@cache
 def _found(*, factor=1.0):
     """Findings of a run that follows the theory, whose settings took `factor` times what was planned."""
     begun = ideal_record()
@@ -138,8 +138,8 @@ def test_the_page_tells_the_answers_and_shows_every_prediction():
     (found, case), (bad, _) = _found(), _found(factor=3.0)
     text = page(found, case=case)
     assert isinstance(found, Findings)
-    assert "\n\nYes for the default schedule" in text
-    assert "10 were refused with the reason" in text
+    assert "\n\nRefused for the default schedule" in text
+    assert "10 were refused with the reason, 0 were inside, and 0 outside" in text
     assert "\n\nYes for a constant rate" in text
     assert "\n\n**No** for a constant rate" in page(bad, case=case)
     for row in found.rows:

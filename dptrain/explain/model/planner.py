@@ -40,6 +40,11 @@ RATIO_DOUBT = CriticalRatio().spread ** 2
 
 Without it the samples of batches far from the run's lay outside: 128 beside 16 took 1/1.7 of what was planned.
 """
+LARGEST_ERROR = 0.5
+"""Relative standard error of a target beyond the run, above which no plan is made: two of them are a factor of two.
+
+Of `digits`, from 1.3 passes over its data to 25 times the progress, the samples were planned 17 times too many.
+"""
 _MOST_ACCUMULATION = 1 << 14
 _HOUR_S = 3600.0
 
@@ -124,6 +129,7 @@ class Planner:
         self._record, self._devices = record, devices
         self.needed = self._needs(MEASURED)
         _refuse_a_falling_rate(record, self.needed, curve=self.curve, target=self.target)
+        _refuse_too_far(record, self.needed, curve=self.curve, target=self.target)
         self.num_samples = _samples_of_data_set(record)
         self._of_noise = [self.needed.implied, *(self._needs(assumption).implied for assumption in (LOW, HIGH))]
         doubted = (replace(LOW, factor=1 / RATIO_DOUBT), replace(HIGH, factor=RATIO_DOUBT))
@@ -270,6 +276,16 @@ def _refuse_a_falling_rate(record: RunRecord, needed: Needs, *, curve: LossCurve
             f"a {curve.name} of {target:.4g} lies beyond {record.name}, whose lowest is {curve.lowest:.4g} and whose "
             f"learning rate falls (optimizer.schedule={schedule}): how far a longer run would come is not "
             f"known; give a --target that the run has reached, or plan from a run with optimizer.schedule=constant"
+        )
+
+
+def _refuse_too_far(record: RunRecord, needed: Needs, *, curve: LossCurve, target: float) -> None:
+    """Refuse a target whose samples the run does not tell within a factor of two."""
+    if needed.error > LARGEST_ERROR:
+        raise ConfigError(
+            f"a {curve.name} of {target:.4g} lies too far beyond {record.name}, whose lowest is {curve.lowest:.4g}: "
+            f"the samples to it are not known within a factor of two (standard error {needed.error:.0%}); train "
+            f"longer, or give a nearer --target"
         )
 
 

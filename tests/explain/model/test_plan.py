@@ -11,7 +11,7 @@ from dptrain.cost.prices import DevicePrice
 from dptrain.errors import ConfigError
 from dptrain.explain.model.devices import devices
 from dptrain.explain.model.plan import make_plan
-from dptrain.explain.model.planner import HALF_GAIN, NO_GAIN
+from dptrain.explain.model.planner import HALF_GAIN, LARGEST_ERROR, NO_GAIN
 from tests.ideal_runs import ideal_record
 
 NUMBERS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
@@ -162,3 +162,17 @@ def test_beyond_a_run_whose_rate_falls_there_is_no_plan(schedule):
     assert _plan(level, target=beyond).samples_of_run is None
     with pytest.raises(ConfigError, match=rf"learning rate falls \(optimizer.schedule={schedule}\).*--target"):
         _plan(falling, target=beyond)
+
+
+def test_a_target_whose_samples_are_not_known_within_a_factor_of_two_is_refused():
+    """Losses that scatter by 2 % tell a little of what lies beyond them, and not what half of the loss takes."""
+
+    def scattered(_rows, evals):
+        for number, row in enumerate(evals):
+            row["eval/loss"] *= 1.02 if number % 2 else 0.98
+
+    record = ideal_record(edit=scattered)
+    lowest = min(row["eval/loss"] for row in record.evals)
+    assert _plan(record, target=0.95 * lowest).target_error <= LARGEST_ERROR
+    with pytest.raises(ConfigError, match=r"lies too far beyond .* within a factor of two .*train longer"):
+        _plan(record, target=0.5 * lowest)
