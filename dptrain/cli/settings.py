@@ -121,7 +121,14 @@ def _settings_files(arguments: Sequence[str]) -> list[Path]:
     if "--resume" in arguments and run_dirs and not named:
         saved = Path(run_dirs[-1]) / "config.yaml"
         with contextlib.suppress(OSError):  # no folder can have this name; the error follows when it is opened
-            return [saved] if saved.is_file() else []
+            if saved.is_file():
+                return [saved]
+            if (saved.parent / "checkpoints").is_dir() and not _values("--task", arguments):
+                raise ConfigError(
+                    f"{saved} is missing, so the settings of this run are not known: give them as at its start, with "
+                    "--task and the other options or with --config"
+                )
+            return []
     return [Path(name) for name in named]
 
 

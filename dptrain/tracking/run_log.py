@@ -112,8 +112,8 @@ class WritingLog:
         with ExitStack() as stack:
             stack.callback(folder.close)
             refuse_secrets(config)
-            self.on_record = _on_record(folder, from_step=up_to_step)
             try:
+                self.on_record = _on_record(folder, from_step=up_to_step)
                 write_config(folder.config, config)
                 if not (up_to_step and folder.facts.exists()):  # a resumed run keeps the date of its start
                     write_json(folder.facts, facts.record())
@@ -123,7 +123,8 @@ class WritingLog:
                 self._decisions = JsonlLog.resume(folder.decisions, up_to=self.on_record[-1][0] if up_to_step else -1)
                 damage = self._damage(up_to_step)
             except OSError as error:
-                raise ConfigError(f"cannot write to run folder {folder.path}: {error.strerror or error}") from error
+                place = error.filename or folder.path
+                raise ConfigError(f"cannot write to run folder {place}: {error.strerror or error}") from error
             self._view = make_view(
                 max_samples=given(config.max_samples),
                 title=facts.line(run_dir=folder.path),

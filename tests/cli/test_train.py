@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -250,6 +251,7 @@ REFUSED = [
     (f"--seed 5 --resume {RUN} done", 2, ["other settings", "seed was 0 and is 5"]),
     (f"--optimizer.beta1 0.5 --resume {RUN} done", 2, ["optimizer.beta1 was 0.9 and is 0.5"]),
     (f"--task_options.num_samples 32 --resume {RUN} done", 2, ["task_options.num_samples was"]),
+    (f"--resume {RUN} bare", 2, ["bare/config.yaml is missing", "--task"]),
     (f"--resume {RUN} used", 2, ["used is in use"]),
     (f"--resume {RUN} damaged", 74, ["no checkpoint", "can be trusted"]),
 ]
@@ -268,6 +270,8 @@ def refuse_all(rank, world_size, folder):
             assert outcome(f"train --task tasks.py:good --checkpoint.every_samples 8 {RUN} {name}".split())[0] == 0
         for path in Path("damaged").glob("checkpoints/*/model.safetensors"):
             path.write_bytes(b"")
+        shutil.copytree("done", "bare")
+        Path("bare/config.yaml").unlink()
         before = contents("done", "damaged")
         with FileLock("used/.lock"):
             outcomes = [outcome(["train", *arguments.split()]) for arguments, _, _ in REFUSED]

@@ -126,6 +126,16 @@ def test_a_folder_that_takes_no_settings_is_refused(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "decisions.jsonl"])
+def test_a_log_that_cannot_be_opened_is_refused_on_resume(tmp_path, name):
+    """Something else in the place of a log, or one that is not ours, is a sentence with its path and no traceback."""
+    open_log(tmp_path / "run").close()
+    (tmp_path / "run" / name).unlink()
+    (tmp_path / "run" / name).mkdir()
+    with pytest.raises(ConfigError, match=rf"cannot write to run folder .*{name}: Is a directory"):
+        WritingLog(RunFolder(tmp_path / "run", resume=True), config=CONFIG, up_to_step=3, facts=FACTS)
+
+
 def test_settings_with_a_secret_are_not_written(tmp_path):
     """A caller from Python is asked for the same care as on the command line."""
     with pytest.raises(ConfigError, match=r"task_options.password looks like a secret"):

@@ -20,6 +20,11 @@ from dptrain.observe.stopwatch import Stopwatch
 GradBucket = Any  # torch.distributed.GradBucket, which torch leaves without a type
 CommHook = Callable[[Any, GradBucket], Future[Tensor]]
 
+_SPARSE = (
+    "DDP's communication hook cannot see sparse gradients, as those of an embedding with sparse=True: measure with "
+    "method='parameters'"
+)
+
 
 class DdpCommHook:
     """Squared norm of each replica's accumulated gradient: one kernel per bucket and step.
@@ -50,6 +55,8 @@ class DdpCommHook:
         groups: Groups | None = None,
         geometry: Geometry | None = None,
     ) -> None:
+        if any(getattr(module, "sparse", False) is True for module in model.modules()):
+            raise ObservationError(_SPARSE)
         self._comm_hook: tuple[CommHook, object] = comm_hook or (_mean, model.process_group)
         self._groups = groups or Groups()
         self._geometry = geometry or PlainGeometry()
@@ -82,6 +89,8 @@ class DdpCommHook:
 
     def see(self, bucket: GradBucket) -> Future[Tensor]:
         """Note the norm of one bucket, or of each parameter in it, then reduce it."""
+        if bucket.buffer().is_sparse:
+            raise ObservationError(_SPARSE)
         if self._listening:
             began = self.stopwatch.start()
             if self._singly:
