@@ -13,7 +13,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "dptrain", "dptrain.train"])
 
 
-def run_replicas(function, *, world_size, args=(), timeout_s=90.0):
+def run_replicas(function, *, world_size, args=(), timeout_s=280.0):
     """Return [function(rank, world_size, *args) for each rank], each in a process of its own with a gloo group.
 
     The environment is that of torchrun, so that accelerate finds its place. `function` must be importable (top level

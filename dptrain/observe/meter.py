@@ -153,7 +153,9 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
                 num_samples·world_size/global_batch_size. 0 for a filler, which is not looked at.
         """
         self._by_hand = True
-        self._begin(num_samples=checked_size(num_samples, given_by="meter.begin"), weight=checked_weight(weight))
+        weight = checked_weight(weight)
+        size = 0.0 if weight == 0 else checked_size(num_samples, given_by="meter.begin")
+        self._begin(num_samples=size, weight=weight)
 
     def begin_forward(self, *, num_samples: float, weight: float | None = None) -> None:
         """Announce a micro-batch from its forward pass, in the loop's place; nothing once the loop calls `begin`."""
