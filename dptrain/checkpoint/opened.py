@@ -55,6 +55,10 @@ class Checkpoint:
         """Optimizer steps between this checkpoint and the newest that was passed over, going by its folder's name."""
         return max([step_of(path) for path, _ in self.passed_over], default=self.step) - self.step
 
+    def holds(self, name: str) -> bool:
+        """Return whether tensors were saved under a name."""
+        return f"{name}.safetensors" in self._digests
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the tensors saved under `name`, on the CPU.
 

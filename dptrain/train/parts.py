@@ -14,11 +14,13 @@ from dptrain.config.train_config import TrainConfig
 from dptrain.cost.device_peaks import matmul_precision, peak_flops_per_s
 from dptrain.cost.ledger import Ledger
 from dptrain.errors import ConfigError
+from dptrain.exchange import Exchange, RunningStatistics
 from dptrain.observe import DdpCommHook, Meter, ParameterHook
 from dptrain.observe.groups import Groups, resolve_groups
 from dptrain.observe.hooks.base import GradientHook
 from dptrain.observe.hooks.null import NullHook
 from dptrain.runtime.replica import num_replicas
+from dptrain.runtime.replica_check import ReplicaCheck, compared_tensors
 from dptrain.tasks import Task
 from dptrain.train.execution.loss_scale import LossScale
 from dptrain.train.execution.master_weights import MasterWeights
@@ -38,6 +40,7 @@ def build_meter(
     bare_model: nn.Module,
     device: torch.device,
     loss_scale: LossScale | None,
+    exchange: Exchange,
     population: int,
 ) -> Meter:
     """Return the meter of a run, with its hook on the model.
@@ -48,6 +51,7 @@ def build_meter(
         bare_model: inside of it.
         device: of this replica.
         loss_scale: of float16 training.
+        exchange: may have no noise scale, or a communication hook to go round.
         population: samples in the training data.
 
     Raises:
@@ -56,7 +60,7 @@ def build_meter(
     groups = resolve_groups("module" if config.noise.groups else None, model=bare_model)
     return Meter(
         bare_model.parameters(),
-        hook=_hook(config, model=model, bare_model=bare_model, groups=groups, device=device),
+        hook=_hook(config, model=model, bare_model=bare_model, groups=groups, device=device, exchange=exchange),
         loss_scale=None if loss_scale is None else loss_scale.current,
         groups=groups,
         num_shards=num_shards(bare_model),
@@ -68,9 +72,15 @@ def build_meter(
 
 
 def _hook(
-    config: TrainConfig, *, model: nn.Module, bare_model: nn.Module, groups: Groups, device: torch.device
+    config: TrainConfig,
+    *,
+    model: nn.Module,
+    bare_model: nn.Module,
+    groups: Groups,
+    device: torch.device,
+    exchange: Exchange,
 ) -> GradientHook:
-    if config.control.mode == "off":
+    if config.control.mode == "off" or exchange.no_noise_scale is not None:
         return NullHook(device, num_entries=groups.num_entries)
     if is_sharded(bare_model):
         from dptrain.observe.hooks.fsdp import FsdpHook
@@ -85,7 +95,7 @@ def _hook(
         return ParameterHook(bare_model.parameters(), groups=groups)
     if num_replicas() == 1:  # which may be wrapped all the same
         raise ConfigError("noise.observer=hook needs at least two replicas: use noise.observer=parameters")
-    return DdpCommHook(cast("DistributedDataParallel", model), groups=groups)
+    return DdpCommHook(cast("DistributedDataParallel", model), groups=groups, comm_hook=exchange.hook())
 
 
 def build_update(
@@ -103,6 +113,25 @@ def build_update(
         max_grad_norm=config.optimizer.max_grad_norm,
         loss_scale=loss_scale,
         masters=masters,
+    )
+
+
+def build_replica_check(
+    config: TrainConfig, model: nn.Module, *, statistics: RunningStatistics, exchange: Exchange
+) -> ReplicaCheck:
+    """Return what compares the replicas of a run, at moments at which they must be equal.
+
+    Args:
+        config: filled in.
+        model: not wrapped.
+        statistics: of the model, which replicas combine.
+        exchange: says when replicas may differ.
+    """
+    shards = is_sharded(model)  # which differ by design
+    return ReplicaCheck(
+        compared_tensors(model, also=statistics.buffer_names()),
+        every_steps=config.replica_check_every_steps,
+        may_differ=lambda: shards or exchange.may_differ,
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from dptrain.cost.ledger import Ledger
 from dptrain.errors import CheckpointError
 
-STEP = {"seconds": 2.0, "num_samples": 10, "flops_per_sample": 3e9, "energy_j": 50.0}
+STEP = {"seconds": 2.0, "num_samples": 10, "flops_per_sample": 3e9, "energy_j": 50.0, "bytes_sent": 1e6}
 
 
 def _ledger(**options):
@@ -26,6 +26,7 @@ def test_a_step_is_entered_with_all_devices():
         "ledger/device_s": 8.0,
         "ledger/mfu": pytest.approx(3e10 / (1e10 * 8)),
         "ledger/energy_j": 50.0,
+        "ledger/bytes_sent": 1e6,
         "ledger/cost": pytest.approx(8 / 3600 * 1.8),
     }
 
@@ -105,6 +106,7 @@ def test_before_the_first_step_nothing_was_used():
         "ledger/device_s": 0.0,
         "ledger/mfu": None,
         "ledger/energy_j": 0.0,
+        "ledger/bytes_sent": 0.0,
         "ledger/cost": 0.0,
     }
 
