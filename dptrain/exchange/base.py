@@ -12,6 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name from torch 2.15
+"""(output, input, group=, async_op=): the replicas' tensors one after the other along the first dimension."""
+
 State = Mapping[str, Any]
 """What a checkpoint holds of a kind: names without a slash at their ends → tensors, or plain values."""
 

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from dptrain.exchange.base import all_gather_into
+
 _LARGEST = 127  # of int8, symmetric round zero
 
 
@@ -69,7 +71,7 @@ class HalfPrecision(Codec):
         mean = received.to(rows.dtype).mean(0)
         answer = mean.to(self._dtype)
         answers = torch.empty_like(sent)
-        dist.all_gather_into_tensor(answers, answer[None], group=self._group)
+        all_gather_into(answers, answer[None], group=self._group)
         lost = rows - sent.to(rows.dtype)
         lost[self._rank] += self._size * (mean - answer.to(rows.dtype))
         return _whole(answers.to(rows.dtype), exact), _whole(lost, exact)
@@ -87,7 +89,7 @@ class Int8(Codec):
         rows = _shares(exact, self._size)
         scale = torch.stack([tensor.abs().amax() for tensor in exact]) / _LARGEST
         scales = scale.new_empty(self._size, len(exact))
-        dist.all_gather_into_tensor(scales, scale[None], group=self._group)
+        all_gather_into(scales, scale[None], group=self._group)
         widths = torch.tensor([_share(t, self._size) for t in exact], device=rows.device)
 
         def columns(of: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ class Int8(Codec):
         common = columns(scales.mean(0))
         answer = _codes(mean, common)
         answers = torch.empty_like(codes)
-        dist.all_gather_into_tensor(answers, answer[None], group=self._group)
+        all_gather_into(answers, answer[None], group=self._group)
         lost = rows - codes.to(rows.dtype) * own
         lost[self._rank] += self._size * (mean - answer.to(rows.dtype) * common)
         return _whole(answers.to(rows.dtype) * common, exact), _whole(lost, exact)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dptrain.errors import ConfigError
-from dptrain.exchange.base import Exchange, SharedLoss, State
+from dptrain.exchange.base import Exchange, SharedLoss, State, all_gather_into
 from dptrain.exchange.predictions import Predictions, Recorder, distance
 
 
@@ -116,7 +116,7 @@ class Codistillation(Exchange):
     def _send(self, output: Tensor) -> None:
         own = output.float().contiguous()
         gathered = own.new_empty(self.num_replicas * own.shape[0], *own.shape[1:])
-        work = dist.all_gather_into_tensor(gathered, own, group=self.group, async_op=True)
+        work = all_gather_into(gathered, own, group=self.group, async_op=True)
         self._queue.append((gathered.view(self.num_replicas, *own.shape), work))
         self._bytes = float(own.numel() * own.element_size() * (self.num_replicas - 1))
 

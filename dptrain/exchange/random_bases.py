@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dptrain.errors import ConfigError
-from dptrain.exchange.base import Exchange, State
+from dptrain.exchange.base import Exchange, State, all_gather_into
 
 _BLOCK_ELEMENTS = 2**22
 """Random numbers generated at once: 16 MiB in single precision, whatever the size of the model."""
@@ -71,7 +71,7 @@ class RandomBases(Exchange):
         own = torch.cat([self._coefficients(index, parameter) for index, parameter in enumerate(trained)])
         gathered = own.new_empty(self.num_replicas * own.numel())
         if self.num_replicas > 1:
-            dist.all_gather_into_tensor(gathered, own, group=self.group)
+            all_gather_into(gathered, own, group=self.group)
         else:
             gathered.copy_(own)
         shares = self.shares(trained)

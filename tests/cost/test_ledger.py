@@ -86,7 +86,7 @@ def test_a_sum_with_a_hole_in_it_is_no_figure(options, step, unknown):
     assert after.columns()[unknown] is None
     known = {name for name, value in after.columns().items() if value is not None}
     assert "ledger/device_s" in known
-    assert len(known) == (3 if unknown == "ledger/flops" else 4)  # without FLOPs there is no utilisation either
+    assert len(known) == (4 if unknown == "ledger/flops" else 5)  # without FLOPs there is no utilisation either
 
 
 def test_the_figures_have_petaflop_s_days():
