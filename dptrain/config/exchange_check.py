@@ -45,7 +45,7 @@ def check_exchange(
     if precision == "bf16_parameters":
         raise ConfigError(f"{kind} is for parameters in full precision, not for bf16_parameters: use precision=bf16")
     if reason is not None:
-        _check_without_noise(control, rule, kind=kind, reason=reason)
+        check_without_noise(control, rule, kind=kind, reason=reason)
     if parameters_are_equal(exchange):
         return
     if precision == "fp16":
@@ -56,7 +56,18 @@ def check_exchange(
         )
 
 
-def _check_without_noise(control: ControlConfig, rule: str | None, *, kind: str, reason: str) -> None:
+def check_without_noise(control: ControlConfig, rule: str | None, *, kind: str, reason: str) -> None:
+    """Refuse laws, modes and rules that need a noise scale.
+
+    Args:
+        control: of the batch.
+        rule: by which the learning rate follows the batch.
+        kind: of exchange, as in the settings.
+        reason: why there is none.
+
+    Raises:
+        ConfigError: with the reason and the remedy.
+    """
     if control.mode in ("measure", "advise"):
         raise ConfigError(f"control.mode={control.mode} needs the noise scale, which {kind} has not: {reason}")
     if control.mode != "adapt" or control.law == "constant":

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dptrain.observe.hooks.wrapping import refuse_measuring
+
 all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name from torch 2.15
 """(output, input, group=, async_op=): the replicas' tensors one after the other along the first dimension."""
 
@@ -126,6 +128,12 @@ class Exchange(ABC):
         self.load_state_dict(records[0])
 
     # For the kinds
+
+    def _without_noise_scale(self, model: nn.Module) -> nn.Module:
+        """Have meters refuse a module with the kind's reason."""
+        assert self.no_noise_scale is not None
+        refuse_measuring(model, self.no_noise_scale)
+        return model
 
     def _trained(self) -> list[nn.Parameter]:
         assert self._model is not None, "call wrap first"

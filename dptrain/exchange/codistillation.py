@@ -66,7 +66,7 @@ class Codistillation(Exchange):
         """Return the model itself, with its own parameters."""
         self._model = model
         self._recorder = Recorder(model)
-        return model
+        return self._without_noise_scale(model)
 
     def share(self, loss: SharedLoss) -> None:
         """Take what runs the model on samples that all replicas see."""

@@ -72,7 +72,7 @@ class Compressed(Exchange):
         if self._registers and isinstance(wrapped, DistributedDataParallel):
             hook, state = self.hook()
             wrapped.register_comm_hook(state, hook)
-        return wrapped
+        return wrapped if self.no_noise_scale is None else self._without_noise_scale(wrapped)
 
     def hook(self) -> tuple[Any, object]:
         """Return (hook, state), as `dptrain.attach` takes them for `comm_hook`."""

@@ -40,7 +40,7 @@ class Ensemble(Exchange):
     def wrap(self, model: nn.Module, *, ignored_buffers: Collection[str] = (), **ddp: Any) -> nn.Module:  # noqa: ARG002, ANN401 - of DDP
         """Return the model itself, with its own parameters."""
         self._model = model
-        return model
+        return self._without_noise_scale(model)
 
     @property
     def may_differ(self) -> bool:

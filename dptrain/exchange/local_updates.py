@@ -104,7 +104,7 @@ class LocalUpdates(Exchange):
         """Return the model itself, with the parameters of rank 0."""
         self._begin_equal(model)
         self.replaced()
-        return model
+        return self._without_noise_scale(model)
 
     def replaced(self) -> None:
         """Take the present parameters for those of the latest exchange."""

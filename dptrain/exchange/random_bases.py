@@ -62,7 +62,7 @@ class RandomBases(Exchange):
     def wrap(self, model: nn.Module, *, ignored_buffers: Collection[str] = (), **ddp: Any) -> nn.Module:  # noqa: ARG002, ANN401 - of DDP
         """Return the model itself, with the parameters of rank 0."""
         self._begin_equal(model)
-        return model
+        return self._without_noise_scale(model)
 
     @torch.no_grad()
     def combine(self) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import nn
@@ -85,6 +86,14 @@ class Wrapping:
         return -(-parameter.shape[0] // math.prod(cuts))
 
 
+_without_noise_scale: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def refuse_measuring(model: nn.Module, reason: str) -> None:
+    """Have `identify` refuse a module from now on, because of what its replicas exchange."""
+    _without_noise_scale[model] = reason
+
+
 def identify(model: nn.Module, *, reduction: Reduction = "wrapper") -> Wrapping:
     """Look at `model` and at the process group.
 
@@ -95,6 +104,8 @@ def identify(model: nn.Module, *, reduction: Reduction = "wrapper") -> Wrapping:
         raise ObservationError(f"reduction must be 'wrapper' or 'optimizer', got {reduction!r}")
     model = getattr(model, "_forward_module", model)  # what Lightning Fabric wraps
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    if model in _without_noise_scale:
+        raise ObservationError(f"there is no noise scale here: {_without_noise_scale[model]}")
     for module in model.modules():
         _refuse_engines(module)
     # A sharded parameter is known by its mesh: importing DTensor to ask for its type would double the import time.
