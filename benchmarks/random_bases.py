@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from benchmarks.replicas import run_replicas
@@ -115,18 +114,14 @@ def _accuracies(arm: Arm, *, seeds: int, num_steps: int) -> list[float]:
 
 def replicas(*, num_steps: int, size: int = 16, rate: float = 0.3) -> list[dict[str, float]]:
     """Return loss and accuracy on digits after equal steps of a batch of 64 on 1, 2 and 4 replicas."""
-    arm = Arm(task="digits", kind="redrawn", size=size)
     found = []
     for number in (1, 2, 4):
-        result = run_replicas(_train, world_size=number, args=(arm.task, arm.kind, arm.size, rate, num_steps))
+        result = run_replicas(_train, world_size=number, args=(size, rate, num_steps))
         found.append({"replicas": number, **result})
         print(found[-1], flush=True)
     return found
 
 
-def _train(
-    rank: int, world_size: int, task: str, kind: str, size: int, rate: float, num_steps: int
-) -> dict[str, float]:
-    assert dist.get_world_size() == world_size
-    arm = Arm(task=task, kind=kind, size=size)
+def _train(rank: int, world_size: int, size: int, rate: float, num_steps: int) -> dict[str, float]:
+    arm = Arm(task="digits", kind="redrawn", size=size)
     return train(arm, rate=rate, seed=0, num_steps=num_steps, num_replicas=world_size, rank=rank)

@@ -214,7 +214,8 @@ def search(folder: Path, *, seeds: int, quick: bool) -> list[dict[str, Any]]:
         for rate in (RATES[1:] if quick else RATES)
     ]
     found = run_jobs(tried, folder / "search", timeout_s=3000)
-    rows, more = [], []
+    rows: list[dict[str, Any]] = []
+    more: list[tuple[dict[str, Any], Job]] = []
     for name, settings, batch in arms:
         own = [job for job in tried if job.exchange == settings and job.batch == batch]
         best = min(own, key=lambda job: _steps(found[job.name]) or 10**9)

@@ -11,17 +11,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from dptrain.checkpoint.store import load_newest
 from dptrain.errors import ConfigError
 from dptrain.explain.figures.plan_figure import draw_plan
 from dptrain.explain.model.devices import LATENCY_S, devices
+from dptrain.explain.model.exchange_plan import plan_exchange
 from dptrain.explain.model.plan import OptimalSize, Plan, make_plan
 from dptrain.explain.model.planner import Point
-from dptrain.explain.record import read_run
+from dptrain.explain.record import RunRecord, read_run
 from dptrain.explain.text import plan_text
+from dptrain.explain.text.exchange_text import exchange_sentences, exchange_table
 from dptrain.explain.text.findings import short
+from dptrain.tracking.run_folder import checkpoints_in
 
 _ALL = "1,2,4,...,4096"
 _MOST_NUMBERS = 100
@@ -40,6 +45,8 @@ def plan(arguments: Sequence[str]) -> int:
     """
     options = _parser().parse_args(arguments)
     record = read_run(options.run)
+    if options.bandwidth_mbit_per_s is not None:
+        return _plan_exchange(record, options)
     found = make_plan(
         record,
         devices(
@@ -66,6 +73,38 @@ def plan(arguments: Sequence[str]) -> int:
     if options.json == "-":
         sys.stdout.write(text)
     return 0
+
+
+def _plan_exchange(record: RunRecord, options: argparse.Namespace) -> int:
+    """Print which kinds of exchange pay on a network."""
+    found = plan_exchange(
+        record,
+        _shapes(options.run),
+        mbit_per_s=options.bandwidth_mbit_per_s,
+        delay_s=1e-3 * options.delay_ms,
+    )
+    text = json.dumps(asdict(found), indent=1, ensure_ascii=False) + "\n"
+    console = _console(stderr=options.json == "-")
+    console.print(exchange_table(found))
+    for sentence in exchange_sentences(found):
+        console.print(sentence, highlight=False, markup=False)
+    if options.json == "-":
+        sys.stdout.write(text)
+    elif options.json is not None:
+        try:
+            Path(options.json).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write {options.json}: {error.strerror or error}") from error
+    return 0
+
+
+def _shapes(run_dir: Path) -> dict[str, tuple[list[int], torch.dtype]]:
+    """Return the form of each entry of the model in a run's newest checkpoint."""
+    checkpoint = load_newest(checkpoints_in(run_dir))
+    if checkpoint is None:
+        raise ConfigError(f"there is no checkpoint in {run_dir}, from which the size of the gradients is read")
+    tensors = checkpoint.tensors("model")
+    return {name: (list(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
 def to_json(found: Plan) -> dict[str, Any]:
@@ -165,6 +204,15 @@ def _parser() -> argparse.ArgumentParser:
         default=1e6 * LATENCY_S,
         metavar="X",
         help="all-reduce latency per hop in µs (default %(default)g)",
+    )
+    parser.add_argument(
+        "--bandwidth-mbit-per-s",
+        type=_positive,
+        metavar="X",
+        help="instead of the plan: which kinds of exchange pay on a network of X Mbit/s for each replica",
+    )
+    parser.add_argument(
+        "--delay-ms", type=_positive, default=0.05, metavar="X", help="its delay, one way (default %(default)g)"
     )
     parser.add_argument(
         "--flops-budget", type=_positive, metavar="X", help="compute budget: prints compute-optimal model sizes"

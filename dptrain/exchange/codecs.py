@@ -43,8 +43,8 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def num_bytes(self, parameter: Tensor) -> float:
-        """Return the bytes of one copy of a parameter's gradient as it is sent."""
+    def num_bytes(self, parameter: Tensor, *, num_replicas: int) -> float:
+        """Return the bytes of one copy of a parameter's gradient as it is sent; a reduction has it of each replica."""
 
 
 class HalfPrecision(Codec):
@@ -76,7 +76,7 @@ class HalfPrecision(Codec):
         lost[self._rank] += self._size * (mean - answer.to(rows.dtype))
         return _whole(answers.to(rows.dtype), exact), _whole(lost, exact)
 
-    def num_bytes(self, parameter: Tensor) -> float:
+    def num_bytes(self, parameter: Tensor, *, num_replicas: int) -> float:  # noqa: ARG002 - of int8
         """Return two bytes a number."""
         return 2.0 * parameter.numel()
 
@@ -109,9 +109,9 @@ class Int8(Codec):
         lost[self._rank] += self._size * (mean - answer.to(rows.dtype) * common)
         return _whole(answers.to(rows.dtype) * common, exact), _whole(lost, exact)
 
-    def num_bytes(self, parameter: Tensor) -> float:
+    def num_bytes(self, parameter: Tensor, *, num_replicas: int) -> float:
         """Return one byte a number; its scale of four bytes goes to each other replica once, half of a reduction."""
-        return parameter.numel() + parameter.element_size() / 2 * self._size
+        return parameter.numel() + parameter.element_size() / 2 * num_replicas
 
 
 class PowerSgd(Codec):
@@ -153,7 +153,7 @@ class PowerSgd(Codec):
             [lost[index] if index in lost else torch.zeros_like(tensor) for index, tensor in enumerate(exact)],
         )
 
-    def num_bytes(self, parameter: Tensor) -> float:
+    def num_bytes(self, parameter: Tensor, *, num_replicas: int) -> float:  # noqa: ARG002 - of int8
         """Return the bytes of the two factors, or of the whole."""
         if not self._is_cut(parameter):
             return float(parameter.numel() * parameter.element_size())

@@ -106,7 +106,9 @@ class Compressed(Exchange):
 
     def bytes_per_step(self) -> float:
         """Return the bytes of the codec's collectives."""
-        return all_reduce_bytes(sum(map(self._codec.num_bytes, self._trained())), num_replicas=self.num_replicas)
+        number = self.num_replicas
+        sent = sum(self._codec.num_bytes(parameter, num_replicas=number) for parameter in self._trained())
+        return all_reduce_bytes(sent, num_replicas=number)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what rounding has lost so far of each parameter, and PowerSGD's factors."""
