@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness, random_bases, slow_networks
+from benchmarks import harness, members, random_bases, slow_networks
 from benchmarks.namespaces import reason_to_skip
 
 Part = tuple[dict[str, float], list[dict[str, Any]]]
@@ -58,6 +58,11 @@ def measure_networks(*, quick: bool) -> Iterator[Part]:
             yield network_figures(rows), rows
 
 
+def measure_members(*, quick: bool) -> Iterator[Part]:
+    """Compare ensembles and codistilled replicas with one model."""
+    yield members.compare(num_samples=4_096 if quick else 40_960, seeds=1 if quick else 3)
+
+
 def network_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the largest error of the bytes, and the best kind's seconds beside the best batch of all-reduce."""
     errors = [
@@ -87,6 +92,7 @@ def best_seconds(rows: Sequence[Mapping[str, Any]]) -> list[float]:
 
 PARTS: Mapping[str, Callable[..., Iterator[Part]]] = {
     "random_bases": measure_random_bases,
+    "members": measure_members,
     "networks": measure_networks,
 }
 
