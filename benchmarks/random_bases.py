@@ -50,8 +50,9 @@ def train(
     exchange.wrap(model)
     num_parameters = sum(p.numel() for p in model.parameters())
     scale = 1.0 if arm.kind == "full" else num_parameters / (arm.size * num_replicas)
-    # Directions of one replica alone have a scatter that grows with their number's inverse: the step must not.
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate * math.sqrt(scale))
+    # Directions of K replicas add up, so that they are as many as one replica with K times as many would have: their
+    # mean is taken back to the sum. By the root of the scale: a step's length, and not its mean, is what must not grow.
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate * num_replicas * math.sqrt(scale))
     data: Any = task.train_data
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     for _ in range(num_steps):
