@@ -1,5 +1,5 @@
 """What should replicas exchange on a slow network, and are bytes and accuracies as the kinds of exchange say?"""
-# python -m benchmarks.exchange [--parts PART,…] [--json PATH|-] [--quick]
+# python -m benchmarks.exchange [--parts PART,…] [--json PATH|-] [--figure PATH.png] [--quick]
 #
 # Parts: random_bases, members (any machine); networks (network namespaces, so root). A part that is not asked for
 # keeps its rows and figures in the JSON that is there.
@@ -86,8 +86,13 @@ def network_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def best_seconds(rows: Sequence[Mapping[str, Any]]) -> list[float]:
     """Return the seconds to the target, seed by seed, of the row whose median is the lowest."""
     complete = [row for row in rows if row["steps"] and None not in row["steps"]]
-    seconds = [[row["step_s"] * steps for steps in row["steps"]] for row in complete]
+    seconds = [[row["step_s"] * whole_rounds(steps, row["every"]) for steps in row["steps"]] for row in complete]
     return min(seconds, key=statistics.median, default=[])
+
+
+def whole_rounds(steps: int, every: int) -> int:
+    """Return the steps up to the next exchange: what was evaluated before it was a mean that nobody had yet."""
+    return -(-steps // every) * every
 
 
 PARTS: Mapping[str, Callable[..., Iterator[Part]]] = {
@@ -101,14 +106,40 @@ def main() -> None:
     """Read the command line, measure, and tell."""
     parser = harness.command_line(question=__doc__, name="exchange")
     parser.add_argument("--parts", default=",".join(PARTS), help="of %(default)s")
+    parser.add_argument("--figure", type=Path, help="draw seconds against bandwidth; with --parts none from the JSON")
     options = parser.parse_args()
     figures, rows = _kept(options)
-    for part in options.parts.split(","):
+    for part in () if options.parts == "none" else options.parts.split(","):
         for found, measured in PARTS[part](quick=options.quick):
             figures |= found
             rows = [row for row in rows if row["part"] != part] + [{"part": part, **row} for row in measured]
             findings = harness.Findings(figures=figures, rows=rows, columns=_COLUMNS, note="rows: see the JSON")
             harness.tell(findings, options, question=__doc__, name="exchange", device="cpu")
+    if options.figure is not None:
+        draw([row for row in rows if row["part"] == "networks"], options.figure)
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the seconds of each kind's best batch against the bandwidth, a panel for each delay."""
+    from matplotlib.figure import Figure
+
+    delays = sorted({row["delay_s"] for row in rows})
+    figure = Figure(figsize=(4.5 * len(delays), 4), layout="constrained")
+    for place, delay_s in enumerate(delays, 1):
+        axes = figure.add_subplot(1, len(delays), place)
+        for kind in dict.fromkeys(row["kind"] for row in rows if row["steps"]):
+            own = [row for row in rows if row["kind"] == kind and row["delay_s"] == delay_s]
+            found = {mbit: best_seconds([row for row in own if row["mbit"] == mbit]) for mbit in _bandwidths(own)}
+            known = {mbit: statistics.median(seconds) for mbit, seconds in found.items() if seconds}
+            axes.plot(list(known), list(known.values()), marker="o", label=kind)
+        axes.set(xscale="log", yscale="log", xlabel="bandwidth in Mbit/s", ylabel="seconds to the target")
+        axes.set_title(f"{1000 * delay_s:g} ms one way")
+        axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def _bandwidths(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    return sorted({row["mbit"] for row in rows})
 
 
 _COLUMNS = {"part": "{part}"}

@@ -240,7 +240,7 @@ def timed(rows: Sequence[Mapping[str, Any]], folder: Path, *, mbit: int, delay_s
     jobs, rounds = [], {}
     for row in [*rows, {"kind": "ensemble", "batch": 32, "rate": 1e-3}]:
         settings = {"kind": "ensemble"} if row["kind"] == "ensemble" else _CONFIGURED[row["kind"]][0]
-        name = f"{row['kind']}_{row['batch']}".replace(" ", "_")
+        name = f"{row['kind']}-{row['batch']}".replace(" ", ".")
         rounds[name] = every = int(settings.get("every", 1))
         steps = _WARM_UP + 6 if every == 1 else 2 * every + every // 2 + 2
         jobs.append(
@@ -263,7 +263,8 @@ def timed(rows: Sequence[Mapping[str, Any]], folder: Path, *, mbit: int, delay_s
         seconds, sent = per_step(found[job.name], every=rounds[job.name])
         said = found[job.name]["bytes_per_step"]
         row = {"mbit": mbit, "delay_s": delay_s, "batch": job.batch, "step_s": seconds, "sent": sent, "said": said}
-        measured.append({"kind": job.name.rpartition("_")[0].replace("_", " "), **row, "agreement": agreement})
+        kind = job.name.rpartition("-")[0].replace(".", " ")
+        measured.append({"kind": kind, "every": rounds[job.name], **row, "agreement": agreement})
     return measured
 
 

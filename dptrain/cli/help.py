@@ -31,6 +31,7 @@ _GROUPS: Mapping[str, str] = {
     "run": "seed, length in steps, device, branching, data loading",
     "model": "weights to start from, frozen parameters, low-rank adapters",
     "execution": "precision, compilation and wrapping of the model",
+    "exchange": "what replicas send one another, fully or seldom",
     "optimizer": "name, learning-rate schedule and rule, betas, clipping",
     "early_stopping": "when a run ends before its length",
     "control": "law and bounds of the batch size",

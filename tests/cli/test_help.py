@@ -7,7 +7,18 @@ import pytest
 from dptrain.config.settings_file import setting_types
 from tests.cli.test_train import outcome
 
-GROUPS = ("run", "model", "execution", "optimizer", "early_stopping", "control", "noise", "checkpoint", "log")
+GROUPS = (
+    "run",
+    "model",
+    "execution",
+    "exchange",
+    "optimizer",
+    "early_stopping",
+    "control",
+    "noise",
+    "checkpoint",
+    "log",
+)
 
 
 def test_help_fits_a_screen():
