@@ -54,6 +54,7 @@ def test_a_step_is_timed_over_whole_rounds():
 
 @pytest.mark.parametrize(("kind", "size"), [("full", 0), ("fixed", 64), ("redrawn", 64)])
 def test_every_way_to_train_learns_something(kind, size):
-    """After a few steps on digits the loss is below that of ten equal guesses."""
+    """After a few steps on digits the held-out loss is lower than before the first."""
     arm = random_bases.Arm(task="digits", kind=kind, size=size)
-    assert random_bases.train(arm, rate=0.3, seed=0, num_steps=40)["loss"] < 2.2
+    before, after = (random_bases.train(arm, rate=0.3, seed=0, num_steps=steps)["loss"] for steps in (0, 40))
+    assert after < before - 0.03
