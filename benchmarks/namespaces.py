@@ -59,12 +59,38 @@ class Host:
         self.log = network.folder / f"host-{number}.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.starts = 0
-        _run("ip", "netns", "add", self.name)
-        _run("ip", "link", "add", f"{self.name}v", "type", "veth", "peer", "name", "eth0", "netns", self.name)
-        _run("ip", "link", "set", f"{self.name}v", "master", network.bridge, "up")
+        self._make()
+        self._plug_in()
         self._inside("ip", "address", "add", f"{self.address}/24", "dev", "eth0")
         self._inside("ip", "link", "set", "eth0", "up")
         self._inside("ip", "link", "set", "lo", "up")
+
+    def _make(self) -> None:
+        _run("ip", "netns", "add", self.name)
+
+    def _plug_in(self) -> None:
+        """Make `eth0` inside the namespace."""
+        _run("ip", "link", "add", f"{self.name}v", "type", "veth", "peer", "name", "eth0", "netns", self.name)
+        _run("ip", "link", "set", f"{self.name}v", "master", self.network.bridge, "up")
+
+    def command(self, *arguments: object, **environment: object) -> subprocess.Popen[bytes]:
+        """Start a program in this namespace; it ends with `kill`, as torchrun does."""
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                ["ip", "netns", "exec", self.name, *map(str, arguments)],
+                cwd=ROOT,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": str(ROOT),
+                    "OMP_NUM_THREADS": "1",
+                    "GLOO_SOCKET_IFNAME": "eth0",
+                    **{name: str(value) for name, value in environment.items()},
+                },
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self.process
 
     def _inside(self, *command: str) -> None:
         _run("ip", "netns", "exec", self.name, *command)
@@ -154,10 +180,10 @@ class Host:
         """Put the plug back."""
         _run("ip", "link", "set", f"{self.name}v", "up")
 
-    def shape(self, rate: str) -> None:
-        """Let no more than a rate, such as 100mbit, out of this host."""
+    def shape(self, rate: str, *, queue: str = "50ms") -> None:
+        """Let no more than a rate, such as 100mbit, out of this host; more than a queue holds is dropped."""
         self._inside(
-            "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "64kb", "latency", "50ms"
+            "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "64kb", "latency", queue
         )
 
     def wait(self, timeout_s: float = 120) -> int:
@@ -197,7 +223,10 @@ class Network:
         _run("ip", "link", "add", self.bridge, "type", "bridge")
         _run("ip", "link", "set", self.bridge, "up")
         for index in range(number):
-            self.hosts.append(Host(self, index))
+            self.hosts.append(self._host(index))
+
+    def _host(self, number: int) -> Host:
+        return Host(self, number)
 
     def close(self) -> None:
         """Remove hosts and bridge."""

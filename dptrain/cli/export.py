@@ -5,18 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from dptrain.checkpoint.manifest import MANIFEST
 from dptrain.checkpoint.opened import Checkpoint
 from dptrain.checkpoint.store import load_checkpoint, load_newest
 from dptrain.errors import CheckpointError, ConfigError
+from dptrain.exchange.members import member_name
 from dptrain.tracking.run_folder import checkpoints_in
 
 _DESCRIPTION = """Write the bare weights of a checkpoint to one safetensors file, which needs no dptrain to be read,
 or the metrics of a run to a table. Every byte of a checkpoint is verified first. Tied weights stand under the first of
-their names."""
+their names. Where replicas have parameters of their own, --member says which are written."""
 _TABLES = (".csv", ".parquet")
 
 
@@ -32,6 +37,12 @@ def export(arguments: Sequence[str]) -> int:
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--to", type=Path, metavar="FILE", help="weights, such as weights.safetensors")
     kind.add_argument("--metrics", type=Path, metavar="FILE", help="metrics, such as metrics.csv or metrics.parquet")
+    parser.add_argument(
+        "--member",
+        metavar="average|N|all",
+        help="weights of which replica: the mean of all, that of rank N, or each in a file of its own, FILE-N "
+        "(default: average for exchange.kind=local_updates)",
+    )
     options = parser.parse_args(arguments)
     target = options.to or options.metrics
     if target.exists():
@@ -43,11 +54,60 @@ def export(arguments: Sequence[str]) -> int:
     checkpoint = _find(options.source)
     for path, reason in checkpoint.passed_over:
         sys.stderr.write(f"dptrain export: passed over {path}: {reason}\n")
-    num_tensors, size_bytes = _write_weights(checkpoint, to=options.to)
-    sys.stdout.write(
-        f"weights of step {checkpoint.step:,} ({num_tensors} tensors, {size_bytes:,} bytes): {options.to}\n"
-    )
+    for target, weights in _members(checkpoint, member=options.member, to=options.to):
+        num_tensors, size_bytes = _write_weights(weights, step=checkpoint.step, to=target)
+        sys.stdout.write(
+            f"weights of step {checkpoint.step:,} ({num_tensors} tensors, {size_bytes:,} bytes): {target}\n"
+        )
     return 0
+
+
+def _members(checkpoint: Checkpoint, *, member: str | None, to: Path) -> Iterator[tuple[Path, dict[str, Tensor]]]:
+    """Yield what is written where.
+
+    Raises:
+        ConfigError: where there is no such member, or it must be said which.
+    """
+    names = ["model"]
+    while checkpoint.holds(member_name("model", len(names))):
+        names.append(member_name("model", len(names)))
+    kind = _kind(checkpoint)
+    if member is None and len(names) > 1 and kind != "local_updates":
+        raise ConfigError(
+            f"the {len(names)} replicas of exchange.kind={kind} are models of their own, and their mean is none: use "
+            f"--member 0 … {len(names) - 1}, or --member all"
+        )
+    if member is None or member == "average":
+        yield to, _average([checkpoint.tensors(name) for name in names])
+    elif member == "all":
+        files = [to.with_name(f"{to.stem}-{rank}{to.suffix}") for rank in range(len(names))]
+        if taken := [str(file) for file in files if file.exists()]:
+            raise ConfigError(f"{', '.join(taken)} exists already: name another file, or remove it")
+        for file, name in zip(files, names, strict=True):
+            yield file, checkpoint.tensors(name)
+    elif member.isdecimal() and int(member) < len(names):
+        yield to, checkpoint.tensors(names[int(member)])
+    else:
+        raise ConfigError(f"--member must be average, all, or a replica from 0 to {len(names) - 1}, got {member}")
+
+
+def _kind(checkpoint: Checkpoint) -> str:
+    config: Any = checkpoint.state.get("config", {})
+    return str(config.get("exchange", {}).get("kind", "all_reduce"))
+
+
+def _average(members: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the means of floating-point entries, and of all others those of rank 0."""
+    if len(members) == 1:
+        return members[0]
+    found = dict(members[0])
+    for name, first in found.items():
+        if first.is_floating_point():
+            wide = first.new_zeros(first.shape, dtype=torch.float64)
+            for each in members:
+                wide += each[name].double()
+            found[name] = (wide / len(members)).to(first.dtype)
+    return found
 
 
 def _export_metrics(run: Path, *, to: Path) -> int:
@@ -84,16 +144,15 @@ def _find(source: Path) -> Checkpoint:
     return checkpoint
 
 
-def _write_weights(checkpoint: Checkpoint, *, to: Path) -> tuple[int, int]:
+def _write_weights(weights: dict[str, Tensor], *, step: int, to: Path) -> tuple[int, int]:
     """Write under another name first, so that what bears the name is whole."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    weights = checkpoint.tensors("model")
     try:
         with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as folder:
             temporary = Path(folder) / to.name
-            save_file(weights, temporary, metadata={"format": "pt", "step": str(checkpoint.step)})
+            save_file(weights, temporary, metadata={"format": "pt", "step": str(step)})
             temporary.chmod(0o600)
             temporary.rename(to)
         return len(weights), to.stat().st_size

@@ -33,6 +33,7 @@ _GROUPS: Mapping[str, str] = {
     "distillation": "a teacher (--teacher), its temperature and its weight in the loss",
     "sparsity": "weights kept at zero, by a mask that stays or that moves while training",
     "execution": "precision, compilation and wrapping of the model",
+    "exchange": "what replicas send one another, fully or seldom",
     "optimizer": "name, learning-rate schedule and rule, betas, clipping",
     "early_stopping": "when a run ends before its length",
     "control": "law and bounds of the batch size",

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dptrain.cli.operations.exchange_plan import plan_exchange_of
 from dptrain.cost.device_peaks import DEVICES, device_named, device_of
 from dptrain.cost.prices import GPUHUNT, DevicePrice, PriceList, gpuhunt_prices, prices_of, shipped_prices
 from dptrain.errors import ConfigError
@@ -73,12 +74,15 @@ def plan(arguments: Sequence[str]) -> int:
     """
     options = _parser().parse_args(arguments)
     record = read_run(options.run)
+    if options.bandwidth_mbit_per_s is not None:
+        return plan_exchange_of(record, options, console=_console(stderr=options.json == "-"))
     names = _devices_asked_for(options, record)
     priced = _prices(options, names)
     plans = [_plan(options, record, name=name, priced=priced) for name in names]
-    told = _answers(options, plans, priced=priced)
+    answers = _answers(options, plans, priced=priced)
     found = plans[0]
-    text = json.dumps(to_json(found, others=plans[1:], told=told), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    as_json = to_json(found, others=plans[1:], answers=answers)
+    text = json.dumps(as_json, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     picture = options.run / "plan.png"
     try:
         (options.run / "plan.json").write_text(text, encoding="utf-8")
@@ -88,20 +92,20 @@ def plan(arguments: Sequence[str]) -> int:
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename or picture}: {error.strerror or error}") from error
     console = _console(stderr=options.json == "-")
-    show(found, console=console, picture=picture, others=plans[1:], told=told, budget=options.budget or _BUDGET)
+    show(found, console=console, picture=picture, others=plans[1:], answers=answers, budget=options.budget or _BUDGET)
     if options.json == "-":
         sys.stdout.write(text)
     return 0
 
 
-def to_json(found: Plan, *, others: Sequence[Plan] = (), told: Sequence[Answer] = ()) -> dict[str, Any]:
+def to_json(found: Plan, *, others: Sequence[Plan] = (), answers: Sequence[Answer] = ()) -> dict[str, Any]:
     """Return a plan as plain values, with its sentences; plans for further devices, and answers, beside it."""
     return {
         "finding": plan_text.headline(found),
         "goal": plan_text.goal(found),
         "doubt": plan_text.doubt(found),
         "caveat": plan_text.NO_OPTIMUM,
-        "answers": [asdict(answer) for answer in told],
+        "answers": [asdict(answer) for answer in answers],
         **asdict(found),
         "compute_disagreement": found.compute_of_run.disagreement,
         "other_devices": [asdict(other) for other in others],
@@ -114,14 +118,14 @@ def show(
     console: Console,
     picture: Path,
     others: Sequence[Plan] = (),
-    told: Sequence[Answer] = (),
+    answers: Sequence[Answer] = (),
     budget: float = _BUDGET,
 ) -> None:
     """Print a plan for people."""
     console.print(_table(found))
     if others:
         console.print(_comparison([found, *others]))
-    for answer in told:
+    for answer in answers:
         console.print(answer.question, highlight=False, markup=False, style="bold")
         console.print(f"{answer.answer}. {answer.assumes}.", highlight=False, markup=False)
     sentences = [
@@ -356,6 +360,15 @@ def _parser() -> argparse.ArgumentParser:
         default=1e6 * LATENCY_S,
         metavar="X",
         help="all-reduce latency per hop in µs (default %(default)g)",
+    )
+    parser.add_argument(
+        "--bandwidth-mbit-per-s",
+        type=_positive,
+        metavar="X",
+        help="instead of the plan: which kinds of exchange pay on a network of X Mbit/s for each replica",
+    )
+    parser.add_argument(
+        "--delay-ms", type=_positive, default=0.05, metavar="X", help="its delay, one way (default %(default)g)"
     )
     parser.add_argument(
         "--flops-budget", type=_positive, metavar="X", help="compute budget: prints compute-optimal model sizes"

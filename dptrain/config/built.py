@@ -30,6 +30,7 @@ from dptrain.control import (
 )
 from dptrain.data import choose_micro_batch_size
 from dptrain.errors import ConfigError
+from dptrain.exchange.kinds import no_noise_scale
 from dptrain.noise import Smoothing
 from dptrain.observe.measurement_interval import MeasurementInterval, NeverMeasured
 from dptrain.ranges import SCHEDULES
@@ -169,7 +170,7 @@ def weight_decay(config: TrainConfig, *, batch: int, rate_factor: float) -> floa
 def measurement_interval(config: TrainConfig) -> MeasurementInterval:
     """Build the rule that says which steps are measured."""
     control, noise = config.control, config.noise
-    if control.mode == "off":
+    if control.mode == "off" or no_noise_scale(config.exchange) is not None:
         return NeverMeasured()
     # An interval that is chosen by the clock makes two runs of a seed differ where decisions rest on the noise scale
     # alone. Under laws that read step times they differ anyway, and decisions are followed from the record.

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dptrain.checkpoint.settings import CheckpointConfig
+from dptrain.config.exchange_check import check_exchange
 from dptrain.config.execution import ExecutionConfig
 from dptrain.config.tokens import check_units
 from dptrain.config.validation import check_ranges, check_types
 from dptrain.control import DEFAULT_RATE_RULE, PER_SAMPLE, Schedule, check_scaling
 from dptrain.control.settings import ControlConfig
 from dptrain.errors import ConfigError
+from dptrain.exchange.settings import ExchangeConfig
 from dptrain.models.settings import DistillationConfig, ModelConfig, SparsityConfig
 from dptrain.noise import Smoothing
 from dptrain.noise.settings import NoiseConfig
@@ -181,6 +183,7 @@ class TrainConfig:
     replica_check_every_steps: int = setting(100, AT_LEAST_0)
     """Steps between two bit-exact comparisons of the replicas' parameters; 0: never."""
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -199,6 +202,14 @@ class TrainConfig:
         _check_bounds(self)
         _check_length(self)
         _check_sparsity(self)
+        check_exchange(
+            self.exchange,
+            control=self.control,
+            rule=self.optimizer.rule,
+            average_decay=self.optimizer.average_decay,
+            wrapper=self.execution.wrapper,
+            precision=self.precision,
+        )
         Smoothing(memory=self.noise.memory, half_life_samples=self.noise.half_life_samples)
 
 

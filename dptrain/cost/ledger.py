@@ -27,6 +27,7 @@ class Used:
         pauses_device_s: the same in evaluations and saves.
         peak_flops: what the devices could have done at their peak in `steps_device_s`.
         energy_j: drawn by the devices, without their hosts.
+        bytes_sent: by one replica, in what replicas exchange, as the exchange computes it.
         cost: in the currency of the price.
     """
 
@@ -35,6 +36,7 @@ class Used:
     pauses_device_s: float = 0.0
     peak_flops: float | None = 0.0
     energy_j: float | None = 0.0
+    bytes_sent: float | None = 0.0
     cost: float | None = 0.0
 
 
@@ -63,7 +65,15 @@ class Ledger:
         self._density = density
         self._used = Used()
 
-    def step(self, *, seconds: float, num_samples: int, flops_per_sample: float | None, energy_j: float) -> None:
+    def step(
+        self,
+        *,
+        seconds: float,
+        num_samples: int,
+        flops_per_sample: float | None,
+        energy_j: float,
+        bytes_sent: float | None = None,
+    ) -> None:
         """Enter one optimizer step.
 
         Args:
@@ -71,6 +81,7 @@ class Ledger:
             num_samples: global batch.
             flops_per_sample: from `FlopCounter.take_per_sample`.
             energy_j: drawn by all devices since the last entry; NaN where it is not known.
+            bytes_sent: by one replica; None where it is not known.
         """
         device_s = seconds * self._world_size
         used = self._used
@@ -78,6 +89,7 @@ class Ledger:
             flops=_sum(used.flops, _product(flops_per_sample, num_samples)),
             steps_device_s=used.steps_device_s + device_s,
             pauses_device_s=used.pauses_device_s,
+            bytes_sent=_sum(used.bytes_sent, bytes_sent),
             peak_flops=_sum(used.peak_flops, _product(self._peak_flops_per_s, device_s)),
             energy_j=_sum(used.energy_j, _known(energy_j)),
             cost=_sum(used.cost, _product(self._price_per_device_s, device_s)),
@@ -113,6 +125,7 @@ class Ledger:
             "ledger/device_s": self.device_s,
             "ledger/mfu": self.mfu,
             "ledger/energy_j": used.energy_j,
+            "ledger/bytes_sent": used.bytes_sent,
             "ledger/cost": used.cost,
         }
 
@@ -136,7 +149,8 @@ class Ledger:
             CheckpointError: where it is not one.
         """
         try:
-            self._used = Used(**state)
+            # Of a run of an earlier version nobody knows.
+            self._used = Used(**{"bytes_sent": None, **state})
         except TypeError as error:
             raise CheckpointError(f"not the state of a ledger: {error}") from error
 

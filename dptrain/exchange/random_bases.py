@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dptrain.errors import ConfigError
-from dptrain.exchange.base import Exchange
+from dptrain.exchange.base import Exchange, State, all_gather_into
 
 _BLOCK_ELEMENTS = 2**22
 """Random numbers generated at once: 16 MiB in single precision, whatever the size of the model."""
@@ -37,7 +37,8 @@ class RandomBases(Exchange):
 
     name: ClassVar[str] = "random_bases"
     parameters_are_equal: ClassVar[bool] = True
-    no_noise_scale: ClassVar[str | None] = (
+    on_other_replicas: str | None = "replicas follow directions of their own, which add up"
+    no_noise_scale: str | None = (
         "the optimizer gets a projection of each replica's gradient onto a subspace of its own, and their mean is not "
         "the gradient of the global batch: measure with exchange.kind=all_reduce"
     )
@@ -58,10 +59,10 @@ class RandomBases(Exchange):
         self._seed = seed
         self._step = 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module, *, ignored_buffers: Collection[str] = (), **ddp: Any) -> nn.Module:  # noqa: ARG002, ANN401 - of DDP
         """Return the model itself, with the parameters of rank 0."""
         self._begin_equal(model)
-        return model
+        return self._without_noise_scale(model)
 
     @torch.no_grad()
     def combine(self) -> None:
@@ -70,7 +71,7 @@ class RandomBases(Exchange):
         own = torch.cat([self._coefficients(index, parameter) for index, parameter in enumerate(trained)])
         gathered = own.new_empty(self.num_replicas * own.numel())
         if self.num_replicas > 1:
-            dist.all_gather_into_tensor(gathered, own, group=self.group)
+            all_gather_into(gathered, own, group=self.group)
         else:
             gathered.copy_(own)
         shares = self.shares(trained)
@@ -131,6 +132,6 @@ class RandomBases(Exchange):
         """Return the step, from which all directions follow."""
         return {"step": self._step}
 
-    def load_state_dict(self, record: Mapping[str, Any]) -> None:
+    def load_state_dict(self, record: State) -> None:
         """Go on from a `state_dict`."""
         self._step = int(record["step"])

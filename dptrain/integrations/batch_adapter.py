@@ -5,22 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from dptrain.batch import BatchPlan
 from dptrain.config.built import controller
+from dptrain.config.exchange_check import check_without_noise
 from dptrain.config.filled_in import filled_in, given
 from dptrain.config.train_config import OptimizerConfig, TrainConfig
 from dptrain.control import RULES, Measurement, RuleName, StepShape, StepTimeModel, StepTimes
 from dptrain.control.adapter import Adapter
 from dptrain.control.settings import ControlConfig
 from dptrain.errors import CheckpointError, ConfigError
+from dptrain.exchange import Exchange
 from dptrain.integrations.optimizer_rate import scale_learning_rate
 from dptrain.noise import NoiseScale
 from dptrain.observe import Meter, PendingSum, Reading
+from dptrain.observe.hooks.null import NullHook
+from dptrain.observe.measurement_interval import NeverMeasured
 from dptrain.observe.reduction import on_device
 from dptrain.tasks.base import Suggestion
 
@@ -61,21 +65,24 @@ class BatchAdapter:
     steps are those between two calls of `step`; a law that reads them makes two runs differ.
 
     Args:
-        meter: from `dptrain.attach`.
+        meter: from `dptrain.attach`; None with an exchange under which there is no noise scale.
         optimizer: whose learning rate follows the batch, as a factor on the rates that its groups hold.
         micro_batch_size: samples in one forward–backward on one replica.
         accumulation_steps: of the first step. Its global batch is the one that the learning rate was tuned at.
         control: law and limits; by default those of `dptrain train`.
         rule: how the learning rate follows the batch; by default that of `dptrain train` for this optimizer.
         max_samples: length of the run; by default unknown, and then the largest batch is 64 times the first.
+        exchange: what replicas send one another; it has wrapped the model, and `step` and the optimizer call it. Its
+            state is its own.
 
     Raises:
-        ConfigError: where a setting is out of range, or no batch within the limits can run.
+        ConfigError: where a setting is out of range, no batch within the limits can run, or the law needs a noise
+            scale that the exchange has not.
     """
 
     def __init__(
         self,
-        meter: Meter,
+        meter: Meter | None,
         optimizer: Optimizer | None,
         *,
         micro_batch_size: int,
@@ -83,15 +90,19 @@ class BatchAdapter:
         control: ControlConfig | None = None,
         rule: RuleName | None = None,
         max_samples: int | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
-        _check_arguments(meter, optimizer)
-        self.meter = meter
+        self._exchange = exchange
+        self.meter = meter = _meter(meter, optimizer, exchange=exchange)
         self._world_size = meter.num_replicas
         self._plan = BatchPlan(
             micro_batch_size=micro_batch_size, accumulation_steps=accumulation_steps, world_size=self._world_size
         )
         if rule is not None and rule not in RULES:
             raise ConfigError(f"the learning rate rule must be one of {', '.join(RULES)}, got {rule!r}")
+        if exchange is not None and exchange.no_noise_scale is not None:
+            kind = f"exchange.kind={exchange.name}"
+            check_without_noise(control or ControlConfig(), rule, kind=kind, reason=exchange.no_noise_scale)
         self._config = _config(self._plan, optimizer, control=control, rule=rule, max_samples=max_samples)
         self._adapter = Adapter(
             controller(self._config, world_size=self._world_size, quantum=self._quantum),
@@ -106,6 +117,8 @@ class BatchAdapter:
         self.window = Window(accumulation_steps=accumulation_steps, learning_rate_factor=1.0, reason="first step")
         if optimizer is not None:
             meter.on_remove(scale_learning_rate(optimizer, lambda: self._rate_in_force))
+        if exchange is not None and optimizer is not None:
+            meter.on_remove(optimizer.register_step_post_hook(lambda *_: exchange.updated()).remove)
 
     @property
     def _quantum(self) -> int:
@@ -139,6 +152,8 @@ class BatchAdapter:
         Args:
             grad_norm: norm of the combined gradient before clipping where the loop has it already.
         """
+        if self._exchange is not None:
+            self._exchange.combine()
         self.note(self.meter.read())
         reading = self.meter.step(grad_norm=grad_norm)
         self.decide()
@@ -253,6 +268,21 @@ def _check_arguments(meter: object, optimizer: object) -> None:
             f"{type(optimizer).__name__}: give torch's own, or None and multiply your learning rate by "
             "adapter.learning_rate_factor"
         )
+
+
+def _meter(meter: Meter | None, optimizer: Optimizer | None, *, exchange: Exchange | None) -> Meter:
+    """Return the meter, or one that never measures where the exchange has no noise scale."""
+    if exchange is None or exchange.no_noise_scale is None:
+        _check_arguments(meter, optimizer)
+        return cast("Meter", meter)
+    if meter is not None or optimizer is None:
+        raise ConfigError(
+            f"with exchange.kind={exchange.name} a BatchAdapter takes None for the meter, and an optimizer: "
+            f"{exchange.no_noise_scale}"
+        )
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    hook = NullHook(parameters[0].device)
+    return Meter(parameters, hook=hook, group=exchange.group, interval_rule=NeverMeasured())
 
 
 class _StepClock:

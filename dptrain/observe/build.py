@@ -33,8 +33,8 @@ GeometryLike = GeometryName | Mapping[str, DualName]
 Method = Literal["auto", "parameters", "hook"]
 
 _DUAL: tuple[DualName, ...] = ("sign", "spectral")
-_LOSSY = ("powerSGD_hook", "quantization_hooks")
-"""Modules of torch whose communication hooks lose information on purpose."""
+_LOSSY = ("powerSGD_hook", "quantization_hooks", "dptrain.exchange.compressed")
+"""Modules whose communication hooks lose information on purpose."""
 _HALF = ("fp16_compress_hook", "bf16_compress_hook", "fp16_compress_wrapper", "bf16_compress_wrapper")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -44,16 +44,24 @@ class ReplicaCheck:
     Args:
         parameters: by name, in the same order on all replicas; see `compared_tensors`.
         every_steps: steps between two comparisons; 0: never.
+        may_differ: whether replicas need not be equal just now; the same answer on all of them.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, Tensor]], *, every_steps: int) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, Tensor]],
+        *,
+        every_steps: int,
+        may_differ: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._parameters = dict(parameters)
         self._every_steps = every_steps if dist.is_initialized() and dist.get_world_size() > 1 else 0
+        self._may_differ = may_differ
         self._pending: tuple[int, Tensor, PendingSum] | None = None
 
     def start(self, step: int) -> None:
         """Begin a comparison where one is due after `step`; a collective on such steps. Does not wait."""
-        if self._every_steps and step % self._every_steps == 0:
+        if self._every_steps and step % self._every_steps == 0 and not self._may_differ():
             self._begin(step)
 
     def _begin(self, step: int) -> None:
@@ -67,7 +75,7 @@ class ReplicaCheck:
             DesyncError: as `finish`.
         """
         self.finish()
-        if self._every_steps:
+        if self._every_steps and not self._may_differ():
             self._begin(step)
             self.finish()
 

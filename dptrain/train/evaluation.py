@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from dptrain.errors import TaskError
+from dptrain.exchange import Exchange
 from dptrain.observe import PendingSum
 from dptrain.tasks.base import Batch, Task, split_loss
 from dptrain.train.hooks.weight_average import WeightAverage
@@ -28,6 +29,7 @@ class HeldOut:
         task: its held-out sets, loss and metrics.
         model: not wrapped, on its device.
         average: of the weights.
+        exchange: which model the figures are of, where replicas have different ones.
         rank: of this replica.
         world_size: number of replicas.
         device: where the model is.
@@ -40,6 +42,7 @@ class HeldOut:
         model: nn.Module,
         *,
         average: WeightAverage | None,
+        exchange: Exchange,
         rank: int,
         world_size: int,
         device: torch.device,
@@ -48,6 +51,7 @@ class HeldOut:
         self._task = task
         self._model = model
         self._average = average
+        self._exchange = exchange
         self._layout: dict[str, Any] = {
             "rank": rank,
             "world_size": world_size,
@@ -59,7 +63,9 @@ class HeldOut:
         """Return the figures by name, empty for a task without held-out data. A collective; waits."""
         if not self._task.eval_sets:
             return {}
-        figures = evaluate_task(self._task, self._model, batch_size=batch_size, **self._layout)
+        with self._exchange.evaluating(self._model) as (model, see_all):
+            layout = {**self._layout, "rank": 0, "world_size": 1} if see_all else self._layout
+            figures = evaluate_task(self._task, model, batch_size=batch_size, **layout)
         if self._average is not None:
             averaged = evaluate_task(self._task, self._average.model, batch_size=batch_size, **self._layout)
             figures |= {f"average/{name}": value for name, value in averaged.items()}

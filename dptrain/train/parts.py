@@ -15,6 +15,7 @@ from dptrain.cost.device_peaks import matmul_precision, peak_flops_per_s
 from dptrain.cost.flop_density import flop_density
 from dptrain.cost.ledger import Ledger
 from dptrain.errors import ConfigError
+from dptrain.exchange import Exchange, RunningStatistics
 from dptrain.models.sparsity import densities, sparse_parameters
 from dptrain.observe import DdpCommHook, Meter, ParameterHook
 from dptrain.observe.groups import Groups, resolve_groups
@@ -22,6 +23,7 @@ from dptrain.observe.hooks.base import GradientHook
 from dptrain.observe.hooks.null import NullHook
 from dptrain.runtime.rendezvous import collective_timeout_s
 from dptrain.runtime.replica import num_replicas, rank_of_replica
+from dptrain.runtime.replica_check import ReplicaCheck, compared_tensors
 from dptrain.runtime.step_reduction import broadcast_from_rank_0
 from dptrain.tasks import Task
 from dptrain.train.checkpoint_schedule import Sharding
@@ -47,6 +49,7 @@ def build_meter(
     bare_model: nn.Module,
     device: torch.device,
     loss_scale: LossScale | None,
+    exchange: Exchange,
     population: int,
 ) -> Meter:
     """Return the meter of a run, with its hook on the model.
@@ -57,6 +60,7 @@ def build_meter(
         bare_model: inside of it.
         device: of this replica.
         loss_scale: of float16 training.
+        exchange: may have no noise scale, or a communication hook to go round.
         population: samples in the training data.
 
     Raises:
@@ -65,7 +69,7 @@ def build_meter(
     groups = resolve_groups("module" if config.noise.groups else None, model=bare_model)
     return Meter(
         bare_model.parameters(),
-        hook=_hook(config, model=model, bare_model=bare_model, groups=groups, device=device),
+        hook=_hook(config, model=model, bare_model=bare_model, groups=groups, device=device, exchange=exchange),
         loss_scale=None if loss_scale is None else loss_scale.current,
         groups=groups,
         num_shards=num_shards(bare_model),
@@ -77,9 +81,15 @@ def build_meter(
 
 
 def _hook(
-    config: TrainConfig, *, model: nn.Module, bare_model: nn.Module, groups: Groups, device: torch.device
+    config: TrainConfig,
+    *,
+    model: nn.Module,
+    bare_model: nn.Module,
+    groups: Groups,
+    device: torch.device,
+    exchange: Exchange,
 ) -> GradientHook:
-    if config.control.mode == "off":
+    if config.control.mode == "off" or exchange.no_noise_scale is not None:
         return NullHook(device, num_entries=groups.num_entries)
     if is_sharded(bare_model):
         from dptrain.observe.hooks.fsdp import FsdpHook
@@ -94,7 +104,7 @@ def _hook(
         return ParameterHook(bare_model.parameters(), groups=groups)
     if num_replicas() == 1:  # which may be wrapped all the same
         raise ConfigError("noise.observer=hook needs at least two replicas: use noise.observer=parameters")
-    return DdpCommHook(cast("DistributedDataParallel", model), groups=groups)
+    return DdpCommHook(cast("DistributedDataParallel", model), groups=groups, comm_hook=exchange.hook())
 
 
 def build_update(
@@ -122,6 +132,25 @@ def sharding(device: torch.device) -> Sharding:
         num_ranks=num_replicas(),
         agree=partial(broadcast_from_rank_0, device=device),
         patience_s=_SHARD_PATIENCE * collective_timeout_s(),
+    )
+
+
+def build_replica_check(
+    config: TrainConfig, model: nn.Module, *, statistics: RunningStatistics, exchange: Exchange
+) -> ReplicaCheck:
+    """Return what compares the replicas of a run, at moments at which they must be equal.
+
+    Args:
+        config: filled in.
+        model: not wrapped.
+        statistics: of the model, which replicas combine.
+        exchange: says when replicas may differ.
+    """
+    shards = is_sharded(model)  # which differ by design
+    return ReplicaCheck(
+        compared_tensors(model, also=statistics.buffer_names()),
+        every_steps=config.replica_check_every_steps,
+        may_differ=lambda: shards or exchange.may_differ,
     )
 
 

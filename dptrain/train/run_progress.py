@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -47,6 +47,7 @@ class RunProgress:
         world_size: number of replicas.
         stream: order of the training data.
         ledger: counts what steps used.
+        bytes_per_step: what one replica sends in a step.
         smallest_micro_batch: fewest samples that the model takes at a time.
         tokens_per_sample: length of a sample, where tokens are counted.
     """
@@ -59,6 +60,7 @@ class RunProgress:
         world_size: int,
         stream: SampleStream,
         ledger: Ledger,
+        bytes_per_step: Callable[[], float | None] = lambda: None,
         smallest_micro_batch: int = 1,
         tokens_per_sample: int | None = None,
     ) -> None:
@@ -67,6 +69,7 @@ class RunProgress:
         self._meter = meter
         self._world_size = world_size
         self._ledger = ledger
+        self._bytes_per_step = bytes_per_step
         self._plan = StepPlan(config, world_size=world_size, stream=stream, smallest_micro_batch=smallest_micro_batch)
         self._batch_control = BatchControl(config, world_size=world_size)
         batch = given(config.global_batch_size)
@@ -171,6 +174,7 @@ class RunProgress:
             num_samples=record.global_batch_size,
             flops_per_sample=flops_per_sample,
             energy_j=outcome.energy_j,
+            bytes_sent=self._bytes_per_step(),
         )
         if outcome.measured:
             self._meter.absorb_step(outcome.meter_sums, usable=outcome.finite)
@@ -346,6 +350,7 @@ class RunProgress:
             **noise_figures(scale),
             "steps_dropped": progress.steps_dropped,
             **self._ledger.figures(),
+            "bytes_per_step": self._bytes_per_step(),
             "step_time_error": None if (model := self.step_timer.model) is None else model.error,
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -13,9 +13,12 @@ from dptrain.checkpoint.manifest import JSON
 from dptrain.checkpoint.opened import Checkpoint
 from dptrain.checkpoint.state import pack_model, pack_optimizer, unpack_model, unpack_optimizer
 from dptrain.config.filled_in import given
+from dptrain.config.resume_check import check_same_settings
 from dptrain.config.train_config import TrainConfig
 from dptrain.cost.flops import FlopCounter
 from dptrain.errors import CheckpointError, ConfigError
+from dptrain.exchange import Exchange
+from dptrain.exchange.members import gathered, member_name
 from dptrain.runtime.hosts.task_identity import TaskIdentity
 from dptrain.tasks.base import TrainHook
 from dptrain.tracking.run_log import RunLog
@@ -32,6 +35,7 @@ class RunState:
         config: filled in.
         model: not wrapped.
         optimizer: of the model's parameters.
+        exchange: what replicas send one another.
         run: how far the run is.
         num_samples: of the training data.
         identity: of the task.
@@ -49,6 +53,7 @@ class RunState:
         *,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
+        exchange: Exchange,
         run: RunProgress,
         num_samples: int,
         identity: TaskIdentity,
@@ -62,6 +67,7 @@ class RunState:
         self._config = config
         self._model = model
         self._optimizer = optimizer
+        self._exchange = exchange
         self._run = run
         self._num_samples = num_samples
         self._identity = identity
@@ -76,7 +82,10 @@ class RunState:
         self._names = named if masters is None else masters.names
 
     def pack(self) -> tuple[int, tuple[Mapping[str, Mapping[str, torch.Tensor]], Mapping[str, JSON]]]:
-        """Return the step, the tensors (sharded ones as they are) and the state that a checkpoint of now holds."""
+        """Return the step, the tensors (sharded ones as they are) and the state that a checkpoint of now holds.
+
+        A collective where `takes_all`.
+        """
         self._hook.on_save(self._run.moment(self._model))
         optimizer_tensors, optimizer_state = pack_optimizer(self._optimizer, names=self._names, gather=False)
         state: dict[str, JSON] = {
@@ -91,6 +100,13 @@ class RunState:
             **self._run.state(),
         }
         tensors = {"model": pack_model(self._model, gather=False), "optimizer": optimizer_tensors}
+        exchange = self._exchange.state_dict()
+        state["exchange"] = {name: value for name, value in exchange.items() if not isinstance(value, torch.Tensor)}
+        if parts := {name: value for name, value in exchange.items() if isinstance(value, torch.Tensor)}:
+            tensors["exchange"] = parts
+        if of_members := self._of_members():
+            own = {name: tensors[name] for name in of_members if name in tensors}
+            tensors |= gathered(own, device=next(self._model.parameters()).device)
         if self._average is not None:
             tensors["average"] = self._average.tensors()
         if self._masters is not None:
@@ -99,7 +115,45 @@ class RunState:
             tensors["hook"] = dict(beside)
         return self._run.progress.step, (tensors, state)
 
-    def check_same_data(self, saved: Checkpoint, *, is_own: bool = True) -> None:
+    def _of_members(self) -> tuple[str, ...]:
+        """Return the groups of tensors that each replica has for itself."""
+        groups = ("exchange",) if self._exchange.own_state else ()
+        return groups if self._exchange.parameters_are_equal else ("model", "optimizer", *groups)
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether to pack takes all replicas, because each has something of its own."""
+        return self._world_size > 1 and bool(self._of_members())
+
+    def of_all_members(self, entries: frozenset[str]) -> frozenset[str]:
+        """Return entries of the model (`model/mask`) for the models of all replicas that have one of their own."""
+        if self._exchange.parameters_are_equal:
+            return entries
+        names = [entry.removeprefix("model/") for entry in entries]
+        return frozenset(f"{member_name('model', rank)}/{name}" for rank in range(self._world_size) for name in names)
+
+    def check(self, saved: Checkpoint | None, branch: Checkpoint | None) -> None:
+        """Refuse checkpoints that this run can neither resume nor branch from.
+
+        Raises:
+            ConfigError: with what differs.
+        """
+        if saved is not None:
+            self._check_same_run(saved)
+        for checkpoint in (saved, branch):
+            if checkpoint is not None:
+                self._check_same_data(checkpoint, is_own=checkpoint is saved)
+
+    def begin(self, saved: Checkpoint | None, branch: Checkpoint | None, log: RunLog) -> None:
+        """Become what the saved run was, or begin where another one was, or as built; log it."""
+        if saved is not None:
+            self._restore(saved, log)
+        elif branch is not None:
+            self._begin_as(branch, log)
+        if self._exchange.no_noise_scale is not None and saved is None:
+            log.note(f"noise scale not measured: {self._exchange.no_noise_scale}")
+
+    def _check_same_data(self, saved: Checkpoint, *, is_own: bool = True) -> None:
         """Refuse a checkpoint from which this data would go on in another order, or with other samples.
 
         Args:
@@ -116,7 +170,24 @@ class RunState:
         if is_own:
             self._identity.check_digests(state, path=saved.path)
 
-    def restore(self, saved: Checkpoint, log: RunLog) -> None:
+    def _check_same_run(self, saved: Checkpoint) -> None:
+        """Refuse to go on with settings under which the steps so far would have been others, or on other replicas.
+
+        Raises:
+            ConfigError: as `check_same_settings`, and where each replica had something of its own that this number of
+                them cannot take over.
+        """
+        state: dict[str, Any] = saved.state
+        check_same_settings(self._config, saved=state["config"], position=int(state["progress"]["position"]))
+        before, reason = int(state["world_size"]), self._exchange.on_other_replicas
+        if reason is not None and before != self._world_size:
+            raise ConfigError(
+                f"{saved.path} was saved by {before} replicas and there are {self._world_size}: with exchange.kind="
+                f"{self._exchange.name} {reason}; go on with {before} replicas, or load the weights that "
+                f"`dptrain export` writes in your task"
+            )
+
+    def _restore(self, saved: Checkpoint, log: RunLog) -> None:
         """Become what the saved run was when it was saved."""
         state: dict[str, Any] = saved.state
         for path, reason in saved.passed_over:
@@ -126,7 +197,8 @@ class RunState:
         for change in self._identity.changes(state):
             log.note(change)
         with _complete(saved):
-            self._unpack(saved)
+            self._unpack(saved, rank=0 if self._exchange.parameters_are_equal else self._exchange.rank)
+            self._unpack_exchange(saved)
             self._run.restore(state)
             self._hook.load_state_dict(state.get("hook", {}))
             if self._average is not None:
@@ -137,15 +209,21 @@ class RunState:
         progress = self._run.progress
         log.note(f"resumed from step {progress.step:,}, {progress.position:,} samples seen")
 
-    def begin_as(self, other: Checkpoint, log: RunLog) -> None:
+    def _begin_as(self, other: Checkpoint, log: RunLog) -> None:
         """Begin a run of its own where another one was: with its parameters, optimizer and position, and no more."""
         state: dict[str, Any] = other.state
+        if other.holds(member_name("model", 1)):
+            raise ConfigError(
+                f"{other.path} holds replicas with parameters of their own: branch from a run whose replicas are "
+                f"equal, or load the weights that `dptrain export` writes in your task"
+            )
         settings = [{**group, "params": None} for group in self._optimizer.param_groups]
         with _complete(other):
             self._unpack(other)
             for group, own in zip(self._optimizer.param_groups, settings, strict=True):
                 group.update({**own, "params": group["params"]})
             position = int(state["progress"]["position"])
+            self._exchange.replaced()
         if position >= given(self._config.max_samples):
             raise ConfigError(
                 f"max_samples {self._config.max_samples} counts from the beginning of the run that is branched from, "
@@ -154,17 +232,30 @@ class RunState:
         self._run.begin_at(position)
         log.note(f"branched from {other.path}, {position:,} samples seen")
 
-    def _unpack(self, checkpoint: Checkpoint) -> None:
-        unpack_model(self._model, checkpoint.tensors("model"))
+    def _unpack(self, checkpoint: Checkpoint, *, rank: int = 0) -> None:
+        unpack_model(self._model, checkpoint.tensors(member_name("model", rank)))
         unpack_optimizer(
             self._optimizer,
             names=self._names,
-            tensors=checkpoint.tensors("optimizer"),
+            tensors=checkpoint.tensors(member_name("optimizer", rank)),
             state=checkpoint.state["optimizer"],
         )
         if self._masters is not None:
             self._masters.restore(checkpoint.tensors("masters"))
         self._hook.load_tensors(checkpoint.tensors("hook") if checkpoint.holds("hook") else {})
+
+    def _unpack_exchange(self, checkpoint: Checkpoint) -> None:
+        plain = dict(cast("Mapping[str, Any]", checkpoint.state.get("exchange", {})))
+
+        def record(rank: int) -> dict[str, Any]:
+            name = member_name("exchange", rank)
+            return plain | (checkpoint.tensors(name) if checkpoint.holds(name) else {})
+
+        before = int(cast("int", checkpoint.state["world_size"]))
+        if self._exchange.own_state and before != self._world_size:
+            self._exchange.load_from_others([record(rank) for rank in range(before)])
+        elif plain or checkpoint.holds("exchange"):
+            self._exchange.load_state_dict(record(self._exchange.rank if self._exchange.own_state else 0))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dptrain.cost.flops import FlopCounter, uncompiled
 from dptrain.data import MicroBatchLoader
 from dptrain.errors import OutOfMemoryError, TaskError
-from dptrain.exchange.running_statistics import RunningStatistics
+from dptrain.exchange import Exchange, RunningStatistics
 from dptrain.observe import Meter, PendingSum
 from dptrain.observe.stopwatch import Stopwatch
 from dptrain.runtime.replica import num_replicas, rank_of_replica
@@ -31,6 +31,7 @@ class Stepper:
     Args:
         model: the wrapped model.
         loss: mean loss of a micro-batch.
+        exchange: what replicas send one another.
         update: what makes parameters of gradients.
         meter: sees the gradients.
         loader: gives this replica's micro-batches.
@@ -46,6 +47,7 @@ class Stepper:
         *,
         model: nn.Module,
         loss: LossFunction,
+        exchange: Exchange,
         update: Update,
         meter: Meter,
         loader: MicroBatchLoader,
@@ -57,6 +59,7 @@ class Stepper:
     ) -> None:
         self._model = model
         self._loss = loss
+        self._exchange = exchange
         self._update = update
         self._meter = meter
         self._loader = loader
@@ -101,6 +104,7 @@ class Stepper:
         if self._statistics:
             self._statistics.begin_step()
         (loss_sum, *part_sums), num_samples, halved = self._backward(record)
+        self._exchange.combine()
         grad_norm, scaled_norm = self._update.grad_norms()
         sums, measured = self._meter.close_step(grad_norm=scaled_norm)
         pending = send(
@@ -115,6 +119,7 @@ class Stepper:
             halved=halved,
         )
         self._update.step(grad_norm, record)
+        self._exchange.updated()
         if self._statistics:
             self._statistics.end_step(num_micro_batches=record.num_micro_batches, finite=torch.isfinite(grad_norm))
         return pending

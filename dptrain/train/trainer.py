@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch.distributed as dist
 
@@ -16,7 +16,6 @@ from dptrain.checkpoint.opened import Checkpoint
 from dptrain.checkpoint.state import infinite_buffers
 from dptrain.checkpoint.store import load_checkpoint, load_newest, set_aside
 from dptrain.config.filled_in import as_saved, filled_in
-from dptrain.config.resume_check import check_same_settings
 from dptrain.config.train_config import TrainConfig
 from dptrain.cost.energy import EnergyCounter
 from dptrain.cost.flops import FlopCounter
@@ -29,9 +28,8 @@ from dptrain.runtime.hosts.task_identity import TaskIdentity
 from dptrain.runtime.launcher import is_replica
 from dptrain.runtime.rendezvous import rendezvous
 from dptrain.runtime.replica import num_replicas, rank_of_replica, replica_device, wait_for_everyone
-from dptrain.runtime.replica_check import ReplicaCheck, compared_tensors
 from dptrain.runtime.signals import SignalHandler
-from dptrain.runtime.startup_check import check_device, check_same_loss, check_same_run, model_digests
+from dptrain.runtime.startup_check import check_device
 from dptrain.runtime.step_reduction import (
     RankReport,
     Result,
@@ -41,20 +39,28 @@ from dptrain.runtime.step_reduction import (
     translate_peer_errors,
 )
 from dptrain.runtime.watchdog import Watchdog
-from dptrain.tasks import Task, check_evaluation, check_task, loss_of_two_samples
+from dptrain.tasks import Task
 from dptrain.tracking.jsonl import Value
 from dptrain.tracking.run_folder import RunFolder, checkpoints_in, default_run_dir
 from dptrain.tracking.run_log import RunLog, SilentLog, WritingLog
 from dptrain.train.checkpoint_schedule import CheckpointManager, crosses
 from dptrain.train.evaluation import HeldOut
+from dptrain.train.execution.exchanging import prepare_exchange, shared_loss
 from dptrain.train.execution.loss_scale import LossScale
 from dptrain.train.execution.master_weights import MasterWeights, needs_masters
 from dptrain.train.execution.wrapping import autocast, autocast_dtype, is_sharded, wrap
 from dptrain.train.facts import facts_of
 from dptrain.train.hooks import build_hooks, wants_end
 from dptrain.train.optimizer import build_optimizer, skips_on_device
-from dptrain.train.parts import build_ledger, build_meter, build_update, fitting_micro_batch_size, sharding
-from dptrain.train.preparation import prepared
+from dptrain.train.parts import (
+    build_ledger,
+    build_meter,
+    build_replica_check,
+    build_update,
+    fitting_micro_batch_size,
+    sharding,
+)
+from dptrain.train.preparation import check_same_training, prepared
 from dptrain.train.run_progress import RunProgress
 from dptrain.train.run_state import RunState
 from dptrain.train.step import Stepper, forward_seed
@@ -95,9 +101,7 @@ class Trainer:
         self._is_main = self._rank == 0
         wait_for_everyone(self._device)  # one that fails in what follows must not tear connections still being made
         seed_everything(config.seed)  # a split that the task draws is then the same on all replicas, and on resume
-        self._task, config = prepared(task, config)
-        self._unused = check_task(self._task)
-        check_evaluation(self._task)
+        self._task, config, self._unused = prepared(task, config)
         self._statistics = RunningStatistics(self._task.model, rank=self._rank, world_size=self._world_size)
         self._run_dir = Path(config.run_dir or default_run_dir(config.task))
         if resume:
@@ -115,25 +119,24 @@ class Trainer:
         self._branch = load_checkpoint(Path(config.branch_from or "")) if begins else None
         self._stream = self._task.order(seed=self._config.seed)
         self._identity = TaskIdentity(self._task, stream=self._stream)
-        check_same_run(
+        check_same_training(
             self._config,
-            {
-                **self._identity.subjects(),
-                **model_digests(self._task.model),
-                "the parameters that the loss does not use": sorted(self._unused),
-                "the checkpoint to branch from": None if self._branch is None else self._branch.step,
-                "the checkpoint to resume from": None if self._saved is None else self._saved.step,
-            },
+            self._task,
+            identity=self._identity,
+            unused=self._unused,
+            branch=self._branch,
+            saved=self._saved,
             device=self._device,
         )
-        check_same_loss(loss_of_two_samples(self._task) if self._world_size > 1 else None, device=self._device)
 
         self._bare_model = self._task.model
+        self._exchange = prepare_exchange(self._config, self._bare_model, statistics=self._statistics, task=task)
         execution, precision = self._config.execution, self._config.precision
         looks = self._config.find_unused_parameters
         self._masters = MasterWeights(self._bare_model) if needs_masters(self._config) else None
         self._model = wrap(
             self._bare_model,
+            exchange=self._exchange,
             execution=execution,
             precision=precision,
             device=self._device,
@@ -154,6 +157,7 @@ class Trainer:
             self._task,
             self._bare_model,
             average=average,
+            exchange=self._exchange,
             rank=self._rank,
             world_size=self._world_size,
             device=self._device,
@@ -165,6 +169,7 @@ class Trainer:
             bare_model=self._bare_model,
             device=self._device,
             loss_scale=self._loss_scale,
+            exchange=self._exchange,
             population=self._num_samples,
         )
         self._flops = FlopCounter()
@@ -175,6 +180,7 @@ class Trainer:
             world_size=self._world_size,
             stream=self._stream,
             ledger=build_ledger(self._config, task=self._task, device=self._device),
+            bytes_per_step=self._exchange.bytes_per_step,
             smallest_micro_batch=self._statistics.smallest_micro_batch,
             tokens_per_sample=self._task.tokens_per_sample,
         )
@@ -182,6 +188,7 @@ class Trainer:
             self._config,
             model=self._bare_model,
             optimizer=self._optimizer,
+            exchange=self._exchange,
             run=self._run,
             num_samples=self._num_samples,
             identity=self._identity,
@@ -243,21 +250,13 @@ class Trainer:
             CheckpointError: where the run cannot be saved.
         """
         saved = self._saved
-        if saved is not None:  # before the log is opened, which writes the settings and cuts rows
-            state: Mapping[str, Any] = saved.state
-            check_same_settings(self._config, saved=state["config"], position=int(state["progress"]["position"]))
-        for checkpoint in (saved, self._branch):
-            if checkpoint is not None:
-                self._state.check_same_data(checkpoint, is_own=checkpoint is saved)
+        self._state.check(saved, self._branch)  # before the log is opened, which writes the settings and cuts rows
         log = self._open_log(saved)
         with ExitStack() as stack:
             stack.callback(log.close)
             check_shared_folder(self._run_dir, device=self._device)
             stack.callback(self._meter.remove, wait=False)  # its sums travel with those of the step
-            if saved is not None:
-                self._state.restore(saved, log)
-            elif self._branch is not None:
-                self._state.begin_as(self._branch, log)
+            self._state.begin(saved, self._branch, log)
             self._follow_record(log)
             if not skips_on_device(self._optimizer):
                 log.note("this optimizer cannot skip a step on the device: each step waits for it once")
@@ -282,10 +281,9 @@ class Trainer:
         self, stepper: Stepper, stop: SignalHandler, checkpoint_manager: CheckpointManager | None, log: RunLog
     ) -> Generator[StepRecord, None, Mapping[str, Value] | None]:
         run, began_s = self._run, time.monotonic() - self._run.progress.wall_s
-        # Shards differ by design.
-        every_steps = 0 if self._is_sharded else self._config.replica_check_every_steps
-        tensors = compared_tensors(self._bare_model, also=self._statistics.buffer_names())
-        self._drift = drift = ReplicaCheck(tensors, every_steps=every_steps)
+        self._drift = drift = build_replica_check(
+            self._config, self._bare_model, statistics=self._statistics, exchange=self._exchange
+        )
         garbage = GarbageCollection(self._config.execution.collect_garbage_every_steps)
         with Watchdog(world_size=self._world_size) as watchdog, garbage.held():
             while not (run.at_end or run.stop_agreed):
@@ -352,6 +350,8 @@ class Trainer:
             ends = ends or run.at_end
         if ends or saves:
             self._drift.check(record.step)
+        if (ends or saves) and self._state.takes_all and checkpoint_manager is None:
+            self._state.pack()  # rank 0 alone keeps what comes of it
         if ends and checkpoint_manager is not None and not self._is_main:
             checkpoint_manager.save()  # its shard, for which rank 0 waits
         if ends:
@@ -417,12 +417,14 @@ class Trainer:
 
     def _stepper(self, loader: MicroBatchLoader) -> Stepper:
         self._model.train()
+        self._exchange.share(shared_loss(self._task, self._config, device=self._device, precision=self._autocast))
         update = build_update(
             self._config, self._model, optimizer=self._optimizer, loss_scale=self._loss_scale, masters=self._masters
         )
         return Stepper(
             model=self._model,
             loss=self._task.loss,
+            exchange=self._exchange,
             update=update,
             meter=self._meter,
             loader=loader,
@@ -438,7 +440,7 @@ class Trainer:
             self._config.checkpoint,
             folder=checkpoints_in(self._run_dir),
             pack=self._state.pack,
-            infinite=infinite_buffers(self._bare_model),
+            infinite=self._state.of_all_members(infinite_buffers(self._bare_model)),
             committed_step=0 if self._saved is None else self._saved.step,
             log=log,
             sharding=sharding(self._device) if self._is_sharded else None,

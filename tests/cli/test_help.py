@@ -8,7 +8,7 @@ from dptrain.config.settings_file import setting_types
 from tests.cli.test_train import outcome
 
 GROUPS = (
-    *("run", "model", "distillation", "sparsity", "execution", "optimizer", "early_stopping"),
+    *("run", "model", "distillation", "sparsity", "execution", "exchange", "optimizer", "early_stopping"),
     *("control", "noise", "checkpoint", "log"),
 )
 

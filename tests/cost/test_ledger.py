@@ -10,7 +10,7 @@ import pytest
 from dptrain.cost.ledger import Ledger
 from dptrain.errors import CheckpointError
 
-STEP = {"seconds": 2.0, "num_samples": 10, "flops_per_sample": 3e9, "energy_j": 50.0}
+STEP = {"seconds": 2.0, "num_samples": 10, "flops_per_sample": 3e9, "energy_j": 50.0, "bytes_sent": 1e6}
 
 
 def _ledger(**options):
@@ -26,6 +26,7 @@ def test_a_step_is_entered_with_all_devices():
         "ledger/device_s": 8.0,
         "ledger/mfu": pytest.approx(3e10 / (1e10 * 8)),
         "ledger/energy_j": 50.0,
+        "ledger/bytes_sent": 1e6,
         "ledger/cost": pytest.approx(8 / 3600 * 1.8),
     }
 
@@ -85,7 +86,7 @@ def test_a_sum_with_a_hole_in_it_is_no_figure(options, step, unknown):
     assert after.columns()[unknown] is None
     known = {name for name, value in after.columns().items() if value is not None}
     assert "ledger/device_s" in known
-    assert len(known) == (3 if unknown == "ledger/flops" else 4)  # without FLOPs there is no utilisation either
+    assert len(known) == (4 if unknown == "ledger/flops" else 5)  # without FLOPs there is no utilisation either
 
 
 def test_the_figures_have_petaflop_s_days():
@@ -105,6 +106,7 @@ def test_before_the_first_step_nothing_was_used():
         "ledger/device_s": 0.0,
         "ledger/mfu": None,
         "ledger/energy_j": 0.0,
+        "ledger/bytes_sent": 0.0,
         "ledger/cost": 0.0,
     }
 

@@ -70,6 +70,7 @@ KINDS = {
     "local 1": lambda: LocalUpdates(1),
     "local 4": lambda: LocalUpdates(4),
     "nesterov": lambda: LocalUpdates(4, outer="nesterov"),
+    "overlapped": lambda: LocalUpdates(4, overlap=2),
     "nesterov as average": lambda: LocalUpdates(1, outer="nesterov", outer_learning_rate=1.0, outer_momentum=0.0),
     "bases": lambda: RandomBases(24),
     "all directions": lambda: RandomBases(10**6),
@@ -81,7 +82,7 @@ def train_all(rank, world_size):
     for name, make in KINDS.items():
         exchange = make()
         found[name] = {**train(exchange, rank), "bytes": exchange.bytes_per_step()}
-    for name in ("int8", "bf16", "local 4", "nesterov", "bases"):
+    for name in ("int8", "bf16", "powersgd", "local 4", "nesterov", "overlapped", "bases"):
         saved = train(KINDS[name](), rank, steps=8, save_at=8)["saved"]
         found[name]["resumed"] = train(KINDS[name](), rank, resumed=saved)["parameters"]
     found["spread"] = local_spread(rank)
@@ -91,7 +92,7 @@ def train_all(rank, world_size):
 def local_spread(rank):
     exchange = LocalUpdates(4)
     train(exchange, rank)
-    return exchange.spread.item()
+    return exchange.spread
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_error_feedback_keeps_what_rounding_loses(runs):
     assert distance(runs, "bf16") < distance(runs, "bf16 without feedback")
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("local 4", "nesterov")])
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("local 4", "nesterov", "overlapped")])
 def test_parameters_are_equal_on_all_replicas(runs, name):
     """Kinds that say so have equal parameters after each step, to the last bit."""
     assert runs[0][name]["parameters"] == runs[1][name]["parameters"]
@@ -148,23 +149,16 @@ def test_bytes_are_in_the_order_of_what_is_sent(runs):
     sent = {name: runs[0][name]["bytes"] for name in KINDS}
     assert sent["all_reduce"] == 4 * elements
     assert sent["fp16"] == sent["bf16"] == 2 * elements
-    assert sent["int8"] == elements
+    assert sent["int8"] == elements + 4 * 4  # a scale for each of four parameters
     assert sent["local 4"] == elements
     assert sent["bases"] == pytest.approx(4 * 24, rel=0.2)
 
 
-@pytest.mark.parametrize("name", ["bf16", "local 4", "nesterov", "bases"])
+@pytest.mark.parametrize("name", ["bf16", "int8", "powersgd", "local 4", "nesterov", "overlapped", "bases"])
 def test_a_resumed_run_ends_with_the_same_bits(runs, name):
     """Residuals, anchors, velocities and the number of the step are all that a kind remembers."""
     for run in runs:
         assert run[name]["resumed"] == run[name]["parameters"]
-
-
-def test_a_resumed_int8_run_ends_within_a_rounding(runs):
-    """DDP lays out its buckets anew in a new process, and with them the scales of the codes; replicas stay equal."""
-    one, two = (torch.tensor(runs[0]["int8"][name]) for name in ("resumed", "parameters"))
-    assert (one - two).norm() < 5e-3 * two.norm()
-    assert runs[0]["int8"]["resumed"] == runs[1]["int8"]["resumed"]
 
 
 def test_settings_out_of_range_are_refused():

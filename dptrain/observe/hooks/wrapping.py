@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -86,6 +87,14 @@ class Wrapping:
         return -(-parameter.shape[0] // math.prod(cuts))
 
 
+_without_noise_scale: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def refuse_measuring(model: nn.Module, reason: str) -> None:
+    """Have `identify` refuse a module from now on, because of what its replicas exchange."""
+    _without_noise_scale[model] = reason
+
+
 def identify(model: nn.Module, *, reduction: Reduction = "wrapper") -> Wrapping:
     """Look at `model` and at the process group.
 
@@ -101,6 +110,8 @@ def identify(model: nn.Module, *, reduction: Reduction = "wrapper") -> Wrapping:
             f"{type(model).__name__} takes no hooks on its forward pass: attach to the module before torch.jit.script, "
             "or use torch.compile"
         )
+    if model in _without_noise_scale:
+        raise ObservationError(f"there is no noise scale here: {_without_noise_scale[model]}")
     for module in model.modules():
         _refuse_engines(module)
     # A sharded parameter is known by its mesh: importing DTensor to ask for its type would double the import time.

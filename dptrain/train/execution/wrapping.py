@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dptrain.config.execution import ExecutionConfig
 from dptrain.errors import ConfigError
+from dptrain.exchange import Exchange
 
 _COMPILED_SHAPES = 64
 """Graphs that dynamo may keep for one function. Its own limit of 8 is below the number of micro-batch sizes;
@@ -53,6 +54,7 @@ def autocast(device: torch.device, *, dtype: torch.dtype | None) -> AbstractCont
 def wrap(
     model: nn.Module,
     *,
+    exchange: Exchange,
     execution: ExecutionConfig,
     precision: str,
     device: torch.device,
@@ -66,6 +68,7 @@ def wrap(
 
     Args:
         model: on any device.
+        exchange: what replicas send one another; wraps a model that is not sharded.
         execution: how steps run.
         precision: of the settings.
         device: of this replica.
@@ -85,17 +88,18 @@ def wrap(
             _checkpointed(block)
     if execution.compile != "off":
         _compile(model, blocks, execution=execution)
-    if not dist.is_initialized() or (dist.get_world_size() == 1 and execution.wrapper == "ddp"):
-        return model
     if execution.wrapper == "ddp":
         # Nor the tables that no checkpoint holds, which nobody changes.
         ignored = {*ignored_buffers, *(dict(model.named_buffers()).keys() - model.state_dict().keys())}
-        return _ddp(
+        return exchange.wrap(
             model,
-            device=device,
+            ignored_buffers=ignored,
+            device_ids=[device] if device.type == "cuda" else None,
+            # Not static_graph: with it the first pass under no_sync ends in an internal error of torch 2.13's reducer.
             find_unused_parameters=find_unused_parameters,
-            ignored=ignored,
         )
+    if not dist.is_initialized():
+        return model
     return _sharded(model, blocks, execution=execution, precision=precision, device=device)
 
 
@@ -124,19 +128,6 @@ def _of_this_file(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward(*args, **kwargs)
 
     return call
-
-
-def _ddp(model: nn.Module, *, device: torch.device, find_unused_parameters: bool, ignored: set[str]) -> nn.Module:
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))  # type: ignore[no-untyped-call] # noqa: SLF001 - torch names no other way
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        # Gradients that are views into the buckets are copied neither in nor out, and take memory once: 13 to 17 % of
-        # the CPU time of a step of 12 million parameters.
-        gradient_as_bucket_view=True,
-        # Not static_graph: with it the first pass under no_sync ends in an internal error of torch 2.13's reducer.
-        find_unused_parameters=find_unused_parameters,
-    )
 
 
 def _sharded(

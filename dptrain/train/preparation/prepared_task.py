@@ -9,21 +9,25 @@ from pathlib import Path
 from dptrain.config.tokens import in_samples
 from dptrain.config.train_config import TrainConfig
 from dptrain.models.adaptation import adapt_model
-from dptrain.tasks import Task, check_task, resolve_task
+from dptrain.tasks import Task, check_evaluation, check_task, resolve_task
 from dptrain.train.preparation.distillation import DistilledLoss, check_logits
 from dptrain.train.preparation.layer_rates import with_layer_rates
 from dptrain.train.preparation.teacher import digest_of, load_teacher
 from dptrain.train.preparation.weights import read_weights
 
 
-def prepared(task: Task | Callable[..., Task] | None, config: TrainConfig) -> tuple[Task, TrainConfig]:
-    """Return the task as the settings want it, and the settings in its samples where they are in tokens.
+def prepared(task: Task | Callable[..., Task] | None, config: TrainConfig) -> tuple[Task, TrainConfig, frozenset[str]]:
+    """Return the task as the settings want it, and checked; its model is changed in place.
 
-    The task's model is changed in place. Held-out figures stay the task's own.
+    Held-out figures stay the task's own.
 
     Args:
         task: as given to the trainer; None for the one that the settings name.
         config: of the run.
+
+    Returns:
+        The task; the settings, in samples where they were given in tokens; the names of the parameters that the loss
+        does not use.
 
     Raises:
         ConfigError: where settings and model do not fit.
@@ -45,4 +49,6 @@ def prepared(task: Task | Callable[..., Task] | None, config: TrainConfig) -> tu
         )
         digests = {**task.digests, "the teacher": digest_of(teacher)}
         task = replace(task, loss=loss, eval_loss=task.eval_loss or task.loss, digests=digests)
-    return task, config
+    unused = check_task(task)
+    check_evaluation(task)
+    return task, config, unused

@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from dptrain.config.execution import ExecutionConfig
 from dptrain.cost.flops import FlopCounter
 from dptrain.errors import ConfigError
+from dptrain.exchange import AllReduce
 from dptrain.models.gpt import Gpt, GptConfig
 from dptrain.train.execution.wrapping import find_blocks, mesh_shape, wrap
 
@@ -49,7 +50,7 @@ def test_a_compiled_model_stays_compiled_beside_the_flop_counter(make):
     name = f"counting {len(torch._dynamo.list_backends(exclude_tags=()))}"
     torch._dynamo.register_backend(compiles, name=name)
     execution = ExecutionConfig(compile="model", compile_backend=name)
-    wrapped = wrap(make(), execution=execution, precision="no", device=torch.device("cpu"))
+    wrapped = wrap(make(), exchange=AllReduce(), execution=execution, precision="no", device=torch.device("cpu"))
     flops, calls = FlopCounter(), 0
     for accumulation_steps, size in ((2, 4), (4, 4), (2, 4), (1, 8), (3, 8), (2, 4)):
         for _ in range(accumulation_steps):
@@ -75,7 +76,11 @@ def test_inductor_trains_as_eager_does():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
         wrapped = wrap(
-            model, execution=ExecutionConfig(compile=compile_what), precision="no", device=torch.device("cpu")
+            model,
+            exchange=AllReduce(),
+            execution=ExecutionConfig(compile=compile_what),
+            precision="no",
+            device=torch.device("cpu"),
         )
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         batch = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))

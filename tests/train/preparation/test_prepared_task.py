@@ -65,7 +65,7 @@ def test_a_model_starts_from_a_run_with_a_new_head(tmp_path, others, kind):
     torch.manual_seed(0)
     fresh = resolve_task("mnist1d", options=FEW)
     torch.manual_seed(0)
-    task, _ = prepared(resolve_task("mnist1d", options=FEW), tuned(tmp_path, others, kind))
+    task, _, _ = prepared(resolve_task("mnist1d", options=FEW), tuned(tmp_path, others, kind))
     saved = load_newest(others / "checkpoints").tensors("model")
     for name, tensor in task.model.state_dict().items():
         plain = name.replace(".base_layer", "")
@@ -84,7 +84,7 @@ def test_a_model_starts_from_a_run_with_a_new_head(tmp_path, others, kind):
 def test_the_meter_sees_what_is_trained_alone(tmp_path, others, kind):
     """|G|² and tr(Σ) of one step over all samples are those of every sample's own gradient, to 0.01 %."""
     torch.manual_seed(0)
-    task, _ = prepared(resolve_task("mnist1d", options=FEW), tuned(tmp_path, others, kind))
+    task, _, _ = prepared(resolve_task("mnist1d", options=FEW), tuned(tmp_path, others, kind))
     for name, parameter in task.model.named_parameters():
         if "lora_B" in name:  # it begins at zero, where half of the adapters have no gradient
             parameter.data = 0.1 * torch.randn_like(parameter)

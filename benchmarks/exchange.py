@@ -1,0 +1,157 @@
+"""What should replicas exchange on a slow network, and are bytes and accuracies as the kinds of exchange say?"""
+# python -m benchmarks.exchange [--parts PART,…] [--json PATH|-] [--figure PATH.png] [--quick]
+#
+# Parts: random_bases, members (any machine); networks (network namespaces, so root). A part that is not asked for
+# keeps its rows and figures in the JSON that is there.
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import harness, members, random_bases, slow_networks
+from benchmarks.namespaces import reason_to_skip
+
+Part = tuple[dict[str, float], list[dict[str, Any]]]
+"""Figures, and rows."""
+
+_LEAST_BYTES = 2000
+"""Kinds that send less in a step are not compared: half of what is on the wire is then headers."""
+
+
+def measure_random_bases(*, quick: bool) -> Iterator[Part]:
+    """Compare fixed, redrawn and all directions, and 1, 2 and 4 replicas."""
+    rows, holds = random_bases.order(
+        tasks=("digits",) if quick else ("digits", "mnist1d"),
+        sizes=(16,) if quick else random_bases.SIZES,
+        seeds=1 if quick else 3,
+    )
+    on_replicas = random_bases.replicas(num_steps=100)
+    falls = all(a["loss"] > b["loss"] for a, b in itertools.pairwise(on_replicas))
+    figures = {"random_bases_order_holds": float(holds), "random_bases_more_replicas_lower_loss": float(falls)}
+    yield figures, [*rows, *on_replicas]
+
+
+def measure_networks(*, quick: bool) -> Iterator[Part]:
+    """Search for batches and rates, then time steps on each network; the rows so far after each."""
+    reason = reason_to_skip()
+    if reason:
+        raise SystemExit(f"hosts cannot be made here: {reason}")
+    with tempfile.TemporaryDirectory() as name:
+        found = slow_networks.search(Path(name), seeds=1 if quick else 3, quick=quick)
+        rows: list[dict[str, Any]] = []
+        for mbit, delay_s in slow_networks.NETWORKS[:1] if quick else slow_networks.NETWORKS:
+            folder = Path(name) / f"{mbit}-{delay_s}"
+            folder.mkdir()
+            for row in slow_networks.timed(found, folder, mbit=mbit, delay_s=delay_s):
+                steps = [one["steps"] for one in found if (one["kind"], one["batch"]) == (row["kind"], row["batch"])]
+                rates = [one["rate"] for one in found if (one["kind"], one["batch"]) == (row["kind"], row["batch"])]
+                rows.append({**row, "steps": steps[0] if steps else [], "rate": rates[0] if rates else None})
+            yield network_figures(rows), rows
+
+
+def measure_members(*, quick: bool) -> Iterator[Part]:
+    """Compare ensembles and codistilled replicas with one model."""
+    yield members.compare(num_samples=4_096 if quick else 40_960, seeds=1 if quick else 3)
+
+
+def network_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the largest error of the bytes, and the best kind's seconds beside the best batch of all-reduce."""
+    errors = [
+        abs((row["sent"] - row["agreement"]) / row["said"] - 1)
+        for row in rows
+        if row["said"] is not None and row["said"] >= _LEAST_BYTES
+    ]
+    figures = {"bytes_error_max": max(errors)}
+    for mbit, delay_s in dict.fromkeys((row["mbit"], row["delay_s"]) for row in rows):
+        here = [row for row in rows if (row["mbit"], row["delay_s"]) == (mbit, delay_s)]
+        exact = best_seconds([row for row in here if row["kind"] == "all_reduce"])
+        other = best_seconds([row for row in here if row["kind"] not in ("all_reduce", "ensemble")])
+        if exact and other:
+            ratio = statistics.median(b / a for a, b in zip(exact, other, strict=True))
+            figures[f"best_over_all_reduce_{mbit}_{1000 * delay_s:.0f}"] = ratio
+    if "best_over_all_reduce_100_50" in figures:
+        figures["slow_best_over_all_reduce"] = figures["best_over_all_reduce_100_50"]
+    return figures
+
+
+def best_seconds(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return the seconds to the target, seed by seed, of the row whose median is the lowest."""
+    complete = [row for row in rows if row["steps"] and None not in row["steps"]]
+    seconds = [[row["step_s"] * whole_rounds(steps, row["every"]) for steps in row["steps"]] for row in complete]
+    return min(seconds, key=statistics.median, default=[])
+
+
+def whole_rounds(steps: int, every: int) -> int:
+    """Return the steps up to the next exchange: what was evaluated before it was a mean that nobody had yet."""
+    return -(-steps // every) * every
+
+
+PARTS: Mapping[str, Callable[..., Iterator[Part]]] = {
+    "random_bases": measure_random_bases,
+    "members": measure_members,
+    "networks": measure_networks,
+}
+
+
+def main() -> None:
+    """Read the command line, measure, and tell."""
+    parser = harness.command_line(question=__doc__, name="exchange")
+    parser.add_argument("--parts", default=",".join(PARTS), help="of %(default)s")
+    parser.add_argument("--figure", type=Path, help="draw seconds against bandwidth; with --parts none from the JSON")
+    options = parser.parse_args()
+    figures, rows = _kept(options)
+    for part in () if options.parts == "none" else options.parts.split(","):
+        for found, measured in PARTS[part](quick=options.quick):
+            figures |= found
+            rows = [row for row in rows if row["part"] != part] + [{"part": part, **row} for row in measured]
+            findings = harness.Findings(figures=figures, rows=rows, columns=_COLUMNS, note="rows: see the JSON")
+            harness.tell(findings, options, question=__doc__, name="exchange", device="cpu")
+    if options.figure is not None:
+        draw([row for row in rows if row["part"] == "networks"], options.figure)
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the seconds of each kind's best batch against the bandwidth, a panel for each delay."""
+    from matplotlib.figure import Figure
+
+    delays = sorted({row["delay_s"] for row in rows})
+    figure = Figure(figsize=(4.5 * len(delays), 4), layout="constrained")
+    for place, delay_s in enumerate(delays, 1):
+        axes = figure.add_subplot(1, len(delays), place)
+        for kind in dict.fromkeys(row["kind"] for row in rows if row["steps"]):
+            own = [row for row in rows if row["kind"] == kind and row["delay_s"] == delay_s]
+            found = {mbit: best_seconds([row for row in own if row["mbit"] == mbit]) for mbit in _bandwidths(own)}
+            known = {mbit: statistics.median(seconds) for mbit, seconds in found.items() if seconds}
+            axes.plot(list(known), list(known.values()), marker="o", label=kind)
+        axes.set(xscale="log", yscale="log", xlabel="bandwidth in Mbit/s", ylabel="seconds to the target")
+        axes.set_title(f"{1000 * delay_s:g} ms one way")
+        axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def _bandwidths(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    return sorted({row["mbit"] for row in rows})
+
+
+_COLUMNS = {"part": "{part}"}
+
+
+def _kept(options: argparse.Namespace) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    if options.json in (None, "-") or not Path(options.json).exists():
+        return {}, []
+    before = json.loads(Path(options.json).read_text(encoding="utf-8"))
+    return before["figures"], before["rows"]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

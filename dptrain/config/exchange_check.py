@@ -1,0 +1,84 @@
+"""Which settings of a run do not go together with what its replicas exchange."""
+
+from __future__ import annotations
+
+from dptrain.control.settings import ControlConfig
+from dptrain.errors import ConfigError
+from dptrain.exchange.kinds import no_noise_scale, parameters_are_equal
+from dptrain.exchange.settings import ExchangeConfig
+
+READ_NOISE = ("goodput", "noise", "pollux")
+"""Batch laws that need the noise scale."""
+_RULES_WITHOUT_NOISE = ("none", "linear", "square_root")
+
+
+def check_exchange(
+    exchange: ExchangeConfig,
+    *,
+    control: ControlConfig,
+    rule: str | None,
+    average_decay: float | None,
+    wrapper: str,
+    precision: str,
+) -> None:
+    """Refuse laws and modes that need a noise scale where none is defined, and what a kind cannot do.
+
+    Args:
+        exchange: the settings.
+        control: of the batch.
+        rule: by which the learning rate follows the batch.
+        average_decay: of an average of the weights.
+        wrapper: of the model.
+        precision: of parameters and passes.
+
+    Raises:
+        ConfigError: with the reason and the remedy.
+    """
+    reason, kind = no_noise_scale(exchange), f"exchange.kind={exchange.kind}"
+    if exchange.kind == "all_reduce":
+        return
+    if wrapper != "ddp":
+        raise ConfigError(
+            f"{kind} needs whole parameters on each replica, but execution.wrapper is {wrapper}: use "
+            f"execution.wrapper=ddp"
+        )
+    if precision == "bf16_parameters":
+        raise ConfigError(f"{kind} is for parameters in full precision, not for bf16_parameters: use precision=bf16")
+    if reason is not None:
+        check_without_noise(control, rule, kind=kind, reason=reason)
+    if parameters_are_equal(exchange):
+        return
+    if precision == "fp16":
+        raise ConfigError(f"with {kind} each replica would need a loss scale of its own: use precision=bf16")
+    if average_decay is not None:
+        raise ConfigError(
+            f"with {kind} the weights are not the same on all replicas: leave optimizer.average_decay out"
+        )
+
+
+def check_without_noise(control: ControlConfig, rule: str | None, *, kind: str, reason: str) -> None:
+    """Refuse laws, modes and rules that need a noise scale.
+
+    Args:
+        control: of the batch.
+        rule: by which the learning rate follows the batch.
+        kind: of exchange, as in the settings.
+        reason: why there is none.
+
+    Raises:
+        ConfigError: with the reason and the remedy.
+    """
+    if control.mode in ("measure", "advise"):
+        raise ConfigError(f"control.mode={control.mode} needs the noise scale, which {kind} has not: {reason}")
+    if control.mode != "adapt" or control.law == "constant":
+        return
+    if control.law in READ_NOISE:
+        raise ConfigError(
+            f"control.law={control.law} needs the noise scale, which {kind} has not: {reason}. Or keep the batch with "
+            f"control.law=constant, or give it with control.law=schedule"
+        )
+    if rule not in _RULES_WITHOUT_NOISE and not (rule is None and control.law == "seesaw"):
+        raise ConfigError(
+            f"with {kind} and control.law={control.law} the learning rate cannot follow the batch by the noise scale: "
+            f"use optimizer.rule=square_root (adamw), linear (sgd) or none"
+        )

@@ -1,0 +1,100 @@
+"""What a run and its exchange need of each other: parameters to begin with, samples that all replicas see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from dptrain.config.filled_in import largest_micro_batch_size
+from dptrain.config.train_config import TrainConfig
+from dptrain.data.iterable import StreamedSamples
+from dptrain.data.source import seed_everything
+from dptrain.errors import ConfigError, TaskError
+from dptrain.exchange import Exchange, RunningStatistics, build_exchange
+from dptrain.exchange.base import SharedLoss
+from dptrain.models.adaptation import adapt_model
+from dptrain.tasks import Task, resolve_task
+from dptrain.tasks.base import split_loss
+
+
+def prepare_exchange(
+    config: TrainConfig,
+    model: nn.Module,
+    *,
+    statistics: RunningStatistics,
+    task: Task | Callable[..., Task] | None,
+) -> Exchange:
+    """Return the exchange of a run; the model then has the parameters that this replica begins with.
+
+    Where replicas begin apart, each but rank 0 builds the task again, from a seed of its own.
+
+    Args:
+        config: the settings.
+        model: as the task was built on all replicas.
+        statistics: of the model.
+        task: as the trainer was given it.
+
+    Raises:
+        TaskError: where the model has running statistics, and replicas go ways of their own.
+        ConfigError: where replicas shall begin apart, and the task cannot be built again.
+    """
+    # DDP has one slot for a hook, and the meter's has this one inside where it measures there.
+    takes_slot = config.noise.observer == "hook" and config.control.mode != "off"
+    exchange = build_exchange(config.exchange, seed=config.seed, registers=not takes_slot)
+    if statistics and not exchange.parameters_are_equal:
+        raise TaskError(
+            f"the model has batch norms, whose running statistics replicas of exchange.kind={exchange.name} cannot "
+            f"share: use group or layer norms, or exchange.kind=all_reduce"
+        )
+    if exchange.begins_apart and exchange.num_replicas > 1:
+        if isinstance(task, Task):
+            raise ConfigError(
+                f"with exchange.kind={exchange.name} each replica begins with parameters of its own, but the task was "
+                f"given as built: give the function that builds it"
+            )
+        if exchange.rank > 0:
+            seed_everything(config.seed + exchange.rank)
+            other = resolve_task(task or config.task, options=config.task_options).model
+            adapt_model(other, config.model)
+            model.load_state_dict(other.state_dict())
+            seed_everything(config.seed)
+    return exchange
+
+
+def shared_loss(
+    task: Task,
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    precision: Callable[[], AbstractContextManager[object]],
+) -> SharedLoss:
+    """Return what runs a model on training samples that depend on seed and step alone.
+
+    Args:
+        task: of the run.
+        config: filled in.
+        device: of this replica.
+        precision: makes the context of a forward pass.
+    """
+    data: Any = task.train_data
+    number = min(config.exchange.shared_samples or largest_micro_batch_size(config), len(data))
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        if isinstance(data, StreamedSamples):
+            raise ConfigError("replicas cannot share samples of an iterable data set: use one with indices")
+        drawn = np.random.default_rng((config.seed, step)).choice(len(data), size=number, replace=False)
+        if task.collate is None and hasattr(data, "read_batch"):
+            batch = data.read_batch(drawn)
+        else:
+            batch = (task.collate or default_collate)([data[int(index)] for index in drawn])
+        with precision():
+            return split_loss(task.loss(model, send_to_device(batch, device, non_blocking=True)))[0]
+
+    return loss
