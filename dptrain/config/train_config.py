@@ -210,7 +210,17 @@ class TrainConfig:
             wrapper=self.execution.wrapper,
             precision=self.precision,
         )
+        _check_wrapper(self)
         Smoothing(memory=self.noise.memory, half_life_samples=self.noise.half_life_samples)
+
+
+def _check_wrapper(config: TrainConfig) -> None:
+    """Refuse what needs the whole model on each replica where it is cut up."""
+    if config.optimizer.average_decay is not None and config.execution.wrapper != "ddp":
+        raise ConfigError(
+            f"optimizer.average_decay={config.optimizer.average_decay} averages whole weights, and execution.wrapper="
+            f"{config.execution.wrapper} cuts them up: use execution.wrapper=ddp, or leave the average out"
+        )
 
 
 def _check_bounds(config: TrainConfig) -> None:

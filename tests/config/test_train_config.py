@@ -13,7 +13,15 @@ from dptrain.control import Constant, GoodputLaw, Measurement
 from dptrain.errors import ConfigError
 from dptrain.noise import MomentSums, noise_scale, smoothed
 from dptrain.tasks import Suggestion
-from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, NoiseConfig, OptimizerConfig, TrainConfig
+from dptrain.train import (
+    CheckpointConfig,
+    ControlConfig,
+    ExecutionConfig,
+    LogConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 SUGGESTION = Suggestion(
     learning_rate=0.01, global_batch_size=16, micro_batch_size=4, max_samples=10_000, eval_every_samples=1_000
@@ -54,6 +62,12 @@ def filled(*, world_size=2, **settings):
         (lambda: TrainConfig(optimizer=OptimizerConfig(rule="linear", beta_rule="half_life")), "does not go with"),
         (lambda: TrainConfig(optimizer=OptimizerConfig(name="sgd", beta_rule="half_life")), "Adam's betas"),
         (lambda: TrainConfig(control=ControlConfig(law="schedule")), "control.schedule"),
+        (
+            lambda: TrainConfig(
+                optimizer=OptimizerConfig(average_decay=0.9), execution=ExecutionConfig(wrapper="fsdp")
+            ),
+            "leave the average out",
+        ),
         (lambda: TrainConfig(control=ControlConfig(law="schedule", schedule="0:8 x")), "'x'"),
         (lambda: TrainConfig(control=ControlConfig(schedule="0:8")), "control.schedule"),
     ],
