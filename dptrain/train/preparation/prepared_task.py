@@ -14,15 +14,21 @@ from dptrain.train.preparation.teacher import digest_of, load_teacher
 from dptrain.train.preparation.weights import read_weights
 
 
-def prepared(task: Task, config: TrainConfig) -> Task:
+def prepared(task: Task, config: TrainConfig, *, is_resumed: bool = False) -> Task:
     """Return the task as the settings want it; its model is changed in place. Held-out figures stay the task's own.
+
+    Args:
+        task: as it was asked for.
+        config: the settings; what a resumed run leaves open is that of the saved one.
+        is_resumed: parameters come from a checkpoint of the run, so what it started from need no longer be there.
 
     Raises:
         ConfigError: where settings and model do not fit.
         TaskError: where there is a teacher, and the task does not do what is needed of it.
         CheckpointError: where weights come from a run none of whose checkpoints can be trusted.
     """
-    adapt_model(task.model, config.model, read=read_weights)
+    read = (lambda _: task.model.state_dict()) if is_resumed else read_weights
+    adapt_model(task.model, config.model, read=read)
     if config.model.layer_decay is not None:
         task = with_layer_rates(task, decay=config.model.layer_decay)
     if config.distillation.teacher is not None:
