@@ -60,7 +60,7 @@ from dptrain.train.parts import (
     fitting_micro_batch_size,
     sharding,
 )
-from dptrain.train.preparation import check_same_training, prepared
+from dptrain.train.preparation import check_same_training, prepared, requested
 from dptrain.train.run_progress import RunProgress
 from dptrain.train.run_state import RunState
 from dptrain.train.step import Stepper, forward_seed
@@ -101,14 +101,15 @@ class Trainer:
         self._is_main = self._rank == 0
         wait_for_everyone(self._device)  # one that fails in what follows must not tear connections still being made
         seed_everything(config.seed)  # a split that the task draws is then the same on all replicas, and on resume
-        self._task, config, self._unused = prepared(task, config)
-        self._statistics = RunningStatistics(self._task.model, rank=self._rank, world_size=self._world_size)
+        self._task, config = requested(task, config)
         self._run_dir = Path(config.run_dir or default_run_dir(config.task))
         if resume:
             check_resumable(self._run_dir, device=self._device)
         self._saved = load_newest(checkpoints_in(self._run_dir), allow_fresh=allow_fresh) if resume else None
         if self._saved is not None:
             config = as_saved(config, saved=self._saved.state["config"])  # type: ignore[arg-type]
+        self._task, self._unused = prepared(self._task, config, is_resumed=self._saved is not None)
+        self._statistics = RunningStatistics(self._task.model, rank=self._rank, world_size=self._world_size)
         if config.micro_batch_size == "auto":
             smallest = self._statistics.smallest_micro_batch
             found = fitting_micro_batch_size(self._task, config, smallest=smallest, device=self._device)

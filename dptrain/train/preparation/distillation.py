@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 
 from dptrain.errors import ConfigError, TaskError
 from dptrain.tasks.base import Batch, Loss, LossFunction, Task, split_loss
-from dptrain.tasks.check import random_state_kept
+from dptrain.tasks.check import random_state_kept, reported
 
 
 class DistilledLoss:
@@ -50,7 +50,7 @@ class DistilledLoss:
         args, kwargs, output = seen.calls[0]
         logits = _logits(output, of="model")
         self._teacher.to(logits.device)
-        with torch.no_grad():
+        with reported("the teacher does not run on what the task calls its model with"), torch.no_grad():
             taught = _logits(self._teacher(*args, **kwargs), of="teacher")
         if taught.shape != logits.shape:
             raise ConfigError(

@@ -16,28 +16,39 @@ from dptrain.train.preparation.teacher import digest_of, load_teacher
 from dptrain.train.preparation.weights import read_weights
 
 
-def prepared(task: Task | Callable[..., Task] | None, config: TrainConfig) -> tuple[Task, TrainConfig, frozenset[str]]:
-    """Return the task as the settings want it, and checked; its model is changed in place.
-
-    Held-out figures stay the task's own.
+def requested(task: Task | Callable[..., Task] | None, config: TrainConfig) -> tuple[Task, TrainConfig]:
+    """Return the task that was asked for, and the settings in its samples where they were given in tokens.
 
     Args:
         task: as given to the trainer; None for the one that the settings name.
         config: of the run.
 
-    Returns:
-        The task; the settings, in samples where they were given in tokens; the names of the parameters that the loss
-        does not use.
+    Raises:
+        ConfigError: where tokens are given and samples are not made of them.
+        TaskError: where the task cannot be built.
+    """
+    if not isinstance(task, Task):
+        task = resolve_task(task or config.task, options=config.task_options)
+    return task, in_samples(config, tokens_per_sample=task.tokens_per_sample, task=task.name)
+
+
+def prepared(task: Task, config: TrainConfig, *, is_resumed: bool = False) -> tuple[Task, frozenset[str]]:
+    """Return the task as the settings want it, checked, and the names of the parameters that its loss does not use.
+
+    The model is changed in place. Held-out figures stay the task's own.
+
+    Args:
+        task: as it was asked for.
+        config: the settings; what a resumed run leaves open is that of the saved one.
+        is_resumed: parameters come from a checkpoint of the run, so what it started from need no longer be there.
 
     Raises:
         ConfigError: where settings and model do not fit.
         TaskError: where there is a teacher, and the task does not do what is needed of it.
         CheckpointError: where weights come from a run none of whose checkpoints can be trusted.
     """
-    if not isinstance(task, Task):
-        task = resolve_task(task or config.task, options=config.task_options)
-    config = in_samples(config, tokens_per_sample=task.tokens_per_sample, task=task.name)
-    adapt_model(task.model, config.model, read=read_weights)
+    read = (lambda _: task.model.state_dict()) if is_resumed else read_weights
+    adapt_model(task.model, config.model, read=read)
     if config.model.layer_decay is not None:
         task = with_layer_rates(task, decay=config.model.layer_decay)
     if config.distillation.teacher is not None:
@@ -51,4 +62,4 @@ def prepared(task: Task | Callable[..., Task] | None, config: TrainConfig) -> tu
         task = replace(task, loss=loss, eval_loss=task.eval_loss or task.loss, digests=digests)
     unused = check_task(task)
     check_evaluation(task)
-    return task, config, unused
+    return task, unused

@@ -92,7 +92,7 @@ def test_the_teacher_is_only_looked_at(tmp_path, teacher):
     """In eval mode without gradients, no part of the model, it draws nothing; held-out figures are the task's."""
     task = resolve_task("digits", options={"model": "softmax"})
     before = torch.random.get_rng_state()
-    task, _, _ = prepared(task, taught(tmp_path, teacher))
+    task, _ = prepared(task, taught(tmp_path, teacher))
     assert torch.equal(torch.random.get_rng_state(), before)
     inner = task.loss._teacher
     assert not any(module.training for module in inner.modules())
@@ -111,7 +111,7 @@ def test_what_cannot_be_taught_is_refused(tmp_path, teacher):
         prepared(resolve_task("digits", options={"model": "autoencoder"}), taught(tmp_path, teacher))
     task = resolve_task("digits", options={"model": "softmax"})
     task = replace(task, model=nn.Linear(64, 7), train_data=[(torch.rand(64), 1), (torch.rand(64), 2)])
-    other, _, _ = prepared(task, taught(tmp_path, teacher))
+    other, _ = prepared(task, taught(tmp_path, teacher))
     with pytest.raises(ConfigError, match=r"outputs have shape \(2, 10\) and the model's \(2, 7\)"):
         check_task(other)
     task = resolve_task("digits")
@@ -120,7 +120,7 @@ def test_what_cannot_be_taught_is_refused(tmp_path, teacher):
     with pytest.raises(ConfigError, match=r"neither a checkpoint of a run nor a config\.json"):
         prepared(task, taught(tmp_path, tmp_path))
     twice = replace(task, loss=lambda model, batch: task.loss(model, batch) + task.loss(model, batch))
-    other, _, _ = prepared(twice, taught(tmp_path, teacher))
+    other, _ = prepared(twice, taught(tmp_path, teacher))
     with pytest.raises(TaskError, match="calls the model 2 times"):
         check_task(other)
 
@@ -133,7 +133,7 @@ def test_a_model_of_transformers_teaches(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a text that is long enough for a few windows " * 40)
     options = {"data": str(text), "context": 16, "width": 16, "depth": 1, "heads": 2}
-    task, _, _ = prepared(resolve_task("gpt", options=options), taught(tmp_path, tmp_path / "model", weight=1.0))
+    task, _ = prepared(resolve_task("gpt", options=options), taught(tmp_path, tmp_path / "model", weight=1.0))
     windows = torch.stack([torch.as_tensor(task.train_data[i]) for i in range(2)]).long()
     teacher = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
