@@ -27,6 +27,7 @@ from benchmarks.replicas import run_replicas
 from dptrain.models.experts import ExpertsConfig
 from dptrain.models.gpt import Gpt, GptConfig
 from dptrain.models.settings import DistillationConfig, ModelConfig, SparsityConfig
+from dptrain.tasks.base import split_loss
 from dptrain.tasks.gpt import next_token_loss
 from dptrain.tracking.jsonl import read_rows
 from dptrain.train import (
@@ -307,7 +308,8 @@ def experts_gradient_error(world_size: int) -> float:
     The reference is one process with all samples; routing, capacity and balance are counted within a sequence.
     """
     model, windows = _experts(8)
-    next_token_loss(model, windows, balance_weight=0.01).backward()  # type: ignore[no-untyped-call]
+    loss, _ = split_loss(next_token_loss(model, windows, balance_weight=0.01))
+    loss.backward()  # type: ignore[no-untyped-call] # torch declares no types for it
     expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     found = torch.tensor(run_replicas(_gradient_of_share, world_size=world_size))
     return float((found - expected).abs().max() / expected.abs().max())
@@ -328,7 +330,8 @@ def _gradient_of_share(rank: int, world_size: int) -> list[float]:
     model, windows = _experts(8)
     share = windows.chunk(world_size)[rank]
     replica = DistributedDataParallel(model)  # has a name: let go before the backward pass, it would average nothing
-    next_token_loss(replica, share, balance_weight=0.01).backward()  # type: ignore[no-untyped-call]
+    loss, _ = split_loss(next_token_loss(replica, share, balance_weight=0.01))
+    loss.backward()  # type: ignore[no-untyped-call] # torch declares no types for it
     return [float(value) for p in model.parameters() if p.grad is not None for value in p.grad.flatten()]
 
 

@@ -91,9 +91,7 @@ class Trainer:
         allow_fresh: bool = False,
         launch: Sequence[int] = (),
     ) -> None:
-        self._resume = resume
-        self._launch = launch
-        self._allow_fresh = allow_fresh
+        self._resume, self._allow_fresh, self._launch = resume, allow_fresh, launch
         check_device(config)
         self._device = replica_device(config)
         if is_replica():
