@@ -19,7 +19,7 @@ from benchmarks import harness
 from benchmarks.timed_runs import Took, took, train
 from dptrain.control import StepShape
 from dptrain.errors import ConfigError
-from dptrain.explain.model.devices import devices
+from dptrain.explain.model.hardware.devices import devices
 from dptrain.explain.model.planner import Planner, Point
 from dptrain.explain.model.progress import loss_curve
 from dptrain.explain.record import SAMPLES, RunRecord, read_run

@@ -29,7 +29,7 @@ _COMMON = (
 )
 _GROUPS: Mapping[str, str] = {
     "run": "seed, length in steps, device, branching, data loading",
-    "model": "weights to start from (--from), new head, frozen parameters, low-rank adapters, rates by layer",
+    "model": "weights to start from (--from), head, frozen parts, adapters, rates by layer",
     "distillation": "a teacher (--teacher), its temperature and its weight in the loss",
     "sparsity": "weights kept at zero, by a mask that stays or that moves while training",
     "execution": "precision, compilation and wrapping of the model",

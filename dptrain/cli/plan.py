@@ -21,9 +21,9 @@ from dptrain.cost.device_peaks import DEVICES, device_named, device_of
 from dptrain.cost.prices import GPUHUNT, DevicePrice, PriceList, gpuhunt_prices, prices_of, shipped_prices
 from dptrain.errors import ConfigError
 from dptrain.explain.figures.plan_figure import draw_plan
-from dptrain.explain.model.devices import LATENCY_S, Devices, devices
+from dptrain.explain.model.hardware.devices import LATENCY_S, Devices, devices
+from dptrain.explain.model.hardware.other_devices import OtherDevices, other_devices
 from dptrain.explain.model.model_sizes import OptimalSize
-from dptrain.explain.model.other_devices import OtherDevices, other_devices
 from dptrain.explain.model.plan import Plan, make_plan
 from dptrain.explain.model.planner import Point
 from dptrain.explain.record import RunRecord, read_run

@@ -22,7 +22,7 @@ from benchmarks.plan import (
     page,
 )
 from benchmarks.timed_runs import took, train
-from dptrain.explain.model.devices import devices
+from dptrain.explain.model.hardware.devices import devices
 from dptrain.explain.model.planner import Planner
 from tests.ideal_runs import ideal_record, step_s
 

@@ -8,7 +8,7 @@ import pytest
 from dptrain.config.built import controller
 from dptrain.config.filled_in import filled_in
 from dptrain.control.settings import ControlConfig
-from dptrain.explain.model.devices import devices
+from dptrain.explain.model.hardware.devices import devices
 from dptrain.explain.model.plan import make_plan
 from dptrain.explain.model.run_placement import critical_ratio, position
 from dptrain.explain.text.recommendation import advise

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from dptrain.cost.prices import DevicePrice
 from dptrain.errors import ConfigError
 from dptrain.explain.model.compute import Compute, TrendPlace, trend_place
+from dptrain.explain.model.hardware.other_devices import OtherDevices
 from dptrain.explain.model.model_sizes import OptimalSize, PaidSizes, optimal_sizes, paid_sizes
-from dptrain.explain.model.other_devices import OtherDevices
 from dptrain.explain.model.planner import Planner, Point
 from dptrain.explain.model.run_placement import critical_ratio
 from dptrain.explain.record import SAMPLES
@@ -17,7 +17,7 @@ from dptrain.explain.record import SAMPLES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dptrain.explain.model.devices import Devices
+    from dptrain.explain.model.hardware.devices import Devices
     from dptrain.explain.record import RunRecord
 
 MOST_DEVICES = 1_000_000

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dptrain.control import CriticalRatio, StepShape
 from dptrain.errors import ConfigError
 from dptrain.explain.model.compute import Compute, flops_by_time
-from dptrain.explain.model.other_devices import OtherDevices
+from dptrain.explain.model.hardware.other_devices import OtherDevices
 from dptrain.explain.model.progress import (
     HIGH,
     HISTORY,
@@ -27,7 +27,7 @@ from dptrain.explain.record import SAMPLES
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dptrain.explain.model.devices import Devices
+    from dptrain.explain.model.hardware.devices import Devices
     from dptrain.explain.record import RunRecord
 
 HALF_GAIN = math.sqrt(2)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dptrain.explain.model.hardware.rentals import Rental, cheapest_within, fastest_below, rental, rentals
 from dptrain.explain.model.model_sizes import optimal_sizes
-from dptrain.explain.model.rentals import Rental, cheapest_within, fastest_below, rental, rentals
 from dptrain.explain.text import plan_text
 from dptrain.explain.text.findings import count, short
 

@@ -7,7 +7,7 @@ import pytest
 
 from dptrain.cost.prices import DevicePrice
 from dptrain.explain.figures.plan_figure import draw_plan, figure
-from dptrain.explain.model.devices import devices
+from dptrain.explain.model.hardware.devices import devices
 from dptrain.explain.model.plan import make_plan
 from tests.ideal_runs import ideal_record
 

@@ -9,7 +9,7 @@ import pytest
 
 from dptrain.cost.prices import DevicePrice
 from dptrain.errors import ConfigError
-from dptrain.explain.model.devices import devices
+from dptrain.explain.model.hardware.devices import devices
 from dptrain.explain.model.plan import make_plan
 from dptrain.explain.model.planner import HALF_GAIN, LARGEST_ERROR, NO_GAIN
 from tests.ideal_runs import ideal_record

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from dptrain.control import StepShape
-from dptrain.explain.model.devices import devices
+from dptrain.explain.model.hardware.devices import devices
 from dptrain.explain.model.planner import RATIO_DOUBT, Planner
 from tests.ideal_runs import PER_PASS_S, PER_SAMPLE_S, ideal_record, step_s, steps_to
 

@@ -8,7 +8,7 @@ import pytest
 
 from dptrain.cost.prices import DevicePrice
 from dptrain.explain.model.compute import Compute
-from dptrain.explain.model.devices import devices
+from dptrain.explain.model.hardware.devices import devices
 from dptrain.explain.model.plan import make_plan
 from dptrain.explain.text import plan_text
 from tests.ideal_runs import ideal_record

@@ -8,7 +8,7 @@ import pytest
 
 from dptrain.cost.prices import DevicePrice
 from dptrain.explain.model.compute import trend_place
-from dptrain.explain.model.devices import devices
+from dptrain.explain.model.hardware.devices import devices
 from dptrain.explain.model.model_sizes import paid_sizes
 from dptrain.explain.model.plan import make_plan
 from dptrain.explain.text.rental_text import answers, comparison, sizes, sizes_of_budget, trend

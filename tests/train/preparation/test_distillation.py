@@ -12,7 +12,7 @@ from torch.nn import functional
 from dptrain.checkpoint.store import load_newest
 from dptrain.errors import ConfigError, TaskError
 from dptrain.models.settings import DistillationConfig
-from dptrain.tasks import check_task, resolve_task
+from dptrain.tasks import resolve_task
 from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, NoiseConfig, TrainConfig, Trainer
 from dptrain.train.preparation import prepared
 from dptrain.train.preparation.distillation import DistilledLoss, divergence
@@ -111,18 +111,16 @@ def test_what_cannot_be_taught_is_refused(tmp_path, teacher):
         prepared(resolve_task("digits", options={"model": "autoencoder"}), taught(tmp_path, teacher))
     task = resolve_task("digits", options={"model": "softmax"})
     task = replace(task, model=nn.Linear(64, 7), train_data=[(torch.rand(64), 1), (torch.rand(64), 2)])
-    other, _ = prepared(task, taught(tmp_path, teacher))
     with pytest.raises(ConfigError, match=r"outputs have shape \(2, 10\) and the model's \(2, 7\)"):
-        check_task(other)
+        prepared(task, taught(tmp_path, teacher))
     task = resolve_task("digits")
     with pytest.raises(ConfigError, match="there is no teacher"):
         prepared(task, taught(tmp_path, tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match=r"neither a checkpoint of a run nor a config\.json"):
         prepared(task, taught(tmp_path, tmp_path))
     twice = replace(task, loss=lambda model, batch: task.loss(model, batch) + task.loss(model, batch))
-    other, _ = prepared(twice, taught(tmp_path, teacher))
     with pytest.raises(TaskError, match="calls the model 2 times"):
-        check_task(other)
+        prepared(twice, taught(tmp_path, teacher))
 
 
 def test_a_model_of_transformers_teaches(tmp_path):

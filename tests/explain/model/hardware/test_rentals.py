@@ -8,9 +8,9 @@ import pytest
 
 from dptrain.cost.prices import DevicePrice
 from dptrain.errors import ConfigError
-from dptrain.explain.model.devices import devices
+from dptrain.explain.model.hardware.devices import devices
+from dptrain.explain.model.hardware.rentals import cheapest_within, fastest_below, rental, rentals
 from dptrain.explain.model.plan import make_plan
-from dptrain.explain.model.rentals import cheapest_within, fastest_below, rental, rentals
 from tests.ideal_runs import ideal_record
 
 PRICE = DevicePrice(low=1.0, typical=2.0, high=6.0, providers=("a", "b"), read="2026-01-01")

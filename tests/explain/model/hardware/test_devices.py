@@ -6,7 +6,7 @@ import pytest
 
 from dptrain.control import StepShape
 from dptrain.errors import ConfigError
-from dptrain.explain.model.devices import LATENCY_S, AllReduce, devices
+from dptrain.explain.model.hardware.devices import LATENCY_S, AllReduce, devices
 from tests.ideal_runs import PER_STEP_S, ideal_record, step_s
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dptrain.cost.device_peaks import DEVICES, DeviceSpec, device_of
 from dptrain.errors import ConfigError
 from dptrain.explain.model.compute import UTILISATION
-from dptrain.explain.model.devices import LATENCY_S, AllReduce, Devices
+from dptrain.explain.model.hardware.devices import LATENCY_S, AllReduce, Devices
 from dptrain.explain.record import SAMPLES
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import pytest
 from dptrain.control import StepShape
 from dptrain.cost.device_peaks import DEVICES
 from dptrain.errors import ConfigError
-from dptrain.explain.model.devices import devices
-from dptrain.explain.model.other_devices import OtherDevices, other_devices
+from dptrain.explain.model.hardware.devices import devices
+from dptrain.explain.model.hardware.other_devices import OtherDevices, other_devices
 from tests.ideal_runs import ideal_record
 
 PARAMETERS = 1_000_000
