@@ -25,7 +25,7 @@ from dptrain.observe.loop.arguments import LossScale
 from dptrain.observe.loop.halves import HalfBatches
 from dptrain.observe.loop.own_reduction import OwnReduction
 from dptrain.observe.loop.results import MeterResults
-from dptrain.observe.loop.sizes import MicroBatchSizes, SizeVectors, checked_size, checked_weight
+from dptrain.observe.loop.sizes import MicroBatchSizes, SizeVectors, checked_micro_batch
 from dptrain.observe.measurement_interval import LAG, NUM_TIMINGS, MeasurementInterval
 from dptrain.observe.reading import Reading
 from dptrain.observe.step_reductions import StepReductions
@@ -139,8 +139,6 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
         if check is not None and self._measuring:
             check.checksum.open()
 
-    # One micro-batch
-
     def begin(self, *, num_samples: float, weight: float | None = None) -> None:
         """Announce a micro-batch before its backward pass.
 
@@ -153,9 +151,8 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
                 num_samples·world_size/global_batch_size. 0 for a filler, which is not looked at.
         """
         self._by_hand = True
-        weight = checked_weight(weight)
-        size = 0.0 if weight == 0 else checked_size(num_samples, given_by="meter.begin")
-        self._begin(num_samples=size, weight=weight)
+        num_samples, weight = checked_micro_batch(num_samples, weight)
+        self._begin(num_samples=num_samples, weight=weight)
 
     def begin_forward(self, *, num_samples: float, weight: float | None = None) -> None:
         """Announce a micro-batch from its forward pass, in the loop's place; nothing once the loop calls `begin`."""

@@ -69,6 +69,16 @@ class MicroBatchSizes:
         return sum(v / b for b, v in pairs), square, total, float(len(pairs)), 1.0, sum(self.num_samples)
 
 
+def checked_micro_batch(num_samples: object, weight: object) -> tuple[float, float | None]:
+    """Return size and weight of a micro-batch that a loop announced; a filler, of weight 0, may have no samples.
+
+    Raises:
+        ObservationError: where one of them is no such number.
+    """
+    weight = checked_weight(weight)
+    return 0.0 if weight == 0 else checked_size(num_samples, given_by="meter.begin"), weight
+
+
 def checked_size(size: object, *, given_by: str) -> float:
     """Return a number of samples that a function or a loop gave.
 
