@@ -127,16 +127,16 @@ def outcome(arguments):
 
 def complaint(code, stderr, *, run):
     """What is wrong with an ending; empty where it is a run that is whole, or a refusal in one sentence."""
-    told = [line for line in stderr.splitlines() if line.startswith("dptrain train:")]
+    reported = [line for line in stderr.splitlines() if line.startswith("dptrain train:")]
     if code == 0:
         return "" if (run / "summary.json").exists() else "accepted, and nothing came of it"
     if "Traceback" in stderr:
         return "a traceback"
-    if code == 65 and len(told) == 1:  # diverged: the settings can run, and lead nowhere
+    if code == 65 and len(reported) == 1:  # diverged: the settings can run, and lead nowhere
         return ""
     if code != 2:
         return f"exit code {code}"
-    return "" if len(told) == 1 and len(stderr.splitlines()) == 1 else f"{len(stderr.splitlines())} lines"
+    return "" if len(reported) == 1 and len(stderr.splitlines()) == 1 else f"{len(stderr.splitlines())} lines"
 
 
 def try_files(folder, *, number, seed):

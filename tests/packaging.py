@@ -34,13 +34,13 @@ def make_environment(folder):
 
 def site_packages(python):
     """Where an environment keeps its packages."""
-    told = subprocess.run(
+    reported = subprocess.run(
         [python, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         capture_output=True,
         text=True,
         check=True,
     )
-    return Path(told.stdout.strip())
+    return Path(reported.stdout.strip())
 
 
 def closure(names):
@@ -82,5 +82,5 @@ def borrow_all(python):
 def installed(python):
     """The names of the distributions in an environment."""
     code = "from importlib.metadata import distributions; print(*{d.metadata['Name'] for d in distributions()})"
-    told = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=True)
-    return {re.sub(r"[-_.]+", "-", name).lower() for name in told.stdout.split()}
+    reported = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=True)
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in reported.stdout.split()}

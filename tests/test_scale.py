@@ -123,8 +123,8 @@ print(len(save(tensors)) / width**2)
 def test_a_checkpoint_takes_12_bytes_a_parameter():
     """Parameters and AdamW's two moments in float32 are 12 bytes a parameter, whatever the number of replicas."""
     command = [sys.executable, "-c", CHECKPOINT, "512"]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert float(told) == pytest.approx(12, rel=0.01)
+    reported = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert float(reported) == pytest.approx(12, rel=0.01)
 
 
 def test_the_page_says_what_is_measured_here(of_two):

@@ -35,8 +35,8 @@ def test_branches_are_trained_compared_and_kept(run, capsys):
     command = [str(run), f"--at={step}", "--multipliers=1,2", "--window-samples=64", "--tolerance=10", "--cpu"]
     assert branch(command) == 0
     (found,) = json.loads((run / "branches" / "branch.json").read_text())["branches"]
-    told = {row["step"]: row for row in read_rows(run / "metrics.jsonl") if row["kind"] == "train"}
-    row, following, batch = told[step], told[step + 1], found["global_batch_size"]
+    reported = {row["step"]: row for row in read_rows(run / "metrics.jsonl") if row["kind"] == "train"}
+    row, following, batch = reported[step], reported[step + 1], found["global_batch_size"]
     assert (batch, found["learning_rate"]) == (following["batch/global"], pytest.approx(following["train/lr"]))
     assert (found["critical_batch_size"], found["is_open"]) == (2 * batch, True)
     for multiple in (1, 2):

@@ -108,24 +108,24 @@ def train(folder, *arguments, **environment):
     ],
 )
 def test_a_task_that_ends_the_process_does_not_end_the_run(tmp_path, where, how, code):
-    """`sys.exit()` or KeyboardInterrupt in data, loss or task is a failure and told; so is an end without a word."""
-    found, told = train(tmp_path, TEST_WHERE=where, TEST_HOW=how)
-    assert found == code, told
+    """`sys.exit()` or KeyboardInterrupt in data, loss or task is a reported failure; so is an end without a word."""
+    found, output = train(tmp_path, TEST_WHERE=where, TEST_HOW=how)
+    assert found == code, output
     assert not (tmp_path / "run" / "summary.json").exists()
     words = {1: "the task called sys.exit(", 2: "could not be built: SystemExit"}
     if how == "interrupt":
         words = {1: "the task raised KeyboardInterrupt before", 2: "could not be built: KeyboardInterrupt"}
     words |= {70: "before its trainer had reported"}
-    assert words[code] in told.splitlines()[-1]
+    assert words[code] in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize("law", ["constant", "noise"])
 def test_a_run_that_diverges_in_its_last_steps_has_diverged(tmp_path, law):
     """A checkpoint that is refused because parameters are infinite is no failure of the disk: exit code 65."""
     options = ("--max_samples", "32", "--optimizer.learning_rate", "1e30", "--control.law", law)
-    code, told = train(tmp_path, *options, TEST_WHERE="slope")
-    assert code == 65, told
-    assert "holds infinity" in told.splitlines()[-1]
+    code, output = train(tmp_path, *options, TEST_WHERE="slope")
+    assert code == 65, output
+    assert "holds infinity" in output.splitlines()[-1]
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
@@ -155,18 +155,18 @@ def test_a_refusal_is_told_without_the_warnings_of_what_it_refuses():
 
 def test_a_terminal_without_unicode_ends_no_run(tmp_path):
     """Standard output in latin-1: done is done, and what it cannot write is spelled out."""
-    code, told = train(tmp_path, "--task", "quadratic", "--max_samples", "200", PYTHONIOENCODING="latin-1")
-    assert (code, told) == (0, "")
+    code, output = train(tmp_path, "--task", "quadratic", "--max_samples", "200", PYTHONIOENCODING="latin-1")
+    assert (code, output) == (0, "")
     assert (tmp_path / "run" / "summary.json").exists()
 
 
 def test_a_report_that_cannot_be_written_is_a_warning(tmp_path):
     """The run is done and saved; the folder takes no report, here because a folder has its name."""
     (tmp_path / "run" / "report.html").mkdir(parents=True)
-    code, told = train(tmp_path, "--task", "quadratic", "--max_samples", "200")
-    assert code == 0, told
-    assert told.startswith("dptrain train: warning: the run is done and saved, but its report could not be written: ")
-    assert told.count("\n") == 1
+    code, output = train(tmp_path, "--task", "quadratic", "--max_samples", "200")
+    assert code == 0, output
+    assert output.startswith("dptrain train: warning: the run is done and saved, but its report could not be written: ")
+    assert output.count("\n") == 1
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 0), (signal.SIGINT, 130)])
@@ -203,8 +203,8 @@ def test_a_signal_in_the_first_seconds(tmp_path, number, code):
         assert time.monotonic() < deadline_s
         time.sleep(0.005)
     process.send_signal(number)
-    _, told = process.communicate(timeout=120)
-    assert process.returncode in (code, -code + 128 if code > 128 else code), told
+    _, output = process.communicate(timeout=120)
+    assert process.returncode in (code, -code + 128 if code > 128 else code), output
     assert (tmp_path / "run" / "summary.json").exists() == (code == 0)
 
 

@@ -41,10 +41,10 @@ def test_help_names_every_command(capsys):
 def test_help_tells_every_exit_code(capsys):
     """Those of errors, and those that have none: done, crashed, hung, stopped."""
     main(["--help"])
-    told = {
+    reported = {
         int(code) for code in re.findall(r"(?:^|\s)(\d+)  +\w", capsys.readouterr().out.partition("exit codes:")[2])
     }
-    assert told == {code for _, code in command._EXIT_CODES} | {0, 1, EXIT_HUNG, EXIT_RESUMABLE}
+    assert reported == {code for _, code in command._EXIT_CODES} | {0, 1, EXIT_HUNG, EXIT_RESUMABLE}
 
 
 def test_version(capsys):

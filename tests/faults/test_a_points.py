@@ -93,8 +93,8 @@ def test_a8_asked_to_stop_at_any_point_the_step_is_finished_and_saved(whole, tmp
         code = process.wait(timeout=60)
         assert code == 75, (point, log.read_text())
         assert time.monotonic() - struck_s < 5, point
-        told = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
-        assert load_newest(tmp_path / "run" / "checkpoints").step == told, point
+        reported = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
+        assert load_newest(tmp_path / "run" / "checkpoints").step == reported, point
     strikes.arm(armed, None)
     assert start(tmp_path, armed=armed, log=log).wait(timeout=60) == 0, log.read_text()
     assert trained(tmp_path / "run") == whole

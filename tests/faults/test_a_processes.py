@@ -383,7 +383,7 @@ def stop(run, run_dir, ask):
         output=output,
         took_s=took_s,
         saved=load_newest(run_dir / "checkpoints").step,
-        told=last_step(run_dir),
+        reported=last_step(run_dir),
     )
 
 
@@ -393,8 +393,8 @@ def contents(folder):
 
 def assert_stopped_well(stop):
     assert stop.code == 75, stop.output
-    assert stop.saved == stop.told, "no step is lost"
-    assert f"stopped on request after step {stop.told}" in stop.output
+    assert stop.saved == stop.reported, "no step is lost"
+    assert f"stopped on request after step {stop.reported}" in stop.output
     assert "Traceback" not in stop.output
     assert stop.took_s < 5 + 2  # five seconds, and what a busy machine takes on top
 

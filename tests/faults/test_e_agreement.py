@@ -119,10 +119,10 @@ def lag(rank, world_size, folder):
 def test_e4_a_straggler_is_named_with_its_score(tmp_path):
     """Four times as slow as the other: named once, with how much longer it takes."""
     notes, _ = run_replicas(lag, world_size=2, args=(tmp_path,))
-    told = [note for note in notes if " slow: " in note]
-    assert len(told) == 1
-    assert told[0].startswith("rank 1 slow: forward time ")
-    score = float(told[0].split("forward time ")[1].partition("×")[0])
+    reported = [note for note in notes if " slow: " in note]
+    assert len(reported) == 1
+    assert reported[0].startswith("rank 1 slow: forward time ")
+    score = float(reported[0].split("forward time ")[1].partition("×")[0])
     assert 2 < score < 5
 
 

@@ -292,8 +292,8 @@ def test_f8_a_later_sample_that_is_no_sample_is_named(bad, words, num_workers):
     with MicroBatchLoader(Samples(bad), stream=stream, rank=0, world_size=1, num_workers=num_workers) as loader:
         with pytest.raises((OSError, RuntimeError)) as caught:
             list(loader.window(position=0, global_batch_size=8, micro_batch_size=4))
-        told = "".join(traceback.format_exception(caught.value))
-    assert all(report in told for report in words)
+        reported = "".join(traceback.format_exception(caught.value))
+    assert all(report in reported for report in words)
 
 
 @pytest.mark.parametrize(

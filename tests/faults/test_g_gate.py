@@ -198,25 +198,25 @@ def tell_all(rank, world_size, folder):
         "value": ["--seed", CANARY],
         "name": [f"--{CANARY}", "1"],
     }
-    told = {}
+    reported = {}
     for name, arguments in calls.items():
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(["train", *arguments, *common])
         train_command._kept.clear()  # a replica ends here, and with it the port that its store holds
-        told[name] = (code, out.getvalue(), err.getvalue())
-    return told
+        reported[name] = (code, out.getvalue(), err.getvalue())
+    return reported
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def reported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("told")
     return folder, run_replicas(tell_all, world_size=1, args=(folder,))[0]
 
 
-def test_g7_no_secret_is_in_anything_that_a_run_leaves_or_says(told):
+def test_g7_no_secret_is_in_anything_that_a_run_leaves_or_says(reported):
     """Logs, checkpoints, settings, wandb's record, errors: the canary is in none of them."""
-    folder, outputs = told
+    folder, outputs = reported
     assert outputs["well"][0] == 0, outputs["well"]
     files = [path for path in folder.rglob("*") if path.is_file()]
     names = {path.suffix for path in files}
@@ -229,9 +229,9 @@ def test_g7_no_secret_is_in_anything_that_a_run_leaves_or_says(told):
         assert not any(canary.encode() in text for text in texts)
 
 
-def test_g7_a_secret_in_a_setting_is_refused_and_the_error_shows_it_blanked(told):
+def test_g7_a_secret_in_a_setting_is_refused_and_the_error_shows_it_blanked(reported):
     """No folder is made for such a run; the sentence says where the secret should come from."""
-    folder, outputs = told
+    folder, outputs = reported
     code, _, err = outputs["option"]
     assert code == 2
     assert "task_options.name holds the value of the environment variable MY_TOKEN" in err
@@ -240,9 +240,9 @@ def test_g7_a_secret_in_a_setting_is_refused_and_the_error_shows_it_blanked(told
     assert all(outputs[name][0] == 2 for name in ("fails", "value", "name"))
 
 
-def test_g11_no_output_steers_a_terminal(told):
+def test_g11_no_output_steers_a_terminal(reported):
     """Escapes, line ends and turned writing in names and errors come out spelled out, in one line each."""
-    folder, outputs = told
+    folder, outputs = reported
     assert outputs["hostile"][0] == 0, outputs["hostile"]
     for code, out, err in outputs.values():
         assert not any(bad in out.replace("\n", "") + err.replace("\n", "") for bad in HOSTILE)

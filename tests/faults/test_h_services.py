@@ -311,10 +311,10 @@ def test_h8_the_launcher_names_shared_memory(tmp_path, size, num_workers, num_re
         check=False,
     )
     assert done.returncode == 1, done.stderr
-    told = [line for line in done.stderr.splitlines() if line.startswith("dptrain train:")]
-    assert len(told) == 1
-    assert told[0] == done.stderr.splitlines()[-1]
-    assert "shared memory" in told[0]
+    reported = [line for line in done.stderr.splitlines() if line.startswith("dptrain train:")]
+    assert len(reported) == 1
+    assert reported[0] == done.stderr.splitlines()[-1]
+    assert "shared memory" in reported[0]
 
 
 def test_h8_a_limit_on_processes_is_a_clear_error(tmp_path):

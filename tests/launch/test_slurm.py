@@ -145,14 +145,14 @@ class Cluster:
     def submit(self, *arguments, options=(), **variables):
         """Put a run of `slurm.sbatch` into the queue; its number and the file of its output."""
         fixed = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={self.folder}/job-%j.log")
-        told = self.run("sbatch", *fixed, *options, str(SBATCH), *arguments, NPROC="1", **variables)
-        job = re.fullmatch(r"Submitted batch job (\d+)\n", told).group(1)
+        reported = self.run("sbatch", *fixed, *options, str(SBATCH), *arguments, NPROC="1", **variables)
+        job = re.fullmatch(r"Submitted batch job (\d+)\n", reported).group(1)
         return job, self.folder / f"job-{job}.log"
 
     def state(self, job):
         """The state of a job, such as RUNNING, how often it was restarted, and its exit code."""
-        told = self.run("scontrol", "show", "job", job)
-        found = (re.search(rf"{name}=(\S+)", told) for name in ("JobState", "Restarts", "ExitCode"))
+        reported = self.run("scontrol", "show", "job", job)
+        found = (re.search(rf"{name}=(\S+)", reported) for name in ("JobState", "Restarts", "ExitCode"))
         return tuple(match.group(1) if match else "" for match in found)
 
     def wait_for_state(self, job, wanted, *, restarts=0, limit_s=240.0):

@@ -23,22 +23,22 @@ def sum_loss(model, x, y):
 
 def summed(rank, world_size):
     """Return the pairs with losses summed over samples, told by `loss` and told by hand."""
-    bare, _ = train_summed(rank, told=None)
+    bare, _ = train_summed(rank, reported=None)
     found = []
-    for told in ("loss", "by hand"):
-        parameters, meter = train_summed(rank, told=told)
+    for reported in ("loss", "by hand"):
+        parameters, meter = train_summed(rank, reported=reported)
         assert all(map(torch.equal, bare, parameters))
         found.append(pair(meter.read()))
     return found
 
 
-def train_summed(rank, *, told):
+def train_summed(rank, *, reported):
     model = DistributedDataParallel(make_model())
     optimizer = torch.optim.SGD(trained(model), lr=RATE / 5)
-    meter = told and dptrain.attach(model, every=1, loss="sum" if told == "loss" else "mean")
+    meter = reported and dptrain.attach(model, every=1, loss="sum" if reported == "loss" else "mean")
     for step in range(4):
         for micro_step, size in enumerate(SIZES[rank]):
-            if told == "by hand":
+            if reported == "by hand":
                 meter.begin(num_samples=size, weight=size * 0.2)
             (0.2 * sum_loss(model, *micro_batch(step, micro_step, rank, size))).backward()
         if meter:
@@ -53,12 +53,12 @@ def train_summed(rank, *, told):
 
 def test_losses_that_are_summed_over_uneven_micro_batches():
     """Sizes 3, 9 | 5, 2, summed: the pair is that of plain gradients weighted by samples, and training is untouched."""
-    (told, by_hand), other = run_replicas(summed, world_size=2)
-    assert [told, by_hand] == other
+    (reported, by_hand), other = run_replicas(summed, world_size=2)
+    assert [reported, by_hand] == other
     trace, square = reference(2, sizes=SIZES)
     assert by_hand == pytest.approx((trace, square), rel=1e-4)
     # The further factor 0.2 on the loss that only the second loop told of: the ratio does not see it.
-    assert told == pytest.approx((0.2**2 * trace, 0.2**2 * square), rel=1e-4)
+    assert reported == pytest.approx((0.2**2 * trace, 0.2**2 * square), rel=1e-4)
 
 
 LENGTHS = (((4, 1, 3), (2, 5)), ((1, 1), (6, 2, 2, 4)))

@@ -306,8 +306,8 @@ def outcome(rank, world_size, loop_type):
             scale, reading = loop.meter.read(), loop.meter.reading
         except ObservationError as error:
             return str(error), [], truth, None, None, 0, ""
-    told = [str(w.message) for w in caught if "noise scale" in str(w.message)]
-    return None, told, truth, scale.noise_trace, scale.var_trace**0.5, scale.num_steps, str(reading)
+    reported = [str(w.message) for w in caught if "noise scale" in str(w.message)]
+    return None, reported, truth, scale.noise_trace, scale.var_trace**0.5, scale.num_steps, str(reading)
 
 
 def outcomes(rank, world_size, loops):
@@ -336,7 +336,7 @@ REFUSED = {
     TimeFirst: "micro_batch_size=",
     SparseEmbeddingUnderTheHook: "method='parameters'",
 }
-TOLD = {
+REPORTED = {
     Stale: "zero_grad",
     AfterClearing: "before optimizer.zero_grad",
     AfterClearingInPlace: "before the gradients are changed",
@@ -348,9 +348,9 @@ TOLD = {
 def test_unusual_loops_are_measured_right():
     """Tr(Σ) is that of the per-sample gradients within four standard errors and 35 %, without a warning."""
     for loop, found in zip(RIGHT, run_replicas(outcomes, world_size=2, args=(RIGHT,))[0], strict=True):
-        error, told, truth, trace, deviation, num_steps, _ = found
+        error, reported, truth, trace, deviation, num_steps, _ = found
         assert error is None, (loop.__name__, error)
-        assert told == [], (loop.__name__, told)
+        assert reported == [], (loop.__name__, reported)
         assert num_steps >= 0.9 * STEPS, loop.__name__
         assert abs(trace / truth - 1) < 0.35, (loop.__name__, trace, truth)
         assert abs(trace - truth) < 4 * deviation, (loop.__name__, trace, truth, deviation)
@@ -366,12 +366,12 @@ def test_ambiguous_loops_are_refused_with_a_remedy():
 
 def test_misused_loops_are_reported_once_and_not_measured():
     """One warning from one rank has the remedy, the reading has the reason, and at most the first step counts."""
-    results = run_replicas(outcomes, world_size=2, args=(tuple(TOLD),))
-    for (loop, remedy), found, other in zip(TOLD.items(), *results, strict=True):
-        error, told, _, _, _, num_steps, text = found
+    results = run_replicas(outcomes, world_size=2, args=(tuple(REPORTED),))
+    for (loop, remedy), found, other in zip(REPORTED.items(), *results, strict=True):
+        error, reported, _, _, _, num_steps, text = found
         assert error is None, (loop.__name__, error)
-        assert len(told) == 1, (loop.__name__, told)
-        assert remedy in told[0], (loop.__name__, told)
+        assert len(reported) == 1, (loop.__name__, reported)
+        assert remedy in reported[0], (loop.__name__, reported)
         assert other[1] == [], loop.__name__
         if loop is Twice:  # each step's own close is right, the second one drops nothing but itself
             continue

@@ -151,8 +151,8 @@ def test_when_one_ends_badly_the_others_do_not_stay(launch):
     def body(rank, attempt):
         return 3 if rank else stay()
 
-    code, told = launch(body, max_restarts=0)
-    assert (code, told) == (
+    code, reported = launch(body, max_restarts=0)
+    assert (code, reported) == (
         3,
         "dptrain train: replica 1 of 2 ended with exit code 3 and left no reason; --max-restarts is 0\n",
     )
@@ -181,9 +181,9 @@ def test_a_hang_is_not_waited_for(launch):
         write_failure(PeerLostError("Timed out waiting"))
         return 70
 
-    code, told = launch(body, max_restarts=0)
+    code, reported = launch(body, max_restarts=0)
     assert code == 71
-    assert "replica 1 of 2 did not answer any more, and had to be killed" in told
+    assert "replica 1 of 2 did not answer any more, and had to be killed" in reported
     assert launch.took_s < 5
 
 
@@ -199,9 +199,9 @@ def test_nothing_is_left_behind(launch, tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
         stay()
 
-    code, told = launch(body, max_restarts=0)
+    code, reported = launch(body, max_restarts=0)
     assert code == 128 + signal.SIGKILL
-    assert "replica 0 of 2 was killed by SIGKILL" in told
+    assert "replica 0 of 2 was killed by SIGKILL" in reported
     child = int((tmp_path / "child").read_text())
     deadline = time.monotonic() + 5
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
@@ -225,9 +225,9 @@ def test_a_restart_says_why_and_from_where_and_resumes_what_is_there(launch, tmp
             time.sleep(0.2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    code, told = launch(body, arguments=["train"])
+    code, reported = launch(body, arguments=["train"])
     assert code == 0
-    assert told.splitlines() == [
+    assert reported.splitlines() == [
         "dptrain train: replica 1 of 2 was killed by SIGKILL; starting again from the beginning",
         "dptrain train: replica 1 of 2 was killed by SIGKILL; starting again from step 12",
     ]
@@ -244,11 +244,11 @@ def test_it_gives_up_in_the_end(launch, tmp_path):
         write_failure(ValueError(f"poison {attempt}"))
         return 1
 
-    code, told = launch(body)
+    code, reported = launch(body)
     assert code == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3"]
-    assert told.count("replica 0 of 2 failed with ValueError: poison") == 4
-    assert told.splitlines()[-1] == (
+    assert reported.count("replica 0 of 2 failed with ValueError: poison") == 4
+    assert reported.splitlines()[-1] == (
         "dptrain train: replica 0 of 2 failed with ValueError: poison 3; "
         "3 restarts in a row have brought no checkpoint at all"
     )
@@ -264,10 +264,10 @@ def test_a_bug_at_the_same_step_is_shown_twice_not_four_times(launch, tmp_path):
         write_failure(error)
         return 1
 
-    code, told = launch(body)
+    code, reported = launch(body)
     assert code == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
-    assert "the same error at the same step as in the attempt before" in told.splitlines()[-1]
+    assert "the same error at the same step as in the attempt before" in reported.splitlines()[-1]
 
 
 # Signals
@@ -334,9 +334,9 @@ def test_who_did_not_save_is_not_said_to_have(launch, send, tmp_path):
         stay()
 
     send((0, signal.SIGTERM))
-    code, told = launch(body)
+    code, reported = launch(body)
     assert code == 128 + signal.SIGTERM
-    assert told == "dptrain train: stopped on request before a step was saved: there is nothing to resume\n"
+    assert reported == "dptrain train: stopped on request before a step was saved: there is nothing to resume\n"
 
 
 def test_a_stop_before_the_first_step_of_a_resumed_run_loses_nothing(launch, send, tmp_path):
@@ -354,9 +354,9 @@ def test_a_stop_before_the_first_step_of_a_resumed_run_loses_nothing(launch, sen
 @pytest.mark.parametrize("code", [None, 0, 75])
 def test_an_exit_code_is_no_report_of_an_end(launch, code):
     """Whatever ends a process with 0 or 75 (`sys.exit()` in a library, `os._exit`) ends no run: that is a failure."""
-    found, told = launch(lambda *_: code, reports=False, max_restarts=0)
+    found, reported = launch(lambda *_: code, reports=False, max_restarts=0)
     assert found == 70
-    assert f"ended with exit code {code or 0} before its trainer had reported an end" in told
+    assert f"ended with exit code {code or 0} before its trainer had reported an end" in reported
 
 
 def test_what_goes_wrong_after_the_end_is_a_warning(launch):
@@ -407,8 +407,8 @@ def test_a_second_request_after_a_while_means_it(launch, send, tmp_path, monkeyp
 def test_a_stopped_run_is_not_started_again(launch, send, tmp_path):
     """A replica that crashes on the way out is reported, and that is the end."""
     send((0, signal.SIGTERM))
-    code, told = launch(obedient(tmp_path, code=1))
-    assert (code, told) == (1, "dptrain train: replica 0 of 2 ended with exit code 1 and left no reason\n")
+    code, reported = launch(obedient(tmp_path, code=1))
+    assert (code, reported) == (1, "dptrain train: replica 0 of 2 ended with exit code 1 and left no reason\n")
 
 
 def test_the_handlers_are_those_from_before(launch):

@@ -86,8 +86,8 @@ def test_one_replica_stops_all(results):
 def test_what_one_replica_says_all_hear(results):
     """Saves that were asked for or failed, the mean busy time, and who is slow, with its number."""
     for outcomes, _ in results:
-        told, slow = outcomes["save"], outcomes["slow"]
-        assert (told.save, told.failed_saves, told.busy_s, told.slow_rank) == (True, 2, 1.5, None)
+        reported, slow = outcomes["save"], outcomes["slow"]
+        assert (reported.save, reported.failed_saves, reported.busy_s, reported.slow_rank) == (True, 2, 1.5, None)
         assert (slow.slow_rank, slow.slowness) == (1, 1.5)
 
 

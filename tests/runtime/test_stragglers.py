@@ -31,9 +31,9 @@ class Ranks:
         rank = slow[0] if len(slow) == 1 else None
         found = outcome(*times, slow_rank=rank, slowness=0 if rank is None else self.watches[rank].slowness)
         record = SimpleNamespace(step=self.step, wall_s=self.wall_s)
-        told = [watch.learn(found, record) for watch in self.watches]
-        assert told[0] == told[1]  # every rank says the same
-        self.reports += told[:1] if told[0] else []
+        reported = [watch.learn(found, record) for watch in self.watches]
+        assert reported[0] == reported[1]  # every rank says the same
+        self.reports += reported[:1] if reported[0] else []
 
 
 def steps_for(windows, step_s=0.1):

@@ -38,9 +38,9 @@ def test_the_same_settings_give_the_same_run(trunk, tmp_path):
     run, parameters = trunk
     branch = checkpoint_of(run, number=2)
     assert train(tmp_path / "branch", branch_from=str(branch)) == parameters
-    told = windows(tmp_path / "branch")
-    assert [rest for _, *rest in told] == [rest for _, *rest in windows(run)][-len(told) :]
-    assert told[0][:2] == (1, 4 * int(branch.name.removeprefix("step-")))
+    reported = windows(tmp_path / "branch")
+    assert [rest for _, *rest in reported] == [rest for _, *rest in windows(run)][-len(reported) :]
+    assert reported[0][:2] == (1, 4 * int(branch.name.removeprefix("step-")))
 
 
 def test_batch_rate_and_decay_are_its_own(trunk, tmp_path):

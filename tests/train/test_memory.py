@@ -148,8 +148,8 @@ def test_too_little_memory_costs_no_step_and_no_sample(little, name):
         assert found[name][1] is None or found[name][1]["steps"] == found["enough"][1]["steps"] == 10
         assert found[name][0] == pytest.approx(found["enough"][0], rel=1e-5, abs=1e-6)
     assert ranks[0][name][0] == ranks[1][name][0]
-    enough, told = (read_rows(folder / run / "metrics.jsonl") for run in ("enough", name))
-    for one, other in zip(enough, told, strict=True):
+    enough, reported = (read_rows(folder / run / "metrics.jsonl") for run in ("enough", name))
+    for one, other in zip(enough, reported, strict=True):
         if one["kind"] == "train":
             assert (one["progress/samples"], one["batch/global"]) == (other["progress/samples"], other["batch/global"])
             assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5)

@@ -45,9 +45,9 @@ def test_only_adapt_changes_the_training(runs, mode):
     """Parameters are those of a constant batch to the last bit, and so are batches and rates."""
     folder, found = runs
     assert found[mode][0] == found["constant"][0]
-    told = ("batch/global", "train/lr", "train/loss", "train/grad_norm")
-    assert [[row[key] for key in told] for row in rows(folder, mode)] == [
-        [row[key] for key in told] for row in rows(folder, "constant")
+    reported = ("batch/global", "train/lr", "train/loss", "train/grad_norm")
+    assert [[row[key] for key in reported] for row in rows(folder, mode)] == [
+        [row[key] for key in reported] for row in rows(folder, "constant")
     ]
 
 

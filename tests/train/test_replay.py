@@ -58,34 +58,34 @@ def shape(folder):
 
 def test_what_is_on_record_is_followed_to_its_end(killed):
     """Each step that was logged is taken again with the same samples in the same batch; then the clock decides."""
-    told, decisions = shape(killed)
+    reported, decisions = shape(killed)
     assert decisions[-1]["batch/after"] > decisions[0]["batch/before"]
     attempt(killed, config=config(killed))
     again, more = shape(killed)
-    assert again[: len(told)] == told
+    assert again[: len(reported)] == reported
     assert more[: len(decisions)] == decisions
     assert more[-1]["batch/after"] < decisions[-1]["batch/after"]
 
 
 def test_without_the_record_the_clock_would_have_decided(killed):
     """The test above can fail: with the log of decisions lost, the steps after the checkpoint are others."""
-    told, _ = shape(killed)
+    reported, _ = shape(killed)
     (killed / "decisions.jsonl").unlink()
     (killed / "metrics.jsonl").unlink()
     attempt(killed, config=config(killed))
     again = {step: rest for step, *rest in windows(killed)}
-    assert any(again[step] != rest for step, *rest in told if step in again)
+    assert any(again[step] != rest for step, *rest in reported if step in again)
 
 
 def test_a_second_attempt_that_is_killed_leaves_the_record_whole(killed):
     """The record outlives an attempt that did not come as far."""
-    told, decisions = shape(killed)
+    reported, decisions = shape(killed)
     with pytest.raises(Killed):
         attempt(killed, kill_at=newest_step(killed) + 2, config=config(killed))
     attempt(killed, config=config(killed))
     again, more = shape(killed)
     last = decisions[-1]["step"]
-    assert [window for window in again if window[0] <= last] == [window for window in told if window[0] <= last]
+    assert [window for window in again if window[0] <= last] == [window for window in reported if window[0] <= last]
     assert more[: len(decisions)] == decisions
 
 
@@ -95,10 +95,10 @@ def test_advice_is_no_decision(killed):
     for row in rows:
         row["applied"] = False
     (killed / "decisions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told, _ = shape(killed)
+    reported, _ = shape(killed)
     attempt(killed, config=config(killed))
     again, _ = shape(killed)
-    assert again[: len(told)] != told
+    assert again[: len(reported)] != reported
 
 
 @pytest.mark.parametrize("batch", [0, -4, "8", 2.5, None, True])

@@ -116,9 +116,9 @@ def test_the_command_survives_kill_and_obeys_signals(whole, tmp_path):
         lambda pid: os.kill(pid, signal.SIGTERM),
         lambda pid: os.killpg(pid, signal.SIGINT),
     ):
-        told = read_rows(folder / "metrics.jsonl")[-1]["step"]
+        reported = read_rows(folder / "metrics.jsonl")[-1]["step"]
         process = start(folder, "--resume")
-        wait_for_step(folder, told + 1, process)
+        wait_for_step(folder, reported + 1, process)
         stop(process.pid)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == EXIT_RESUMABLE, output

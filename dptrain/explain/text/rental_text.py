@@ -46,7 +46,7 @@ def answers(plans: Sequence[Plan], *, within_s: float, budget: float, prices: st
     return [
         Answer(
             question=f"How long does it take on {first.device}s, and what does it cost?",
-            answer=f"{_told(at_knee)}, at the knee of time against devices",
+            answer=f"{_reported(at_knee)}, at the knee of time against devices",
             assumes=_assumes(at_knee, prices=prices),
         ),
         _chosen(
@@ -70,12 +70,12 @@ def _chosen(question: str, one: Rental | None, *, otherwise: Rental | None, none
     found = one or otherwise
     if found is None:
         raise AssertionError("a plan has at least one point")
-    told = _told(found)
-    answer = told if one is not None else f"{none} {told}"
+    reported = _reported(found)
+    answer = reported if one is not None else f"{none} {reported}"
     return Answer(question=question, answer=answer, assumes=_assumes(found, prices=prices))
 
 
-def _told(one: Rental) -> str:
+def _reported(one: Rental) -> str:
     (fast, slow), (low, high) = one.point.seconds_range, one.cost_range
     cost, least, most = (plan_text.money(one.plan, value) for value in (one.cost, low, high))
     return (

@@ -33,21 +33,21 @@ def _at(plan, **seconds):
 
 def test_the_headline_tells_two_points_and_the_end(plan):
     """The run's own number of devices and the knee, each with time and money."""
-    told = replace(_at(plan, on_2=3.1 * 3600, on_8=0.61 * 3600), knee=8, ceiling=90)
-    assert plan_text.headline(told) == "2 GPUs: 3.1 h, 2 $; 8 GPUs: 0.61 h, 8 $; no gain beyond 90 GPUs"
+    reported = replace(_at(plan, on_2=3.1 * 3600, on_8=0.61 * 3600), knee=8, ceiling=90)
+    assert plan_text.headline(reported) == "2 GPUs: 3.1 h, 2 $; 8 GPUs: 0.61 h, 8 $; no gain beyond 90 GPUs"
 
 
 def test_a_run_at_its_knee_tells_one_point(plan):
     """And without an end in sight, that the time still falls."""
-    told = replace(_at(plan, on_2=100.0), knee=2, ceiling=None)
-    assert plan_text.headline(told) == "2 GPUs: 100 s, 2 $; still faster at 64 GPUs"
-    assert plan_text.traded(told, "samples", lambda point: point.samples) == "2 GPUs: at the knee"
+    reported = replace(_at(plan, on_2=100.0), knee=2, ceiling=None)
+    assert plan_text.headline(reported) == "2 GPUs: 100 s, 2 $; still faster at 64 GPUs"
+    assert plan_text.traded(reported, "samples", lambda point: point.samples) == "2 GPUs: at the knee"
 
 
 def test_what_more_devices_buy(plan):
     """How much faster, and for how much more of what."""
-    told = replace(_at(plan, on_2=100.0, on_8=50.0), knee=8)
-    assert plan_text.traded(told, "money", lambda point: point.cost) == "2 → 8 GPUs: 2× as fast, 4× the money"
+    reported = replace(_at(plan, on_2=100.0, on_8=50.0), knee=8)
+    assert plan_text.traded(reported, "money", lambda point: point.cost) == "2 → 8 GPUs: 2× as fast, 4× the money"
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_compute_is_reported_by_what_is_known(plan, by_count, by_time, said):
 
 def test_no_sentence_speaks_of_an_optimal_batch(plan):
     """But to deny it."""
-    told = " ".join(
+    reported = " ".join(
         [
             plan_text.headline(plan),
             plan_text.goal(plan),
@@ -119,7 +119,7 @@ def test_no_sentence_speaks_of_an_optimal_batch(plan):
             plan_text.step_times(plan),
         ]
     )
-    assert "optim" not in told
+    assert "optim" not in reported
     assert plan_text.NO_OPTIMUM.startswith("The noise scale is not the optimal batch size")
     assert "critical batch size" in plan_text.trade_off(plan)
 

@@ -31,7 +31,7 @@ def test_ranks_with_the_same_samples_are_named():
     """After two agreements in a row the ranks are named on all ranks, with one warning from one of them."""
     results = run_replicas(same_samples, world_size=3)
     assert [found for found, _ in results] == [[(), *[((0, 2),)] * 11]] * 3
-    assert [len(told) for _, told in results] == [1, 0, 0]
+    assert [len(reported) for _, reported in results] == [1, 0, 0]
     assert "ranks 0 and 2" in results[0][1][0]
 
 

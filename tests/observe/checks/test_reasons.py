@@ -39,12 +39,12 @@ def loop(steps, *, accumulation=2, factor=1.0):
 )
 def test_each_reason_is_reported_once_and_kept(settings, reason):
     """Four dropped steps are no news; the fifth brings one warning, and nine bring no second one."""
-    meter, told = loop(4, **settings)
-    assert told == []
+    meter, reported = loop(4, **settings)
+    assert reported == []
     assert reason in meter.reason
-    meter, told = loop(9, **settings)
-    assert len(told) == 1
-    assert reason in told[0]
+    meter, reported = loop(9, **settings)
+    assert len(reported) == 1
+    assert reason in reported[0]
     assert f"9 of 9 dropped steps: {reason}" == meter.reason
     assert f"({meter.reason})" in str(meter.reading)
     assert meter.reading.as_metrics() == {}

@@ -25,7 +25,7 @@ def trained(change=None, *, draw=None):
     model = make_model()
     generator = torch.Generator().manual_seed(2)
     draw = draw or (lambda *_: torch.randn(6, 4, generator=generator))
-    with warnings.catch_warnings(record=True) as told, dptrain.attach(model, every=1) as meter:
+    with warnings.catch_warnings(record=True) as seen, dptrain.attach(model, every=1) as meter:
         warnings.simplefilter("always")
         if change is not None:
             change(model)
@@ -35,7 +35,7 @@ def trained(change=None, *, draw=None):
                 (model(draw(step, micro_step)).square().mean() / 2).backward()
             meter.step()
         scale = meter.read()
-        return scale.num_steps, [str(w.message) for w in told if "noise scale" in str(w.message)], meter.reading.reason
+        return scale.num_steps, [str(w.message) for w in seen if "noise scale" in str(w.message)], meter.reading.reason
 
 
 def add(model):
@@ -53,10 +53,10 @@ def reparametrize(model):
 @pytest.mark.parametrize("change", [add, assign, reparametrize])
 def test_parameters_that_are_not_measured_are_told(change):
     """A layer added, loaded with assign=True or put under weight norm after attach: no reading, and the remedy."""
-    num_steps, told, reason = trained(change)
+    num_steps, seen, reason = trained(change)
     assert num_steps == 0
-    assert len(told) == 1
-    assert "added or replaced after attach" in told[0]
+    assert len(seen) == 1
+    assert "added or replaced after attach" in seen[0]
     assert "attach again" in reason
 
 
@@ -77,10 +77,10 @@ def test_micro_batches_of_the_same_samples_are_told():
     def same(step, _):
         return torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
 
-    num_steps, told, reason = trained(draw=same)
+    num_steps, seen, reason = trained(draw=same)
     assert num_steps == 4
-    assert len(told) == 1
-    assert "the same samples" in told[0]
+    assert len(seen) == 1
+    assert "the same samples" in seen[0]
     assert reason is None or "the same samples" in reason
 
 

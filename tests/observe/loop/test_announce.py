@@ -28,14 +28,14 @@ def measured(run, *, model=None, wrapped=lambda model: model, accumulation_steps
     """Return (sums of the meter, its warnings, its reason) after `run(model, x)` gave each micro-batch's loss."""
     model = wrapped(model or make_model())
     generator = torch.Generator().manual_seed(seed)
-    with warnings.catch_warnings(record=True) as told, dptrain.attach(model, every=1, **options) as meter:
+    with warnings.catch_warnings(record=True) as reported, dptrain.attach(model, every=1, **options) as meter:
         warnings.simplefilter("always")
         for _ in range(STEPS):
             model.zero_grad()
             for _ in range(accumulation_steps):
                 (run(model, torch.randn(6, 4, generator=generator)) / accumulation_steps).backward()
             meter.step()
-        return meter.state().sums, [str(w.message) for w in told if "noise scale" in str(w.message)], meter.read()
+        return meter.state().sums, [str(w.message) for w in reported if "noise scale" in str(w.message)], meter.read()
 
 
 def plain(model, x):
@@ -65,12 +65,12 @@ def test_a_pass_without_a_backward_pass_has_no_size(run):
 
 def test_several_passes_in_one_backward_are_asked_about():
     """Without `micro_batch_size` the steps are dropped with one warning; with it they count."""
-    _, told, scale = measured(pair)
+    _, reported, scale = measured(pair)
     assert scale.num_steps == 0
-    assert len(told) == 1
-    assert "micro_batch_size=" in told[0]
-    _, told, scale = measured(pair, micro_batch_size=6)
-    assert (told, scale.num_steps, scale.num_samples) == ([], STEPS, STEPS * 12)
+    assert len(reported) == 1
+    assert "micro_batch_size=" in reported[0]
+    _, reported, scale = measured(pair, micro_batch_size=6)
+    assert (reported, scale.num_steps, scale.num_samples) == ([], STEPS, STEPS * 12)
 
 
 def pairs_under_the_hook(rank, world_size):
@@ -105,16 +105,16 @@ def test_a_parameter_in_the_output_is_no_pass_of_its_own():
         return (out * scale).square().mean()
 
     model = ReturnsAParameter()
-    _, told, scale = measured(scaled, model=model)
-    assert (told, scale.num_steps) == ([], STEPS)
+    _, reported, scale = measured(scaled, model=model)
+    assert (reported, scale.num_steps) == ([], STEPS)
     assert not model.scale._backward_hooks
 
 
 def test_an_empty_micro_batch_drops_its_step():
     """A micro-batch without samples is no error in the middle of a run: its step does not count."""
     sizes = iter([6, 0, *[6] * 2 * STEPS])
-    _, told, scale = measured(lambda model, x: model(x[: next(sizes)]).square().sum())
-    assert (told, scale.num_steps) == ([], STEPS - 1)
+    _, reported, scale = measured(lambda model, x: model(x[: next(sizes)]).square().sum())
+    assert (reported, scale.num_steps) == ([], STEPS - 1)
 
 
 def test_copies_are_none_of_the_meters():

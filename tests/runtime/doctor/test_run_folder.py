@@ -53,10 +53,10 @@ def test_a_folder_of_another_user_is_a_failure(tmp_path_factory):
     folder.mkdir(mode=0o755)
     try:
         command = [sys.executable, "-c", READ_ONLY, str(folder)]
-        told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        reported = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     finally:
         folder.rmdir()
-    assert told == f"failure {folder} cannot be written: Permission denied\n"
+    assert reported == f"failure {folder} cannot be written: Permission denied\n"
 
 
 def test_a_full_disk_is_a_failure(tmp_path, monkeypatch):

@@ -55,8 +55,10 @@ def test_who_is_elsewhere_is_reported_with_the_place(replicas, monkeypatch):
     replicas(2)
     asker = replicas(0)
     monkeypatch.setattr(peer_inquiry, "_place", lambda: "at data.py, line 7, in __getitem__")
-    told = asker.sentence()
-    assert told.startswith("all 3 ranks answer, but not all wait: rank 1 on h is at data.py, line 7, in __getitem__")
+    sentence = asker.sentence()
+    assert sentence.startswith(
+        "all 3 ranks answer, but not all wait: rank 1 on h is at data.py, line 7, in __getitem__"
+    )
 
 
 def test_where_all_wait_a_link_was_cut(replicas, monkeypatch):

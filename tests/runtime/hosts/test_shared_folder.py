@@ -36,8 +36,8 @@ def test_one_folder_passes(tmp_path):
 
 def test_folders_of_one_name_are_distinguished_by_their_content(tmp_path):
     """The rank that sees another one is named, on all replicas; two hosts with equal files pass for one folder."""
-    for told in run_replicas(check, world_size=3, args=(tmp_path, True, 1)):
-        assert "is not shared between the hosts: rank 2 of 3 does not see there what rank 0 sees" in told
+    for reported in run_replicas(check, world_size=3, args=(tmp_path, True, 1)):
+        assert "is not shared between the hosts: rank 2 of 3 does not see there what rank 0 sees" in reported
 
 
 def test_on_one_host_nothing_is_compared(tmp_path):

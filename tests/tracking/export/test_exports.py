@@ -81,8 +81,8 @@ def test_a_heartbeat_lives_as_long_as_the_run(tmp_path, monkeypatch):
     beat = Heartbeat(tmp_path / "heartbeat.json")
     for step in (7, 8):
         beat.update({**ROW, "step": step})
-        told = json.loads((tmp_path / "heartbeat.json").read_text())
-        assert (told["pid"], told["step"], told["samples"]) == (os.getpid(), step, 448)
+        notes = json.loads((tmp_path / "heartbeat.json").read_text())
+        assert (notes["pid"], notes["step"], notes["samples"]) == (os.getpid(), step, 448)
     beat.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -115,7 +115,7 @@ def test_opentelemetry_gets_each_number():
 
 def test_what_does_not_start_or_breaks_is_reported_once(tmp_path):
     """A port in use, a folder that is missing, and a file that fails later are each a sentence; the others go on."""
-    told = []
+    notes = []
     with socket.create_server(("127.0.0.1", 0)) as taken:
         exports = start_exports(
             heartbeat=tmp_path / "run" / "heartbeat.json",
@@ -123,11 +123,14 @@ def test_what_does_not_start_or_breaks_is_reported_once(tmp_path):
             metrics_port=taken.getsockname()[1],
             opentelemetry=False,
             run_name="a",
-            warn=told.append,
+            warn=notes.append,
         )
-    assert [sentence.partition(" is not available")[0] for sentence in told] == ["log.metrics_file", "log.metrics_port"]
-    told.clear()
+    assert [sentence.partition(" is not available")[0] for sentence in notes] == [
+        "log.metrics_file",
+        "log.metrics_port",
+    ]
+    notes.clear()
     exports.update(ROW)
     exports.update(ROW)
     exports.close()
-    assert told == ["the heartbeat is switched off: No such file or directory; training goes on"]
+    assert notes == ["the heartbeat is switched off: No such file or directory; training goes on"]
