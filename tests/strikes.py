@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dptrain.checkpoint import async_writer as saver_module
+from dptrain.checkpoint import async_writer as async_writer_module
 from dptrain.checkpoint import store as checkpoint_module
 from tests.runs import Noisy, noisy, slow_loss
 
@@ -91,6 +91,6 @@ def striking():
     register_optimizer_step_post_hook(lambda *_: strike("update"))
     _patched(checkpoint_module, "_write", "save", before=True)
     _patched(checkpoint_module, "_commit", "rename", before=False)
-    assert saver_module.save_checkpoint is checkpoint_module.save_checkpoint
+    assert async_writer_module.save_checkpoint is checkpoint_module.save_checkpoint
     task = noisy()
     return replace(task, train_data=Struck(), loss=loss_with_strikes)

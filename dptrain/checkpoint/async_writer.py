@@ -83,7 +83,7 @@ class AsyncWriter:
         self._keep = keep
         self._infinite = frozenset(infinite)
         self._snapshot = HostCopy()
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dptrain-saver")
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dptrain-async-writer")
         self._writing: Future[tuple[int, float]] | None = None
         self._staging: Staging | None = None
         self._status = SaveStatus(committed_step=committed_step)

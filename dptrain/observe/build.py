@@ -81,7 +81,7 @@ def build_meter(wrapping: Wrapping, options: Options) -> Meter:
         groups=groups,
         geometry=geometry,
         interval_rule=interval_rule,
-        guard=DuplicateDataCheck(wrapping.group),
+        duplicate_data_check=DuplicateDataCheck(wrapping.group),
         check=_check(wrapping, options, parameters=parameters, every_parameter=every_parameter),
         divisor=wrapping.divisor,
         ranks_per_replica=wrapping.ranks_per_replica,

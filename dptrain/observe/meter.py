@@ -51,7 +51,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
         geometry: the norm; the hook must have the same.
         num_shards: ranks over which the averaged gradient is cut up.
         interval_rule: which steps are measured; each by default.
-        guard: looks for replicas that are not independent; none by default.
+        duplicate_data_check: looks for replicas that are not independent; none by default.
         check: looks for steps whose gradients do not belong together; none by default.
         divisor: by what the sum over the ranks' gradients is divided; by default the number of replicas.
         ranks_per_replica: ranks that hold one copy of the model together (tensor parallelism).
@@ -74,7 +74,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
         geometry: Geometry | None = None,
         num_shards: int = 1,
         interval_rule: MeasurementInterval | None = None,
-        guard: DuplicateDataCheck | None = None,
+        duplicate_data_check: DuplicateDataCheck | None = None,
         check: StepCheck | None = None,
         divisor: float | None = None,
         ranks_per_replica: int = 1,
@@ -105,7 +105,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
                 population=population,
             ),
             drops=DropLog(group) if check is None else check.log,
-            guard=guard,
+            duplicate_data_check=duplicate_data_check,
             dual=dual,
         )
         self._interval_rule = interval_rule or MeasurementInterval(every=1)
@@ -124,7 +124,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
             group=group,
             device=self._device,
             interval_rule=self._interval_rule,
-            guard=guard,
+            duplicate_data_check=duplicate_data_check,
             stopwatch=hook.stopwatch,
         )
         num_values = 2 * self._num_entries + NUM_SIZES + NUM_TIMINGS

@@ -26,7 +26,7 @@ class StepReductions:
         group: process group over which is summed.
         device: of the vectors.
         interval_rule: gets the timings, which ride on the reduction.
-        guard: compares the ranks at rare steps; None for nobody.
+        duplicate_data_check: compares the ranks at rare steps; None for nobody.
         stopwatch: what measuring takes.
     """
 
@@ -36,13 +36,13 @@ class StepReductions:
         group: dist.ProcessGroup | None,
         device: torch.device,
         interval_rule: MeasurementInterval,
-        guard: DuplicateDataCheck | None,
+        duplicate_data_check: DuplicateDataCheck | None,
         stopwatch: Stopwatch,
     ) -> None:
         self._group = group
         self._device = device
         self._interval_rule = interval_rule
-        self._guard = guard
+        self._duplicate_data_check = duplicate_data_check
         self._stopwatch = stopwatch
         self._num_started = 0
         self._pending: deque[tuple[PendingSum, PendingSum | None]] = deque()
@@ -52,14 +52,15 @@ class StepReductions:
 
         Args:
             vector: this rank's part, float64.
-            own_square: squared norm of this rank's own gradient, which the guard compares.
+            own_square: squared norm of this rank's own gradient, which the check compares.
         """
         cost_s = self._stopwatch.take() * UNSEEN.get(self._device.type, 1.0)
         timing = on_device(self._interval_rule.timing(cost_s), device=self._device)
         began = self._stopwatch.start()
         pending = PendingSum(torch.cat([vector, timing]), group=self._group)
         self._num_started += 1
-        squares = None if self._guard is None else self._guard.exchange(own_square, number=self._num_started)
+        check = self._duplicate_data_check
+        squares = None if check is None else check.exchange(own_square, number=self._num_started)
         self._pending.append((pending, squares))
         self._stopwatch.stop(began)
 
@@ -70,5 +71,5 @@ class StepReductions:
             values = pending.read()
             yield values[:-NUM_TIMINGS]
             self._interval_rule.note(values[-NUM_TIMINGS:])
-            if squares is not None and self._guard is not None:
-                self._guard.judge(squares.read())
+            if squares is not None and self._duplicate_data_check is not None:
+                self._duplicate_data_check.judge(squares.read())

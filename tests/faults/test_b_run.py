@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from dptrain.checkpoint import async_writer as saver_module
+from dptrain.checkpoint import async_writer as async_writer_module
 from dptrain.checkpoint.store import load_newest
 from dptrain.errors import AbortedError, CheckpointError
 from dptrain.tracking.run_log import WritingLog
@@ -21,7 +21,7 @@ from tests.runs import Killed, attempt, kill, make_config, noisy, windows
 
 def fail_to_save(rank, world_size, folder, failing):
     """Train, and let the saves with these numbers fail on the replica that saves."""
-    save, calls, notes = saver_module.save_checkpoint, [], []
+    save, calls, notes = async_writer_module.save_checkpoint, [], []
 
     def save_or_fail(*arguments, **options):
         calls.append(None)
@@ -29,7 +29,7 @@ def fail_to_save(rank, world_size, folder, failing):
             raise CheckpointError("the disk is full")
         return save(*arguments, **options)
 
-    saver_module.save_checkpoint = save_or_fail
+    async_writer_module.save_checkpoint = save_or_fail
     note = WritingLog.note
     WritingLog.note = lambda log, text: notes.append(text) or note(log, text)
     try:
@@ -37,7 +37,7 @@ def fail_to_save(rank, world_size, folder, failing):
     except (AbortedError, CheckpointError) as error:
         return type(error).__name__, str(error), notes
     finally:
-        saver_module.save_checkpoint, WritingLog.note = save, note
+        async_writer_module.save_checkpoint, WritingLog.note = save, note
     return "done", "", notes
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dptrain.errors import ConfigError, RendezvousError
-from dptrain.runtime import rendezvous as meeting
+from dptrain.runtime import rendezvous as rendezvous_module
 from dptrain.runtime.rendezvous import rendezvous
 from tests.replicas import run_replicas
 
@@ -173,7 +173,7 @@ def test_times_come_from_the_environment(place, tmp_path, monkeypatch):
     with pytest.raises(RendezvousError, match=r"timed out after 0\.2 s"):
         rendezvous(device="cpu")
     kept = {}
-    monkeypatch.setattr(meeting.dist, "init_process_group", lambda _, **given: kept.update(given))
+    monkeypatch.setattr(rendezvous_module.dist, "init_process_group", lambda _, **given: kept.update(given))
     place(RANK=0, WORLD_SIZE=1, DPTRAIN_STORE=tmp_path / "other", DPTRAIN_COLLECTIVE_TIMEOUT_S="7")
     rendezvous(device="cpu")
     assert kept["timeout"] == dt.timedelta(seconds=7)
@@ -205,7 +205,9 @@ def meet_over(store, *, rank, world_size, timeout_s=10.0):
     def agree():
         deadline_s = time.monotonic() + timeout_s
         try:
-            found.append(meeting._agree_on_group(store, rank=rank, world_size=world_size, deadline_s=deadline_s))
+            found.append(
+                rendezvous_module._agree_on_group(store, rank=rank, world_size=world_size, deadline_s=deadline_s)
+            )
         except BaseException as error:  # noqa: BLE001 - whatever it was, it is raised where it is asked for
             found.append(error)
 
@@ -283,7 +285,7 @@ def test_a_torchrun_that_lives_is_not_taken_for_a_left_over(place, monkeypatch):
     """Under a live launcher `unset RANK` would be wrong advice, and is not given."""
     place(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), TORCHELASTIC_RUN_ID="job")
     assert "unset RANK" in refused()[0]
-    monkeypatch.setattr(meeting, "launcher_process", object)
+    monkeypatch.setattr(rendezvous_module, "launcher_process", object)
     place(MASTER_PORT=free_port())
     sentence, _ = refused()
     assert sentence == "timed out after 0.3 s waiting for rank 1 of 2; check its log"

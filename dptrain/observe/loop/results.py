@@ -20,7 +20,7 @@ class MeterResults:
     Args:
         estimate: from squared norms.
         drops: steps that gave none.
-        guard: looks for replicas that are not independent.
+        duplicate_data_check: looks for replicas that are not independent.
         dual: from dual norms, which take the place of the squared ones.
     """
 
@@ -30,11 +30,16 @@ class MeterResults:
         """The norm."""
 
     def __init__(
-        self, *, estimate: Estimate, drops: DropLog, guard: DuplicateDataCheck | None, dual: DualGeometry | None
+        self,
+        *,
+        estimate: Estimate,
+        drops: DropLog,
+        duplicate_data_check: DuplicateDataCheck | None,
+        dual: DualGeometry | None,
     ) -> None:
         self._estimate = estimate
         self._drops = drops
-        self._guard = guard
+        self._duplicate_data_check = duplicate_data_check
         self._dual = dual
 
     @abstractmethod
@@ -70,7 +75,7 @@ class MeterResults:
     def identical_ranks(self) -> tuple[tuple[int, ...], ...]:
         """Sets of ranks whose gradients were found equal to the last bit; waits for the sums under way."""
         self._absorb_up_to(0)
-        return () if self._guard is None else self._guard.identical_ranks
+        return () if self._duplicate_data_check is None else self._duplicate_data_check.identical_ranks
 
     @property
     def steps_dropped(self) -> int:

@@ -38,18 +38,18 @@ def test_ranks_with_the_same_samples_are_named():
 @pytest.mark.parametrize("squares", [[1.0, 2.0, 3.0], [0.0, 0.0], [float("nan"), float("nan")], [float("inf")] * 2])
 def test_nothing_is_said_of_other_ranks(squares):
     """Different, empty or broken gradients are no sign of equal samples."""
-    guard = DuplicateDataCheck(None)
+    check = DuplicateDataCheck(None)
     for _ in range(2):
-        guard.judge(squares)
-    assert guard.identical_ranks == ()
+        check.judge(squares)
+    assert check.identical_ranks == ()
 
 
 def test_one_agreement_may_be_chance():
     """Two ranks that agree once, and not at the next comparison, are not named."""
-    guard = DuplicateDataCheck(None)
+    check = DuplicateDataCheck(None)
     for squares in ([1.0, 1.0], [1.0, 2.0], [3.0, 3.0]):
-        guard.judge(squares)
-        assert guard.identical_ranks == ()
+        check.judge(squares)
+        assert check.identical_ranks == ()
 
 
 def test_comparing_is_rare():
