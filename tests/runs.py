@@ -31,6 +31,7 @@ EVERY = 23
 BY_CLOCK = {
     "progress/wall_s",
     "throughput/samples_per_sec",
+    "throughput/tokens_per_sec",
     "time/step_s",
     "ledger/device_s",
     "device_s",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dptrain.control.settings import ControlConfig
 from dptrain.errors import ConfigError
-from dptrain.exchange.kinds import no_noise_scale, parameters_are_equal
 from dptrain.exchange.settings import ExchangeConfig
 
 READ_NOISE = ("goodput", "noise", "pollux")
@@ -34,6 +33,11 @@ def check_exchange(
     Raises:
         ConfigError: with the reason and the remedy.
     """
+    if exchange == ExchangeConfig():
+        return
+    # Loads torch, which takes a second: the first line of a run with the default exchange does not wait for it.
+    from dptrain.exchange.kinds import no_noise_scale, parameters_are_equal
+
     reason, kind = no_noise_scale(exchange), f"exchange.kind={exchange.kind}"
     if exchange.kind == "all_reduce":
         return

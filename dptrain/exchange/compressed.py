@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dptrain.errors import ConfigError
 from dptrain.exchange.base import Exchange, State, all_reduce_bytes
-from dptrain.exchange.codecs import PowerSgd, build_codec
+from dptrain.exchange.compression.codecs import PowerSgd, build_codec
 
 CodecName = Literal["fp16", "bf16", "int8", "powersgd"]
 

@@ -83,7 +83,7 @@ def loss_of_two_samples(task: Task) -> float | None:
         for _ in range(2):
             torch.manual_seed(0)
             try:
-                result = task.loss(_Wrapped(model), batch)
+                result = task.loss(_Wrapped(model).eval(), batch)
             except Exception:  # noqa: BLE001 - in training mode it ran, which is what counts
                 return None
             found.append(split_loss(result)[0].item())

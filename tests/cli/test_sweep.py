@@ -153,7 +153,7 @@ def test_a_sweep_killed_three_times_ends_with_the_same_table(done, tmp_path):
         started = Started(tmp_path / "killed", *ASKED)
         started.wait_for_evaluations(point)
         started.process.kill()
-        assert started.wait() in (-signal.SIGKILL, 0) or is_refused(started)
+        assert started.wait() in (-signal.SIGKILL, 0) or is_refused(started), started.text("err")
     for _ in range(20):
         started = Started(tmp_path / "killed", settings={})
         started.wait()

@@ -19,13 +19,13 @@ from tests.replicas import run_replicas
 from tests.runs import attempt, make_config, trained
 
 POINTS = (*strikes.INSIDE_A_STEP, *strikes.BETWEEN_STEPS)
-CALLS = {"data": 40, "forward": 8, "backward": 8, "reduction": 5, "update": 3, "evaluation": 3, "save": 1, "rename": 1}
+CALLS = {"data": 90, "forward": 8, "backward": 8, "reduction": 5, "update": 3, "evaluation": 8, "save": 1, "rename": 1}
 """How often a replica comes by a point until it is struck there: the checks before the first step come by some, too."""
 
 pytestmark = pytest.mark.timeout(300)
 
 
-SAMPLES = 1400
+SAMPLES = 2100
 
 
 def train_whole(rank, world_size, folder):

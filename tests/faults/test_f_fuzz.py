@@ -114,6 +114,21 @@ CHOICES = [
     *("optimizer.schedule", "log.tracker", "control.mode"),
 ]
 OUTSIDE = {
+    "exchange.codec": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, 3, ""],
+    "exchange.dimensions": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, ""],
+    "exchange.error_feedback": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", [], {}, 3, ""],
+    "exchange.every": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, ""],
+    "exchange.kind": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, None, [], {}, 3, ""],
+    "exchange.outer": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, 3, ""],
+    "exchange.outer_learning_rate": [0.0, 0, -1, -1.0, math.nan, math.inf, "x", True, [], {}, ""],
+    "exchange.outer_momentum": [-1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, 3, ""],
+    "exchange.overlap": [-1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, ""],
+    "exchange.predictions": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, 3, ""],
+    "exchange.rank": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, ""],
+    "exchange.redraw": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", [], {}, 3, ""],
+    "exchange.shared_samples": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, ""],
+    "exchange.staleness": [-1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, ""],
+    "exchange.weight": [-1, -1.0, math.nan, math.inf, "x", True, [], {}, ""],
     "sparsity.dense": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, True, [], {}, 3, ""],
     "sparsity.distribution": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, None, [], {}, 3, ""],
     "sparsity.drop_fraction": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, None, [], {}, 3, ""],
@@ -275,6 +290,7 @@ def test_f10_every_setting_is_fuzzed():
     alone |= {"control.schedule_tokens", "control.smallest_tokens", "control.largest_tokens"}
     alone |= {"checkpoint.every_tokens", "log.eval_every_tokens"}  # allowed in place of those in samples only
     alone |= {"optimizer.warmup_samples", "optimizer.final_fraction"}  # allowed with some values of others only
+    alone |= {name for name in OUTSIDE if name.startswith("exchange.")}  # each is for some kinds only
     # Allowed with packages, devices, ports or sizes of replicas that not every machine has.
     alone |= {
         "distillation.teacher",

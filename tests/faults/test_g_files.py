@@ -44,7 +44,7 @@ def save(folder, step=1):
 def rewrite_manifest(path, **changes):
     """Give a checkpoint's manifest right sums for what is in the folder now, as somebody with bad intent would."""
     step, digests = decode_manifest((path / MANIFEST).read_bytes())
-    digests = {name: module._sync_and_digest(path / name) for name in digests} | changes
+    digests = {name: module.sync_and_digest(path / name) for name in digests} | changes
     (path / MANIFEST).write_bytes(encode_manifest(step=step, written_by="1", digests=digests))
 
 
@@ -162,7 +162,7 @@ def plant(run, name, payload):
         (path / name).write_bytes(payload)
         if verified and name != MANIFEST:
             rewrite_manifest(
-                path, **({name: module._sync_and_digest(path / name)} if PLAIN_NAME.fullmatch(name) else {})
+                path, **({name: module.sync_and_digest(path / name)} if PLAIN_NAME.fullmatch(name) else {})
             )
 
 

@@ -195,9 +195,9 @@ CLOCKS = {
     "date.today",
     "time.localtime",
 }
-DATES = {"run_folder.py": 2, "run_facts.py": 1, "heartbeat.py": 1, "network.py": 2}
-"""Where the time of day is a name or a stamp: of a run folder and who holds one, of a run, of a sign of life; and where
-`dptrain doctor` compares the clocks of hosts, which is about that very clock."""
+DATES = {"run_folder.py": 2, "run_facts.py": 1, "heartbeat.py": 1, "plan.py": 1, "network.py": 2}
+"""Where the time of day is a name or a stamp: of a run folder and who holds one, of a run, of a sign of life, of
+prices; and where `dptrain doctor` compares the clocks of hosts, which is about that very clock."""
 
 
 def calls(path, names):

@@ -188,7 +188,7 @@ def test_adams_geometry_needs_adam():
     model = make_model()
     with pytest.raises(ObservationError, match="SGD"):
         dptrain.attach(model, geometry="adam", optimizer=torch.optim.SGD(model.parameters()))
-    with pytest.raises(ObservationError, match="all trained parameters"):
+    with pytest.raises(ObservationError, match=r"has no parameter of the model|all trained parameters"):
         dptrain.attach(model, geometry="adam", optimizer=torch.optim.Adam(nn.Linear(2, 2).parameters()))
 
 

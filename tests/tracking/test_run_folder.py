@@ -13,7 +13,8 @@ from filelock import FileLock
 from dptrain.cli.settings import parse
 from dptrain.config.train_config import EarlyStoppingConfig
 from dptrain.errors import ConfigError
-from dptrain.models.settings import ModelConfig
+from dptrain.exchange.settings import ExchangeConfig
+from dptrain.models.settings import DistillationConfig, ModelConfig, SparsityConfig
 from dptrain.tracking.run_folder import (
     RunFolder,
     check_not_in_use,
@@ -129,6 +130,7 @@ EVERYTHING_ELSE = TrainConfig(
     num_workers=1,
     find_unused_parameters=True,
     model=ModelConfig(freeze="head.*"),
+    distillation=DistillationConfig(teacher="runs/teacher", temperature=3.0),
     early_stopping=EarlyStoppingConfig(patience=3, figure="accuracy", higher_is_better=True),
     control=ControlConfig(mode="advise", law="schedule", schedule="0:4 8:2", min_gain=0.1),
     noise=NoiseConfig(observer="hook", half_life_samples=1e9, level=0.5),
@@ -139,6 +141,8 @@ EVERYTHING_ELSE = TrainConfig(
 
 
 IN_TOKENS = TrainConfig(
+    sparsity=SparsityConfig(method="rigl", sparsity=0.75),
+    exchange=ExchangeConfig(kind="compressed", codec="int8"),
     max_tokens=4096,
     global_batch_tokens=512,
     control=ControlConfig(law="schedule", schedule_tokens="0:512 2048:1024", smallest_tokens=512, largest_tokens=2048),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dptrain.errors import ConfigError
 from dptrain.exchange.base import all_reduce_bytes
-from dptrain.exchange.codecs import build_codec
+from dptrain.exchange.compression.codecs import build_codec
 
 if TYPE_CHECKING:
     from dptrain.explain.record import RunRecord

@@ -1,0 +1,1 @@
+"""How gradients are put into fewer digits, or fewer numbers, and back."""
