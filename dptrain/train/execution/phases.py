@@ -86,7 +86,7 @@ class Phases:
         alone = [step for step in self._steps if not step.combines]
         seconds = fmean(step.seconds for step in whole)
         found: dict[str, float | None] = {
-            name: fmean(step.spent.get(name, 0.0) for step in self._steps) / seconds
+            name: fmean(step.spent.get(name, 0.0) for step in whole) / seconds
             for name in ("data", "forward", "meter", "optimizer")
         }
         backward, communication = fmean(step.spent["backward"] for step in whole) / seconds, None
