@@ -122,6 +122,7 @@ def main() -> None:
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the seconds of each kind's best batch against the bandwidth, a panel for each delay."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     delays = sorted({row["delay_s"] for row in rows})
     figure = Figure(figsize=(4.5 * len(delays), 4), layout="constrained")
@@ -134,7 +135,12 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.plot(list(known), list(known.values()), marker="o", label=kind)
         axes.set(xscale="log", yscale="log", xlabel="bandwidth in Mbit/s", ylabel="seconds to the target")
         axes.set_title(f"{1000 * delay_s:g} ms one way")
-        axes.legend()
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+        axes.set_xticks(_bandwidths(rows))
+        axes.set_yticks([1, 2, 5, 10, 20, 50])
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=100)
 
 

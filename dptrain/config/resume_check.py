@@ -31,6 +31,8 @@ def check_same_settings(config: TrainConfig, *, saved: Mapping[str, Any], positi
         ConfigError: listing each such setting with both values, or what to do about another length.
     """
     current, before = leaves(asdict(config)), leaves(saved)
+    # A run that was saved before a setting existed had its default.
+    before = {name: value for name, value in leaves(asdict(type(config)())).items() if name in current} | before
     differing = [
         f"{name} was {before.get(name)!r} and is {current.get(name)!r}"
         for name in sorted(before.keys() | current.keys())

@@ -61,10 +61,6 @@ class RunningStatistics:
         """Return the names of the buffers that are kept in step, which DDP must not copy from rank 0."""
         return [f"{name}.{key}" for name, module in self._modules.items() for key, _ in module.named_buffers()]
 
-    def hide_from_ddp(self, model: nn.Module) -> None:
-        """Have DDP leave the statistics of a model alone: it would copy rank 0's before each forward pass."""
-        model._ddp_params_and_buffers_to_ignore = self.buffer_names()  # type: ignore[assignment] # noqa: SLF001 - DDP reads it
-
     def begin_step(self) -> None:
         """Note the statistics before a step; ranks but 0 begin from zero."""
         # A module in eval mode while others train is frozen, and its statistics are in use.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from numbers import Integral
 
 from dptrain.errors import ObservationError
+from dptrain.observe.loop.sizes import is_count
 
 NUM_TIMINGS = 3
 """Entries of `MeasurementInterval.timing`."""
@@ -47,7 +47,7 @@ class MeasurementInterval:
     """
 
     def __init__(self, *, every: int | None = None, budget: float = 0.01, first: int = _FIRST) -> None:
-        if every is not None and (not isinstance(every, Integral) or isinstance(every, bool) or every < 1):
+        if every is not None and not is_count(every):
             raise ObservationError(f"every must be a whole number of steps, at least 1 (each step), got {every!r}")
         if not budget > 0:
             raise ObservationError(f"budget must be a positive share of the step time, such as 0.01, got {budget!r}")

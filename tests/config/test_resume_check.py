@@ -9,6 +9,7 @@ import pytest
 from dptrain.config.resume_check import check_same_settings
 from dptrain.config.train_config import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
 from dptrain.errors import ConfigError
+from dptrain.models.settings import SparsityConfig
 
 
 def test_a_run_is_resumed_with_its_own_settings_only():
@@ -33,6 +34,16 @@ def test_what_is_only_reported_may_change_on_the_way():
         checkpoint=CheckpointConfig(every_samples=5, keep=1),
     )
     check_same_settings(other, saved=asdict(config))
+
+
+def test_a_setting_that_the_saved_run_did_not_know_had_its_default():
+    """A checkpoint of an earlier version goes on, where what is new since is left at its default."""
+    config = TrainConfig(max_samples=1000, task_options={"width": 3})
+    saved = asdict(config)
+    del saved["sparsity"], saved["model"]["new_head"]
+    check_same_settings(config, saved=saved)
+    with pytest.raises(ConfigError, match=r"sparsity.method was 'off' and is 'rigl'"):
+        check_same_settings(replace(config, sparsity=SparsityConfig(method="rigl")), saved=saved)
 
 
 def lengthened(schedule, *, old=1000, new=2000, position=1000, **optimizer):

@@ -30,6 +30,7 @@ MOST_RUNS = 26
 _FAR = 8.0  # beyond the estimates by such a factor, an end of an interval is cut off
 _LONGEST_NAME = 24
 _LEGEND_IN = {"handle": 0.6, "letter": 0.075}
+_TITLE_LETTERS = 56  # of the widest title that fits; at 62 the last letters of one of many wide ones were cut off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,9 @@ class RunFigure:
             self.draw(axes)
             _legend_outside(figure, axes, below=titled)
             if titled:
-                figure.suptitle(textwrap.fill(self.title, 62), x=0.01, ha="left", fontsize=10, fontweight="bold")
+                figure.suptitle(
+                    textwrap.fill(self.title, _TITLE_LETTERS), x=0.01, ha="left", fontsize=10, fontweight="bold"
+                )
         return figure
 
 

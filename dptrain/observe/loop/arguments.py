@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Integral
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.amp import GradScaler
 
 from dptrain.errors import ObservationError
 from dptrain.noise import Smoothing
-from dptrain.observe.loop.sizes import is_real, shown
+from dptrain.observe.loop.sizes import is_count, is_real, shown
 
 LossScale = Callable[[], float | Tensor]
 """Returns the factor on the loss at the time of a step."""
@@ -42,7 +41,7 @@ def check_arguments(
         )
     if loss not in ("mean", "sum"):
         raise ObservationError(f"loss must be 'mean' or 'sum' over the samples of a micro-batch, got {loss!r}")
-    if micro_batch_size is not None and not callable(micro_batch_size) and not _is_count(micro_batch_size):
+    if micro_batch_size is not None and not callable(micro_batch_size) and not is_count(micro_batch_size):
         raise ObservationError(
             "micro_batch_size must be a whole number of samples, at least 1, or a function of the model's arguments "
             f"that returns it, got {shown(micro_batch_size)}"
@@ -62,7 +61,7 @@ def check_arguments(
         )
     if not is_real(budget) or not budget > 0:
         raise ObservationError(f"budget must be a positive share of the step time, such as 0.01, got {shown(budget)}")
-    if population is not None and not _is_count(population):
+    if population is not None and not is_count(population):
         raise ObservationError(
             f"population must be the whole number of samples in the data set, at least 1, got {shown(population)}"
         )
@@ -109,10 +108,6 @@ def _checked_factor(factor: float | Tensor) -> float | Tensor:
             "positive number"
         )
     return factor
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _is_hook(value: object) -> bool:

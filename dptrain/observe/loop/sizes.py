@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from typing import TypeGuard
 
 import torch
@@ -118,6 +118,11 @@ def checked_weight(weight: object) -> float | None:
 def is_real(value: object) -> TypeGuard[float]:
     """Say whether a value is a number of the host; True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Say whether a value is a whole number, at least 1; True is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def shown(value: object) -> str:
