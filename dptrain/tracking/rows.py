@@ -17,7 +17,9 @@ def train_row(
 
 
 def noise_scale_text(scale: NoiseScale) -> str:
-    """Say the noise scale now and the mean over the window, each under its own name."""
+    """Say the noise scale now and the mean over the window, each under its own name, of a run at its end."""
+    if scale.num_steps == 0:
+        return "noise scale not measured"
     window = "not resolved" if scale.window_mean is None else f"{scale.window_mean:.3g}"
     return f"noise scale now {scale}; mean of last 20 %: {window}"
 
