@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,6 +63,8 @@ def _write_rate(folder: Path) -> float:
 def made(folder: Path) -> Iterator[None]:
     """Make the folder where there is none, and remove afterwards what was made and is still empty.
 
+    Ranks of one host share the folder, and the one that made it may leave before another has removed its own file.
+
     Raises:
         OSError: where it cannot be made.
     """
@@ -71,6 +73,8 @@ def made(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if missing:
+            _wait_until(lambda: not any(folder.glob(f"{_PREFIX}*")))
         for path in missing:
             with contextlib.suppress(OSError):  # somebody else uses it by now
                 path.rmdir()
@@ -94,11 +98,16 @@ def mark(folder: Path) -> Iterator[str]:
 
 def sees(folder: Path, name: str) -> bool:
     """Tell whether a file that another host has made is in the folder here; waits until caches have expired."""
+    # A listing asks the server; a look-up may be answered from the cache.
+    return _wait_until(lambda: any(path.name == name for path in folder.iterdir()))
+
+
+def _wait_until(is_so: Callable[[], bool]) -> bool:
+    """Ask again until it is so, for as long as a file of another host may take to appear or to go."""
     deadline_s = time.monotonic() + _APPEARS_S
     while True:
         with contextlib.suppress(OSError):
-            # A listing asks the server; a look-up may be answered from the cache.
-            if any(path.name == name for path in folder.iterdir()):
+            if is_so():
                 return True
         if time.monotonic() > deadline_s:
             return False

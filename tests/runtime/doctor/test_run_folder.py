@@ -6,6 +6,8 @@ import errno
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,16 @@ def test_a_folder_that_is_made_is_removed_again(tmp_path):
     with made(tmp_path / "a" / "b"):
         (tmp_path / "a" / "kept").touch()
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept"]
+
+
+def test_the_rank_that_made_the_folder_waits_for_the_others_on_its_host(tmp_path):
+    """The one that made it leaves first, while another's file is still inside: the folder goes with the file."""
+    with ThreadPoolExecutor() as pool, ExitStack() as maker:
+        maker.enter_context(made(tmp_path / "run"))
+        with made(tmp_path / "run"), mark(tmp_path / "run"):
+            left = pool.submit(maker.close)
+        left.result()
+    assert list(tmp_path.iterdir()) == []
 
 
 READ_ONLY = """
