@@ -88,6 +88,7 @@ def _alone(record: RunRecord, drawn: Sequence[RunFigure]) -> list[Answer | Figur
         Answer(title="Recommended batch size", sentences=advise(record)),
         Figures(figures=drawn),
         tables.decisions([record]),
+        *([found] if (found := tables.experts(record)) is not None else []),
         tables.costs(record),
         tables.settings(record),
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,20 @@ class ExpertsConfig:
             raise ConfigError(f"balance_weight must be at least 0 and finite, got {self.balance_weight}")
 
 
+class Routing(NamedTuple):
+    """What a layer's router did with a micro-batch; of a model, a row for each layer and the mean balance.
+
+    Attributes:
+        balance: load-balancing loss, a scalar with a graph; 1 at perfect balance.
+        samples: share of the samples that each expert processed a token of, shape (num_experts,).
+        tokens: share of the tokens that each expert processed, shape (num_experts,); top_k in all without a capacity.
+    """
+
+    balance: Tensor
+    samples: Tensor
+    tokens: Tensor
+
+
 class MixtureOfExperts(nn.Module):
     """Sum over a token's experts of gate × expert(token), with a load-balancing loss.
 
@@ -70,8 +85,13 @@ class MixtureOfExperts(nn.Module):
         nn.init.normal_(self.weight_in, std=width**-0.5)
         nn.init.normal_(self.router.weight, std=0.02)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the layer's output, shape (samples, length, width), and the balance loss, 1 at perfect balance."""
+    @property
+    def num_experts(self) -> int:
+        """Experts that are stacked along the first dimension of the weights."""
+        return self.config.num_experts
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Routing]:
+        """Return the layer's output, shape (samples, length, width), and how tokens were routed."""
         samples, length, width = tokens.shape
         experts, top_k = self.config.num_experts, self.config.top_k
         # In float32 also under autocast: bf16 logits tie, and a tie is routed by the order of the experts.
@@ -85,6 +105,9 @@ class MixtureOfExperts(nn.Module):
         if self.config.capacity_factor is not None:
             capacity = math.ceil(self.config.capacity_factor * length * top_k / experts)
             places = torch.where(_rank_in_expert(places, experts) < capacity, places, experts)
+        with torch.no_grad():
+            taken = (places[..., None] == torch.arange(experts, device=places.device)).sum(1)
+            routing = Routing(balance, (taken > 0).float().mean(0), taken.float().mean(0) / length)
         order = places.flatten().argsort(stable=True)
         rows = order // top_k
         # Rows of tokens that went to no expert come last and are not computed, neither forward nor backward: what is in
@@ -93,7 +116,7 @@ class MixtureOfExperts(nn.Module):
         found = self._experts(torch.where(kept, tokens.reshape(-1, width)[rows], 0), places.flatten())
         weighted = torch.where(kept, found, 0) * gates.flatten()[order][:, None].to(found.dtype)
         out = torch.zeros(samples * length, width, dtype=weighted.dtype, device=weighted.device)
-        return out.index_add(0, rows, weighted).view(samples, length, width), balance
+        return out.index_add(0, rows, weighted).view(samples, length, width), routing
 
     def _experts(self, tokens: Tensor, places: Tensor) -> Tensor:
         """Apply to each row its expert; rows are sorted by expert, `places` are not."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dptrain.errors import ConfigError
-from dptrain.models.experts import ExpertsConfig, MixtureOfExperts
+from dptrain.models.experts import ExpertsConfig, MixtureOfExperts, Routing
 
 FeedForwardKind = Literal["gelu", "relu2", "swiglu"]
 Angles = tuple[Tensor, Tensor]
@@ -100,15 +100,15 @@ class Gpt(nn.Module):
         if config.tied:
             self.embedding.weight = self.output.weight
 
-    def forward(self, tokens: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor) -> Tensor | tuple[Tensor, Routing]:
         """Predict the token after each.
 
         Args:
             tokens: integers, shape (samples, length).
 
         Returns:
-            Logits, shape (samples, length, vocab_size); with experts a pair of them and of the balance loss, the mean
-            over blocks, a scalar.
+            Logits, shape (samples, length, vocab_size); with experts a pair of them and of how tokens were routed: the
+            mean balance loss of the blocks, and shares of shape (depth, num_experts).
         """
         length = tokens.shape[1]
         stream = self.embedding(tokens)
@@ -119,12 +119,16 @@ class Gpt(nn.Module):
             if length > self.config.context:
                 raise ValueError(f"{length} tokens are more than the {self.config.context} learned positions")
             stream = stream + self.positions.weight[:length]
-        losses = []
+        found: list[Routing] = []
         for block in self.blocks:
-            stream, balance = block(stream, angles)
-            losses.append(balance)
+            stream, routing = block(stream, angles)
+            if routing is not None:
+                found.append(routing)
         logits: Tensor = self.output(self.norm(stream))
-        return logits if self.config.experts is None else (logits, torch.stack(losses).mean())
+        if not found:
+            return logits
+        balance, samples, tokens = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return logits, Routing(balance.mean(), samples, tokens)
 
     def num_parameters(self) -> int:
         """Return the number of parameters; a tied matrix counts once."""
@@ -163,13 +167,13 @@ class Block(nn.Module):
         for layer in writes:
             nn.init.zeros_(layer.weight)
 
-    def forward(self, stream: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor | None]:
-        """Return the stream after the block, and the balance loss of its experts where it has some."""
+    def forward(self, stream: Tensor, angles: Angles | None) -> tuple[Tensor, Routing | None]:
+        """Return the stream after the block, and how its experts were chosen where it has some."""
         stream = stream + self._attention(self.attention_norm(stream), angles)
         read = self.mlp_norm(stream)
         if hasattr(self, "experts"):
-            update, balance = self.experts(read)
-            return stream + update, balance
+            update, routing = self.experts(read)
+            return stream + update, routing
         return stream + self.mlp_out(_activated(self.mlp_in(read), kind=self.feed_forward)), None
 
     def _attention(self, stream: Tensor, angles: Angles | None) -> Tensor:

@@ -25,5 +25,5 @@ class NoiseConfig:
     """A fixed half-life instead, in samples."""
     level: float = setting(0.95, LEVEL)
     """Confidence of the interval."""
-    groups: bool = False
-    """Measure the parts of the model, its first-level modules, one by one as well."""
+    groups: bool | Literal["experts"] = False
+    """Measure parts of the model one by one as well. true: its first-level modules; experts: each expert."""

@@ -63,8 +63,10 @@ def build_meter(wrapping: Wrapping, options: Options) -> Meter:
     """
     every_parameter = list(wrapping.model.parameters())
     parameters = [p for p in every_parameter if p.requires_grad]
-    groups = replace(resolve_groups(options.groups, model=wrapping.inner), shares=wrapping.shares(parameters))
-    geometry = _geometry(options, parameters=parameters, wrapping=wrapping)
+    by_rows = options.geometry == "sgd" and wrapping.reduction == "wrapper"
+    groups = resolve_groups(options.groups, model=wrapping.inner, by_rows=by_rows)
+    groups = replace(groups, shares=wrapping.shares(parameters))
+    geometry = _geometry(options, parameters=parameters, wrapping=wrapping, groups=groups)
     # All that may be refused comes before the hook, which puts hooks on the model.
     interval_rule = MeasurementInterval(every=options.every, budget=options.budget)
     hook = _hook(wrapping, options, groups=groups, geometry=geometry)
@@ -153,9 +155,9 @@ def _comm_hooks(model: nn.Module) -> list[tuple[Any, Any]]:
     return [(state, hook) for hook, state in registered]
 
 
-def _geometry(options: Options, *, parameters: list[nn.Parameter], wrapping: Wrapping) -> Geometry:
+def _geometry(options: Options, *, parameters: list[nn.Parameter], wrapping: Wrapping, groups: Groups) -> Geometry:
     if isinstance(options.geometry, Mapping) or options.geometry in ("sgd", *_DUAL):
-        return PlainGeometry()
+        return PlainGeometry(groups.rows)
     if options.geometry != "adam":
         raise ObservationError(
             f"geometry must be 'sgd', 'adam', 'sign', 'spectral' or a mapping from groups, got {options.geometry!r}"

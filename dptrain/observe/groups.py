@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -28,11 +28,14 @@ class Groups:
         labels: for each trained parameter, in the order of `model.parameters()`, the number of its group.
         shares: by which each one's square is multiplied: below 1 where several ranks of one replica hold the same
             parameter; empty where each counts once.
+        rows: number of a trained parameter → the group of each of its rows, in place of its label; for weights of
+            experts that are stacked along the first dimension.
     """
 
     names: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
     shares: tuple[float, ...] = ()
+    rows: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def num_entries(self) -> int:
@@ -43,7 +46,7 @@ class Groups:
         """Add up the squares of single parameters' norms by group.
 
         Args:
-            norms: number of the trained parameter → scalar.
+            norms: number of the trained parameter → scalar, or a vector where its rows belong to several groups.
             zero: a float64 zero on the device.
 
         Returns:
@@ -51,11 +54,17 @@ class Groups:
         """
         if not norms:
             return zero.expand(self.num_entries)
-        values = torch.stack(list(norms.values())).double().square()
+        if self.rows:
+            values = torch.cat([norm.reshape(-1) for norm in norms.values()]).double().square()
+        else:
+            values = torch.stack(list(norms.values())).double().square()
         if not self.names and not self.shares:
             return values.sum().reshape(1)
-        labels = tuple(self.labels[i] for i in norms) if self.names else (0,) * len(norms)
-        shares = tuple(self.shares[i] for i in norms) if self.shares else None
+        labels_of = [self.rows.get(i, self.labels[i : i + 1]) for i in norms] if self.names else [(0,)] * len(norms)
+        labels = tuple(label for found in labels_of for label in found)
+        shares = None
+        if self.shares:
+            shares = tuple(self.shares[i] for i, found in zip(norms, labels_of, strict=True) for _ in found)
         return _membership(labels, shares, self.num_entries, values.device) @ values
 
 
@@ -71,7 +80,7 @@ def _membership(
     return (matrix if shares is None else matrix * torch.tensor(shares, dtype=torch.float64)).to(device)
 
 
-def resolve_groups(groups: GroupsLike | None, *, model: nn.Module) -> Groups:
+def resolve_groups(groups: GroupsLike | None, *, model: nn.Module, by_rows: bool = True) -> Groups:
     """Return the group of each trained parameter of `model`.
 
     Args:
@@ -80,6 +89,8 @@ def resolve_groups(groups: GroupsLike | None, *, model: nn.Module) -> Groups:
             its parameter groups, named by their "name" where they have one and `group_0`, `group_1`, … where not; None
             for the whole model alone.
         model: without DDP and torch.compile round it.
+        by_rows: with "experts", tell apart experts whose weights are stacked in one tensor. Not for a norm or a
+            reduction that knows whole parameters alone; these experts are then one group for each layer.
 
     Raises:
         ObservationError: for a parameter in two groups, or a group without trained parameters.
@@ -109,7 +120,45 @@ def resolve_groups(groups: GroupsLike | None, *, model: nn.Module) -> Groups:
     names = [name for name in wanted if name in chosen]
     if REST in chosen and REST not in names:
         names.append(REST)
-    return Groups(names=tuple(names), labels=tuple(names.index(name) for name in chosen))
+    resolved = Groups(names=tuple(names), labels=tuple(names.index(name) for name in chosen))
+    if groups == "experts" and by_rows:
+        return _stacked_apart(resolved, model=model, parameters=list(named.values()))
+    return resolved
+
+
+def _stacked_apart(groups: Groups, *, model: nn.Module, parameters: list[nn.Parameter]) -> Groups:
+    """Return a group for each expert of a layer in place of one for the layer, where the weights say which is which."""
+    counts = {
+        label: _num_stacked(
+            model.get_submodule(name), [p for p, own in zip(parameters, groups.labels, strict=True) if own == label]
+        )
+        for label, name in enumerate(groups.names)
+        if name != REST
+    }
+    names: list[str] = []
+    first: dict[int, int] = {}
+    for label, name in enumerate(groups.names):
+        first[label] = len(names)
+        names += [f"{name}.{expert}" for expert in range(counts.get(label, 0))] or [name]
+    rows = {
+        index: tuple(range(first[label], first[label] + counts[label]))
+        for index, label in enumerate(groups.labels)
+        if counts.get(label, 0)
+    }
+    return Groups(names=tuple(names), labels=tuple(first[label] for label in groups.labels), rows=rows)
+
+
+def _num_stacked(module: nn.Module, parameters: list[nn.Parameter]) -> int:
+    """Return how many experts are stacked in the parameters of a module; 0 where that cannot be told from them.
+
+    The module must say how many it has: a first dimension alone might be a width. A sharded tensor (DTensor) has
+    other rows on each rank.
+    """
+    count = getattr(module, "num_experts", None)
+    stacked = isinstance(count, int) and all(
+        p.dim() > 1 and p.shape[0] == count and not hasattr(p, "placements") for p in parameters
+    )
+    return count if isinstance(count, int) and stacked else 0
 
 
 def _wanted(groups: GroupsLike, *, model: nn.Module) -> Mapping[str, str | Iterable[nn.Parameter]]:
@@ -137,9 +186,11 @@ def _wanted(groups: GroupsLike, *, model: nn.Module) -> Mapping[str, str | Itera
 def expert_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Return the trained parameters of each expert, by the names of their modules.
 
-    An expert is an entry of a `ModuleList` or `ModuleDict` called `experts`, or, where the experts' weights are stacked
-    in one tensor, all of what is called `experts` in a block. What is outside of them is the group `rest`. The noise
-    scale of a group counts samples of the batch; `routed_noise_scale` of `dptrain.noise.derived` counts routed ones.
+    An expert is an entry of a `ModuleList` or `ModuleDict` called `experts`. Where the experts' weights are stacked in
+    one tensor, what is called `experts` in a block is one entry here; `resolve_groups` tells its experts apart by the
+    rows of the tensors where the module has the attribute `num_experts`. What is outside of them is the group `rest`.
+    The noise scale of a group counts samples of the batch; `routed_noise_scale` of `dptrain.noise.derived` counts
+    routed ones.
 
     Raises:
         ObservationError: for a model without experts.

@@ -83,7 +83,8 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
         dual: DualGeometry | None = None,
     ) -> None:
         trained = [p for p in parameters if p.requires_grad]
-        groups, self._geometry = groups or Groups(), geometry or PlainGeometry()
+        groups = groups or Groups()
+        self._geometry = geometry or PlainGeometry(groups.rows)
         self._averaged = averaged or GlobalGradient(
             trained, groups=groups, geometry=self._geometry, num_shards=num_shards
         )

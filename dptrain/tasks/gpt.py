@@ -175,16 +175,29 @@ def next_token_loss(model: nn.Module, windows: Tensor, *, balance_weight: float 
     """Mean cross-entropy of the next token, in nats; windows are integers of shape (samples, context + 1).
 
     All windows are equally long, so the mean over tokens is the mean over samples of each one's mean over tokens. In
-    training, the balance loss of experts is added, and both are parts beside the sum; the held-out loss is that of the
-    predictions alone.
+    training, the balance loss of experts is added, and both are parts beside the sum, with the shares of the samples
+    and of the tokens that each expert processes; the held-out loss is that of the predictions alone.
     """
     windows = windows.long()
     found = model(windows[:, :-1])
-    logits, balance = found if isinstance(found, tuple) else (found, None)
+    logits, routing = found if isinstance(found, tuple) else (found, None)
     loss = functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-    if balance is None or not model.training:
+    if routing is None or not model.training:
         return loss
-    return {"loss": loss + balance_weight * balance, "cross_entropy": loss, "load_balancing": balance}
+    return {
+        "loss": loss + balance_weight * routing.balance,
+        "cross_entropy": loss,
+        "load_balancing": routing.balance,
+        **_shares("routed_samples", routing.samples),
+        **_shares("routed_tokens", routing.tokens),
+    }
+
+
+def _shares(name: str, shares: Tensor) -> dict[str, Tensor]:
+    """Name the share of each expert, from shape (depth, num_experts), as `noise.groups=experts` names its group."""
+    num_experts = shares.shape[1]
+    groups = (f"blocks.{at // num_experts}.experts.{at % num_experts}" for at in range(shares.numel()))
+    return {f"{name}/{group}": share for group, share in zip(groups, shares.flatten().unbind(), strict=True)}
 
 
 def nats_to_bits(nats: float) -> float:

@@ -10,7 +10,10 @@ kind="train", one per logged optimizer step
     progress/epoch              the same in passes over the training data
     progress/wall_s             seconds of training, earlier attempts included
     train/loss                  mean loss per sample over the global batch
-    train/<part>                the same of each further part that the task's loss returns by name
+    train/<part>                the same of each further part that the task's loss returns by name; where there are many
+                                with a slash in their names, in some rows only
+    train/routed_samples/<group>, train/routed_tokens/<group>
+                                share of the samples, and of the tokens, that an expert processed a part of (task gpt)
     train/lr                    learning rate that was applied
     train/grad_norm             norm of the averaged gradient before clipping
     train/steps_dropped         steps skipped so far, on all replicas together, for a gradient that was not finite
@@ -24,7 +27,7 @@ kind="train", one per logged optimizer step
     noise_scale/effective_steps         steps of equal weight that |G|² now is worth
     noise_scale/window_mean             the same ratio over the window, about the last 20 % of the run
     noise_scale/<group>/value, noise_scale/<group>/lower, noise_scale/<group>/upper
-                                the same of a part of the model, with noise.groups=true
+                                the same of a part of the model, with noise.groups
     throughput/samples_per_sec  samples per second since the last logged step
     throughput/tokens_per_sec   the same in tokens, where the task says how many a sample has
     time/step_s                 seconds of this step; null where something else than training fell into it

@@ -14,7 +14,7 @@ from dptrain.config.train_config import TrainConfig
 from dptrain.cost.device_peaks import matmul_precision, peak_flops_per_s
 from dptrain.cost.flop_density import flop_density
 from dptrain.cost.ledger import Ledger
-from dptrain.errors import ConfigError
+from dptrain.errors import ConfigError, ObservationError
 from dptrain.exchange import Exchange, RunningStatistics
 from dptrain.models.sparsity import densities, sparse_parameters
 from dptrain.observe import DdpCommHook, Meter, ParameterHook
@@ -64,9 +64,9 @@ def build_meter(
         population: samples in the training data.
 
     Raises:
-        ConfigError: where the hook that is asked for sees nothing of such a model.
+        ConfigError: where the hook that is asked for sees nothing of such a model, or it has no experts.
     """
-    groups = resolve_groups("module" if config.noise.groups else None, model=bare_model)
+    groups = _groups(config, bare_model)
     return Meter(
         bare_model.parameters(),
         hook=_hook(config, model=model, bare_model=bare_model, groups=groups, device=device, exchange=exchange),
@@ -78,6 +78,18 @@ def build_meter(
         population=population,
         interval_rule=measurement_interval(config),
     )
+
+
+def _groups(config: TrainConfig, model: nn.Module) -> Groups:
+    if config.noise.groups != "experts":
+        return resolve_groups("module" if config.noise.groups else None, model=model)
+    try:
+        return resolve_groups("experts", model=model)
+    except ObservationError as error:
+        raise ConfigError(
+            "noise.groups=experts needs a model with modules called 'experts', such as task gpt with num_experts: leave it "
+            "out, or give noise.groups=true for first-level modules"
+        ) from error
 
 
 def _hook(

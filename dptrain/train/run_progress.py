@@ -25,7 +25,7 @@ from dptrain.runtime.stragglers import StragglerWatch
 from dptrain.tasks.base import Moment
 from dptrain.tracking.jsonl import Value
 from dptrain.tracking.rows import noise_figures, train_row
-from dptrain.tracking.run_log import RunLog
+from dptrain.tracking.run_log import RunLog, group_columns
 from dptrain.train.batch_control import BatchControl
 from dptrain.train.progress import Progress
 from dptrain.train.step_plan import StepPlan
@@ -298,7 +298,7 @@ class RunProgress:
             "progress/epoch": self._plan.epochs(record.end),
             "progress/wall_s": record.wall_s,
             "train/loss": outcome.loss,
-            **{f"train/{name}": value for name, value in outcome.parts.items()},
+            **self._parts(record, outcome),
             "train/lr": record.learning_rate,
             "train/grad_norm": outcome.grad_norm,
             "train/steps_dropped": self._progress.steps_dropped,
@@ -324,11 +324,19 @@ class RunProgress:
             "throughput/tokens_per_sec": None if samples_per_s is None else length * samples_per_s,
         }
 
+    def _parts(self, record: StepRecord, outcome: StepOutcome) -> dict[str, Value]:
+        """Return the parts of the loss as columns; those named `figure/part of the model` as often as the groups."""
+        of_the_model = [name for name in outcome.parts if "/" in name]
+        left_out = () if self._in_this_row(record, len(of_the_model)) else of_the_model
+        return {f"train/{name}": value for name, value in outcome.parts.items() if name not in left_out}
+
     def _groups(self, record: StepRecord) -> Mapping[str, NoiseScale]:
-        """Return the noise scale of the groups, as often as keeps a row short: 200 groups are 26 KB."""
-        stride = self._config.log.every_steps * max(1, self._meter.num_groups // _GROUPS_A_ROW)
-        is_last = record.end >= given(self._config.max_samples)
-        return self._meter.read_groups() if is_last or record.step % stride == 0 else {}
+        return self._meter.read_groups() if self._in_this_row(record, self._meter.num_groups) else {}
+
+    def _in_this_row(self, record: StepRecord, num_columns: int) -> bool:
+        """Return whether figures of so many parts of the model are due, so that rows stay short: 200 are 26 KB."""
+        stride = self._config.log.every_steps * max(1, num_columns // _GROUPS_A_ROW)
+        return record.end >= given(self._config.max_samples) or record.step % stride == 0
 
     def figures(self) -> dict[str, Value]:
         """Return the figures of the whole run, as far as they are known here."""
@@ -348,11 +356,18 @@ class RunProgress:
             "batch_last": progress.global_batch_size,
             "num_batch_changes": progress.num_batch_changes,
             **noise_figures(scale),
+            **group_columns(self._meter.read_groups()),
+            **{f"train/{name}": value for name, value in self._shares().items()},
             "steps_dropped": progress.steps_dropped,
             **self._ledger.figures(),
             "bytes_per_step": self._bytes_per_step(),
             "step_time_error": None if (model := self.step_timer.model) is None else model.error,
         }
+
+    def _shares(self) -> Mapping[str, float]:
+        """Return the latest step's figures of parts of the model, such as the shares of samples that experts get."""
+        parts = {} if self._outcome is None else self._outcome.parts
+        return {name: value for name, value in parts.items() if "/" in name}
 
     def state(self) -> dict[str, JSON]:
         """Return what a checkpoint must hold. Every outcome must have been read; the latest is not decided on."""

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from dptrain.errors import ConfigError
-from dptrain.models.experts import ExpertsConfig, MixtureOfExperts
+from dptrain.models.experts import ExpertsConfig, MixtureOfExperts, Routing
 
 CONFIGS = [
     ExpertsConfig(num_experts=4, top_k=top_k, capacity_factor=factor)
@@ -31,6 +31,7 @@ def one_token_at_a_time(layer, tokens):
     config = layer.config
     out = torch.zeros_like(tokens)
     balance = 0.0
+    taken = torch.zeros(len(tokens), config.num_experts)
     for sample, sequence in enumerate(tokens):
         capacity = math.inf
         if config.capacity_factor is not None:
@@ -45,15 +46,16 @@ def one_token_at_a_time(layer, tokens):
                 wanted[expert] += 1 / (len(sequence) * config.top_k)
                 load[expert] += 1
                 if load[expert] <= capacity:
+                    taken[sample, expert] += 1
                     hidden = functional.relu(token @ layer.weight_in[expert]).square()
                     out[sample, place] += gate * (hidden @ layer.weight_out[expert])
         balance = balance + config.num_experts * (wanted * shares.mean(0)).sum() / len(tokens)
-    return out, balance
+    return out, Routing(balance, (taken > 0).float().mean(0), taken.mean(0) / tokens.shape[1])
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_the_layer_is_the_sum_over_a_tokens_experts(config, monkeypatch):
-    """Output, balance loss and every gradient, that of the tokens too, are those of a plain loop over tokens.
+    """Output, routing and every gradient, that of the tokens too, are those of a plain loop over tokens.
 
     The grouped product leaves rows past the last expert as they are in memory, forward and backward: no numbers here.
     """
@@ -69,12 +71,12 @@ def test_the_layer_is_the_sum_over_a_tokens_experts(config, monkeypatch):
     tokens = torch.randn(3, 12, 16, requires_grad=True)
     gradients = []
     for compute in (layer, lambda tokens: one_token_at_a_time(layer, tokens)):
-        out, balance = compute(tokens)
+        out, routing = compute(tokens)
         layer.zero_grad()
         tokens.grad = None
-        (out.square().mean() + balance).backward()
+        (out.square().mean() + routing.balance).backward()
         found = (p.grad.clone() for p in layer.parameters())
-        gradients.append((out.detach(), balance.detach(), tokens.grad.clone(), *found))
+        gradients.append((out.detach(), *(part.detach() for part in routing), tokens.grad.clone(), *found))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
 
 
@@ -101,9 +103,9 @@ def test_a_router_that_prefers_one_expert_has_a_larger_balance_loss():
     """Equal shares cost 1; all tokens at one of four experts cost up to 4."""
     layer = make_layer(ExpertsConfig(num_experts=4, top_k=1))
     layer.router.weight.data.zero_()
-    assert layer(torch.randn(2, 12, 16))[1].item() == pytest.approx(1.0)
+    assert layer(torch.randn(2, 12, 16))[1].balance.item() == pytest.approx(1.0)
     layer.router.weight.data[2] = 10.0
-    assert layer(torch.rand(2, 12, 16))[1].item() == pytest.approx(4.0, rel=0.01)
+    assert layer(torch.rand(2, 12, 16))[1].balance.item() == pytest.approx(4.0, rel=0.01)
 
 
 @pytest.mark.parametrize("wrong", [{"num_experts": 1}, {"num_experts": 4, "top_k": 3}])

@@ -56,7 +56,7 @@ def test_an_untrained_model_guesses_uniformly_and_learns(config):
     losses = []
     for _ in range(40):
         found = model(tokens[:, :-1])
-        logits, balance = found if isinstance(found, tuple) else (found, 0.0)
+        logits, balance = (found[0], found[1].balance) if isinstance(found, tuple) else (found, 0.0)
         loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()
         (loss + 0.01 * balance).backward()

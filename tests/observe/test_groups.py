@@ -239,24 +239,69 @@ def test_experts_are_groups_whose_noise_scale_counts_routed_samples():
         dptrain.attach(make_model(), groups="experts")
 
 
-def test_the_stacked_experts_of_a_gpt_are_a_group_for_each_layer():
-    """Experts of each layer, the router apart from them; the groups add up to the whole."""
+def make_experts():
     from dptrain.models.experts import ExpertsConfig
     from dptrain.models.gpt import Gpt, GptConfig
 
     torch.manual_seed(0)
     experts = ExpertsConfig(num_experts=4, top_k=1)
     model = Gpt(GptConfig(vocab_size=16, context=8, depth=2, heads=2, width=16, experts=experts))
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def train_experts(model, meter, rank):
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(2):
+        tokens = torch.randint(0, 16, (3, 8), generator=generator)
+        logits, routing = model(tokens)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        (loss + 0.01 * routing.balance).backward()
+        meter.step()
+        model.zero_grad()
+    return {name: pair(scale) for name, scale in meter.read_groups().items()}
+
+
+def experts_on_replicas(rank, world_size):
+    """Return the pairs of stacked experts, and of their layers as groups that are named, with each hook."""
+    from torch.distributed.fsdp import fully_shard
+
+    found = {}
+    for method in ("parameters", "hook"):
+        for kind in ("experts", "named"):
+            model = DistributedDataParallel(make_experts())
+            layers = {
+                f"layer {i}": [block.experts.weight_in, block.experts.weight_out]
+                for i, block in enumerate(model.module.blocks)
+            }
+            groups = "experts" if kind == "experts" else layers
+            meter = dptrain.attach(model, every=1, method=method, groups=groups)
+            found[method, kind] = train_experts(model, meter, rank)
+    model = make_experts()
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
     with dptrain.attach(model, every=1, groups="experts") as meter:
-        for _ in range(2):
-            for _ in range(2):
-                tokens = torch.randint(0, 16, (3, 8))
-                logits, balance = model(tokens)
-                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()) + 0.01 * balance
-                (loss / 2).backward()
-            meter.step()
-            model.zero_grad()
-    found, whole = meter.read_groups(), meter.read_window()
-    assert set(found) == {"blocks.0.experts", "blocks.1.experts", "rest"}
-    assert sum(scale.noise_trace for scale in found.values()) == pytest.approx(whole.noise_trace)
-    assert all(scale.noise_trace > 0 for scale in found.values())
+        found["sharded"] = train_experts(model, meter, rank)
+    return found
+
+
+def test_the_stacked_experts_of_a_gpt_are_groups_that_add_up_to_their_layer():
+    """Each expert by its rows, the router apart from them; one group for each layer where rows are sharded."""
+    found, other = run_replicas(experts_on_replicas, world_size=2)
+    assert found == other
+    names = {f"blocks.{layer}.experts.{expert}" for layer in range(2) for expert in range(4)}
+    for method in ("parameters", "hook"):
+        experts, layers = found[method, "experts"], found[method, "named"]
+        assert set(experts) == {*names, REST}
+        assert len({experts[name] for name in names}) == len(names)
+        for layer in range(2):
+            for i in range(2):
+                total = sum(experts[f"blocks.{layer}.experts.{expert}"][i] for expert in range(4))
+                assert total == pytest.approx(layers[f"layer {layer}"][i], rel=1e-5)
+        assert experts[REST] == pytest.approx(layers[REST])
+    assert set(found["sharded"]) == {"blocks.0.experts", "blocks.1.experts", REST}
+    for layer in range(2):
+        expected = found["parameters", "named"][f"layer {layer}"]
+        assert found["sharded"][f"blocks.{layer}.experts"] == pytest.approx(expected, rel=1e-4)

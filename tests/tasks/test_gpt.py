@@ -40,12 +40,15 @@ def test_the_balance_loss_of_experts_is_in_training_alone(tmp_path):
     torch.manual_seed(0)
     task = gpt(data=data, vocab_size=96, context=32, num_experts=4)
     batch = torch.stack([task.train_data[index] for index in range(2)])
-    _, balance = task.model(batch[:, :-1])
+    _, (balance, samples, tokens) = task.model(batch[:, :-1])
     found = task.loss(task.model.train(), batch)
     assert found["cross_entropy"] == task.loss(task.model.eval(), batch)
     assert found["load_balancing"] == balance
     difference = found["loss"] - found["cross_entropy"]
     assert difference.item() == pytest.approx(0.01 * balance.item(), rel=1e-3)
+    assert samples.shape == tokens.shape == (2, 4)
+    assert found["routed_samples/blocks.1.experts.2"] == samples[1, 2]
+    assert found["routed_tokens/blocks.0.experts.3"] == tokens[0, 3]
 
 
 def test_a_token_without_a_row_is_refused(tmp_path):

@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING
 from dptrain.explain import compare
 from dptrain.explain.figures.figure import label, letter
 from dptrain.explain.model.run_placement import position
-from dptrain.explain.record import SAMPLES, Row, RunRecord, is_applied
+from dptrain.explain.record import SAMPLES, Row, RunRecord, is_applied, is_resolved, known_lower
 from dptrain.explain.text import findings
 from dptrain.explain.text.account import account, duration
 from dptrain.explain.text.findings import count, short
 from dptrain.explain.text.page import Table
+from dptrain.noise.derived import routed_noise_scale
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _MOST_DECISIONS = 400
+_WINDOW = 0.2
 
 _RUN = ("task", "seed", "max_samples", "global_batch_size", "micro_batch_size", "layout_replicas", "precision")
 _GROUPS = ("control", "noise", "optimizer")
@@ -78,6 +80,44 @@ def _decision(row: Row) -> list[str]:
         rate,
         reason if is_applied(row) else f"(advice, not applied) {reason}",
     ]
+
+
+def experts(record: RunRecord) -> Table | None:
+    """Return the noise scale of each expert with the share of the samples that reach it; None where none is logged."""
+    groups = record.groups()
+    rows = []
+    for name in groups:
+        samples, tokens = (_mean_of_end(record, f"train/routed_{of}/{name}") for of in ("samples", "tokens"))
+        if samples is not None:
+            known = known_lower(groups[name]) is not None
+            measured = findings.noise_scale_text(groups[name]) if known else "not resolved"
+            shares = [f"{samples:.1%}", "not known" if tokens is None else f"{tokens:.1%}"]
+            rows.append([name, measured, *shares, _routed(groups[name], share=samples)])
+    if not rows:
+        return None
+    return Table(
+        title="Noise scale of each expert",
+        head=["Expert", "Noise scale (samples)", "Samples routed to it", "Tokens routed to it", "In routed samples"],
+        rows=rows,
+        about=(
+            "At the end, with its interval; shares are means over the last fifth of the samples. The noise scale counts "
+            "samples of the batch, and routing adds to it: φ = (φ_h + 1 − p)/p, where p is the share of the samples that "
+            "reach the expert and φ_h the noise scale over those (last column)."
+        ),
+    )
+
+
+def _mean_of_end(record: RunRecord, key: str) -> float | None:
+    """Return the mean of a column over the last fifth of the samples, about what the noise scale of a group spans."""
+    end = record.train[-1][SAMPLES]
+    known = [row[key] for row in record.train if row.get(key) is not None and row[SAMPLES] > (1 - _WINDOW) * end]
+    return sum(known) / len(known) if known else None
+
+
+def _routed(row: Row, *, share: float) -> str:
+    if not is_resolved(row) or share <= 0:
+        return "not resolved"
+    return short(max(0.0, routed_noise_scale(row["noise_scale/value"], probability=share)), digits=2)
 
 
 def costs(record: RunRecord) -> Table:

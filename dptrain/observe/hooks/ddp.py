@@ -59,7 +59,7 @@ class DdpCommHook:
             raise ObservationError(_SPARSE)
         self._comm_hook: tuple[CommHook, object] = comm_hook or (_mean, model.process_group)
         self._groups = groups or Groups()
-        self._geometry = geometry or PlainGeometry()
+        self._geometry = geometry or PlainGeometry(self._groups.rows)
         # A plain norm of the whole needs no more than one kernel per bucket.
         self._singly = bool(self._groups.names) or not isinstance(self._geometry, PlainGeometry)
         self._indices = {id(p): i for i, p in enumerate(p for p in model.parameters() if p.requires_grad)}

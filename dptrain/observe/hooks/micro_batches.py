@@ -149,9 +149,10 @@ class MicroBatchHook(ABC):
 
     def __init__(self, device: torch.device, *, groups: Groups | None, geometry: Geometry | None) -> None:
         self.stopwatch = Stopwatch(device)
+        groups = groups or Groups()
         self._norms = MicroBatchNorms(
-            groups=groups or Groups(),
-            geometry=geometry or PlainGeometry(),
+            groups=groups,
+            geometry=geometry or PlainGeometry(groups.rows),
             stopwatch=self.stopwatch,
             zero=torch.zeros((), dtype=torch.float64, device=device),
         )

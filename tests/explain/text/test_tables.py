@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dptrain.explain.record import read_run
-from dptrain.explain.text import tables
+from dptrain.explain.text import findings, tables
 from tests.explain.made_runs import write_run
 
 
@@ -40,6 +40,27 @@ def test_of_very_many_decisions_the_first_are_shown_and_the_rest_counted(tmp_pat
     table = tables.decisions([run(tmp_path, num_steps=1000, batches=(16, 32) * 500)])
     assert len(table.rows) == 400
     assert "The last 599 are only in decisions.jsonl." in table.about
+
+
+def test_experts_have_their_noise_scale_with_the_share_that_reaches_them(tmp_path):
+    """φ, p and the noise scale in routed samples, p·φ − 1 + p; a run without experts has no such table."""
+    assert tables.experts(run(tmp_path / "plain", groups={"head": 2.0})) is None
+
+    def route(rows):
+        for index, row in enumerate(rows):
+            # An early share must not count: the noise scale of a group is that of the end.
+            row["train/routed_samples/blocks.0.experts.1"] = 1.0 if index < 100 else 0.25
+            row["train/routed_tokens/blocks.0.experts.1"] = 0.125
+
+    record = run(tmp_path / "routed", groups={"blocks.0.experts.1": 2.0, "rest": 1.0}, edit=route)
+    phi = record.groups()["blocks.0.experts.1"]["noise_scale/value"]
+    ((name, measured, samples, tokens, routed),) = tables.experts(record).rows
+    assert (name, samples, tokens) == ("blocks.0.experts.1", "25.0%", "12.5%")
+    assert measured == findings.noise_scale_text(record.groups()[name])
+    assert float(routed.replace(",", "")) == pytest.approx(0.25 * phi - 0.75, rel=0.05)
+    bound = run(tmp_path / "bound", groups={"blocks.0.experts.1": 2.0}, edit=route, noise="bound only")
+    assert tables.experts(bound).rows[0][1].startswith("at least")
+    assert tables.experts(bound).rows[0][-1] == "not resolved"
 
 
 def test_settings_are_named_as_the_command_line_names_them(tmp_path):
