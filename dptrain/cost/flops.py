@@ -27,10 +27,10 @@ class FlopCounter:
     side would cost memory, draw random numbers, move the statistics of batch norms, and call whatever a task does in
     its loss a second time; the price of doing without one is a pass of each shape that takes about twice its time.
 
-    What is counted are matrix products, convolutions, attention and recurrent layers: a multiplication and an addition
-    are two, attention is the full square, also where it is causal, and its backward pass is twice the forward one,
-    whichever kernel does it. Kernels that torch does not know of are not seen, nor is a pass whose cost depends on
-    more than the shape of its batch seen anew.
+    What is counted are matrix products, those of experts too, convolutions, attention and recurrent layers: a
+    multiplication and an addition are two, attention is the full square, also where it is causal, and its backward pass
+    is twice the forward one, whichever kernel does it. Kernels that torch does not know of are not seen, nor is a pass
+    whose cost depends on more than the shape of its batch seen anew.
     """
 
     def __init__(self) -> None:
@@ -119,7 +119,7 @@ def _shape(batch: Batch) -> Hashable:
     return type(batch).__name__
 
 
-# Torch's own formulas leave out attention on the CPU and fused recurrent layers. They count the backward pass of fused
+# Torch's own formulas leave out attention on the CPU, fused recurrent layers and grouped products. They count the backward pass of fused
 # attention as five products to the forward pass's two, for such kernels compute one of them again; the plain form of
 # the same attention has four. Here it is four for all: the FLOPs of a model are not those of a kernel.
 
@@ -149,6 +149,16 @@ def _recurrent_backward(*args: Any, **kwargs: Any) -> int:  # noqa: ANN401 - the
     return 2 * _recurrent(*args, **kwargs)
 
 
+def _grouped_product(left: Shape, right: Shape, *_: Any, **__: Any) -> int:  # noqa: ANN401 - the same
+    """Each row belongs to one group at most: experts cost what one of them costs on all rows.
+
+    Rows behind the last group, of tokens past an expert's capacity, are counted though they are not computed: how many
+    there are is no shape.
+    """
+    of_one_group = left[1:] if (len(left), len(right)) == (3, 2) else left
+    return 2 * math.prod(of_one_group) * right[-1]
+
+
 FORMULAS = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,  # noqa: SLF001 - torch's operators have no others
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,  # noqa: SLF001
@@ -159,4 +169,5 @@ FORMULAS = {
     _aten.mkldnn_rnn_layer_backward: _recurrent_layer_backward,
     _aten._cudnn_rnn: _recurrent,  # noqa: SLF001
     _aten._cudnn_rnn_backward: _recurrent_backward,  # noqa: SLF001
+    _aten._grouped_mm: _grouped_product,  # noqa: SLF001
 }

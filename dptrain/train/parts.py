@@ -87,8 +87,8 @@ def _groups(config: TrainConfig, model: nn.Module) -> Groups:
         return resolve_groups("experts", model=model)
     except ObservationError as error:
         raise ConfigError(
-            "noise.groups=experts needs a model with modules called 'experts', such as task gpt with num_experts: leave it "
-            "out, or give noise.groups=true for first-level modules"
+            "noise.groups=experts needs modules called 'experts' in the model, as task gpt has with num_experts: leave "
+            "it out, or give noise.groups=true for first-level modules"
         ) from error
 
 

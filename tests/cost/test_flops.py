@@ -9,7 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dptrain import attach
 from dptrain.cost.flops import FlopCounter
+from dptrain.models.experts import ExpertsConfig
 from dptrain.models.gpt import Gpt, GptConfig
+from dptrain.tasks.base import split_loss
 from dptrain.tasks.gpt import next_token_loss
 
 WIDTH, DEPTH, CONTEXT, SAMPLES = 32, 2, 24, 3
@@ -53,6 +55,22 @@ class _Last(nn.Module):
 
     def forward(self, x):
         return self.layer(x)[0].square().mean()
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_experts_count_those_that_process_a_token(top_k):
+    """A mixture costs what top_k dense layers of an expert's size cost, and its router: 6 FLOPs per weight and token."""
+    shape = {"width": WIDTH, "depth": DEPTH, "context": CONTEXT, "feed_forward": "relu2"}
+    experts = ExpertsConfig(num_experts=4, top_k=top_k)
+    dense, mixture = (
+        _count(Gpt(GptConfig(**shape, experts=kind)), _loss, _text(), num_samples=SAMPLES) for kind in (None, experts)
+    )
+    layer, router = 8 * WIDTH**2, 4 * WIDTH
+    assert mixture - dense == 6 * CONTEXT * DEPTH * ((top_k - 1) * layer + router)
+
+
+def _loss(model, batch):
+    return split_loss(next_token_loss(model, batch))[0]
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

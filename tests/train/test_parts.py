@@ -104,5 +104,5 @@ def test_a_run_measures_each_expert_by_the_formula(tmp_path, world_size):
 def test_a_model_without_experts_is_refused(tmp_path: Path):
     """In one sentence, with the setting and what to write instead."""
     config = make_config(tmp_path / "run", noise=NoiseConfig(groups="experts"))
-    with pytest.raises(ConfigError, match=r"noise\.groups=experts needs a model with modules called 'experts'"):
+    with pytest.raises(ConfigError, match=r"noise\.groups=experts needs modules called 'experts'"):
         Trainer(config, task=noisy)

@@ -100,9 +100,9 @@ def experts(record: RunRecord) -> Table | None:
         head=["Expert", "Noise scale (samples)", "Samples routed to it", "Tokens routed to it", "In routed samples"],
         rows=rows,
         about=(
-            "At the end, with its interval; shares are means over the last fifth of the samples. The noise scale counts "
-            "samples of the batch, and routing adds to it: φ = (φ_h + 1 − p)/p, where p is the share of the samples that "
-            "reach the expert and φ_h the noise scale over those (last column)."
+            "At the end, with its interval; shares are means over the last fifth of the samples. The noise scale "
+            "counts samples of the batch, and routing adds to it: φ = (φ_h + 1 − p)/p, where p is the share of the "
+            "samples that reach the expert and φ_h the noise scale over those (last column)."
         ),
     )
 
