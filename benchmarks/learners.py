@@ -12,6 +12,7 @@ import multiprocessing
 import shutil
 import statistics
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from dptrain.models.gpt import Gpt, GptConfig
 from dptrain.models.settings import DistillationConfig, ModelConfig, SparsityConfig
 from dptrain.tasks.base import split_loss
 from dptrain.tasks.gpt import next_token_loss
+from dptrain.tasks.pysource import read_source
 from dptrain.tracking.jsonl import read_rows
 from dptrain.train import (
     CheckpointConfig,
@@ -43,7 +45,7 @@ from dptrain.train import (
 _NEVER = 10**9
 _SEEDS = (0, 1, 2)
 _EARLY = 0.2
-PARTS = ("fine-tuning", "sparsity", "distillation", "experts")
+PARTS = ("fine-tuning", "sparsity", "distillation", "experts", "mixture", "small-batches")
 _UNRESOLVED = "not resolved"
 _HOW_TO_READ = (
     "A margin is the control's loss less the arm's, in units of the larger of their two standard deviations over "
@@ -185,7 +187,78 @@ def _matrix_weights(width: int, *, depth: int = 2, vocabulary: int = 256) -> int
     return 12 * depth * width**2 + vocabulary * width
 
 
-_WAYS = {"fine-tuning": finetuning, "sparsity": sparsity, "distillation": distillation}
+def mixture(folder: Path, *, quick: bool) -> Iterator[Arm]:
+    """Yield a dense GPT on bytes, and mixtures of four experts of its size, one or two per token, at equal FLOPs.
+
+    The dense one has the experts' activation, so that its feed-forward layer is one expert.
+    """
+    shape = {"vocab_size": 256, "context": 32, "width": 64, "feed_forward": "relu2"}
+    options: dict[str, Any] = {"data": str(_source_tokens(folder / "data")), **shape}
+    common = {"task": "gpt", "global_batch_size": 32, "micro_batch_size": 32}
+    way, samples = "mixture of experts", 1_600 if quick else 12_800
+
+    def arm(name: str, *, max_samples: int, control: str | None = "dense", **choice: int) -> Arm:
+        settings = {**common, "task_options": {**options, **choice}, "max_samples": max_samples}
+        return Arm(way=way, name=name, control=control, settings=settings)
+
+    def flops_per_sample(**choice: int) -> float:
+        probe = arm("probe", max_samples=64, **choice)
+        return float(_run(probe.settings, seed=100, folder=folder / "probe")["flops"]) / 64
+
+    dense = flops_per_sample()
+    yield arm("dense", max_samples=samples, control=None)
+    for top_k in (1, 2):
+        choice = {"num_experts": 4, "top_k": top_k}
+        fewer = 32 * round(samples * dense / flops_per_sample(**choice) / 32)
+        yield arm(f"4 experts, top-{top_k}", max_samples=fewer, **choice)
+    yield arm("4 experts, top-2, samples of dense", max_samples=samples, num_experts=4, top_k=2)
+
+
+def _source_tokens(folder: Path) -> Path:
+    """Write the bytes of task `pysource` as token files, with 64 KiB held out that are spread over all that is."""
+    train, held_out = read_source(Path(sysconfig.get_paths()["stdlib"]))
+    pieces = held_out[: len(held_out) // 1024 * 1024].view(-1, 1024)
+    spread = pieces[torch.linspace(0, len(pieces) - 1, 64).long()].flatten()
+    folder.mkdir()
+    for name, tokens in (("train", train), ("val", spread)):
+        tokens.numpy().astype("uint16").tofile(folder / f"{name}.bin")
+    return folder
+
+
+def small_batches(folder: Path, *, quick: bool) -> Iterator[Arm]:  # noqa: ARG001 - the form of a way
+    """Yield normalisations of the convolutional network on mnist1d, at 2 samples per replica and 16 in a step.
+
+    A step of 16 on 8 replicas of 2 is 8 micro-batches of 2 on one. SyncBatchNorm on 8 replicas takes its means over all
+    16, as batch norm does over one micro-batch of 16; torch has it for GPUs only. The other norms look at one sample,
+    so 1 per replica is the same training in other roundings: one row shows it. Batch norm refuses 1.
+    """
+    synced = "SyncBatchNorm, 2 per replica"
+    arms = {
+        synced: ("batch", 16),
+        "batch norm, 2 per replica": ("batch", 2),
+        "group norm, 2 per replica": ("group", 2),
+        "group norm, 1 per replica": ("group", 1),
+        "filter response norm, 2 per replica": ("response", 2),
+        "no norm, 2 per replica": ("none", 2),
+    }
+    for name, (norm, size) in arms.items():
+        settings = {
+            "task": f"{Path(__file__).with_name('normalised_cnn.py')}:build",
+            "task_options": {"norm": norm},
+            "max_samples": 800 if quick else 4_800,
+            "global_batch_size": 16,
+            "micro_batch_size": size,
+        }
+        yield Arm(way="small batches", name=name, control=None if name == synced else synced, settings=settings)
+
+
+_WAYS = {
+    "fine-tuning": finetuning,
+    "sparsity": sparsity,
+    "distillation": distillation,
+    "mixture": mixture,
+    "small-batches": small_batches,
+}
 
 
 # One run

@@ -119,9 +119,10 @@ def _shape(batch: Batch) -> Hashable:
     return type(batch).__name__
 
 
-# Torch's own formulas leave out attention on the CPU, fused recurrent layers and grouped products. They count the backward pass of fused
-# attention as five products to the forward pass's two, for such kernels compute one of them again; the plain form of
-# the same attention has four. Here it is four for all: the FLOPs of a model are not those of a kernel.
+# Torch's own formulas leave out attention on the CPU, fused recurrent layers and grouped products. They count the
+# backward pass of fused attention as five products to the forward pass's two, for such kernels compute one of them
+# again; the plain form of the same attention has four. Here it is four for all: the FLOPs of a model are not those of a
+# kernel.
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:  # noqa: ANN401 - as torch calls it

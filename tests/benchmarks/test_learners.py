@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from benchmarks import harness, learners
+from benchmarks import harness, learners, normalised_cnn
 
 
 def result(loss, *, noise=10.0):
@@ -69,3 +70,46 @@ def test_figures_and_page_are_of_the_rows():
 def test_gradients_of_experts_are_those_of_one_process():
     """On two replicas their mean is the reference's to rounding, also for what lies below the experts."""
     assert learners.experts_gradient_error(2) < 1e-5
+
+
+def test_arms_of_a_mixture_have_the_flops_of_the_dense_one(tmp_path, monkeypatch):
+    """Samples times FLOPs per sample are equal to half a step; the last arm has equal samples instead."""
+
+    def flops_of(settings):
+        return {None: 7.0, 1: 7.1, 2: 10.3}[settings["task_options"].get("top_k")]
+
+    monkeypatch.setattr(learners, "_run", lambda settings, **_: {"flops": 64 * flops_of(settings)})
+    dense, top_1, top_2, longer = learners.mixture(tmp_path, quick=False)
+    budget = dense.settings["max_samples"] * flops_of(dense.settings)
+    for arm in (top_1, top_2):
+        assert arm.control == dense.name
+        assert abs(arm.settings["max_samples"] * flops_of(arm.settings) - budget) <= 16 * flops_of(arm.settings)
+    assert longer.settings["max_samples"] == dense.settings["max_samples"]
+    tokens = torch.from_file(str(tmp_path / "data" / "val.bin"), dtype=torch.int16, size=64 * 1024)
+    assert 0 <= tokens.min() <= tokens.max() < 256
+
+
+@pytest.mark.parametrize(
+    ("norm", "independent"), [("batch", False), ("group", True), ("response", True), ("none", True)]
+)
+def test_norms_are_what_the_rows_say(norm, independent):
+    """The gradient of a batch is the mean of those of its halves, but for batch norm; all have the network's size."""
+    torch.manual_seed(0)
+    task = normalised_cnn.build(norm=norm)
+    signals, classes = task.train_data[:4]
+
+    def gradient(part):
+        task.model.zero_grad()
+        task.loss(task.model.train(), (signals[part], classes[part])).backward()
+        return torch.cat([p.grad.flatten() for p in task.model.parameters()])
+
+    whole = gradient(slice(0, 4))
+    halves = (gradient(slice(0, 2)) + gradient(slice(2, 4))) / 2
+    assert torch.allclose(whole, halves, rtol=1e-4, atol=1e-6) == independent
+    assert sum(isinstance(layer, torch.nn.Conv1d) for layer in task.model) == 3
+    normalised = torch.nn.Sequential(*list(task.model)[: 3 if norm != "none" else 2])(signals)
+    if norm in ("batch", "group"):
+        assert normalised.mean().item() == pytest.approx(0, abs=1e-5)
+    if norm == "response":
+        cut = normalised.square().mean(-1)  # of 1, less what the cut at zero takes away
+        assert ((cut > 0) & (cut <= 1.001)).all()

@@ -59,7 +59,7 @@ class _Last(nn.Module):
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_experts_count_those_that_process_a_token(top_k):
-    """A mixture costs what top_k dense layers of an expert's size cost, and its router: 6 FLOPs per weight and token."""
+    """A mixture costs top_k dense layers of an expert's size, and its router: 6 FLOPs per weight and token."""
     shape = {"width": WIDTH, "depth": DEPTH, "context": CONTEXT, "feed_forward": "relu2"}
     experts = ExpertsConfig(num_experts=4, top_k=top_k)
     dense, mixture = (
