@@ -74,7 +74,11 @@ def test_a_run_measures_each_expert_by_the_formula(tmp_path, world_size):
         summary = measured(0, 1, str(data), str(tmp_path))
     else:
         summary = run_replicas(measured, world_size=world_size, args=(str(data), str(tmp_path)))[0]
-    last = [row for row in read_rows(tmp_path / f"run-{world_size}" / "metrics.jsonl") if row["kind"] == "train"][-1]
+    train = [row for row in read_rows(tmp_path / f"run-{world_size}" / "metrics.jsonl") if row["kind"] == "train"]
+    # Sixteen shares are logged in every second row, so that rows stay short; the parts of the loss in each.
+    assert [f"train/routed_samples/{EXPERTS[0]}" in row for row in train] == [False, True, False, True]
+    assert all("train/load_balancing" in row for row in train)
+    last = train[-1]
     task = make_task(data)
     assert len(task.train_data) == NUM_WINDOWS
     shares = []
