@@ -423,10 +423,9 @@ def page(findings: harness.Findings, *, command: str) -> str:
             for row in findings.rows
         ),
         "",
-        "| figure | value |",
-        "|---|---|",
+        *(["| figure | value |", "|---|---|"] if findings.figures else []),
         *(f"| {name} | {value:.3g} |" for name, value in findings.figures.items()),
-        "",
+        *([""] if findings.figures else []),
         _HOW_TO_READ,
         "",
     ]
