@@ -52,7 +52,7 @@ def test_e8_without_the_store_all_replicas_end(tmp_path):
         wait_until(lambda: "resumed from step" in (tmp_path / "log").read_text(), launcher)
     finally:
         launcher.terminate()
-        launcher.wait(timeout=60)
+        launcher.wait(timeout=240)
     assert not still
     assert took_s < 5
     assert "exitcode: -9" in (tmp_path / "log").read_text()

@@ -120,7 +120,7 @@ def test_the_command_survives_kill_and_obeys_signals(whole, tmp_path):
         process = start(folder, "--resume")
         wait_for_step(folder, reported + 1, process)
         stop(process.pid)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=240)
         assert process.returncode == EXIT_RESUMABLE, output
         last_row = read_rows(folder / "metrics.jsonl")[-1]["step"]
         assert load_newest(folder / "checkpoints").step == last_row, "what was told is saved"
@@ -129,7 +129,7 @@ def test_the_command_survives_kill_and_obeys_signals(whole, tmp_path):
         assert "Signal" not in output
 
     process = start(folder, "--resume")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert_same(result_of(folder), whole)
 
