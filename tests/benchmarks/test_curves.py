@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.curves import NOISE_COURSES, DampedQuadratic, noisy_quadratic_steps
+from benchmarks.frontier.curves import NOISE_COURSES, DampedQuadratic, noisy_quadratic_steps
 
 LISTED = {1: 462268, 256: 2105, 4096: 777, 2**20: 672}
 

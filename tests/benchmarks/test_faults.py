@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos import SAMPLES_PER_EVENT, Chaos, random_kills, resizes
-from benchmarks.faults import _worst
+from benchmarks.faults.__main__ import _worst
+from benchmarks.faults.chaos import SAMPLES_PER_EVENT, Chaos, random_kills, resizes
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.frontier import LARGEST_ERROR, TRUTH, measure
+from benchmarks.frontier.__main__ import LARGEST_ERROR, TRUTH, measure
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import overhead, peers, variants
+from benchmarks.overhead import __main__ as overhead
+from benchmarks.overhead import cases, peers, variants
 
 ROOT = Path(__file__).parents[2]
 OURS = {"default", "every=1, parameters", "every=1, hook"}
@@ -145,10 +146,10 @@ def test_figures_are_the_worst_of_ours_and_the_best_of_the_peers(default, verdic
 
 def test_models_have_the_sizes_that_they_are_named_after():
     """The full form asks 2, 12 and 50 million parameters with light and heavy steps, and accumulation alone."""
-    names = {case.name for case in overhead.CASES}
+    names = {case.name for case in cases.CASES}
     assert names == {f"{size} {step}" for size in ("2M", "12M", "50M") for step in ("light", "heavy")} | {
         "2M accumulation"
     }
-    for case in overhead.CASES:
+    for case in cases.CASES:
         num_parameters = case.num_blocks * 12 * case.width**2
         assert math.isclose(num_parameters, float(case.parameters.removesuffix("M")) * 1e6, rel_tol=0.1)

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from benchmarks.harness import Findings
-from benchmarks.plan import (
+from benchmarks.plan.__main__ import (
     CASES,
     NUM_DEFAULT_TARGETS,
     Runs,
@@ -21,7 +21,7 @@ from benchmarks.plan import (
     first_part,
     page,
 )
-from benchmarks.timed_runs import took, train
+from benchmarks.plan.timed_runs import took, train
 from dptrain.explain.model.hardware.devices import devices
 from dptrain.explain.model.planner import Planner
 from tests.ideal_runs import ideal_record, step_s

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import prediction
-from benchmarks.atlas import absent, atlas, policy
-from benchmarks.atlas.average import run_average
-from benchmarks.atlas.problem import Problem, first_crossings
-from benchmarks.atlas.quadratics import Quadratic
-from benchmarks.atlas.search import search
+from benchmarks.prediction import __main__ as prediction
+from benchmarks.prediction import policy
+from benchmarks.prediction.average import run_average
+from benchmarks.prediction.problem import Problem, first_crossings
+from benchmarks.prediction.problems import absent, atlas
+from benchmarks.prediction.quadratics import Quadratic
+from benchmarks.prediction.search import search
 from dptrain.noise import SquaredNorms, unbiased_moments
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.problems import PROBLEMS, Mixture, digits_with_replacement, linear, quadratic, variances
+from benchmarks.accuracy.problems import PROBLEMS, Mixture, digits_with_replacement, linear, quadratic, variances
 
 
 @pytest.mark.parametrize("make_problem", [quadratic, linear, variances, digits_with_replacement])

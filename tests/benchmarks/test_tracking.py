@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks import tracking
-from benchmarks.drift_candidates import CANDIDATES, window_lengths
-from benchmarks.drift_courses import COURSES, JUMP, Setting, simulated
+from benchmarks.tracking import __main__ as tracking
+from benchmarks.tracking.drift_candidates import CANDIDATES, window_lengths
+from benchmarks.tracking.drift_courses import COURSES, JUMP, Setting, simulated
 
 SETTING = Setting(num_steps=200, num_small=4, directions=100, ratio=0.25)
 

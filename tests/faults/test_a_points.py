@@ -69,8 +69,8 @@ def test_a2_killed_at_every_point_a_run_ends_the_same(whole, tmp_path):
     deadline_s = time.monotonic() + 200
     while process.poll() is None:
         assert time.monotonic() < deadline_s, log.read_text()
-        # Without a new checkpoint in between, the launcher would give up; armed before it has started the replicas again,
-        # the next point may strike the other of the two that are dying anyway.
+        # Without a new checkpoint in between, the launcher would give up; armed before it has started the replicas
+        # again, the next point may strike the other of the two that are dying anyway.
         is_restarted = log.read_text().count("starting again") == len(POINTS) - len(remaining)
         if remaining and is_restarted and strikes.disarmed(armed) and newest_step(tmp_path / "run") > saved:
             saved, point = newest_step(tmp_path / "run"), remaining.pop(0)
