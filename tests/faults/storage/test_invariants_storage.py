@@ -37,7 +37,7 @@ class Disk:
     """Every change that a save makes to the disk, with a point at which the process dies or the disk is full.
 
     After a death nothing is changed any more, whatever the code between would still do: so it is with a real one, which
-    tests/faults/test_b_storage.py uses (B1, B15); this one does hundreds per second.
+    tests/faults/storage/test_b_storage.py uses (B1, B15); this one does hundreds per second.
     """
 
     CHANGES = (

@@ -25,7 +25,7 @@ from dptrain.tracking.run_folder import write_config
 from tests.replicas import run_replicas
 from tests.runs import attempt, make_config, result_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NUM_HALF_OPEN = 200
 NOISE_BYTES = 2**20
 

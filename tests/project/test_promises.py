@@ -12,7 +12,7 @@ from dptrain.cli.main import _EXIT_CODES
 from dptrain.config.settings_file import setting_names
 from dptrain.runtime.signals import EXIT_HUNG, EXIT_RESUMABLE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("SECURITY.md", "docs/reliability.md")}
 SECTIONS = {"A": 17, "B": 17, "C": 13, "D": 15, "E": 10, "F": 10, "G": 12, "H": 12}
 """Faults in each section of the list."""

@@ -22,7 +22,7 @@ from benchmarks.prediction.quadratics import Quadratic
 from benchmarks.prediction.search import search
 from dptrain.noise import SquaredNorms, unbiased_moments
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 pytestmark = pytest.mark.timeout(600)  # twenty seconds of work, on a machine that others may be using
 

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.faults.__main__ import _worst
 from benchmarks.faults.chaos import SAMPLES_PER_EVENT, Chaos, random_kills, resizes
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 pytestmark = pytest.mark.timeout(600)
 

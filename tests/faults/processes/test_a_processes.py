@@ -1,7 +1,7 @@
 """Section A of the faults, through the command itself: processes that die, hang, crash, or are asked to stop.
 
-A2 is `test_killed_after_any_step_it_ends_the_same` in tests/train/test_resume.py. Several faults share one launch where
-each leaves its own trace, since a launch takes seconds.
+A2 is `test_killed_after_any_step_it_ends_the_same` in tests/train/runs/test_resume.py. Several faults share one launch
+where each leaves its own trace, since a launch takes seconds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dptrain.tracking.run_folder import RunFolder, newest_step, write_config
 from tests.replicas import run_replicas
 from tests.runs import Noisy, attempt, make_config, noisy, slow_loss, trained
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.timeout(300)
 
 

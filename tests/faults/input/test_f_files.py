@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests.fuzzed_files import try_files
+from tests.faults.input.fuzzed_files import try_files
 from tests.replicas import run_replicas
 
 NUMBER = int(os.environ.get("TEST_FUZZED_FILES", "80"))

@@ -3,7 +3,7 @@
 import pytest
 
 from dptrain.control import GoodputLaw
-from tests.control.simulation import CASES, LARGEST_MICRO, efficiency
+from tests.control.simulated.simulation import CASES, LARGEST_MICRO, efficiency
 
 LAW = GoodputLaw(largest_micro_batch_size=LARGEST_MICRO, no_decrease_samples=400)
 LEAST = {"16 times too large": 0.8, "300 ms a step": 0.75, "rises ×100, κ = 4": 0.8}

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.overhead import __main__ as overhead
 from benchmarks.overhead import cases, peers, variants
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OURS = {"default", "every=1, parameters", "every=1, hook"}
 FIGURES = {
     "default_ratio_max",

@@ -11,7 +11,7 @@ import zipfile
 
 import pytest
 
-from tests.packaging import ROOT, borrow, borrow_all, build, installed, make_environment
+from tests.project.packaging import ROOT, borrow, borrow_all, build, installed, make_environment
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -117,7 +117,7 @@ def test_the_sdist_holds_what_its_readme_links(sdist):
     links = re.findall(r"\]\(([^)#:\s]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert links
     assert [link for link in links if link.rstrip("/") not in names] == []
-    for needed in ("LICENSE", "constraints.txt", "Dockerfile", "launch/torchrun.sh", "tests/test_packages.py"):
+    for needed in ("LICENSE", "constraints.txt", "Dockerfile", "launch/torchrun.sh", "tests/project/test_packages.py"):
         assert needed in names
 
 

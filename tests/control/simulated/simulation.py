@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dptrain.control import Limits, Measurement, StepShape, StepTimes, limited
 from dptrain.noise import MomentSums, Smoothing, noise_scale, smoothed
-from tests.control.closed_loop import draw
+from tests.control.simulated.closed_loop import draw
 
 SMALLEST, LARGEST, LARGEST_MICRO = 8, 65536, 64
 

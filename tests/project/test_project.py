@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 FAKE_PYTHON = """#!/bin/sh
 # Stands in for Python: makes an environment of fake commands that print their calls, and passes the version check.

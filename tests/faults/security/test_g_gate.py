@@ -19,7 +19,7 @@ from dptrain.errors import ConfigError
 from dptrain.tracking.run_folder import RunFolder, default_run_dir
 from tests.replicas import run_replicas
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CANARY = "canary0123456789canary0123456789canary01"
 OTHER_CANARY = "second-canary-9876543210"
 HOSTILE = ["\x1b[2J", "\x9b31m", "\n", "\r", "\u202e"]
@@ -288,7 +288,7 @@ def test_g10_a_checkpoint_names_no_code(tmp_path):
     assert not ran
 
 
-# G12, what is installed; each version is exact: tests/test_project.py
+# G12, what is installed; each version is exact: tests/project/test_project.py
 
 
 def test_g12_ci_runs_nothing_of_others_that_can_change():

@@ -14,7 +14,7 @@ import pytest
 from dptrain.checkpoint.store import load_newest
 from dptrain.tracking.jsonl import read_rows
 from dptrain.tracking.run_folder import newest_step, write_config
-from tests import strikes
+from tests.faults.processes import strikes
 from tests.replicas import run_replicas
 from tests.runs import attempt, make_config, trained
 
@@ -53,7 +53,7 @@ def start(folder, *more, armed, log):
                 "OMP_NUM_THREADS": "1",
                 "TEST_MICRO_STEP_S": "0.01",
                 "TEST_STRIKES": str(armed),
-                "PYTHONPATH": str(Path(__file__).parents[2]),
+                "PYTHONPATH": str(Path(__file__).parents[3]),
             },
             stdout=file,
             stderr=subprocess.STDOUT,
