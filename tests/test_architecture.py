@@ -13,13 +13,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dptrain"
 ROOMS_ROUND_IT = ("benchmarks", "tests", "examples", "launch", "docs")
 
-BOTTOM = {"errors", "version", "ranges"}
+BOTTOM = {"errors", "error_text", "version", "ranges"}
 PURE_FLOOR = BOTTOM | {"batch", "noise"}
 MIDDLE = PURE_FLOOR | {"control", "observe", "exchange", "data", "models", "tasks"}
 SERVICES = {"config", "checkpoint", "tracking", "cost", "runtime"}
 
 MAY_IMPORT = {
     "errors": set(),
+    "error_text": set(),
     "version": set(),
     "ranges": set(),
     "batch": BOTTOM,

@@ -21,7 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NoReturn
 
-from dptrain.config.validation import shown
+from dptrain.error_text import shown
 from dptrain.errors import ConfigError
 from dptrain.runtime.failure_report import Cause, Ending, read_failures, read_outcome, root_cause
 from dptrain.runtime.restart_policy import Attempts, RestartPolicy
