@@ -1,6 +1,6 @@
 """Rows E8 and E10 of the faults: replicas that lose their meeting point, or never come to it.
 
-E9 (a replica that ends early with exit code 0) is among the crashes of test_a_processes.py.
+E9 (a replica that ends early with exit code 0) is among the crashes of processes/test_a_processes.py.
 """
 
 from __future__ import annotations
