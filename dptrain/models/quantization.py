@@ -32,9 +32,15 @@ _MAX_NAMED = 5
 class _Rounded(torch.autograd.Function):
     """Rounds in the forward pass and hands gradients on."""
 
+    generate_vmap_rule = True  # for gradients of single samples by torch.func
+
     @staticmethod
-    def forward(ctx: Any, values: Tensor, grid: Grid, dims: tuple[int, ...] | None, stochastic: bool) -> Tensor:  # noqa: ANN401, ARG004, FBT001 - torch's own form
+    def forward(values: Tensor, grid: Grid, dims: tuple[int, ...] | None, stochastic: bool) -> Tensor:  # noqa: FBT001 - torch's own form
         return rounded(values, grid, dims=dims, stochastic=stochastic)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401 - as above
+        pass
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401, ARG004 - as above
@@ -44,10 +50,15 @@ class _Rounded(torch.autograd.Function):
 class _RoundedGradient(torch.autograd.Function):
     """Hands values on and rounds their gradient in the backward pass."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, values: Tensor, grid: Grid, dims: tuple[int, ...], stochastic: bool) -> Tensor:  # noqa: ANN401, FBT001 - torch's own form
-        ctx.grid, ctx.dims, ctx.stochastic = grid, dims, stochastic
+    def forward(values: Tensor, grid: Grid, dims: tuple[int, ...], stochastic: bool) -> Tensor:  # noqa: ARG004, FBT001 - torch's own form
         return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401, ARG004 - as above
+        _, ctx.grid, ctx.dims, ctx.stochastic = inputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401 - as above
