@@ -14,9 +14,26 @@ from benchmarks.result_tables import figures_table, rows_table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+
+def figures_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the answer: ratios of noise scales late in training, and differences of losses."""
+    figures = {}
+    for row in rows:
+        table, name = row["table"], f"{row['task']}_{row['arm'].replace(', ', '_').replace(' ', '_')}"
+        if table == "noise" and row["stage"] == "late" and row["kind"] in _SHOWN and row["ratio"]:
+            figures[f"noise_ratio_{name}"] = row["ratio"][0]
+        elif table == "loss" and row["arm"] in ("fp8, nearest", "fp4, nearest", "fp4, stochastic gradients"):
+            figures[f"loss_difference_{name}"] = row["difference"]
+        elif table == "export":
+            figures[f"loss_change_{name}"] = row["change"]
+    return figures
+
+
+_SHOWN = ("fp8", "int4", "int3")
+
 _TABLES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "noise": (
-        "Noise scale through the same weights and samples: early (10 % of a run in float32) and late (90 %)",
+        "Noise scale through the same weights and samples: early (10 % of a run in float32) and late (50 %)",
         {
             "task": "{task}",
             "when": "{stage}",
@@ -25,7 +42,7 @@ _TABLES: Mapping[str, tuple[str, Mapping[str, str]]] = {
             "noise scale": "{noise_text}",
             "over float32, paired": "{ratio_text}",
             "tr(Σ) over float32": "{trace_ratio:.3g}",
-            "square of G over float32": "{square_ratio:.3g}",
+            "square of G over float32": "{square_text}",
             "cosine of mean gradients": "{cosine:.3f}",
         },
     ),
@@ -60,6 +77,24 @@ _TABLES: Mapping[str, tuple[str, Mapping[str, str]]] = {
 }
 
 
+def noise_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of noise scales with what they show; a ratio of |G|² means nothing where it is not resolved."""
+    return [
+        {
+            **row,
+            "noise_text": _text(row["noise_scale"]),
+            "ratio_text": _text(row["ratio"]),
+            "square_text": "–" if row["ratio"] is None else f"{row['square_ratio']:.3g}",
+        }
+        for row in rows
+        if row["table"] == "noise"
+    ]
+
+
+def _text(found: tuple[float, float, float] | None) -> str:
+    return "not resolved" if found is None else f"{found[0]:.3g} [{found[1]:.3g}, {found[2]:.3g}]"
+
+
 def gap_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return one row for each task and arm, with all its points and at which of them it is below 1."""
     found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
@@ -78,11 +113,11 @@ def gap_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 _HOW_TO_READ = (
     "The noise scale is tr(Σ)/|G|² of the gradients of single samples, all through the same weights, those of a run in "
     "float32. Intervals are 95 %, by the jackknife over samples; ratios pair the samples, so their intervals are "
-    "narrower than those of the two noise scales. A noise scale counts what differs between samples, rounding by "
-    "chance included. It does not see a direction that rounding to the nearest turns for all samples alike: the cosine does. "
-    "q is the root mean square, over two batches, of the norm of what a format adds to the gradient of a batch. "
-    "Everything is emulated in float32, with a scale for each row of activations and gradients; weights are rounded to "
-    "the nearest in all arms."
+    "narrower than those of the two noise scales. Where the bounds are a factor of 100 apart, nothing is resolved. A "
+    "noise scale counts what differs between samples, rounding by chance included. It does not see a direction that "
+    "rounding to the nearest turns for all samples alike: the cosine does. q is the root mean square, over two "
+    "batches, of the norm of what a format adds to the gradient of a batch. Everything is emulated in float32, with a "
+    "scale for each row of activations and gradients; weights are rounded to the nearest in all arms."
 )
 
 
@@ -91,7 +126,7 @@ def page(findings: harness.Findings, *, command: str, picture: str | None) -> st
     rows: dict[str, Sequence[Mapping[str, Any]]] = {
         kind: [row for row in findings.rows if row["table"] == kind] for kind in _TABLES
     }
-    rows["gap"] = gap_table(findings.rows)
+    rows["noise"], rows["gap"] = noise_table(findings.rows), gap_table(findings.rows)
     lines = [
         "# Precision: noise scale, quantisation noise, and held-out loss",
         "",
@@ -135,7 +170,9 @@ def draw(rows: Sequence[Mapping[str, Any]], *, path: Path) -> None:
     ):
         grid[row][0].set_ylabel(label)
     grid[0][0].legend(fontsize=7)
-    grid[2][0].legend(fontsize=7)
+    handles, labels = grid[2][0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7)
     figure.savefig(path, dpi=110)
 
 
