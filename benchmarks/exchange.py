@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness, members, random_bases, slow_networks
-from benchmarks.namespaces import reason_to_skip
+from benchmarks import harness
+from benchmarks.exchanges import members, random_bases, slow_networks
+from benchmarks.hosts.namespaces import reason_to_skip
 
 Part = tuple[dict[str, float], list[dict[str, Any]]]
 """Figures, and rows."""

@@ -37,3 +37,8 @@ def assert_equal_bits(found, expected):
     for key, tensor in expected.items():
         assert (found[key].dtype, found[key].shape) == (tensor.dtype, tensor.shape)
         assert found[key].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8)), key
+
+
+def names(folder):
+    """What lies in a folder, by name."""
+    return sorted(path.name for path in folder.iterdir())

@@ -1,4 +1,4 @@
-"""The import arrows of the design and what pure rooms may not see, held by reading every file of the package."""
+"""Import arrows, what pure rooms may not see, and how large files and folders may be, held by reading every file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dptrain"
+ROOMS_ROUND_IT = ("benchmarks", "tests", "examples", "launch", "docs")
 
-BOTTOM = {"errors", "version", "ranges"}
+BOTTOM = {"errors", "error_text", "version", "ranges"}
 PURE_FLOOR = BOTTOM | {"batch", "noise"}
 MIDDLE = PURE_FLOOR | {"control", "observe", "exchange", "data", "models", "tasks"}
 SERVICES = {"config", "checkpoint", "tracking", "cost", "runtime"}
 
 MAY_IMPORT = {
     "errors": set(),
+    "error_text": set(),
     "version": set(),
     "ranges": set(),
     "batch": BOTTOM,
@@ -79,12 +81,14 @@ def _room(module):
 
 
 def broken_arrows(source, module):
-    """The imports of a file that point up, sideways or back through the shop window."""
+    """The imports of a file that point up, sideways, back through the shop window, or out of the package."""
+    names = list(_imports(ast.parse(source), module))
+    outside = [f"{module}: {name}" for name in names if name.split(".")[0] in ROOMS_ROUND_IT]
     room = _room(module)
     if not room:
-        return []
-    targets = {_room(name): name for name in _imports(ast.parse(source), module) if name.split(".")[0] == "dptrain"}
-    return [
+        return outside
+    targets = {_room(name): name for name in names if name.split(".")[0] == "dptrain"}
+    return outside + [
         f"{module}: {room} → {to or 'the package itself'} ({name})"
         for to, name in targets.items()
         if to != room and to not in MAY_IMPORT[room]
@@ -129,6 +133,11 @@ def is_drawer(path):
 
 def _files():
     return sorted(PACKAGE.rglob("*.py"))
+
+
+def _all_files():
+    """Those of the package and of the folders round it."""
+    return [*_files(), *(path for name in ROOMS_ROUND_IT for path in sorted((ROOT / name).rglob("*.py")))]
 
 
 def _module(path):
@@ -185,7 +194,7 @@ def test_pure_rooms_see_no_process_file_or_clock():
 
 def test_shop_windows_hold_no_code():
     """An `__init__` is a docstring, imports and `__all__`."""
-    windows = [path for path in _files() if path.name == "__init__.py"]
+    windows = [path for path in _all_files() if path.name == "__init__.py"]
     assert windows
     assert {
         str(path.relative_to(ROOT)): code
@@ -195,16 +204,18 @@ def test_shop_windows_hold_no_code():
 
 
 def test_folders_and_files_are_small():
-    """A folder holds at most 14 Python files, and a file at most 450 lines."""
-    counts = Counter(path.parent.relative_to(ROOT) for path in _files())
+    """A folder holds at most 14 Python files, and a file at most 450 lines: in package, benchmarks and tests alike."""
+    files = _all_files()
+    assert {path.relative_to(ROOT).parts[0] for path in files} == {"dptrain", *ROOMS_ROUND_IT}
+    counts = Counter(path.parent.relative_to(ROOT) for path in files)
     assert {str(folder): count for folder, count in counts.items() if count > MOST_FILES} == {}
-    lines = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in _files()}
+    lines = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
 
 
 def test_no_file_is_a_drawer():
     """A file is named after what it does."""
-    assert [str(path) for path in _files() if is_drawer(path.relative_to(ROOT))] == []
+    assert [str(path) for path in _all_files() if is_drawer(path.relative_to(ROOT))] == []
 
 
 @pytest.mark.parametrize(
@@ -228,6 +239,8 @@ def test_no_file_is_a_drawer():
         ("dptrain.integrations.lightning", "from dptrain.train import Trainer"),
         ("dptrain.errors", "from dptrain.batch import BatchPlan"),
         ("dptrain.train.step", "from dptrain.cli.main import main"),
+        ("dptrain.train.step", "from benchmarks import harness"),
+        ("dptrain.__init__", "import tests.runs"),
     ],
 )
 def test_an_arrow_that_points_up_is_found(module, source):

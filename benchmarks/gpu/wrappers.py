@@ -15,8 +15,8 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import dptrain
+from benchmarks.accuracy.problems import Problem, linear, quadratic
 from benchmarks.gpu.rows import DEVICE, Report, Row
-from benchmarks.problems import Problem, linear, quadratic
 from dptrain.noise import SmoothedMoments, smoothed
 
 _STEPS = 3

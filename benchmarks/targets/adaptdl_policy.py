@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from benchmarks.peers import _module
+from benchmarks.overhead.peers import _module
 
 _FIRST_FIT_STEPS = 30
 _FITS_APART = 1.5

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from benchmarks.curves import DampedQuadratic, noisy_quadratic_steps
+from benchmarks.frontier.curves import DampedQuadratic, noisy_quadratic_steps
 from dptrain.control import (
     RULES,
     Constant,

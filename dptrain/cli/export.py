@@ -21,7 +21,8 @@ from dptrain.tracking.run_folder import checkpoints_in
 
 _DESCRIPTION = """Write the bare weights of a checkpoint to one safetensors file, which needs no dptrain to be read,
 or the metrics of a run to a table. Every byte of a checkpoint is verified first. Tied weights stand under the first of
-their names. Where replicas have parameters of their own, --member says which are written."""
+their names. Where replicas have parameters of their own, --member says which are written. With --int8, weights of
+linear and convolutional layers are rounded, and the held-out loss of the run's task is told before and after."""
 _TABLES = (".csv", ".parquet")
 
 
@@ -43,11 +44,19 @@ def export(arguments: Sequence[str]) -> int:
         help="weights of which replica: the mean of all, that of rank N, or each in a file of its own, FILE-N "
         "(default: average for exchange.kind=local_updates)",
     )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="weights x.weight of linear and convolutional layers as int8, with a scale for each output channel, "
+        "x.weight_scale; the task of the run must be where it was",
+    )
     options = parser.parse_args(arguments)
     target = options.to or options.metrics
     if target.exists():
         raise ConfigError(f"{target} exists already: name another file, or remove it")
     if options.metrics is not None:
+        if options.int8:
+            raise ConfigError("--int8 is about weights: use it with --to FILE.safetensors")
         return _export_metrics(options.source, to=options.metrics)
     if options.to.suffix in _TABLES:
         raise ConfigError(f"--to writes weights, not tables: use --metrics {options.to}")
@@ -55,11 +64,19 @@ def export(arguments: Sequence[str]) -> int:
     for path, reason in checkpoint.passed_over:
         sys.stderr.write(f"dptrain export: passed over {path}: {reason}\n")
     for target, weights in _members(checkpoint, member=options.member, to=options.to):
-        num_tensors, size_bytes = _write_weights(weights, step=checkpoint.step, to=target)
+        found, told = _in_int8(checkpoint, weights) if options.int8 else (weights, "")
+        num_tensors, size_bytes = _write_weights(found, step=checkpoint.step, to=target, is_int8=options.int8)
         sys.stdout.write(
-            f"weights of step {checkpoint.step:,} ({num_tensors} tensors, {size_bytes:,} bytes): {target}\n"
+            f"weights of step {checkpoint.step:,} ({num_tensors} tensors, {size_bytes:,} bytes): {target}\n{told}"
         )
     return 0
+
+
+def _in_int8(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    from dptrain.cli.operations.int8_export import in_int8  # needs the trainer's parts, which other exports do not
+
+    found = in_int8(checkpoint, weights)
+    return found.tensors, found.text()
 
 
 def _members(checkpoint: Checkpoint, *, member: str | None, to: Path) -> Iterator[tuple[Path, dict[str, Tensor]]]:
@@ -144,15 +161,18 @@ def _find(source: Path) -> Checkpoint:
     return checkpoint
 
 
-def _write_weights(weights: dict[str, Tensor], *, step: int, to: Path) -> tuple[int, int]:
+def _write_weights(weights: dict[str, Tensor], *, step: int, to: Path, is_int8: bool) -> tuple[int, int]:
     """Write under another name first, so that what bears the name is whole."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    metadata = {"format": "pt", "step": str(step)}
+    if is_int8:
+        metadata["int8"] = "x.weight × x.weight_scale, one scale for each index of the first dimension"
     try:
         with tempfile.TemporaryDirectory(dir=to.parent, prefix=".export-") as folder:
             temporary = Path(folder) / to.name
-            save_file(weights, temporary, metadata={"format": "pt", "step": str(step)})
+            save_file(weights, temporary, metadata=metadata)
             temporary.chmod(0o600)
             temporary.rename(to)
         return len(weights), to.stat().st_size

@@ -26,7 +26,7 @@ from dptrain.config.settings_file import (
     value_in,
 )
 from dptrain.config.train_config import TrainConfig
-from dptrain.config.validation import shown
+from dptrain.error_text import shown
 from dptrain.errors import ConfigError, DptrainError
 from dptrain.tracking.redact import refuse_secrets
 

@@ -17,7 +17,8 @@ import yaml
 
 from dptrain.config.counts import with_counts
 from dptrain.config.train_config import TrainConfig
-from dptrain.config.validation import check_types, hints_of, is_group, shown
+from dptrain.config.validation import check_types, hints_of, is_group
+from dptrain.error_text import shown
 from dptrain.errors import ConfigError
 
 LARGEST_BYTES = 2**20

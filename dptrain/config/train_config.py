@@ -202,6 +202,7 @@ class TrainConfig:
         _check_bounds(self)
         _check_length(self)
         _check_sparsity(self)
+        _check_quantization(self)
         check_exchange(
             self.exchange,
             control=self.control,
@@ -251,6 +252,30 @@ def _check_sparsity(config: TrainConfig) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise ConfigError(f"sparsity.method={config.sparsity.method} does not go with it: {reason}")
+
+
+def _check_quantization(config: TrainConfig) -> None:
+    """Refuse what would round a second time or is not emulated, and settings that would be ignored."""
+    model, execution = config.model, config.execution
+    if model.quantize is None:
+        for name, is_given in (
+            ("rounding", model.rounding != "nearest"),
+            ("unquantized", model.unquantized is not None),
+        ):
+            if is_given:
+                raise ConfigError(f"model.{name} is given without model.quantize: it would be ignored")
+        return
+    reasons = {
+        f"precision={config.precision} rounds the products again: leave it out": config.precision != "no",
+        "execution.tf32 rounds the products again: leave it out": execution.tf32,
+        f"execution.compile={execution.compile} is not emulated: leave it out": execution.compile != "off",
+        f"execution.wrapper={execution.wrapper} cuts up the weights that share a scale: use ddp": (
+            execution.wrapper != "ddp"
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(f"model.quantize={model.quantize} does not go with it: {reason}")
 
 
 def _check_length(config: TrainConfig) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from dptrain.error_text import shown
 from dptrain.errors import ConfigError
 from dptrain.ranges import Range
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 _LARGEST = 2**63  # the whole numbers of torch and numpy have 64 bits
 _DEEPEST = 32  # groups within groups; what is deeper was not written by a person
-_LONGEST = 80  # of a value that is quoted in an error, in characters
 
 
 def check_types(kind: type, settings: Mapping[str, Any], *, prefix: str = "") -> None:
@@ -88,15 +88,6 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{name}"] = value
     return found
-
-
-def shown(value: object) -> str:
-    """Write a value as Python does, but not longer than a line takes."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return "a number with thousands of digits"  # which Python does not write
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def choices_of(hint: Any) -> tuple[Any, ...]:  # noqa: ANN401 - as above

@@ -14,7 +14,7 @@ from dptrain.errors import ConfigError
 
 _OPTIMISM = 1.5
 """Standard deviations of the step time by which a batch whose time is not known is taken to be faster. Tuned on: the
-simulated runs of `tests/control/simulation.py`; 1 stays too small at 300 ms per step, 2 turns back more often."""
+runs of `tests/control/simulated/simulation.py`; 1 stays too small at 300 ms per step, 2 turns back more often."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ class ProgressLaw(ABC):
 
     Attributes:
         min_gain: least gain worth a change, in nats of progress per unit of cost: 0.02 is 2 %. Tuned on: the runs of
-            `tests/control/simulation.py`, which 0.01 and 0.04 leave within 0.3 %.
+            `tests/control/simulated/simulation.py`, which 0.01 and 0.04 leave within 0.3 %.
         no_decrease_samples: from the start of the run, in which the batch only grows: a model in warm-up hardly moves,
             and its noise scale is small for that reason.
         cool_down: measurements at a batch before the next change: a step is left out, three make a median, and one is

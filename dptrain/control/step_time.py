@@ -33,7 +33,7 @@ _RECENT_STEPS = 2 * _HALF_LIFE_STEPS
 _MODEL_ERROR = 0.02
 """Relative error of a median that more steps do not average away, at the present batch and once more for each doubling
 away from it: the line is not the machine, and a decision asks for the neighbours of the present batch. Tuned on: the
-runs of `tests/control/simulation.py`, which 1 % leaves as they are and 5 % makes 1 % slower."""
+runs of `tests/control/simulated/simulation.py`, which 1 % leaves as they are and 5 % makes 1 % slower."""
 _SD_OF_MEDIAN_DEVIATION = 1.48
 _LEAST_NOISE = 0.01
 

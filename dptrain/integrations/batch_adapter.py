@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
@@ -168,19 +168,11 @@ class BatchAdapter:
         self._known = known
         self._rate_in_force = self.window.learning_rate_factor
 
-    def decide(
-        self,
-        *,
-        micro_steps: int | None = None,
-        may_be: Callable[[int], bool] = lambda _: True,
-        has_stepped: bool = False,
-    ) -> Window:
+    def decide(self, *, micro_steps: int | None = None, has_stepped: bool = False) -> Window:
         """Count the step that was closed, and decide on the next one.
 
         Args:
             micro_steps: micro-batches that it had on each replica, where they were fewer than planned.
-            may_be: whether the loop can go over to this number of accumulation steps just now; if not, the batch
-                stays, and the law is asked again after the next step.
             has_stepped: whether `optimizer.step()` was called already: then the rate of the next step is in force now.
                 Lightning runs the backward pass inside of it, so a later moment would be too late.
         """
@@ -194,9 +186,7 @@ class BatchAdapter:
                 noise_scale=self._known,
                 step_time=times,
             )
-            adapted = self._adapter.decide(
-                measurement, allowed=lambda asked: asked if may_be(asked // self._quantum) else present
-            )
+            adapted = self._adapter.decide(measurement)
             self._num_changes += adapted.global_batch_size != present
             self.window = Window(
                 accumulation_steps=adapted.global_batch_size // self._quantum,

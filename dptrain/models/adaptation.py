@@ -1,4 +1,4 @@
-"""Adapts a model before it is trained: weights to start from, a new head, frozen parts, low-rank adapters."""
+"""Adapts a model before it is trained: weights to start from, a new head, frozen parts, adapters, fewer bits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dptrain.errors import ConfigError
+from dptrain.models.int8 import from_int8
+from dptrain.models.quantization import quantize_layers
 from dptrain.models.settings import ModelConfig
 
 _MAX_NAMED = 5
@@ -17,7 +19,7 @@ ReadWeights = Callable[[Path], Mapping[str, Tensor]]
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file.
+    """Return the tensors of a safetensors file; weights in int8 with scales, as `export --int8` writes, in float32.
 
     Raises:
         ConfigError: where it is none.
@@ -26,13 +28,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return dict(load_file(path))
+        return from_int8(load_file(path))
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"model.weights {path} cannot be read as safetensors: {error}") from error
 
 
 def adapt_model(model: nn.Module, config: ModelConfig, *, read: ReadWeights = read_safetensors) -> None:
-    """Load weights, then add adapters, then freeze, as far as the settings ask for it; in place.
+    """Load weights, then add adapters, then freeze, then quantise, as far as the settings ask for it; in place.
 
     Args:
         model: the task's, initialised.
@@ -40,7 +42,7 @@ def adapt_model(model: nn.Module, config: ModelConfig, *, read: ReadWeights = re
         read: reads the weights.
 
     Raises:
-        ConfigError: where weights do not fit, a pattern matches nothing, or peft is missing.
+        ConfigError: where weights do not fit, a pattern matches nothing, peft is missing, or a layer has no emulation.
     """
     head = _listed(config.new_head)
     if config.weights is not None:
@@ -59,6 +61,8 @@ def adapt_model(model: nn.Module, config: ModelConfig, *, read: ReadWeights = re
         raise ConfigError(
             f"model.freeze {config.freeze!r} leaves nothing to train: give a model.new_head, or freeze less"
         )
+    if config.quantize is not None:
+        quantize_layers(model, to=config.quantize, rounding=config.rounding, unquantized=config.unquantized)
 
 
 def matching_parameters(model: nn.Module, patterns: Iterable[str], *, setting: str) -> dict[str, nn.Parameter]:

@@ -29,6 +29,14 @@ class ModelConfig:
     layer_decay: float | None = setting(None, SHARE)
     """Learning rate of each block over that of the block after it; the last block has this part of the head's rate.
     Default: one rate for all."""
+    quantize: Literal["bf16", "fp8", "fp6", "fp4", "int8", "int6", "int4", "int3"] | None = None
+    """Format of weights, activations and output gradients in linear and convolutional layers, emulated in float32: for
+    what few bits do to training, not for speed. Default: none."""
+    rounding: Literal["nearest", "stochastic", "stochastic_gradients"] = "nearest"
+    """Rounding with quantize. stochastic: of activations and output gradients by chance, in the mean to their value;
+    stochastic_gradients: of output gradients alone. Weights are rounded to the nearest."""
+    unquantized: str | None = setting(None, NAME)
+    """Layers that quantize leaves as they are: patterns of their names, with commas, such as "output"."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,14 +19,13 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn, Self
+from typing import NoReturn
 
-from dptrain.config.validation import shown
+from dptrain.error_text import shown
 from dptrain.errors import ConfigError
 from dptrain.runtime.failure_report import Cause, Ending, read_failures, read_outcome, root_cause
 from dptrain.runtime.restart_policy import Attempts, RestartPolicy
-from dptrain.runtime.signals import EXIT_RESUMABLE, SHOW_STACKS, show_stacks_on_signal
+from dptrain.runtime.signals import EXIT_RESUMABLE, SHOW_STACKS, NotedSignals, show_stacks_on_signal
 from dptrain.tracking.run_folder import holds_run, newest_step
 
 GRACE_S = 30.0
@@ -192,7 +191,7 @@ def _tell(cause: Cause, what_now: str) -> None:
         sys.stderr.flush()
 
 
-class _Signals:
+class _Signals(NotedSignals):
     """Notes the signals that are to be passed on, while it is entered.
 
     Attributes:
@@ -200,22 +199,11 @@ class _Signals:
     """
 
     def __init__(self) -> None:
+        super().__init__(_PASSED_ON)
         self.asked_to_stop = False
         self._noted: deque[int] = deque()
-        self._previous: dict[int, object] = {}
 
-    def __enter__(self) -> Self:
-        for number in _PASSED_ON:
-            # What somebody chose to ignore, such as `nohup` the hang-up, stays ignored.
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _note(self, number: int) -> None:
         self._noted.append(number)
         self.asked_to_stop = self.asked_to_stop or number in _STOP
 

@@ -94,6 +94,7 @@ class _Group:
     world_size: int
 
     def connect(self) -> Store:
+        """Return the group's store over a connection of its own."""
         store = TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),

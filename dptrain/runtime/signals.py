@@ -9,6 +9,8 @@ import signal
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from types import FrameType
 from typing import Self
 
@@ -44,6 +46,34 @@ def show_stacks_on_signal() -> None:
 def place_of_replica() -> str:
     """Return this process's place for the heading of its stacks, such as "replica 1 of 4"."""
     return f"replica {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}"
+
+
+class NotedSignals(ABC):
+    """Notes signals while it is entered; afterwards they have the handlers that they had before.
+
+    What somebody chose to ignore, such as `nohup` the hang-up, stays ignored.
+
+    Args:
+        numbers: of the signals.
+    """
+
+    def __init__(self, numbers: Iterable[signal.Signals]) -> None:
+        self._numbers = tuple(numbers)
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Self:
+        for number in self._numbers:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, lambda number, _: self._note(number))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    @abstractmethod
+    def _note(self, number: int) -> None:
+        """Note a signal that came."""
 
 
 class SignalHandler:

@@ -6,13 +6,11 @@ import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import FrameType
-from typing import Self
 
 from dptrain.errors import ConfigError
 from dptrain.runtime.launcher import GRACE_S
 from dptrain.runtime.restart_policy import Attempts, RestartPolicy
-from dptrain.runtime.signals import EXIT_RESUMABLE
+from dptrain.runtime.signals import EXIT_RESUMABLE, NotedSignals
 from dptrain.sweep import Course, CourseLog, Search, SweepRun, SweepSpec
 from dptrain.sweep.child_runs import RunProcess, Site
 from dptrain.sweep.folder import SweepFolder
@@ -28,7 +26,7 @@ _FINER = 10
 _EXIT_SETTINGS, _EXIT_DIVERGED = 2, 65
 
 
-class SignalHandler:
+class SignalHandler(NotedSignals):
     """Notes SIGINT, SIGTERM and SIGHUP while it is entered.
 
     Attributes:
@@ -37,23 +35,12 @@ class SignalHandler:
     """
 
     def __init__(self) -> None:
+        super().__init__((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         self.asked = False
         self.insisted = False
         self._first_s = 0.0
-        self._previous: dict[signal.Signals, object] = {}
 
-    def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # What somebody chose to ignore, such as `nohup` the hang-up, stays ignored.
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
+    def _note(self, number: int) -> None:  # noqa: ARG002 - each of them is a request to stop
         if not self.asked:
             self.asked, self._first_s = True, time.monotonic()
         self.insisted = self.insisted or time.monotonic() - self._first_s > _REPEAT_S

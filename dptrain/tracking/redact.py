@@ -86,6 +86,7 @@ def without_secrets(value: Any) -> Any:  # noqa: ANN401 - any tree of dicts, lis
     known = sorted(_secrets(), key=len, reverse=True)  # one may be part of another
 
     def blank(node: Any, *, name: str = "") -> Any:  # noqa: ANN401 - as above
+        """Return a part of the tree without its secrets; `name` is the field that it stands in."""
         if isinstance(node, Mapping):
             return {
                 blank(key) if isinstance(key, str) else key: blank(child, name=str(key)) for key, child in node.items()

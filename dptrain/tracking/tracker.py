@@ -246,6 +246,7 @@ class _WandbSink:
         self._tracker: Any = None
 
     def start(self, *, notify: Callable[[str], None]) -> None:
+        """Open the run at wandb, or offline where its server cannot be had; say which through `notify`."""
         deadline = time.monotonic() + START_LIMIT_S - _OFFLINE_START_S
         # Only where the user left it open: wandb's lines would tear the live view, and its own telemetry, sent to the
         # same server, holds up the exit by 10 s and more where that server hangs.
@@ -290,17 +291,21 @@ class _WandbSink:
         self._tracker.start()
 
     def log(self, values: Mapping[str, Value]) -> None:
+        """Send a row."""
         self._tracker.log(dict(values))
 
     def finish(self, summary: Mapping[str, Value]) -> None:
+        """Send the figures of the whole run, and close it."""
         self._tracker.tracker.summary.update(dict(summary))
         self._tracker.finish()
 
     def release(self) -> None:
+        """End wandb's service, where this run started it."""
         if self._owns_service and self._wandb is not None:
             self._wandb.teardown()  # else wandb does it at exit, and may take long over it there
 
     def abandon(self) -> None:
+        """Kill wandb's service, where this run started it: it holds up the exit."""
         import psutil
 
         for child in psutil.Process().children() if self._owns_service else []:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import exchange, random_bases, slow_networks
+from benchmarks import exchange
+from benchmarks.exchanges import random_bases, slow_networks
 
 
 def row(kind, *, sent, said, step_s, steps=(), every=1, agreement=100.0, mbit=100, delay_s=0.05):

@@ -19,13 +19,9 @@ from dptrain.checkpoint import store as module
 from dptrain.checkpoint.manifest import MAX_JSON_BYTES
 from dptrain.checkpoint.store import load_checkpoint, load_newest, save_checkpoint
 from dptrain.errors import CheckpointError, ConfigError
-from tests.checkpoints import assert_equal_bits, assert_holds, save
+from tests.checkpoints import assert_equal_bits, assert_holds, names, save
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def steps(folder):

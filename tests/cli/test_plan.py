@@ -96,6 +96,9 @@ def test_numbers_with_dots(text, expected):
         ("--minimum-rental", "0h"),
         ("--currency", "EUR 1"),
         ("--currency", "a currency"),
+        ("--bandwidth-mbit-per-s", "fast"),
+        ("--bandwidth-mbit-per-s", "0"),
+        ("--delay-ms", "-1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(run, option, value, capsys):

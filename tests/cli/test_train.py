@@ -362,7 +362,7 @@ train.train(sys.argv[1:])
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=True,
     )
     line = "run a | task digits | 2 cpu replicas | precision bf16 | tracker none | starting …"

@@ -1,4 +1,4 @@
-"""Settings as YAML: read as written, by us and by others; what is refused is in tests/faults/test_f_input.py."""
+"""Settings as YAML: read as written, by us and by others; what is refused is in tests/faults/input/test_f_input.py."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from dptrain.control import GoodputLaw, Limits, Measurement, NoiseLaw, StepTimeModel, limited
 from dptrain.control.noise_law import SinceChange
 from dptrain.errors import ConfigError
-from tests.control.closed_loop import arrival, closed_loop
 from tests.control.known import AtLeast, Known, Unknown
+from tests.control.simulated.closed_loop import arrival, closed_loop
 
 positive = st.floats(1e-2, 1e6)
 

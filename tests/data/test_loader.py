@@ -219,7 +219,7 @@ def test_a_program_that_forgets_to_close_still_ends():
     )
     root = Path(__file__).parents[2]
     ended = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=240, check=True
     )
     assert ended.stdout == "10\n"
     assert ended.stderr == ""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.namespaces import network, reason_to_skip, until
+from benchmarks.hosts.namespaces import network, reason_to_skip, until
 from dptrain.checkpoint.store import load_newest
 from dptrain.tracking.jsonl import read_rows
 from dptrain.tracking.run_folder import newest_step, write_config

@@ -61,15 +61,6 @@ def test_an_optimizer_that_takes_no_hooks_is_refused():
         BatchAdapter(meter, [torch.optim.SGD], micro_batch_size=4)
 
 
-def test_a_window_that_cannot_be_stays_and_is_asked_for_again():
-    """The loop's veto keeps batch and factor; the next decision brings the change."""
-    adaptive = adapter()
-    for _ in range(3):
-        window = decide(adaptive, may_be=lambda steps: steps == 2)
-    assert (window.accumulation_steps, window.learning_rate_factor) == (2, 1)
-    assert decide(adaptive).accumulation_steps == 4
-
-
 def test_the_state_goes_through_json_and_on():
     """A restored adapter decides as the whole one does."""
     whole, first, second = adapter(), adapter(), adapter()

@@ -171,23 +171,8 @@ def with_transformers(folder):
     return model.batches
 
 
-@pytest.mark.parametrize("train", [with_accelerate, with_transformers])
+@pytest.mark.parametrize("train", [with_accelerate, with_lightning, with_transformers])
 def test_a_framework_decides_as_the_trainer_does(train, trainer_batches, tmp_path):
     """The same samples in the same order: the same global batch size at every step."""
     batches = train(tmp_path)
     assert batches[: len(trainer_batches)] == trainer_batches
-
-
-def test_lightning_decides_as_the_trainer_does_where_its_loop_can(trainer_batches, tmp_path):
-    """Lightning steps where the batch's number in the epoch is a multiple of the window: there, the same batches.
-
-    Up to the first change that has to wait for such a number both are equal; from there on they see other windows.
-    """
-    batches = with_lightning(tmp_path)
-    assert len(set(batches)) > 2
-    pairs = zip(batches, trainer_batches, strict=False)
-    first = next((step for step, (own, wanted) in enumerate(pairs) if own != wanted), None)
-    if first is not None:
-        assert sum(batches[:first]) % trainer_batches[first] != 0
-        assert batches[first] == batches[first - 1] != trainer_batches[first]
-        assert first > len(trainer_batches) // 2

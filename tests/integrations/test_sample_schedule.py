@@ -96,8 +96,7 @@ def forced(adapter, windows):
     def forced_decide(**kwargs):
         decide(**kwargs)
         steps = next(remaining, adapter.window.accumulation_steps)
-        if kwargs.get("may_be", lambda _: True)(steps):
-            adapter.window = replace(adapter.window, accumulation_steps=steps)
+        adapter.window = replace(adapter.window, accumulation_steps=steps)
         return adapter.window
 
     adapter.decide = forced_decide

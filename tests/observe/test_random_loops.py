@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.random_loops import (
+from benchmarks.misuse.random_loops import (
     CHOICES,
     CORRECT,
     MISUSES,

@@ -25,7 +25,7 @@ def wait_until(condition):
 
 
 def run(program):
-    return subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -13,7 +13,7 @@ def run(body, **environment):
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         env=environment or None,
     )
 

@@ -1,17 +1,14 @@
-"""Finding a task: what a user may write, the sentence that each mistake gets, and that checking leaves no trace."""
+"""Finding a task: what a user may write, and the sentence that each mistake gets."""
 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import multiprocessing
-import random
 import re
 import signal
 import sys
 import textwrap
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -19,22 +16,11 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from dptrain.errors import ConfigError, TaskError
-from dptrain.tasks import (
-    BUILT_IN,
-    Suggestion,
-    Task,
-    check_evaluation,
-    check_task,
-    loss_of_two_samples,
-    resolve,
-    resolve_task,
-)
+from dptrain.tasks import BUILT_IN, check_task, resolve, resolve_task
+from tests.tasks.made_tasks import small_task
 
 NEED_DATA = ("pictures", "gpt", "huggingface", "images")
 PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
-SUGGESTION = Suggestion(
-    learning_rate=0.1, global_batch_size=4, micro_batch_size=2, max_samples=100, eval_every_samples=50
-)
 
 TASK_FILE = """
 import torch
@@ -80,17 +66,6 @@ def write(tmp_path):
     return write_file
 
 
-def _task(**changes):
-    parts = {
-        "name": "small",
-        "model": nn.Linear(2, 1),
-        "train_data": [torch.ones(2), torch.zeros(2)],
-        "loss": lambda model, batch: model(batch).mean(),
-        "suggestion": SUGGESTION,
-    }
-    return Task(**(parts | changes))
-
-
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if name not in NEED_DATA])
 def test_built_in_tasks_are_found_and_pass_the_check(name):
     """Each built-in name gives a task that can be trained and evaluated."""
@@ -108,7 +83,7 @@ def test_file_is_found(write):
 
 def test_callable_is_called():
     """A Python function is as good as a name."""
-    made = _task()
+    made = small_task()
     assert resolve_task(lambda: made) is made
 
 
@@ -201,14 +176,6 @@ def no_interrupt():
     signal.signal(signal.SIGINT, before)
 
 
-class LaterData(torch.utils.data.Dataset):
-    def __len__(self):
-        return 2
-
-    async def __getitem__(self, index):
-        return torch.ones(2)
-
-
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -241,38 +208,6 @@ def test_interrupt_of_a_person_passes(write):
         resolve_task(f"{path}:build")
 
 
-async def later(*_):
-    return 0
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(
-    ("attempt", "sentence"),
-    [
-        (lambda: resolve_task(later), "what task 'later' returns is a coroutine.*write `def`"),
-        (lambda: check_task(_task(loss=later)), "what the loss of task 'small' returns is a coroutine"),
-        (lambda: check_task(_task(collate=later)), "what `collate` of task 'small' returns is a coroutine"),
-        (lambda: check_task(_task(train_data=LaterData())), "sample 0 of the training data .* is a coroutine"),
-        (
-            lambda: check_evaluation(_task(eval_data=[torch.ones(2)], eval_loss=later)),
-            "what the loss of .* is a coroutine",
-        ),
-        (lambda: check_evaluation(_task(eval_data=LaterData())), "sample 0 of eval_data .* is a coroutine"),
-        (
-            lambda: check_evaluation(_task(eval_data=[torch.ones(2)], eval_metrics={"x": later})),
-            r"what eval_metrics\['x'\] .* is a coroutine",
-        ),
-    ],
-)
-def test_async_functions_are_refused_without_a_warning(attempt, sentence):
-    """Nobody would run what they return, and Python's warning about it would stand beside the sentence."""
-    with mock.patch("sys.unraisablehook") as unraisable:
-        with pytest.raises(TaskError, match=sentence):
-            attempt()
-        gc.collect()
-    assert not unraisable.called
-
-
 def test_function_that_raises_is_reported(write):
     """An exception of the user's function comes with its line."""
     path = write("def build():\n    return 1 / 0\n")
@@ -295,16 +230,24 @@ class Stream(IterableDataset):
     ("build", "options", "sentence"),
     [
         (lambda: None, {}, "must return a dptrain.tasks.Task, got NoneType"),
-        (lambda: _task(model=len), {}, "must be a torch.nn.Module, got builtin"),
-        (lambda: _task(loss=3), {}, "must be a function of"),
-        (lambda: _task(train_data=[1]), {}, "train_data of task 'small' must have at least 2 samples, got 1"),
-        (lambda: _task(eval_data=[]), {}, "eval_data of task 'small' must have at least 1 samples, got 0"),
-        (lambda: _task(train_data=iter([1, 2])), {}, "must be a map-style dataset"),
-        (lambda: _task(eval_data=Stream()), {}, "map-style .* got Stream"),
-        (lambda: _task(eval_data={"a": [1], "b": []}), {}, r"eval_data\['b'\] of task 'small' must have at least 1"),
-        (lambda: _task(train_data=Stream(), sample_weights=[1.0]), {}, "an IterableDataset decides on its own order"),
-        (lambda: _task(metrics={"f1": None}), {}, "has metrics, and no function `outputs`"),
-        (lambda: _task(train_data=torch.utils.data.Dataset()), {}, "has no length: TypeError"),
+        (lambda: small_task(model=len), {}, "must be a torch.nn.Module, got builtin"),
+        (lambda: small_task(loss=3), {}, "must be a function of"),
+        (lambda: small_task(train_data=[1]), {}, "train_data of task 'small' must have at least 2 samples, got 1"),
+        (lambda: small_task(eval_data=[]), {}, "eval_data of task 'small' must have at least 1 samples, got 0"),
+        (lambda: small_task(train_data=iter([1, 2])), {}, "must be a map-style dataset"),
+        (lambda: small_task(eval_data=Stream()), {}, "map-style .* got Stream"),
+        (
+            lambda: small_task(eval_data={"a": [1], "b": []}),
+            {},
+            r"eval_data\['b'\] of task 'small' must have at least 1",
+        ),
+        (
+            lambda: small_task(train_data=Stream(), sample_weights=[1.0]),
+            {},
+            "an IterableDataset decides on its own order",
+        ),
+        (lambda: small_task(metrics={"f1": None}), {}, "has metrics, and no function `outputs`"),
+        (lambda: small_task(train_data=torch.utils.data.Dataset()), {}, "has no length: TypeError"),
     ],
 )
 def test_unusable_task_is_refused(build, options, sentence):
@@ -330,96 +273,10 @@ def test_missing_option_is_refused():
     """A function that needs an argument says which."""
 
     def build(*, width):
-        return _task(model=nn.Linear(2, width))
+        return small_task(model=nn.Linear(2, width))
 
     with pytest.raises(ConfigError, match=r"missing a required.*width"):
         resolve_task(build)
-
-
-OTHER_MODEL = nn.Linear(2, 1)
-
-
-def _without_elements():
-    model = nn.Identity()
-    model.empty = nn.Parameter(torch.empty(0))
-    return model
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"loss": lambda model, batch: model(batch).mean().item()}, "must return a scalar tensor, got float"),
-        ({"loss": lambda model, batch: model(batch)}, r"got shape \(2, 1\) of torch.float32"),
-        ({"loss": lambda model, batch: model(batch).mean() > 0}, "of torch.bool"),
-        ({"loss": lambda model, batch: model(batch).mean().detach()}, "returned no graph"),
-        ({"loss": lambda _, batch: OTHER_MODEL(batch).mean()}, "reaches no parameter of the model"),
-        (
-            {"loss": lambda model, batch: model(batch[:, :1])},
-            r"does not run .* RuntimeError: .*test_resolve.py, line \d+",
-        ),
-        ({"model": nn.Linear(2, 1).requires_grad_(requires_grad=False)}, "no parameter that requires a gradient"),
-        ({"model": _without_elements()}, "no parameter that requires a gradient"),
-        ({"train_data": [torch.ones(2), torch.ones(3)]}, "do not make a micro-batch: RuntimeError"),
-        ({"train_data": torch.utils.data.Dataset()}, "sample 0 .* cannot be read: NotImplementedError"),
-    ],
-)
-def test_loss_that_cannot_train_is_refused(changes, sentence):
-    """Each way in which a loss or its samples cannot train a model has a sentence."""
-    with pytest.raises(TaskError, match=sentence):
-        check_task(_task(**changes))
-
-
-def test_loss_that_uses_its_own_model_is_refused():
-    """A loss that keeps the task's own model instead of the one it is given would bypass data parallelism."""
-    model = nn.Linear(2, 1)
-    with pytest.raises(TaskError, match="does it use another one"):
-        check_task(_task(model=model, loss=lambda _, batch: model(batch).mean()))
-
-
-def test_infinite_loss_passes():
-    """Whether the first loss is finite is the trainer's matter."""
-    check_task(_task(loss=lambda model, batch: model(batch).mean() / 0))
-
-
-def test_the_loss_of_two_samples_is_what_replicas_compare():
-    """It is the same at each call, or None: for a loss with noise of its own, and for one that is not finite."""
-    noise = torch.Generator().manual_seed(1)
-    task = _task(loss=lambda model, batch: model(batch).mean() + torch.rand(()))
-    assert loss_of_two_samples(task) == loss_of_two_samples(task) is not None
-    assert loss_of_two_samples(_task(loss=lambda m, b: m(b).mean() + torch.rand((), generator=noise))) is None
-    assert loss_of_two_samples(_task(loss=lambda m, b: m(b).mean() / 0)) is None
-
-
-def test_check_leaves_no_trace():
-    """Weights, gradients, running statistics, modes and random states are the same after a check."""
-    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 1))
-    model[2].eval()
-
-    class Noisy(list):
-        def __getitem__(self, index):
-            return super().__getitem__(index) + random.random() + torch.rand(())
-
-    task = _task(model=model, train_data=Noisy([torch.ones(2), torch.zeros(2)]))
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    modes = [module.training for module in model.modules()]
-    torch_state, random_state = torch.get_rng_state(), random.getstate()
-    check_task(task)
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert [module.training for module in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), torch_state)
-    assert random.getstate() == random_state
-
-
-def test_check_uses_the_tasks_collation():
-    """A task's own collate makes the micro-batch that is checked."""
-    task = _task(
-        train_data=[{"x": torch.ones(2)}, {"x": torch.zeros(2)}],
-        collate=lambda samples: torch.stack([sample["x"] for sample in samples]),
-    )
-    check_task(task)
-    with pytest.raises(TaskError, match="does not run"):
-        check_task(dataclasses.replace(task, collate=None))
 
 
 def test_example_of_the_page_trains(write):

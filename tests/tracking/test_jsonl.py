@@ -187,7 +187,9 @@ log.close()
 print(refused)
 """
     path = tmp_path / "m.jsonl"
-    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program, path], capture_output=True, text=True, check=True, timeout=240
+    )
     assert int(done.stdout) > 0
     assert [row["step"] for row in read_rows(path)] == list(range(1, 11))
 

@@ -141,6 +141,7 @@ EVERYTHING_ELSE = TrainConfig(
 
 
 IN_TOKENS = TrainConfig(
+    model=ModelConfig(quantize="fp8", rounding="stochastic_gradients", unquantized="output"),
     sparsity=SparsityConfig(method="rigl", sparsity=0.75),
     exchange=ExchangeConfig(kind="compressed", codec="int8"),
     max_tokens=4096,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -16,13 +16,29 @@ from dptrain.integrations.lightning.monitor import NoiseScaleMonitor
 from dptrain.integrations.sample_schedule import SampleSchedule
 
 
+class _Window(int):
+    """Accumulation steps of a window that may begin at any batch of the epoch.
+
+    Lightning clears gradients and steps where the number of a batch has no remainder by the accumulation steps; this is
+    such a number, whose remainders count from the window's first batch.
+    """
+
+    def __new__(cls, steps: int, first: int = 0) -> Self:
+        window = super().__new__(cls, steps)
+        window._first = first
+        return window
+
+    def __rmod__(self, batch: int) -> int:
+        return (batch - self._first) % int(self)
+
+    _first: int
+
+
 class BatchAdapter(NoiseScaleMonitor):
     """Measures, and lets `trainer.accumulate_grad_batches` follow.
 
-    Lightning steps where the number of the batch within the epoch is a multiple of the accumulation steps, so a
-    new number comes into force where it divides the batches done: elsewhere one window would be cut. Law, limits and
-    step timing are those of `dptrain.BatchAdapter`. Schedulers that are stepped with the updates are advanced by
-    samples, so they end where they would without adapting.
+    Law, limits and step timing are those of `dptrain.BatchAdapter`. Schedulers that are stepped with the updates are
+    advanced by samples, so they end where they would without adapting.
 
     Args:
         micro_batch_size: samples in one batch of one replica's data loader.
@@ -73,7 +89,15 @@ class BatchAdapter(NoiseScaleMonitor):
         if self._saved_adapter is not None:
             self.adapter.load_state_dict(self._saved_adapter)
             self._schedule.restore(self._saved_adapter.get("schedule", ()))
-        trainer.accumulate_grad_batches = self.adapter.accumulation_steps
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        trainer.accumulate_grad_batches = _Window(self.adapter.accumulation_steps, first=done)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401 - Lightning's signature
+        """Announce a micro-batch; the first one of a step begins the window."""
+        assert self.adapter is not None
+        if not self._micro_steps:
+            trainer.accumulate_grad_batches = _Window(self.adapter.accumulation_steps, first=batch_idx)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Close the step. What is known before it decides on the next window, so that nobody waits for this one."""
@@ -84,19 +108,13 @@ class BatchAdapter(NoiseScaleMonitor):
         self._schedule.note(self.adapter.samples_per_micro_step * self._micro_steps)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
-    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+    def on_train_batch_end(self, *_: object) -> None:
         """Decide on the next window, where an update was made."""
         if self._closed_micro_steps is None:
             return
         assert self.adapter is not None
         micro_steps, self._closed_micro_steps = self._closed_micro_steps, None
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        window = self.adapter.decide(
-            micro_steps=micro_steps,
-            may_be=lambda steps: trainer.is_last_batch or done % steps == 0,
-            has_stepped=True,
-        )
-        trainer.accumulate_grad_batches = window.accumulation_steps
+        self.adapter.decide(micro_steps=micro_steps, has_stepped=True)
 
     def as_metrics(self) -> dict[str, float]:
         """Return flat floats under `noise_scale/…` and `batch/…` (synchronises the device)."""

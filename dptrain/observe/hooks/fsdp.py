@@ -106,6 +106,7 @@ def _managed(model: nn.Module) -> dict[nn.Module, list[tuple[int, nn.Module, str
     seen: set[int] = set()
 
     def walk(module: nn.Module, manager: nn.Module | None) -> None:
+        """Note the parameters of a module and of all below it; `manager` is the FSDP module round it."""
         manager = module if isinstance(module, FSDPModule) else manager
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in indices or id(parameter) in seen:

@@ -82,6 +82,7 @@ class _Announcer:
         number, waiting = self._num_passes, [num_samples]
 
         def reached(_: Tensor) -> None:
+            """Announce the pass, once: its backward pass has begun."""
             alone = self._note(number)
             if not waiting or self._meter.by_hand:
                 return

@@ -9,9 +9,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from dptrain.error_text import shown
 from dptrain.errors import ObservationError
 from dptrain.noise import Smoothing
-from dptrain.observe.loop.sizes import is_count, is_real, shown
+from dptrain.observe.loop.sizes import is_count, is_real
 
 LossScale = Callable[[], float | Tensor]
 """Returns the factor on the loss at the time of a step."""

@@ -10,11 +10,11 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from dptrain.error_text import shown
 from dptrain.errors import ObservationError
 from dptrain.observe.reduction import on_device
 
 _MAX_VECTORS = 64
-_MOST_SHOWN = 60
 
 
 @dataclass(kw_only=True)
@@ -123,12 +123,6 @@ def is_real(value: object) -> TypeGuard[float]:
 def is_count(value: object) -> TypeGuard[int]:
     """Say whether a value is a whole number, at least 1; True is none."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
-
-
-def shown(value: object) -> str:
-    """Return a value as an error shows it: its type where it is long."""
-    text = repr(value)
-    return text if len(text) <= _MOST_SHOWN and "\n" not in text else f"a {type(value).__name__}"
 
 
 class SizeVectors:

@@ -87,6 +87,7 @@ def shared_loss(
     number = min(config.exchange.shared_samples or largest_micro_batch_size(config), len(data))
 
     def loss(model: nn.Module, step: int) -> Tensor:
+        """Return the mean loss of a model on the samples of a step, a scalar with its graph."""
         if isinstance(data, StreamedSamples):
             raise ConfigError("replicas cannot share samples of an iterable data set: use one with indices")
         drawn = np.random.default_rng((config.seed, step)).choice(len(data), size=number, replace=False)

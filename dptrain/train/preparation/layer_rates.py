@@ -26,6 +26,7 @@ def with_layer_rates(task: Task, *, decay: float) -> Task:
         raise ConfigError(f"task {task.name!r} has parameter groups of its own: leave model.layer_decay out")
 
     def groups(model: nn.Module) -> list[dict[str, Any]]:
+        """Return a group for each ratio of the rate, matrices apart from vectors."""
         ratios = layer_ratios(model, decay=decay)
         found: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():

@@ -12,6 +12,7 @@ from dptrain.models.adaptation import adapt_model
 from dptrain.tasks import Task, check_evaluation, check_task, resolve_task
 from dptrain.train.preparation.distillation import DistilledLoss, check_logits
 from dptrain.train.preparation.layer_rates import with_layer_rates
+from dptrain.train.preparation.quantized_layers import check_quantized_layers
 from dptrain.train.preparation.teacher import digest_of, load_teacher
 from dptrain.train.preparation.weights import read_weights
 
@@ -61,5 +62,7 @@ def prepared(task: Task, config: TrainConfig, *, is_resumed: bool = False) -> tu
         digests = {**task.digests, "the teacher": digest_of(teacher)}
         task = replace(task, loss=loss, eval_loss=task.eval_loss or task.loss, digests=digests)
     unused = check_task(task)
+    if config.model.quantize is not None:
+        check_quantized_layers(task)
     check_evaluation(task)
     return task, unused

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dptrain.checkpoint.opened import Checkpoint
-from dptrain.checkpoint.state import unpack_model
-from dptrain.errors import CheckpointError, ConfigError
-from dptrain.models.adaptation import adapt_model
-from dptrain.models.settings import ModelConfig
-from dptrain.tasks import resolve_task
+from dptrain.errors import ConfigError
 from dptrain.tasks.check import random_state_kept
+from dptrain.train.preparation.saved_task import saved_task
 from dptrain.train.preparation.weights import find_checkpoint
 
 _AUTO = {
@@ -43,7 +38,7 @@ def load_teacher(source: Path) -> nn.Module:
         raise ConfigError(f"there is no teacher {source}, as seen from {Path.cwd()}: give a run or a model's folder")
     with random_state_kept():
         checkpoint = find_checkpoint(source)
-        model = _of_transformers(source) if checkpoint is None else _of_run(checkpoint)
+        model = _of_transformers(source) if checkpoint is None else saved_task(checkpoint, what="the teacher").model
     return model.eval().requires_grad_(requires_grad=False)
 
 
@@ -58,22 +53,6 @@ def digest_of(model: nn.Module) -> str:
 
 def _bytes(tensor: Tensor) -> Any:  # noqa: ANN401 - a buffer
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
-
-
-def _of_run(checkpoint: Checkpoint) -> nn.Module:
-    settings: Any = checkpoint.state["config"]
-    try:
-        task = resolve_task(settings["task"], options=settings["task_options"])
-        config = ModelConfig(**settings.get("model", {}))
-        # Its adapters must be there to be filled; the weights that it once started from are no longer needed.
-        adapt_model(task.model, replace(config, weights=None, new_head=None, freeze=None))
-        unpack_model(task.model, checkpoint.tensors("model"))
-    except (TypeError, KeyError, CheckpointError) as error:
-        raise ConfigError(
-            f"the teacher {checkpoint.path} cannot be built from the settings of its run, task {settings.get('task')}: "
-            f"{error}"
-        ) from error
-    return task.model
 
 
 def _of_transformers(folder: Path) -> nn.Module:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.curves import NOISE_COURSES, DampedQuadratic
+from benchmarks.frontier.curves import NOISE_COURSES, DampedQuadratic
 from dptrain.errors import ConfigError
 from dptrain.explain.model.frontier import LARGEST_MISFIT, Estimate, Point, Verdict, fit_frontier
 

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks.exchange`, one question each."""

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks.prediction`: problems of all sizes, charted from critical batch to noise scale."""

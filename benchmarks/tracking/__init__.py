@@ -1,0 +1,1 @@
+"""The parts of `benchmarks.tracking`: simulated courses, other estimates, real trainings beside their exact noise."""

@@ -1,0 +1,142 @@
+"""What is refused in a task before anything runs, in one sentence each, and that looking leaves no trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import random
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from dptrain.errors import TaskError
+from dptrain.tasks import check_evaluation, check_task, loss_of_two_samples, resolve_task
+from tests.tasks.made_tasks import small_task
+
+
+class LaterData(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    async def __getitem__(self, index):
+        return torch.ones(2)
+
+
+async def later(*_):
+    return 0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("attempt", "sentence"),
+    [
+        (lambda: resolve_task(later), "what task 'later' returns is a coroutine.*write `def`"),
+        (lambda: check_task(small_task(loss=later)), "what the loss of task 'small' returns is a coroutine"),
+        (lambda: check_task(small_task(collate=later)), "what `collate` of task 'small' returns is a coroutine"),
+        (lambda: check_task(small_task(train_data=LaterData())), "sample 0 of the training data .* is a coroutine"),
+        (
+            lambda: check_evaluation(small_task(eval_data=[torch.ones(2)], eval_loss=later)),
+            "what the loss of .* is a coroutine",
+        ),
+        (lambda: check_evaluation(small_task(eval_data=LaterData())), "sample 0 of eval_data .* is a coroutine"),
+        (
+            lambda: check_evaluation(small_task(eval_data=[torch.ones(2)], eval_metrics={"x": later})),
+            r"what eval_metrics\['x'\] .* is a coroutine",
+        ),
+    ],
+)
+def test_async_functions_are_refused_without_a_warning(attempt, sentence):
+    """Nobody would run what they return, and Python's warning about it would stand beside the sentence."""
+    with mock.patch("sys.unraisablehook") as unraisable:
+        with pytest.raises(TaskError, match=sentence):
+            attempt()
+        gc.collect()
+    assert not unraisable.called
+
+
+OTHER_MODEL = nn.Linear(2, 1)
+
+
+def _without_elements():
+    model = nn.Identity()
+    model.empty = nn.Parameter(torch.empty(0))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"loss": lambda model, batch: model(batch).mean().item()}, "must return a scalar tensor, got float"),
+        ({"loss": lambda model, batch: model(batch)}, r"got shape \(2, 1\) of torch.float32"),
+        ({"loss": lambda model, batch: model(batch).mean() > 0}, "of torch.bool"),
+        ({"loss": lambda model, batch: model(batch).mean().detach()}, "returned no graph"),
+        ({"loss": lambda _, batch: OTHER_MODEL(batch).mean()}, "reaches no parameter of the model"),
+        (
+            {"loss": lambda model, batch: model(batch[:, :1])},
+            r"does not run .* RuntimeError: .*test_check.py, line \d+",
+        ),
+        ({"model": nn.Linear(2, 1).requires_grad_(requires_grad=False)}, "no parameter that requires a gradient"),
+        ({"model": _without_elements()}, "no parameter that requires a gradient"),
+        ({"train_data": [torch.ones(2), torch.ones(3)]}, "do not make a micro-batch: RuntimeError"),
+        ({"train_data": torch.utils.data.Dataset()}, "sample 0 .* cannot be read: NotImplementedError"),
+    ],
+)
+def test_loss_that_cannot_train_is_refused(changes, sentence):
+    """Each way in which a loss or its samples cannot train a model has a sentence."""
+    with pytest.raises(TaskError, match=sentence):
+        check_task(small_task(**changes))
+
+
+def test_loss_that_uses_its_own_model_is_refused():
+    """A loss that keeps the task's own model instead of the one it is given would bypass data parallelism."""
+    model = nn.Linear(2, 1)
+    with pytest.raises(TaskError, match="does it use another one"):
+        check_task(small_task(model=model, loss=lambda _, batch: model(batch).mean()))
+
+
+def test_infinite_loss_passes():
+    """Whether the first loss is finite is the trainer's matter."""
+    check_task(small_task(loss=lambda model, batch: model(batch).mean() / 0))
+
+
+def test_the_loss_of_two_samples_is_what_replicas_compare():
+    """It is the same at each call, or None: for a loss with noise of its own, and for one that is not finite."""
+    noise = torch.Generator().manual_seed(1)
+    task = small_task(loss=lambda model, batch: model(batch).mean() + torch.rand(()))
+    assert loss_of_two_samples(task) == loss_of_two_samples(task) is not None
+    assert loss_of_two_samples(small_task(loss=lambda m, b: m(b).mean() + torch.rand((), generator=noise))) is None
+    assert loss_of_two_samples(small_task(loss=lambda m, b: m(b).mean() / 0)) is None
+
+
+def test_check_leaves_no_trace():
+    """Weights, gradients, running statistics, modes and random states are the same after a check."""
+    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 1))
+    model[2].eval()
+
+    class Noisy(list):
+        def __getitem__(self, index):
+            return super().__getitem__(index) + random.random() + torch.rand(())
+
+    task = small_task(model=model, train_data=Noisy([torch.ones(2), torch.zeros(2)]))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    torch_state, random_state = torch.get_rng_state(), random.getstate()
+    check_task(task)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert random.getstate() == random_state
+
+
+def test_check_uses_the_tasks_collation():
+    """A task's own collate makes the micro-batch that is checked."""
+    task = small_task(
+        train_data=[{"x": torch.ones(2)}, {"x": torch.zeros(2)}],
+        collate=lambda samples: torch.stack([sample["x"] for sample in samples]),
+    )
+    check_task(task)
+    with pytest.raises(TaskError, match="does not run"):
+        check_task(dataclasses.replace(task, collate=None))
