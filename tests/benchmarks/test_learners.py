@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import harness, learners, normalised_cnn
+from benchmarks import harness
+from benchmarks.learners import __main__ as learners
+from benchmarks.learners import expert_gradients, normalised_cnn, ways
 
 
 def result(loss, *, noise=10.0):
@@ -69,7 +71,7 @@ def test_figures_and_page_are_of_the_rows():
 
 def test_gradients_of_experts_are_those_of_one_process():
     """On two replicas their mean is the reference's to rounding, also for what lies below the experts."""
-    assert learners.experts_gradient_error(2) < 1e-5
+    assert expert_gradients.experts_gradient_error(2) < 1e-5
 
 
 def test_arms_of_a_mixture_have_the_flops_of_the_dense_one(tmp_path, monkeypatch):
@@ -78,8 +80,8 @@ def test_arms_of_a_mixture_have_the_flops_of_the_dense_one(tmp_path, monkeypatch
     def flops_of(settings):
         return {None: 7.0, 1: 7.1, 2: 10.3}[settings["task_options"].get("top_k")]
 
-    monkeypatch.setattr(learners, "_run", lambda settings, **_: {"flops": 64 * flops_of(settings)})
-    dense, top_1, top_2, longer = learners.mixture(tmp_path, quick=False)
+    monkeypatch.setattr(ways, "run", lambda settings, **_: {"flops": 64 * flops_of(settings)})
+    dense, top_1, top_2, longer = ways.mixture(tmp_path, quick=False)
     budget = dense.settings["max_samples"] * flops_of(dense.settings)
     for arm in (top_1, top_2):
         assert arm.control == dense.name

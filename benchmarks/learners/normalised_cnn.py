@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -57,7 +58,7 @@ def build(*, norm: str = "batch") -> Task:
     return replace(task, name=f"mnist1d-cnn-{norm}", model=nn.Sequential(*layers))
 
 
-_NORMS = {
+_NORMS: Mapping[str, Callable[[], nn.Module]] = {
     "batch": lambda: nn.BatchNorm1d(_CHANNELS),
     "group": lambda: nn.GroupNorm(5, _CHANNELS),
     "response": lambda: FilterResponseNorm(_CHANNELS),

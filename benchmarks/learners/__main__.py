@@ -1,0 +1,187 @@
+"""What do four ways to cheaper training gain, and what do they do to the gradient noise?"""
+# python -m benchmarks.learners [--json PATH|-] [--page FILE] [--processes N] [--parts NAME,…] [--quick]
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from benchmarks.learners.expert_gradients import experts_gradient_error
+from benchmarks.learners.runs import Arm, train
+from benchmarks.learners.ways import WAYS
+
+_SEEDS = (0, 1, 2)
+PARTS = ("fine-tuning", "sparsity", "distillation", "experts", "mixture", "small-batches")
+_UNRESOLVED = "not resolved"
+_HOW_TO_READ = (
+    "A margin is the control's loss less the arm's, in units of the larger of their two standard deviations over "
+    "seeds. With three seeds such a deviation is itself off by half: a margin below 2 is weak evidence. FLOPs are "
+    "counted, those of a teacher included; GFLOP by density is what hardware that passes over zeros would need. "
+    "Seconds are in the JSON; other work ran on the machine, so they say little."
+)
+
+
+def measure(
+    quick: bool,  # noqa: FBT001 - the harness's own signature
+    *,
+    parts: Sequence[str] = PARTS,
+    num_processes: int = 1,
+) -> harness.Findings:
+    """Train all arms of some parts, three seeds each, some runs at a time: they do not know of one another."""
+    seeds = _SEEDS[:2] if quick else _SEEDS
+    rows: list[dict[str, Any]] = []
+    # First, for it needs no training.
+    sizes = (1, 2) if quick else (1, 2, 4)
+    errors = [experts_gradient_error(world_size) for world_size in sizes] if "experts" in parts else []
+    with (
+        tempfile.TemporaryDirectory() as name,
+        ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
+        for number, (part, way) in enumerate(WAYS.items()):
+            if part not in parts:
+                continue
+            folder = Path(name) / str(number)
+            folder.mkdir()
+            arms = list(way(folder, quick=quick))
+            jobs = [(arm, seed) for arm in arms for seed in seeds]
+            futures = [
+                pool.submit(train, arm, seed=seed, folder=folder / f"run-{at}") for at, (arm, seed) in enumerate(jobs)
+            ]
+            found = [future.result() for future in futures]
+            for at, arm in enumerate(arms):
+                rows.append(_row(arm, found[at * len(seeds) : (at + 1) * len(seeds)]))
+                print(rows[-1], file=sys.stderr)
+            _compare(rows, arms)
+    return harness.Findings(
+        figures={**_figures(rows), **({"experts_gradient_error": max(errors)} if errors else {})},
+        rows=rows,
+        columns={
+            "way": "{way}",
+            "arm": "{arm}",
+            "held-out loss": "{loss:.4f} ± {loss_spread:.4f}",
+            "accuracy": "{accuracy_text}",
+            "GFLOP": "{gflop:.3g}",
+            "by density": "{sparse_text}",
+            "noise scale early": "{noise_early}",
+            "late": "{noise_late}",
+            "against its control": "{verdict}",
+        },
+        note=f"Means over {len(seeds)} seeds ± their standard deviation; noise scales are medians. One replica each.",
+    )
+
+
+def _row(arm: Arm, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    losses = [result["loss"] for result in results]
+    accuracies = [result["accuracy"] for result in results if result["accuracy"] is not None]
+    sparse = results[0]["sparse_flops"]
+    return {
+        "way": arm.way,
+        "arm": arm.name,
+        "loss": statistics.mean(losses),
+        "loss_spread": statistics.stdev(losses),
+        "accuracy_text": f"{statistics.mean(accuracies):.3f}" if accuracies else "–",
+        "seconds": statistics.mean(result["seconds"] for result in results),
+        "gflop": results[0]["flops"] / 1e9,
+        "sparse_text": "–" if sparse is None else f"{sparse / 1e9:.3g}",
+        "noise_early": _median(result["noise_early"] for result in results),
+        "noise_late": _median(result["noise_late"] for result in results),
+        "losses": " ".join(f"{loss:.5f}" for loss in losses),
+        "verdict": "–",
+    }
+
+
+def _median(values: Iterator[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.median(known):.3g}" if known else _UNRESOLVED
+
+
+def _compare(rows: list[dict[str, Any]], arms: Sequence[Arm]) -> None:
+    """Say of each arm how far it is below its control, in units of the larger spread of the two."""
+    found = {(row["way"], row["arm"]): row for row in rows}
+    for arm in arms:
+        if arm.control is not None:
+            row, control = found[arm.way, arm.name], found[arm.way, arm.control]
+            margin = _margin(row, control)
+            row["margin"] = margin
+            gain = "gain" if margin > 1 else "loss" if margin < -1 else "no gain"
+            row["verdict"] = f"{gain} over {arm.control}: {margin:+.1f} spreads"
+
+
+def _margin(row: Mapping[str, Any], control: Mapping[str, Any]) -> float:
+    spread = max(row["loss_spread"], control["loss_spread"], 1e-12)
+    return float((control["loss"] - row["loss"]) / spread)
+
+
+def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    margins = {(row["way"], row["arm"]): row["margin"] for row in rows if "margin" in row}
+    figures = {}
+    for name, arm in (
+        ("finetune_margin_in_spreads", ("fine-tuning", "all weights")),
+        ("distill_margin_in_spreads", ("distillation", "taught")),
+    ):
+        if arm in margins:
+            figures[name] = margins[arm]
+    if orders := [margin > 0 for (_, arm), margin in margins.items() if arm == "rigl"]:
+        figures["rigl_order_holds"] = float(all(orders))
+    return figures
+
+
+def page(findings: harness.Findings, *, command: str) -> str:
+    """Return the result as a page."""
+    heads = list(findings.columns)
+    lines = [
+        "# What four ways to cheaper training gain",
+        "",
+        f"`{command}` on {harness.environment(device='cpu')['processor']}, torch {torch.__version__}. {findings.note}",
+        "",
+        f"| {' | '.join(heads)} |",
+        f"|{'---|' * len(heads)}",
+        *(
+            f"| {' | '.join(template.format_map(row) for template in findings.columns.values())} |"
+            for row in findings.rows
+        ),
+        "",
+        *(["| figure | value |", "|---|---|"] if findings.figures else []),
+        *(f"| {name} | {value:.3g} |" for name, value in findings.figures.items()),
+        *([""] if findings.figures else []),
+        _HOW_TO_READ,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser: argparse.ArgumentParser = harness.command_line(question=__doc__, name="learners")
+    parser.add_argument("--page", metavar="FILE", type=Path, help="write the result as a page")
+    parser.add_argument("--processes", metavar="N", type=int, default=1, help="runs at a time")
+    parser.add_argument("--parts", metavar="NAME,…", default=",".join(PARTS), help="what to measure; all by default")
+    options = parser.parse_args()
+    parts = [part.strip() for part in options.parts.split(",")]
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
+    began_s = time.monotonic()
+    findings = measure(options.quick, parts=parts, num_processes=options.processes)
+    assert all(math.isfinite(value) for value in findings.figures.values()), findings.figures
+    name = "learners" if tuple(parts) == PARTS else f"learners --parts {','.join(parts)}"
+    harness.tell(findings, options, question=__doc__, name=name, device="cpu")
+    if options.page is not None:
+        command = f"python -m benchmarks.{name}" + (" --quick" if options.quick else "")
+        options.page.write_text(page(findings, command=command), encoding="utf-8")
+    print(f"{time.monotonic() - began_s:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
