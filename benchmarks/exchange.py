@@ -1,8 +1,8 @@
 """What should replicas exchange on a slow network, and are bytes and accuracies as the kinds of exchange say?"""
 # python -m benchmarks.exchange [--parts PART,…] [--json PATH|-] [--figure PATH.png] [--quick]
 #
-# Parts: random_bases, members (any machine); networks (network namespaces, so root). A part that is not asked for
-# keeps its rows and figures in the JSON that is there.
+# Parts: random_bases, members, local_updates, codistillation, meter (any machine); bytes, networks (network
+# namespaces, so root). A part that is not asked for keeps its rows and figures in the JSON that is there.
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness, members, random_bases, slow_networks
+from benchmarks import (
+    codistillation,
+    harness,
+    local_updates,
+    members,
+    meter_coverage,
+    random_bases,
+    sent_bytes,
+    slow_networks,
+)
 from benchmarks.namespaces import reason_to_skip
 
 Part = tuple[dict[str, float], list[dict[str, Any]]]
 """Figures, and rows."""
-
-_LEAST_BYTES = 2000
-"""Kinds that send less in a step are not compared: half of what is on the wire is then headers."""
 
 
 def measure_random_bases(*, quick: bool) -> Iterator[Part]:
@@ -38,6 +44,34 @@ def measure_random_bases(*, quick: bool) -> Iterator[Part]:
     falls = all(a["loss"] > b["loss"] for a, b in itertools.pairwise(on_replicas))
     figures = {"random_bases_order_holds": float(holds), "random_bases_more_replicas_lower_loss": float(falls)}
     yield figures, [*rows, *on_replicas]
+
+
+def measure_meter(*, quick: bool) -> Iterator[Part]:
+    """Count how often the meter's interval holds the exact noise scale under each kind."""
+    rows = meter_coverage.measure(quick=quick)
+    yield meter_coverage.figures(rows), rows
+
+
+def measure_local_updates(*, quick: bool) -> Iterator[Part]:
+    """Compare losses by steps between exchanges, and the spread of replicas with the noise."""
+    rows = local_updates.measure(quick=quick)
+    yield local_updates.figures(rows), rows
+
+
+def measure_codistillation(*, quick: bool) -> Iterator[Part]:
+    """Compare two replicas with one model, by batch and staleness."""
+    rows = codistillation.measure(quick=quick)
+    yield codistillation.figures(rows), rows
+
+
+def measure_bytes(*, quick: bool) -> Iterator[Part]:
+    """Compare the bytes of a network device with those that each kind says."""
+    reason = reason_to_skip()
+    if reason:
+        raise SystemExit(f"hosts cannot be made here: {reason}")
+    with tempfile.TemporaryDirectory() as name:
+        rows = sent_bytes.measure(Path(name), replicas=(2,) if quick else (2, 3))
+        yield sent_bytes.figures(rows), rows
 
 
 def measure_networks(*, quick: bool) -> Iterator[Part]:
@@ -64,13 +98,8 @@ def measure_members(*, quick: bool) -> Iterator[Part]:
 
 
 def network_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the largest error of the bytes, and the best kind's seconds beside the best batch of all-reduce."""
-    errors = [
-        abs((row["sent"] - row["agreement"]) / row["said"] - 1)
-        for row in rows
-        if row["said"] is not None and row["said"] >= _LEAST_BYTES
-    ]
-    figures = {"bytes_error_max": max(errors)}
+    """Return the best kind's seconds beside those of the best batch of all-reduce, on each network."""
+    figures: dict[str, float] = {}
     for mbit, delay_s in dict.fromkeys((row["mbit"], row["delay_s"]) for row in rows):
         here = [row for row in rows if (row["mbit"], row["delay_s"]) == (mbit, delay_s)]
         exact = best_seconds([row for row in here if row["kind"] == "all_reduce"])
@@ -98,6 +127,10 @@ def whole_rounds(steps: int, every: int) -> int:
 PARTS: Mapping[str, Callable[..., Iterator[Part]]] = {
     "random_bases": measure_random_bases,
     "members": measure_members,
+    "local_updates": measure_local_updates,
+    "codistillation": measure_codistillation,
+    "meter": measure_meter,
+    "bytes": measure_bytes,
     "networks": measure_networks,
 }
 
