@@ -63,9 +63,9 @@ def reference(num_replicas):
     return pair(present_moments(present))
 
 
-def train(rank, *, scales_grads, **attached):
-    """Train two stages on two replicas by 1F1B; return the parameters, and what a meter read."""
-    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+def put_on(rank):
+    """The pipeline stage of this rank, in DDP over its replicas, and the number of both."""
+    from torch.distributed.pipelining import PipelineStage
 
     replica, number = divmod(rank, 2)
     groups = {
@@ -74,6 +74,14 @@ def train(rank, *, scales_grads, **attached):
     }
     module = DistributedDataParallel(make_stages()[number], process_group=groups["replicas"][number])
     stage = PipelineStage(module, number, 2, torch.device("cpu"), group=groups["stages"][replica])
+    return module, stage, replica, number
+
+
+def train(rank, *, scales_grads, **attached):
+    """Train two stages on two replicas by 1F1B; return the parameters, and what a meter read."""
+    from torch.distributed.pipelining import Schedule1F1B
+
+    module, stage, replica, number = put_on(rank)
     factor = 1 if scales_grads else NUM_MICRO_BATCHES
     schedule = Schedule1F1B(
         stage,
@@ -98,16 +106,47 @@ def train(rank, *, scales_grads, **attached):
     return parameters, found
 
 
+def adapted(rank):
+    """The number of micro-batches of each step, by `BatchAdapter`."""
+    from torch.distributed.pipelining import Schedule1F1B
+
+    module, stage, replica, number = put_on(rank)
+    optimizer = torch.optim.SGD(module.parameters(), lr=RATE)
+    meter = dptrain.attach(module, every=1, num_stages=2)
+    control = dptrain.ControlConfig(law="noise", min_gain=0.0, largest=16 * MICRO)
+    # Not fewer in the first step: DDP must see a forward pass between its first two backward passes.
+    adapter = dptrain.BatchAdapter(
+        meter, optimizer, micro_batch_size=MICRO, accumulation_steps=4, control=control, rule="none"
+    )
+    counts, schedules = [], {}
+    for step in range(30):
+        counts.append(count := adapter.accumulation_steps)
+        if count not in schedules:
+            schedules[count] = Schedule1F1B(
+                stage, n_microbatches=count, loss_fn=lambda a, b, n=count: mean_loss(a, b) / n, scale_grads=False
+            )
+        x, y = (torch.cat([samples(100 * step + k, replica)[i] for k in range(4)])[: count * MICRO] for i in (0, 1))
+        schedules[count].step(*((x,) if number == 0 else ()), target=y if number == 1 else None)
+        adapter.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    dropped = meter.steps_dropped
+    meter.remove()
+    return {"counts": counts, "dropped": dropped}
+
+
 def all_ways(rank, world_size):
     bare, _ = train(rank, scales_grads=False)
     ways = {
         "loss divided": {"scales_grads": False, "num_stages": 2},
+        "as they come": {"scales_grads": True, "num_stages": 2},
         "gradients divided": {"scales_grads": True, "num_stages": 2, "loss_scale": lambda: float(NUM_MICRO_BATCHES)},
     }
     found = {}
     for name, way in ways.items():
         parameters, read = train(rank, **way)
         found[name] = {**read, "same": all(map(torch.equal, bare, parameters))}
+    found["adapted"] = adapted(rank)
     module = DistributedDataParallel(make_stages()[0])
     for options, message in REFUSED:
         with pytest.raises(ObservationError, match=message):
@@ -130,3 +169,19 @@ def test_stages_and_replicas_equal_one_process(runs, way):
         assert run[way]["dropped"] == 0
         assert run[way]["replicas"] == 2
         assert run[way]["same"]
+
+
+def test_gradients_that_are_divided_later_leave_the_noise_scale_alone(runs):
+    """Without `loss_scale` both moments have the square of the number of micro-batches, and their ratio has not."""
+    trace, grad = reference(2)
+    factor = NUM_MICRO_BATCHES**2
+    assert runs[0]["as they come"]["pair"] == pytest.approx((factor * trace, factor * grad), rel=1e-4)
+
+
+def test_the_batch_follows_by_the_number_of_micro_batches(runs):
+    """`BatchAdapter` counts two replicas, not four ranks, and comes to the same schedule on every stage."""
+    counts = runs[0]["adapted"]["counts"]
+    assert all(run["adapted"] == runs[0]["adapted"] for run in runs)
+    assert runs[0]["adapted"]["dropped"] == 0
+    assert counts[0] == 4
+    assert max(counts) == 8  # 16 micro-batches in all, on two replicas
