@@ -1,5 +1,5 @@
 """What should replicas exchange on a slow network, and are bytes and accuracies as the kinds of exchange say?"""
-# python -m benchmarks.exchange [--parts PART,…] [--json PATH|-] [--figure PATH.png] [--quick]
+# python -m benchmarks.exchange [--parts PART,…] [--json PATH|-] [--page PATH.md] [--figure PATH.png] [--quick]
 #
 # Parts: random_bases, members, local_updates, codistillation, meter (any machine); bytes, networks (network
 # namespaces, so root). A part that is not asked for keeps its rows and figures in the JSON that is there.
@@ -28,6 +28,7 @@ from benchmarks import (
     slow_networks,
 )
 from benchmarks.namespaces import reason_to_skip
+from benchmarks.result_tables import figures_table, rows_table
 
 Part = tuple[dict[str, float], list[dict[str, Any]]]
 """Figures, and rows."""
@@ -139,6 +140,7 @@ def main() -> None:
     """Read the command line, measure, and tell."""
     parser = harness.command_line(question=__doc__, name="exchange")
     parser.add_argument("--parts", default=",".join(PARTS), help="of %(default)s")
+    parser.add_argument("--page", type=Path, help="write the tables of the JSON into a page that has places for them")
     parser.add_argument("--figure", type=Path, help="draw seconds against bandwidth; with --parts none from the JSON")
     options = parser.parse_args()
     figures, rows = _kept(options)
@@ -148,8 +150,82 @@ def main() -> None:
             rows = [row for row in rows if row["part"] != part] + [{"part": part, **row} for row in measured]
             findings = harness.Findings(figures=figures, rows=rows, columns=_COLUMNS, note="rows: see the JSON")
             harness.tell(findings, options, question=__doc__, name="exchange", device="cpu")
+    if options.page is not None:
+        options.page.write_text(filled(options.page.read_text(encoding="utf-8"), figures, rows), encoding="utf-8")
     if options.figure is not None:
         draw([row for row in rows if row["part"] == "networks"], options.figure)
+
+
+def filled(page: str, figures: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a page whose tables, each between `<!-- table NAME -->` and `<!-- /table -->`, are those of the JSON."""
+    tables = {"figures": figures_table(figures)}
+    for name, (part, key, columns) in TABLES.items():
+        tables[name] = rows_table([row for row in rows if row["part"] == part and key in row], columns)
+    for name, table in tables.items():
+        begin, end = f"<!-- table {name} -->\n", "<!-- /table -->"
+        if begin in page:
+            head, rest = page.split(begin)
+            page = head + begin + table + end + rest.split(end, maxsplit=1)[1]
+    return page
+
+
+TABLES: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
+    "bytes": (
+        "bytes",
+        "error",
+        {
+            "hosts": "{replicas}",
+            "kind": "{kind}",
+            "computed": "{said:,.0f}",
+            "on the wire": "{wire:,.0f}",
+            "packets": "{packets:,.0f}",
+            "less headers": "{payload:,.0f}",
+            "less agreement, off by": "{error:.1%}",
+        },
+    ),
+    "collectives": (
+        "bytes",
+        "collective",
+        {
+            "hosts": "{replicas}",
+            "collective": "{collective}",
+            "computed": "{said:,.0f}",
+            "more than that": "{left_over:,.0f}",
+        },
+    ),
+    "meter": (
+        "meter",
+        "coverage",
+        {
+            "problem": "{problem}",
+            "exchange": "{wrapper}",
+            "true φ": "{true_scale:.4g}",
+            "φ": "{scale:.4g}",
+            "errors of tr(Σ) and |G|²": "{trace_error:.2%}, {grad_error:.2%}",
+            "by chance": "{shown_chance}",
+            "coverage": "{shown_coverage}",
+        },
+    ),
+    "local_updates": (
+        "local_updates",
+        "every",
+        {
+            "replicas": "{replicas}",
+            "outer": "{outer}",
+            "H": "{every}",
+            "rate": "{rate}",
+            "cross-entropy": "{loss:.3f}",
+            "accuracy": "{accuracy:.1%}",
+            "spread over formula": "{spread_over_formula:.2f}",
+        },
+    ),
+    "codistillation": (
+        "codistillation",
+        "arm",
+        {"batch": "{batch}", "arm": "{arm}", "cross-entropy": "{loss:.3f}", "accuracy": "{accuracy:.1%}"},
+    ),
+}
+"""Name of a table on the page → part, the column that its rows have, and heads with templates of cells."""
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

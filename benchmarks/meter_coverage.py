@@ -1,7 +1,7 @@
 """Does the interval of the noise scale hold the truth as often under each kind of exchange as under all-reduce?"""
 # python -m benchmarks.exchange --parts meter [--quick]: this is a part of that benchmark
 #
-# As `benchmarks.accuracy`: two replicas in DDP, real backward passes at fixed parameters with fresh samples, and forty
+# As `benchmarks.accuracy`: two replicas in DDP, real backward passes at fixed parameters with fresh samples, and many
 # copies of a problem side by side, each a repetition of its own. The truth is exact: that of digits from the gradient
 # of every sample. Compressed gradients have their error feedback, so the residual of a step is in the next one's.
 
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dptrain
 from benchmarks.cases import Case, Layout, measured
 from benchmarks.problems import Mixture, Problem, digits_with_replacement, linear, quadratic
-from benchmarks.repetitions import FULL, QUICK, Form
+from benchmarks.repetitions import QUICK, Form
 from benchmarks.replicas import run_replicas
 from benchmarks.wrappers import Loop, Wrapper
 from dptrain.errors import ObservationError
@@ -35,6 +35,7 @@ REFUSED: Mapping[str, Callable[[], Exchange]] = {
     "codistillation": Codistillation,
     "ensemble": Ensemble,
 }
+_FULL = Form(num_copies=160, rounds=2, shortening=2)
 _PROBLEMS: Mapping[str, Callable[[], Problem]] = {
     "digits": digits_with_replacement,
     "linear": linear,
@@ -44,7 +45,7 @@ _PROBLEMS: Mapping[str, Callable[[], Problem]] = {
 
 def measure(*, quick: bool) -> list[dict[str, Any]]:
     """Return a row for each kind and problem, and one for each kind that the meter refuses."""
-    form = QUICK if quick else FULL
+    form = QUICK if quick else _FULL
     rows: list[dict[str, Any]] = run_replicas(measured_kinds, world_size=2, args=(form, list(_PROBLEMS)))
     return rows
 

@@ -112,8 +112,9 @@ class Exchange(ABC):
     def bytes_per_step(self) -> float | None:
         """Return the bytes that one replica hands to its collectives in a step, the mean over steps.
 
-        Without headers of packets and the transport's own messages, which count where little is sent:
-        `benchmarks/results/exchange.md` has both. None where that is not known: before a kind has seen its first step, or where parameters are sharded.
+        Without the headers of packets and the transport's own messages, which count where little is sent
+        (`benchmarks/results/exchange.md`). None where that is not known: before a kind has seen its first step, or
+        where parameters are sharded.
         """
 
     def state_dict(self) -> dict[str, Any]:

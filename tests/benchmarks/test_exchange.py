@@ -51,6 +51,15 @@ def test_bytes_are_compared_without_headers_and_agreement():
     assert found["wire_over_said_max"] == pytest.approx(1.02)
 
 
+def test_tables_of_a_page_are_those_of_the_rows():
+    """A table is put in the place of the one before; text round it and tables of other names stay."""
+    row = {"part": "codistillation", "arm": "one model", "batch": 256, "loss": 1.2345, "accuracy": 0.5}
+    page = "a\n<!-- table codistillation -->\nold\n<!-- /table -->\nb\n<!-- table other -->\nc\n<!-- /table -->\n"
+    found = exchange.filled(page, {}, [row, {"part": "networks", "kind": "int8"}])
+    assert found == page.replace("old\n", exchange.rows_table([row], exchange.TABLES["codistillation"][2]))
+    assert "| 256 | one model | 1.234 | 50.0% |" in found
+
+
 def test_kinds_are_compared_at_their_best_batch_and_after_an_exchange():
     """All-reduce takes 8, 8 and 10 s; local updates 16, 16 and 24 steps of 0.2 s; a missed target is no result."""
     assert exchange.best_seconds(ROWS[:2]) == [8.0, 8.0, 10.0]
