@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,23 @@ def measure(*, quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_rates(*, quick: bool) -> list[dict[str, Any]]:
+    """Return a row for one model at each batch and rate: that of two replicas need not be its best."""
+    seeds, num_samples = (1, 16_000) if quick else (3, _NUM_SAMPLES)
+    rows: list[dict[str, Any]] = run_replicas(
+        _rates, world_size=1, args=(BATCHES[:1] if quick else BATCHES, seeds, num_samples)
+    )
+    return rows
+
+
+def figures_of_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the lowest loss of one model over the rates, at each batch."""
+    batches = dict.fromkeys(row["batch"] for row in rows)
+    return {
+        f"one_model_best_nll_{batch}": min(row["loss"] for row in rows if row["batch"] == batch) for batch in batches
+    }
+
+
 def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return at each batch the loss of two replicas over that of one model, by staleness; below 1 it pays."""
     found: dict[str, float] = {}
@@ -60,6 +77,14 @@ def _one(rank: int, _world_size: int, batches: Sequence[int], seeds: int, num_sa
     ]
 
 
+def _rates(rank: int, _world_size: int, batches: Sequence[int], seeds: int, num_samples: int) -> list[dict[str, Any]]:
+    rows = []
+    for batch, factor in itertools.product(batches, (0.25, 0.5, 1.0, 2.0)):
+        options = {"batch": batch, "seeds": seeds, "num_samples": num_samples, "factor": factor}
+        rows.append(_row(f"one model, rate × {factor:g}", lambda: Codistillation(0.0), rank, **options))
+    return rows
+
+
 def _two(rank: int, _world_size: int, batches: Sequence[int], seeds: int, num_samples: int) -> list[dict[str, Any]]:
     rows = []
     for batch, staleness in itertools.product(batches, (None, *STALENESS)):
@@ -76,8 +101,11 @@ def _two(rank: int, _world_size: int, batches: Sequence[int], seeds: int, num_sa
     return rows
 
 
-def _row(arm: str, make: Any, rank: int, *, batch: int, seeds: int, num_samples: int) -> dict[str, Any]:  # noqa: ANN401 - () → Exchange
-    runs = [_train(make(), rank, batch=batch, seed=seed, num_samples=num_samples) for seed in range(seeds)]
+def _row(
+    arm: str, make: Callable[[], Exchange], rank: int, *, batch: int, seeds: int, num_samples: int, factor: float = 1.0
+) -> dict[str, Any]:
+    options = {"batch": batch, "num_samples": num_samples, "factor": factor}
+    runs = [_train(make(), rank, seed=seed, **options) for seed in range(seeds)]
     losses = [run["loss"] for run in runs]
     return {
         "arm": arm,
@@ -90,7 +118,9 @@ def _row(arm: str, make: Any, rank: int, *, batch: int, seeds: int, num_samples:
     }
 
 
-def _train(exchange: Exchange, rank: int, *, batch: int, seed: int, num_samples: int) -> dict[str, float]:
+def _train(
+    exchange: Exchange, rank: int, *, batch: int, seed: int, num_samples: int, factor: float
+) -> dict[str, float]:
     """Return loss and accuracy at the evaluation with the lowest loss, a mean over the replicas."""
     torch.manual_seed(seed + 1000 * rank)
     task = resolve_task("mnist1d", options={})
@@ -104,7 +134,7 @@ def _train(exchange: Exchange, rank: int, *, batch: int, seed: int, num_samples:
         return functional.cross_entropy(called(inputs[picked]), classes[picked])
 
     exchange.share(shared)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE * (batch / _BATCH_OF_RATE) ** 0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=factor * _RATE * (batch / _BATCH_OF_RATE) ** 0.5)
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     num_steps = num_samples // batch
     found = []

@@ -1,7 +1,7 @@
 """What should replicas exchange on a slow network, and are bytes and accuracies as the kinds of exchange say?"""
 # python -m benchmarks.exchange [--parts PART,…] [--json PATH|-] [--page PATH.md] [--figure PATH.png] [--quick]
 #
-# Parts: random_bases, members, local_updates, codistillation, meter (any machine); bytes, networks (network
+# Parts: random_bases, members, local_updates, codistillation, one_model, meter (any machine); bytes, networks (network
 # namespaces, so root). A part that is not asked for keeps its rows and figures in the JSON that is there.
 
 from __future__ import annotations
@@ -63,6 +63,12 @@ def measure_codistillation(*, quick: bool) -> Iterator[Part]:
     """Compare two replicas with one model, by batch and staleness."""
     rows = codistillation.measure(quick=quick)
     yield codistillation.figures(rows), rows
+
+
+def measure_one_model(*, quick: bool) -> Iterator[Part]:
+    """Search for the rate of the one model that two replicas are compared with."""
+    rows = codistillation.measure_rates(quick=quick)
+    yield codistillation.figures_of_rates(rows), rows
 
 
 def measure_bytes(*, quick: bool) -> Iterator[Part]:
@@ -130,6 +136,7 @@ PARTS: Mapping[str, Callable[..., Iterator[Part]]] = {
     "members": measure_members,
     "local_updates": measure_local_updates,
     "codistillation": measure_codistillation,
+    "one_model": measure_one_model,
     "meter": measure_meter,
     "bytes": measure_bytes,
     "networks": measure_networks,
@@ -221,6 +228,11 @@ TABLES: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
     ),
     "codistillation": (
         "codistillation",
+        "arm",
+        {"batch": "{batch}", "arm": "{arm}", "cross-entropy": "{loss:.3f}", "accuracy": "{accuracy:.1%}"},
+    ),
+    "one_model": (
+        "one_model",
         "arm",
         {"batch": "{batch}", "arm": "{arm}", "cross-entropy": "{loss:.3f}", "accuracy": "{accuracy:.1%}"},
     ),

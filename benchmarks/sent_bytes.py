@@ -58,7 +58,7 @@ ARMS: Mapping[str, Arm] = {
     "nesterov 8, overlap 3": Arm(
         settings={"kind": "local_updates", "every": 8, "outer": "nesterov", "overlap": 3}, every=8
     ),
-    "random bases 2,000": Arm(settings={"kind": "random_bases", "dimensions": 2_000}, model="own"),
+    "random bases 3,200": Arm(settings={"kind": "random_bases", "dimensions": 3_200}, model="own"),
     "codistillation 512": Arm(settings={"kind": "codistillation", "staleness": 0, "shared_samples": 512}),
     "ensemble": Arm(settings={"kind": "ensemble"}),
 }
