@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import TensorDataset
 
 from benchmarks.replicas import run_replicas
 from dptrain.exchange import Codistillation, Exchange
@@ -80,7 +81,7 @@ def _one(rank: int, _world_size: int, batches: Sequence[int], seeds: int, num_sa
 def _rates(rank: int, _world_size: int, batches: Sequence[int], seeds: int, num_samples: int) -> list[dict[str, Any]]:
     rows = []
     for batch, factor in itertools.product(batches, (0.25, 0.5, 1.0, 2.0)):
-        options = {"batch": batch, "seeds": seeds, "num_samples": num_samples, "factor": factor}
+        options: dict[str, Any] = {"batch": batch, "seeds": seeds, "num_samples": num_samples, "factor": factor}
         rows.append(_row(f"one model, rate × {factor:g}", lambda: Codistillation(0.0), rank, **options))
     return rows
 
@@ -104,7 +105,7 @@ def _two(rank: int, _world_size: int, batches: Sequence[int], seeds: int, num_sa
 def _row(
     arm: str, make: Callable[[], Exchange], rank: int, *, batch: int, seeds: int, num_samples: int, factor: float = 1.0
 ) -> dict[str, Any]:
-    options = {"batch": batch, "num_samples": num_samples, "factor": factor}
+    options: dict[str, Any] = {"batch": batch, "num_samples": num_samples, "factor": factor}
     runs = [_train(make(), rank, seed=seed, **options) for seed in range(seeds)]
     losses = [run["loss"] for run in runs]
     return {
@@ -126,7 +127,7 @@ def _train(
     task = resolve_task("mnist1d", options={})
     model = task.model
     exchange.wrap(model)
-    inputs, classes = task.train_data.tensors  # type: ignore[union-attr]
+    inputs, classes = cast("TensorDataset", task.train_data).tensors
 
     def shared(called: nn.Module, step: int) -> Tensor:
         drawn = torch.Generator().manual_seed(10_000 * seed + step)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
+from torch.utils.data import TensorDataset
 
 from benchmarks.replicas import run_replicas
 from dptrain.exchange import LocalUpdates
@@ -62,7 +63,7 @@ def _measure(rank: int, world_size: int, seeds: int, num_steps: int) -> list[dic
     rows = []
     for outer, every in arms:
         for rate in _RATES:
-            options = {"outer": outer, "every": every, "rate": rate, "num_steps": num_steps}
+            options: dict[str, Any] = {"outer": outer, "every": every, "rate": rate, "num_steps": num_steps}
             runs = [_train(rank, world_size, seed=seed, **options) for seed in range(seeds)]
             means = {key: statistics.mean(run[key] for run in runs) for key in ("loss", "accuracy")}
             rows.append({"replicas": world_size, "seeds": seeds, **options, **runs[0], **means})
@@ -78,7 +79,8 @@ def _train(
     exchange = LocalUpdates(every, outer=outer)
     exchange.wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-    pixels, classes = task.train_data.tensors  # type: ignore[union-attr]
+    train_data, eval_data = cast("TensorDataset", task.train_data), cast("TensorDataset", task.eval_data)
+    pixels, classes = train_data.tensors
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     size = _BATCH // world_size
     rounds = num_steps // every
@@ -101,7 +103,7 @@ def _train(
             spread = exchange.spread
             assert spread is not None
             ratios.append(spread / formula)
-    held_out, labels = task.eval_data.tensors  # type: ignore[union-attr]
+    held_out, labels = eval_data.tensors
     with exchange.evaluating(model) as (mean, _), torch.no_grad():
         logits = mean(held_out)
     return {
