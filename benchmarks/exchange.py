@@ -208,7 +208,7 @@ TABLES: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
             "exchange": "{wrapper}",
             "true φ": "{true_scale:.4g}",
             "φ": "{scale:.4g}",
-            "errors of tr(Σ) and |G|²": "{trace_error:.2%}, {grad_error:.2%}",
+            "errors of tr(Σ), \\|G\\|²": "{trace_error:.2%}, {grad_error:.2%}",
             "by chance": "{shown_chance}",
             "coverage": "{shown_coverage}",
         },
