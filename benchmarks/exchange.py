@@ -1,8 +1,8 @@
 """What should replicas exchange on a slow network, and are bytes and accuracies as the kinds of exchange say?"""
-# python -m benchmarks.exchange [--parts PART,…] [--json PATH|-] [--figure PATH.png] [--quick]
+# python -m benchmarks.exchange [--parts PART,…] [--json PATH|-] [--page PATH.md] [--figure PATH.png] [--quick]
 #
-# Parts: random_bases, members (any machine); networks (network namespaces, so root). A part that is not asked for
-# keeps its rows and figures in the JSON that is there.
+# Parts: random_bases, members, local_updates, codistillation, one_model, meter (any machine); bytes, networks (network
+# namespaces, so root). A part that is not asked for keeps its rows and figures in the JSON that is there.
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from benchmarks.exchanges import members, random_bases, slow_networks
+from benchmarks.exchanges import (
+    codistillation,
+    local_updates,
+    members,
+    meter_coverage,
+    random_bases,
+    sent_bytes,
+    slow_networks,
+)
 from benchmarks.hosts.namespaces import reason_to_skip
+from benchmarks.result_tables import figures_table, rows_table
 
 Part = tuple[dict[str, float], list[dict[str, Any]]]
 """Figures, and rows."""
-
-_LEAST_BYTES = 2000
-"""Kinds that send less in a step are not compared: half of what is on the wire is then headers."""
 
 
 def measure_random_bases(*, quick: bool) -> Iterator[Part]:
@@ -39,6 +45,40 @@ def measure_random_bases(*, quick: bool) -> Iterator[Part]:
     falls = all(a["loss"] > b["loss"] for a, b in itertools.pairwise(on_replicas))
     figures = {"random_bases_order_holds": float(holds), "random_bases_more_replicas_lower_loss": float(falls)}
     yield figures, [*rows, *on_replicas]
+
+
+def measure_meter(*, quick: bool) -> Iterator[Part]:
+    """Count how often the meter's interval holds the exact noise scale under each kind."""
+    rows = meter_coverage.measure(quick=quick)
+    yield meter_coverage.figures(rows), rows
+
+
+def measure_local_updates(*, quick: bool) -> Iterator[Part]:
+    """Compare losses by steps between exchanges, and the spread of replicas with the noise."""
+    rows = local_updates.measure(quick=quick)
+    yield local_updates.figures(rows), rows
+
+
+def measure_codistillation(*, quick: bool) -> Iterator[Part]:
+    """Compare two replicas with one model, by batch and staleness."""
+    rows = codistillation.measure(quick=quick)
+    yield codistillation.figures(rows), rows
+
+
+def measure_one_model(*, quick: bool) -> Iterator[Part]:
+    """Search for the rate of the one model that two replicas are compared with."""
+    rows = codistillation.measure_rates(quick=quick)
+    yield codistillation.figures_of_rates(rows), rows
+
+
+def measure_bytes(*, quick: bool) -> Iterator[Part]:
+    """Compare the bytes of a network device with those that each kind says."""
+    reason = reason_to_skip()
+    if reason:
+        raise SystemExit(f"hosts cannot be made here: {reason}")
+    with tempfile.TemporaryDirectory() as name:
+        rows = sent_bytes.measure(Path(name), replicas=(2,) if quick else (2, 3))
+        yield sent_bytes.figures(rows), rows
 
 
 def measure_networks(*, quick: bool) -> Iterator[Part]:
@@ -65,13 +105,8 @@ def measure_members(*, quick: bool) -> Iterator[Part]:
 
 
 def network_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the largest error of the bytes, and the best kind's seconds beside the best batch of all-reduce."""
-    errors = [
-        abs((row["sent"] - row["agreement"]) / row["said"] - 1)
-        for row in rows
-        if row["said"] is not None and row["said"] >= _LEAST_BYTES
-    ]
-    figures = {"bytes_error_max": max(errors)}
+    """Return the best kind's seconds beside those of the best batch of all-reduce, on each network."""
+    figures: dict[str, float] = {}
     for mbit, delay_s in dict.fromkeys((row["mbit"], row["delay_s"]) for row in rows):
         here = [row for row in rows if (row["mbit"], row["delay_s"]) == (mbit, delay_s)]
         exact = best_seconds([row for row in here if row["kind"] == "all_reduce"])
@@ -99,6 +134,11 @@ def whole_rounds(steps: int, every: int) -> int:
 PARTS: Mapping[str, Callable[..., Iterator[Part]]] = {
     "random_bases": measure_random_bases,
     "members": measure_members,
+    "local_updates": measure_local_updates,
+    "codistillation": measure_codistillation,
+    "one_model": measure_one_model,
+    "meter": measure_meter,
+    "bytes": measure_bytes,
     "networks": measure_networks,
 }
 
@@ -107,6 +147,7 @@ def main() -> None:
     """Read the command line, measure, and tell."""
     parser = harness.command_line(question=__doc__, name="exchange")
     parser.add_argument("--parts", default=",".join(PARTS), help="of %(default)s")
+    parser.add_argument("--page", type=Path, help="write the tables of the JSON into a page that has places for them")
     parser.add_argument("--figure", type=Path, help="draw seconds against bandwidth; with --parts none from the JSON")
     options = parser.parse_args()
     figures, rows = _kept(options)
@@ -116,8 +157,87 @@ def main() -> None:
             rows = [row for row in rows if row["part"] != part] + [{"part": part, **row} for row in measured]
             findings = harness.Findings(figures=figures, rows=rows, columns=_COLUMNS, note="rows: see the JSON")
             harness.tell(findings, options, question=__doc__, name="exchange", device="cpu")
+    if options.page is not None:
+        options.page.write_text(filled(options.page.read_text(encoding="utf-8"), figures, rows), encoding="utf-8")
     if options.figure is not None:
         draw([row for row in rows if row["part"] == "networks"], options.figure)
+
+
+def filled(page: str, figures: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a page whose tables, each between `<!-- table NAME -->` and `<!-- /table -->`, are those of the JSON."""
+    tables = {"figures": figures_table(figures)}
+    for name, (part, key, columns) in TABLES.items():
+        tables[name] = rows_table([row for row in rows if row["part"] == part and key in row], columns)
+    for name, table in tables.items():
+        begin, end = f"<!-- table {name} -->\n", "<!-- /table -->"
+        if begin in page:
+            head, rest = page.split(begin)
+            page = head + begin + table + end + rest.split(end, maxsplit=1)[1]
+    return page
+
+
+TABLES: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
+    "bytes": (
+        "bytes",
+        "error",
+        {
+            "hosts": "{replicas}",
+            "kind": "{kind}",
+            "computed": "{said:,.0f}",
+            "on the wire": "{wire:,.0f}",
+            "packets": "{packets:,.0f}",
+            "less headers": "{payload:,.0f}",
+            "less agreement, off by": "{error:.1%}",
+        },
+    ),
+    "collectives": (
+        "bytes",
+        "collective",
+        {
+            "hosts": "{replicas}",
+            "collective": "{collective}",
+            "computed": "{said:,.0f}",
+            "more than that": "{left_over:,.0f}",
+        },
+    ),
+    "meter": (
+        "meter",
+        "coverage",
+        {
+            "problem": "{problem}",
+            "exchange": "{wrapper}",
+            "true φ": "{true_scale:.4g}",
+            "φ": "{scale:.4g}",
+            "errors of tr(Σ), \\|G\\|²": "{trace_error:.2%}, {grad_error:.2%}",
+            "by chance": "{shown_chance}",
+            "coverage": "{shown_coverage}",
+        },
+    ),
+    "local_updates": (
+        "local_updates",
+        "every",
+        {
+            "replicas": "{replicas}",
+            "outer": "{outer}",
+            "H": "{every}",
+            "rate": "{rate}",
+            "cross-entropy": "{loss:.3f}",
+            "accuracy": "{accuracy:.1%}",
+            "spread over formula": "{spread_over_formula:.2f}",
+        },
+    ),
+    "codistillation": (
+        "codistillation",
+        "arm",
+        {"batch": "{batch}", "arm": "{arm}", "cross-entropy": "{loss:.3f}", "accuracy": "{accuracy:.1%}"},
+    ),
+    "one_model": (
+        "one_model",
+        "arm",
+        {"batch": "{batch}", "arm": "{arm}", "cross-entropy": "{loss:.3f}", "accuracy": "{accuracy:.1%}"},
+    ),
+}
+"""Name of a table on the page → part, the column that its rows have, and heads with templates of cells."""
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -1,5 +1,5 @@
 """How does the noise scale depend on precision, where does rounding drown the gradient, and what does it cost?"""
-# python -m benchmarks.precision [--json PATH|-] [--page FILE] [--picture FILE] [--parts NAME,…] [--quick]
+# python -m benchmarks.precision [--json PATH|-] [--page] [--parts NAME,…] [--quick]
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from benchmarks import harness
-from benchmarks.precision_page import draw, figures_of, page
+from benchmarks.precision_page import figures_of, write
 from dptrain.checkpoint.store import load_newest
 from dptrain.cli.operations.int8_export import Int8Export, in_int8
 from dptrain.models.number_formats import FORMATS
@@ -76,8 +76,8 @@ class Case:
 
 
 CASES: Mapping[str, Case] = {
-    "digits": Case(options={}, samples=6_400, measured=1_200),
-    "mnist1d": Case(options={}, samples=6_400, measured=1_200),
+    "digits": Case(options={}, samples=6_400, measured=1_000),
+    "mnist1d": Case(options={}, samples=6_400, measured=1_000),
     "pysource": Case(options={"width": 32, "context": 32}, samples=1_920, measured=200),
 }
 
@@ -316,22 +316,19 @@ def _arm(arm: Arm) -> str:
 def main() -> None:
     """Measure and tell, on the console and where it was asked for."""
     parser = harness.command_line(question=__doc__, name="precision")
-    parser.add_argument("--page", metavar="FILE", type=Path, help="write the result as a page")
-    parser.add_argument("--picture", metavar="FILE", type=Path, help="draw it")
+    parser.add_argument("--page", action="store_true", help="write page and picture beside the JSON")
     parser.add_argument("--parts", metavar="NAME,…", default=",".join(PARTS), help="what to measure; all by default")
     options = parser.parse_args()
     parts = [part.strip() for part in options.parts.split(",")]
     if unknown := set(parts) - set(PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
+    if options.page and options.json in (None, "-"):
+        parser.error("--page writes beside the JSON: give --json PATH")
     findings = measure(options.quick, parts=parts)
     name = "precision" if tuple(parts) == PARTS else f"precision --parts {','.join(parts)}"
     harness.tell(findings, options, question=__doc__, name=name, device="cpu")
-    if options.picture is not None:
-        draw(findings.rows, path=options.picture)
-    if options.page is not None:
-        picture = None if options.picture is None else options.picture.name
-        command = f"python -m benchmarks.{name}" + (" --quick" if options.quick else "")
-        options.page.write_text(page(findings, command=command, picture=picture), encoding="utf-8")
+    if options.page:
+        write(Path(options.json))
 
 
 if __name__ == "__main__":

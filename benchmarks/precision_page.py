@@ -1,14 +1,14 @@
-"""The page and the picture of the benchmark of precision, made from its rows; nothing is measured here."""
+"""The page and the picture of the benchmark of precision, made from its JSON, so that the two are of one run."""
+# python -m benchmarks.precision_page PATH.json: writes PATH.md, and PATH.png where gradients were measured
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from benchmarks import harness
 from benchmarks.result_tables import figures_table, rows_table
 
 if TYPE_CHECKING:
@@ -110,41 +110,54 @@ def gap_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-_HOW_TO_READ = (
-    "The noise scale is tr(Σ)/|G|² of the gradients of single samples, all through the same weights, those of a run in "
-    "float32. Intervals are 95 %, by the jackknife over samples; ratios pair the samples, so their intervals are "
-    "narrower than those of the two noise scales. Where the bounds are a factor of 100 apart, nothing is resolved. A "
-    "noise scale counts what differs between samples, rounding by chance included. It does not see a direction that "
-    "rounding to the nearest turns for all samples alike: the cosine does. q is the root mean square, over two "
-    "batches, of the norm of what a format adds to the gradient of a batch. Everything is emulated in float32, with a "
-    "scale for each row of activations and gradients; weights are rounded to the nearest in all arms."
+_HOW_TO_READ: Mapping[str, str] = {
+    "noise": (
+        "tr(Σ)/|G|² of the gradients of single samples, all through the same weights, those of a run in float32. "
+        "Intervals are 95 %, by the jackknife over samples; ratios pair the samples, so their intervals are narrower "
+        "than those of the two noise scales. Where the bounds are a factor of 100 apart, nothing is resolved. A noise "
+        "scale counts what differs between samples, rounding by chance included. It does not see a direction that "
+        "rounding to the nearest turns for all samples alike: the cosine does."
+    ),
+    "gap": (
+        "‖g‖ and q are root mean squares over two batches; q is that of the norm of what a format adds to the gradient "
+        "of a batch. The weights are those of the run in float32."
+    ),
+    "loss": (
+        "Means over three seeds ± their standard deviation; differences are seed by seed. The held-out loss of a "
+        "format is computed in that format, rounded to the nearest."
+    ),
+    "export": "Both losses are computed in float32.",
+}
+_ALL = (
+    "Everything is emulated in float32, with a scale for each row of activations and gradients; weights are rounded to "
+    "the nearest in all arms. One replica, one core."
 )
 
 
-def page(findings: harness.Findings, *, command: str, picture: str | None) -> str:
-    """Return the result as a page."""
+def page(found: Mapping[str, Any], *, picture: str | None) -> str:
+    """Return a result as a page.
+
+    Args:
+        found: as the JSON has it: command, environment, figures and rows.
+        picture: name of its file beside the page.
+    """
     rows: dict[str, Sequence[Mapping[str, Any]]] = {
-        kind: [row for row in findings.rows if row["table"] == kind] for kind in _TABLES
+        kind: [row for row in found["rows"] if row["table"] == kind] for kind in _TABLES
     }
-    rows["noise"], rows["gap"] = noise_table(findings.rows), gap_table(findings.rows)
+    rows["noise"], rows["gap"] = noise_table(found["rows"]), gap_table(found["rows"])
+    environment = found["environment"]
     lines = [
         "# Precision: noise scale, quantisation noise, and held-out loss",
         "",
-        f"`{command}` on {harness.environment(device='cpu')['processor']}, torch {torch.__version__}. {findings.note}",
-        "",
-        *(
-            [f"![Noise scale against bits, and gradient norm against quantisation noise]({picture})", ""]
-            if picture
-            else []
-        ),
-        _HOW_TO_READ,
+        f"`{found['command']}` on {environment['processor']}, torch {environment['torch']}. {_ALL}",
         "",
     ]
+    if picture is not None:
+        lines += [f"![Noise scale against bits, and gradient norm against quantisation noise]({picture})", ""]
     for kind, (title, columns) in _TABLES.items():
-        if not rows[kind]:
-            continue
-        lines += [f"## {title}", "", rows_table(rows[kind], columns)]
-    return "\n".join([*lines, "## Figures on record", "", figures_table(findings.figures)])
+        if rows[kind]:
+            lines += [f"## {title}", "", _HOW_TO_READ[kind], "", rows_table(rows[kind], columns)]
+    return "\n".join([*lines, "## Figures on record", "", figures_table(found["figures"])])
 
 
 _COLOURS = {"nearest": "#444444", "stochastic": "#d55e00", "stochastic_gradients": "#0072b2"}
@@ -214,3 +227,17 @@ def _draw_gaps(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.axhline(1, color="black", lw=0.8)
     axes.set_yscale("log")
     axes.set_xlabel("part of the run")
+
+
+def write(path: Path) -> None:
+    """Write page and picture of a JSON beside it."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    picture = path.with_suffix(".png") if any(row["table"] == "noise" for row in found["rows"]) else None
+    if picture is not None:
+        draw(found["rows"], path=picture)
+    text = page(found, picture=None if picture is None else picture.name)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

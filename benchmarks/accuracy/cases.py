@@ -91,9 +91,14 @@ def measure_cases(rank: int, world_size: int, form: Form) -> list[dict[str, Any]
     """Measure all cases for this many replicas, in turn, as one of them; rank 0 returns the rows."""
     rows = []
     for case in _cases(world_size, compiler=form.compiler):
-        rows += _Measurement(case, rank=rank, form=form).run()
+        rows += measured(case, rank=rank, form=form)
         torch.compiler.reset()
     return rows if rank == 0 else []
+
+
+def measured(case: Case, *, rank: int, form: Form) -> list[dict[str, Any]]:
+    """Measure one case as one of its replicas; return a row for each problem and meter."""
+    return _Measurement(case, rank=rank, form=form).run()
 
 
 def _cases(world_size: int, *, compiler: str) -> list[Case]:

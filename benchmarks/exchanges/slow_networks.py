@@ -1,5 +1,5 @@
 """How long does each kind of exchange take to the same held-out loss, on networks from 10 Mbit/s to 1 Gbit/s?"""
-# python -m benchmarks.exchange --parts bytes,networks: these are parts of that benchmark
+# python -m benchmarks.exchange --parts networks: this is a part of that benchmark
 #
 # Steps to the target do not depend on the network, so they are searched for on the loopback: batches and rates of each
 # kind. A network is then asked for the seconds of a step alone. A worker trains one job after the other with the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, NoiseConfi
 TARGET = 0.2
 """Held-out cross-entropy of the wide MLP on digits, in nats."""
 _PORT = 29511
-_WARM_UP = 4
+WARM_UP = 4
 """Steps before the first that is timed: DDP lays out its buckets anew after one, and TCP opens its windows."""
 
 
@@ -64,13 +65,13 @@ class _Notes(TrainHook):
     """Notes time and sent bytes after each step, and ends a run at the target."""
 
     def __init__(self, *, evaluates: bool) -> None:
-        self.steps: list[tuple[int, int, float, int]] = []
+        self.steps: list[tuple[int, int, float, int, int]] = []
         self.reached: dict[str, float] | None = None
         self._evaluates = evaluates
 
     def on_step(self, moment: Moment) -> None:
         """Note a step."""
-        self.steps.append((moment.step, moment.samples_seen, time.monotonic(), sent_bytes()))
+        self.steps.append((moment.step, moment.samples_seen, time.monotonic(), *sent()))
 
     def on_evaluation(self, moment: Moment, figures: Mapping[str, float]) -> bool:
         """End at the target."""
@@ -79,13 +80,13 @@ class _Notes(TrainHook):
         return self.reached is not None
 
 
-def sent_bytes() -> int:
-    """Return the bytes that this host has sent by its network; 0 without `eth0`."""
+def sent() -> tuple[int, int]:
+    """Return the bytes and the packets that this host has sent by its network; 0 and 0 without `eth0`."""
     for line in Path("/proc/self/net/dev").read_text(encoding="ascii").splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == "eth0":
-            return int(counters.split()[8])
-    return 0
+            return int(counters.split()[8]), int(counters.split()[9])
+    return 0, 0
 
 
 def wide() -> Task:
@@ -111,7 +112,7 @@ def train(job: Job, folder: Path) -> dict[str, Any]:
         seed=job.seed,
         max_samples=job.num_samples,
         global_batch_size=batch,
-        micro_batch_size=max(batch // 2, 1),
+        micro_batch_size=max(batch // int(os.environ["WORLD_SIZE"]), 1),
         device="cpu",
         exchange=ExchangeConfig(**job.exchange),
         control=ControlConfig(law="constant", mode="off") if job.batch else ControlConfig(largest=1024),
@@ -139,35 +140,43 @@ def run_jobs(
     """Run jobs on the hosts of a network, or on two processes of this machine; return their results by name."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
-    command = [sys.executable, "-m", "benchmarks.exchanges.slow_networks", str(folder)]
-    number = len(net.hosts) if net else 2
-    address = net.hosts[0].address if net else "127.0.0.1"
-    places = [
-        {"RANK": rank, "WORLD_SIZE": number, "MASTER_ADDR": address, "MASTER_PORT": _PORT} for rank in range(number)
-    ]
-    alone = {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    if net:
-        started = [host.command(*command, **place, **alone) for host, place in zip(net.hosts, places, strict=True)]
-    else:
-        import subprocess
-
-        started = [
-            subprocess.Popen(
-                command,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in (place | alone).items()}},
-                stdout=(folder / f"host-{place['RANK']}.log").open("a"),
-                stderr=subprocess.STDOUT,
-            )
-            for place in places
-        ]
+    module = "benchmarks.exchanges.slow_networks"
+    started = start_on(net, module, folder) if net else _start_here(module, folder)
     try:
         codes = [process.wait(timeout=timeout_s) for process in started]
     finally:
         for process in started:
             process.kill()
     if any(codes):
-        raise SystemExit(f"the worker failed: {(folder / 'host-0.log').read_text()[-2000:]}")
+        log = net.hosts[0].log if net else folder / "host-0.log"
+        raise SystemExit(f"the worker failed: {log.read_text()[-2000:]}")
     return {job.name: json.loads((folder / f"result-{job.name}.json").read_text()) for job in jobs}
+
+
+def start_on(net: Network, module: str, argument: Path) -> list[subprocess.Popen[bytes]]:
+    """Start a module on each host, one replica each."""
+    number, address = len(net.hosts), net.hosts[0].address
+    command = (sys.executable, "-m", module, argument)
+    return [
+        host.command(*command, **_place(rank, number=number, address=address)) for rank, host in enumerate(net.hosts)
+    ]
+
+
+def _start_here(module: str, folder: Path) -> list[subprocess.Popen[bytes]]:
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(folder)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **_place(rank, number=2, address="127.0.0.1")},
+            stdout=(folder / f"host-{rank}.log").open("a"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]
+
+
+def _place(rank: int, *, number: int, address: str) -> dict[str, str]:
+    whole = {"RANK": rank, "WORLD_SIZE": number, "MASTER_ADDR": address, "MASTER_PORT": _PORT}
+    return {name: str(value) for name, value in {**whole, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items()}
 
 
 def made_network(folder: Path, *, delay_s: float, number: int = 2) -> AbstractContextManager[Network]:
@@ -175,16 +184,17 @@ def made_network(folder: Path, *, delay_s: float, number: int = 2) -> AbstractCo
     return delayed_network(folder, number, delay_s=delay_s) if delay_s else network(folder, number)
 
 
-def per_step(result: Mapping[str, Any], *, every: int = 1) -> tuple[float, float]:
-    """Return seconds and sent bytes of a step, over whole rounds of `every` steps past the warm-up.
+def per_step(result: Mapping[str, Any], *, every: int = 1) -> tuple[float, float, float]:
+    """Return seconds, sent bytes and sent packets of a step, over whole rounds of `every` steps past the warm-up.
 
     From the middle of a round to that of another one: there no parameters are on their way.
     """
     steps = result["steps"]
-    first = -(-_WARM_UP // every) * every + every // 2
+    first = -(-WARM_UP // every) * every + every // 2
     last = first + (len(steps) - first) // every * every
-    (number, _, began_s, began), (end, _, ended_s, ended) = steps[first - 1], steps[last - 1]
-    return (ended_s - began_s) / (end - number), (ended - began) / (end - number)
+    (number, _, *before), (end, _, *after) = steps[first - 1], steps[last - 1]
+    seconds, num_bytes, packets = ((b - a) / (end - number) for a, b in zip(before, after, strict=True))
+    return seconds, num_bytes, packets
 
 
 RATES = (5e-4, 2e-3)
@@ -242,7 +252,7 @@ def timed(rows: Sequence[Mapping[str, Any]], folder: Path, *, mbit: int, delay_s
         settings = {"kind": "ensemble"} if row["kind"] == "ensemble" else _CONFIGURED[row["kind"]][0]
         name = f"{row['kind']}-{row['batch']}".replace(" ", ".")
         rounds[name] = every = int(settings.get("every", 1))
-        steps = _WARM_UP + 6 if every == 1 else 2 * every + every // 2 + 2
+        steps = WARM_UP + 6 if every == 1 else 2 * every + every // 2 + 2
         jobs.append(
             Job(
                 name=name,
@@ -260,9 +270,9 @@ def timed(rows: Sequence[Mapping[str, Any]], folder: Path, *, mbit: int, delay_s
     measured = []
     agreement = per_step(found[jobs[-1].name])[1]
     for job in jobs:
-        seconds, sent = per_step(found[job.name], every=rounds[job.name])
+        seconds, wire, _ = per_step(found[job.name], every=rounds[job.name])
         said = found[job.name]["bytes_per_step"]
-        row = {"mbit": mbit, "delay_s": delay_s, "batch": job.batch, "step_s": seconds, "sent": sent, "said": said}
+        row = {"mbit": mbit, "delay_s": delay_s, "batch": job.batch, "step_s": seconds, "sent": wire, "said": said}
         kind = job.name.rpartition("-")[0].replace(".", " ")
         measured.append({"kind": kind, "every": rounds[job.name], **row, "agreement": agreement})
     return measured

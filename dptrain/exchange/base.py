@@ -110,9 +110,11 @@ class Exchange(ABC):
 
     @abstractmethod
     def bytes_per_step(self) -> float | None:
-        """Return the bytes that one replica sends in a step, the mean over steps, without the transport's headers.
+        """Return the bytes that one replica hands to its collectives in a step, the mean over steps.
 
-        None where that is not known: before a kind has seen its first step, or where parameters are sharded.
+        Without the headers of packets and the transport's own messages, which count where little is sent
+        (`benchmarks/results/exchange.md`). None where that is not known: before a kind has seen its first step, or
+        where parameters are sharded.
         """
 
     def state_dict(self) -> dict[str, Any]:

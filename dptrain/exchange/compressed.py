@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,6 +16,16 @@ from dptrain.exchange.base import Exchange, State, all_reduce_bytes
 from dptrain.exchange.compression.codecs import PowerSgd, build_codec
 
 CodecName = Literal["fp16", "bf16", "int8", "powersgd"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bucket:
+    """A bucket of DDP whose mean is not there yet: names and gradients of its parameters, views into its buffer."""
+
+    keys: Sequence[str]
+    gradients: Sequence[Tensor]
+    buffer: Tensor
+    future: torch.futures.Future[Tensor]
 
 
 class Compressed(Exchange):
@@ -64,6 +75,7 @@ class Compressed(Exchange):
         self._registers = registers
         self._residuals: dict[str, Tensor] = {}
         self._names: dict[int, str] = {}
+        self._waiting: list[_Bucket] = []
 
     def wrap(self, model: nn.Module, *, ignored_buffers: Collection[str] = (), **ddp: Any) -> nn.Module:  # noqa: ANN401 - of DDP
         """Return the model in DDP with the codec's hook; the model itself in one process."""
@@ -79,11 +91,30 @@ class Compressed(Exchange):
         return _rounded_mean, self
 
     @torch.no_grad()
-    def reduce(self, bucket: Any) -> Tensor:  # noqa: ANN401 - dist.GradBucket, which torch leaves without a type
-        """Return the mean of the rounded gradients of one bucket of DDP, in its buffer."""
-        gradients: Sequence[Tensor] = bucket.gradients()
+    def reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:  # noqa: ANN401 - dist.GradBucket, which torch leaves without a type
+        """Take one bucket of DDP, and return what will be the mean of its rounded gradients, in its buffer.
+
+        A codec whose messages are small waits for the last bucket of the step and sends all of them together.
+        """
+        if bucket.index() == 0:
+            self._waiting.clear()  # of a backward pass that ended in an error
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
         keys = [self._names[id(parameter)] for parameter in bucket.parameters()]
-        exact = list(gradients)
+        self._waiting.append(_Bucket(keys=keys, gradients=bucket.gradients(), buffer=bucket.buffer(), future=future))
+        if bucket.is_last() or not self._codec.sends_all_at_once:
+            waiting, self._waiting = self._waiting, []
+            for kind in dict.fromkeys((one.buffer.dtype, one.buffer.device) for one in waiting):
+                self._reduce([one for one in waiting if (one.buffer.dtype, one.buffer.device) == kind])
+            for one in waiting:
+                one.future.set_result(one.buffer)
+        return future
+
+    def _reduce(self, buckets: Sequence[_Bucket]) -> None:
+        # In the order of names: DDP lays out its buckets anew after the first step of a process, and sums of three
+        # replicas or more depend on where in a message a number stands.
+        found = {key: gradient for one in buckets for key, gradient in zip(one.keys, one.gradients, strict=True)}
+        keys = sorted(found)
+        exact = [found[key] for key in keys]
         if self._error_feedback:
             exact = [
                 g + self._residuals[key] if key in self._residuals else g for key, g in zip(keys, exact, strict=True)
@@ -95,10 +126,8 @@ class Compressed(Exchange):
             for key, part in zip(keys, lost, strict=True):
                 before = self._residuals.get(key, torch.zeros((), dtype=part.dtype, device=part.device))
                 self._residuals[key] = torch.where(is_finite, part, before)
-        for gradient, mean in zip(gradients, means, strict=True):
-            gradient.copy_(mean)
-        buffer: Tensor = bucket.buffer()
-        return buffer
+        for key, mean in zip(keys, means, strict=True):
+            found[key].copy_(mean)
 
     def rounding_sq_norm(self) -> float:
         """Return the squared norm of what this replica's rounding lost in the latest step (synchronises)."""
@@ -137,6 +166,4 @@ class Compressed(Exchange):
 
 # DDP inspects the signature and refuses annotations that are strings, which all of this file's are.
 def _rounded_mean(state, bucket):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    future: torch.futures.Future[Tensor] = torch.futures.Future()
-    future.set_result(state.reduce(bucket))
-    return future
+    return state.reduce(bucket)

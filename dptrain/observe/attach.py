@@ -41,6 +41,7 @@ def attach(
     smoothing: Smoothing | None = None,
     level: float = 0.95,
     population: int | None = None,
+    num_stages: int = 1,
 ) -> Meter:
     """Measure the gradient noise scale in a loop of your own.
 
@@ -83,6 +84,9 @@ def attach(
         smoothing: how fast the past is forgotten.
         level: confidence of the interval.
         population: samples in the data set where it is small and drawn without replacement.
+        num_stages: pipeline stages of one copy of the model, where `model` is one of them in DDP over the ranks that
+            hold the same stage, and all ranks together are stages × replicas. The stages' norms are added up, and every
+            rank reads the noise scale of the whole model. No parameter may be on two stages.
 
     Raises:
         ObservationError: where the meter could not be right; the text has the remedy.
@@ -114,6 +118,7 @@ def attach(
             smoothing=smoothing,
             level=level,
             population=population,
+            num_stages=num_stages,
         ),
     )
     try:
@@ -122,7 +127,9 @@ def attach(
     except ObservationError:
         meter.remove(wait=False)
         raise
-    announce_forward_passes(model, meter=meter, micro_batch_size=micro_batch_size, summed=loss == "sum")
+    announce_forward_passes(
+        model, meter=meter, micro_batch_size=micro_batch_size, summed=loss == "sum", interleaved=num_stages > 1
+    )
     return meter
 
 

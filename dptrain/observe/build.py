@@ -23,7 +23,7 @@ from dptrain.observe.groups import Groups, GroupsLike, resolve_groups
 from dptrain.observe.hooks.base import GradientHook
 from dptrain.observe.hooks.ddp import CommHook, DdpCommHook
 from dptrain.observe.hooks.parameter import ParameterHook
-from dptrain.observe.hooks.wrapping import Wrapping
+from dptrain.observe.hooks.wrapping import Wrapping, over_stages
 from dptrain.observe.loop.arguments import LossScale
 from dptrain.observe.loop.halves import HalfBatches
 from dptrain.observe.measurement_interval import MeasurementInterval
@@ -53,6 +53,7 @@ class Options:
     smoothing: Smoothing | None = None
     level: float = 0.95
     population: int | None = None
+    num_stages: int = 1
 
 
 def build_meter(wrapping: Wrapping, options: Options) -> Meter:
@@ -61,6 +62,14 @@ def build_meter(wrapping: Wrapping, options: Options) -> Meter:
     Raises:
         ObservationError: where it could not be right.
     """
+    wrapping = over_stages(wrapping, num_stages=options.num_stages)
+    if wrapping.num_stages > 1 and (
+        options.method == "hook" or options.groups is not None or options.geometry != "sgd"
+    ):
+        raise ObservationError(
+            "the norms of pipeline stages are added up for the whole model, by parameters and in the plain norm: leave "
+            "method, groups and geometry out, or measure one stage by itself, without num_stages"
+        )
     every_parameter = list(wrapping.model.parameters())
     parameters = [p for p in every_parameter if p.requires_grad]
     by_rows = options.geometry == "sgd" and wrapping.reduction == "wrapper"

@@ -54,7 +54,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
         duplicate_data_check: looks for replicas that are not independent; none by default.
         check: looks for steps whose gradients do not belong together; none by default.
         divisor: by what the sum over the ranks' gradients is divided; by default the number of replicas.
-        ranks_per_replica: ranks that hold one copy of the model together (tensor parallelism).
+        ranks_per_replica: ranks that hold one copy of the model together (tensor parallelism, pipeline stages).
         halves: splits a micro-batch, where one process has no two of them.
         averaged: how the averaged gradient is read; by default from `.grad`.
         dual: dual norms that are measured too, and read in place of the squared ones; it needs `check`.
@@ -376,8 +376,8 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
 
     @property
     def num_replicas(self) -> int:
-        """Replicas over which gradients are averaged."""
-        return self._world_size
+        """Replicas over which gradients are averaged, each of one rank or of several."""
+        return round(self._world_size * self._share)
 
     @property
     def measuring(self) -> bool:

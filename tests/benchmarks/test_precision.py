@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -74,16 +75,24 @@ def test_page_figures_and_picture_are_of_the_rows(tmp_path):
     assert figures["loss_difference_digits_fp8_nearest"] == pytest.approx(0.15)
     assert figures["loss_change_digits_int8_weights"] == 0.25
     assert any(name.startswith("noise_ratio_digits_fp8") for name in figures)
-    findings = harness.Findings(figures=figures, rows=rows, columns={}, note="A note.")
-    text = precision_page.page(findings, command="python -m benchmarks.precision", picture="precision.png")
+    found = {
+        "command": "python -m benchmarks.precision",
+        "environment": harness.environment(device="cpu"),
+        "figures": figures,
+        "rows": rows,
+    }
+    path = tmp_path / "precision.json"
+    path.write_text(json.dumps(found))
+    precision_page.write(path)
+    text = path.with_suffix(".md").read_text()
     assert differences(text, figures) == []
     assert "| digits | fp8, nearest | 0.3000 ± 0.0000 | +0.1500 ± 0.0707 |" in text
     assert text.count("| digits | late |") == len(precision._MEASURED)
     # The coarser the format, the nearer the gradient's norm is to the quantisation noise.
     gaps = {row["arm"]: row["gap"] for row in rows if row["table"] == "gap"}
     assert gaps["fp8, nearest"] > gaps["int3, nearest"]
-    precision_page.draw(rows, path=tmp_path / "p.png")
-    assert (tmp_path / "p.png").stat().st_size > 10_000
+    assert "](precision.png)" in text
+    assert path.with_suffix(".png").stat().st_size > 10_000
 
 
 def test_where_the_gap_is_below_one_is_told_by_points():

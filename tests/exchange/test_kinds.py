@@ -34,10 +34,10 @@ def problem(rank):
     return model, batch, excess_loss
 
 
-def train(exchange, rank, *, steps=STEPS, save_at=None, resumed=None, rate=0.1):
+def train(exchange, rank, *, steps=STEPS, save_at=None, resumed=None, rate=0.1, **ddp):
     """The loop of the interface; with `save_at`, what a checkpoint after that step would hold."""
     model, batch, excess_loss = problem(rank)
-    wrapped = exchange.wrap(model)
+    wrapped = exchange.wrap(model, **ddp)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     saved, losses = None, [excess_loss()]
     for step in range(1, steps + 1):
@@ -159,6 +159,34 @@ def test_a_resumed_run_ends_with_the_same_bits(runs, name):
     """Residuals, anchors, velocities and the number of the step are all that a kind remembers."""
     for run in runs:
         assert run[name]["resumed"] == run[name]["parameters"]
+
+
+def layouts(rank, world_size):
+    """The parameters under PowerSGD in one bucket of DDP and in one for each parameter, with the messages sent."""
+    found = {}
+    for name, size_mb in (("one", 25), ("many", 1e-5)):
+        exchange, calls = Compressed("powersgd", rank=1), []
+        original = torch.distributed.all_reduce
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                torch.distributed,
+                "all_reduce",
+                lambda *args, calls=calls, original=original, **options: (
+                    calls.append(args[0].numel()) or original(*args, **options)
+                ),
+            )
+            parameters = train(exchange, rank, bucket_cap_mb=size_mb)["parameters"]
+        found[name] = {"parameters": parameters, "messages": len(calls), "numbers": sum(calls)}
+        found[name]["bytes"] = exchange.bytes_per_step()
+    return found
+
+
+def test_powersgd_sends_two_messages_a_step_whatever_the_buckets():
+    """On three replicas, one bucket or four: the same bits, two reductions a step, and the bytes that it says."""
+    for found in run_replicas(layouts, world_size=3):
+        assert found["one"] == found["many"]
+        assert found["one"]["messages"] == 2 * STEPS
+        assert 4 * found["one"]["numbers"] / STEPS * 2 * 2 / 3 == pytest.approx(found["one"]["bytes"])
 
 
 def test_settings_out_of_range_are_refused():

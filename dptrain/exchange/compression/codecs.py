@@ -1,13 +1,14 @@
 """Means over the replicas of gradients in fewer digits, each with what this replica must add next time to lose nothing.
 
-A codec sees one bucket of DDP, but treats each parameter by itself: DDP lays out its buckets anew after the first step
-of a process, and a resumed run must not notice.
+A codec sees one bucket of DDP, or all of a step, but treats each parameter by itself: DDP lays out its buckets anew
+after the first step of a process, and a resumed run must not notice.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,10 @@ class Codec(ABC):
     Args:
         group: process group; None for the default one.
     """
+
+    sends_all_at_once: ClassVar[bool] = False
+    """Whether it is given the gradients of all buckets together, after the last: its messages are so small that their
+    number costs more than overlapping them with the backward pass saves."""
 
     def __init__(self, *, group: dist.ProcessGroup | None) -> None:
         self._group = group
@@ -118,12 +123,15 @@ class PowerSgd(Codec):
     """Rank-r factors of each matrix by one step of the power method (Vogels et al. 2019, arXiv 1905.13727).
 
     Written out instead of torch's hook, which keeps errors and factors by bucket: they could not be saved. Vectors, and
-    matrices whose factors are not less than half of them, are sent whole.
+    matrices whose factors are not less than half of them, are sent whole. A step takes two reductions, whatever the
+    number of buckets: the left factors with all that is sent whole, then the right factors.
 
     Args:
         rank: of the factors.
         group: process group; None for the default one.
     """
+
+    sends_all_at_once: ClassVar[bool] = True
 
     def __init__(self, rank: int, *, group: dist.ProcessGroup | None) -> None:
         super().__init__(group=group)

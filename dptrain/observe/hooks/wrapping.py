@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dptrain.errors import ObservationError
+from dptrain.observe.loop.sizes import is_count, shown
 
 Reduction = Literal["wrapper", "optimizer"]
 
@@ -41,7 +42,8 @@ class Wrapping:
         num_shards: ranks over which the averaged gradient is cut up.
         shard: the number of this rank among them.
         divisor: by what the sum over the replicas is divided; None for their number.
-        ranks_per_replica: ranks that hold one copy of the model together by tensor parallelism.
+        ranks_per_replica: ranks that hold one copy of the model together by tensor parallelism, or in stages.
+        num_stages: pipeline stages, each on ranks of its own.
         num_data_dimensions: of the parameters' mesh, those that replicas are laid out on.
     """
 
@@ -54,6 +56,7 @@ class Wrapping:
     divisor: float | None = None
     ranks_per_replica: int = 1
     num_data_dimensions: int = 0
+    num_stages: int = 1
 
     @property
     def inner(self) -> nn.Module:
@@ -69,7 +72,7 @@ class Wrapping:
 
     def shares(self, parameters: Sequence[nn.Parameter]) -> tuple[float, ...]:
         """Return by what each parameter's square is multiplied, so that a replica's ranks add up to its square."""
-        if self.ranks_per_replica == 1:
+        if self.ranks_per_replica == self.num_stages:  # no parameter is on two ranks of a replica
             return ()
         cuts = [[size for placement, size in self._tensor_placements(p) if placement.is_shard()] for p in parameters]
         return tuple(math.prod(sizes) / self.ranks_per_replica for sizes in cuts)
@@ -135,6 +138,29 @@ def identify(model: nn.Module, *, reduction: Reduction = "wrapper") -> Wrapping:
             "the gradients in its step, attach with reduction='optimizer'"
         )
     return Wrapping(kind="none", model=model)
+
+
+def over_stages(wrapping: Wrapping, *, num_stages: int) -> Wrapping:
+    """Return the same for a model whose stages are added up over all ranks.
+
+    Args:
+        wrapping: of one stage.
+        num_stages: ranks that hold one copy of the model together.
+
+    Raises:
+        ObservationError: where that is no such number, or the stage is not averaged over the ranks that hold it.
+    """
+    if not is_count(num_stages):
+        raise ObservationError(f"num_stages must be a number of pipeline stages, at least 1, got {shown(num_stages)}")
+    if num_stages == 1:
+        return wrapping
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if wrapping.kind != "ddp" or dist.get_world_size(wrapping.group) * num_stages != ranks:
+        raise ObservationError(
+            f"num_stages={num_stages} is for a stage in DistributedDataParallel(stage, process_group=…) over the ranks "
+            f"that hold the same stage, {ranks} ranks over {num_stages} stages: attach to that module"
+        )
+    return replace(wrapping, group=None, ranks_per_replica=num_stages, num_stages=num_stages)
 
 
 def _refuse_engines(module: nn.Module) -> None:

@@ -19,7 +19,7 @@ from dptrain.observe.meter import Meter
 
 
 def announce_forward_passes(
-    model: nn.Module, *, meter: Meter, micro_batch_size: MicroBatchSize | None, summed: bool
+    model: nn.Module, *, meter: Meter, micro_batch_size: MicroBatchSize | None, summed: bool, interleaved: bool = False
 ) -> None:
     """Put hooks on `model` that announce its forward passes to `meter`, until the meter is removed.
 
@@ -33,8 +33,10 @@ def announce_forward_passes(
         meter: that is notified.
         micro_batch_size: see `attach`.
         summed: whether the loss is the sum over the samples.
+        interleaved: whether a forward pass may come before the backward pass of the one before it, as in a pipeline:
+            then a micro-batch begins with its backward pass.
     """
-    announcer = _Announcer(model, meter, micro_batch_size, summed=summed)
+    announcer = _Announcer(model, meter, micro_batch_size, summed=summed, interleaved=interleaved)
     before = _OutsideOfGraphs(announcer.before)
     meter.on_remove(model.register_forward_pre_hook(before, with_kwargs=True).remove)
     after = _OutsideOfGraphs(announcer.after)
@@ -42,11 +44,14 @@ def announce_forward_passes(
 
 
 class _Announcer:
-    def __init__(self, model: nn.Module, meter: Meter, given: MicroBatchSize | None, *, summed: bool) -> None:
+    def __init__(
+        self, model: nn.Module, meter: Meter, given: MicroBatchSize | None, *, summed: bool, interleaved: bool
+    ) -> None:
         self._model = model
         self._meter = meter
         self._given = given
         self._summed = summed
+        self._begins_late = meter.accumulated or interleaved
         self._time_first_refused = given is not None
         self._announced: float | None = None
         self._num_passes = 0
@@ -65,7 +70,7 @@ class _Announcer:
         else:
             size = self._num_samples(module, args, kwargs)
             self._announced = 1 if size == 0 else size
-            if not self._meter.accumulated:
+            if not self._begins_late:
                 self._begin(self._announced)
             if size == 0:
                 self._meter.doubt_step(Reason.EMPTY_BATCH)
@@ -77,7 +82,6 @@ class _Announcer:
         num_samples, self._announced = self._announced, None
         if num_samples is None:
             return
-        accumulated = self._meter.accumulated
         self._num_passes += 1
         number, waiting = self._num_passes, [num_samples]
 
@@ -89,7 +93,7 @@ class _Announcer:
             waiting.clear()
             if not alone:
                 return
-            if accumulated:
+            if self._begins_late:
                 self._begin(num_samples)
             else:
                 # The pass announced last may have been one for a metric, which has no backward pass.
@@ -99,7 +103,7 @@ class _Announcer:
         differentiable = [tensor for tensor in _tensors(output) if tensor.grad_fn is not None]
         for tensor in differentiable:
             tensor.register_hook(reached)  # type: ignore[no-untyped-call]
-        if accumulated and not differentiable:
+        if self._begins_late and not differentiable:
             self._begin(num_samples)  # an object that cannot be looked into
 
     def _note(self, number: int) -> bool:

@@ -215,6 +215,7 @@ def meshes(rank, world_size):
         meter = dptrain.attach(model, every=1, micro_batch_size=MICRO)
         measured = mesh_loop(rank // 2, model, meter=meter, truth=truth, batch_of=batch_of)
         found[norm] = (pair(meter.read()), truth.pair(), all(map(torch.equal, bare, measured)), meter.steps_dropped)
+        assert meter.num_replicas == 2
     return found
 
 
