@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dptrain.error_text import shown
 from dptrain.errors import ObservationError
-from dptrain.observe.loop.sizes import is_count, shown
+from dptrain.observe.loop.sizes import is_count
 
 Reduction = Literal["wrapper", "optimizer"]
 
