@@ -1,12 +1,14 @@
 """What all tests share."""
 
+import os
 import signal
 
 import torch
 
-# A core for each worker. And a copy of a process that has used torch's pool of threads waits for that pool for ever,
+# A core for each worker, and for each process that a test starts. And a copy of a process that has used torch's pool of threads waits for that pool for ever,
 # so nothing could be forked from a worker.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Under nohup, or in the background of a script, SIGHUP or SIGINT are ignored, here and in all that is started from
 # here: tests that send them would wait for ever.

@@ -28,8 +28,8 @@ LARGEST_EVERY_STEP_RATIO = 1.03
 _JUDGED = "12M heavy"
 """Where `every=1` and the peers are compared."""
 
-FULL = Limits(seconds=40, error=0.0025, longest_s=300)
-WHERE_JUDGED = Limits(seconds=600, error=0.0025, longest_s=1200, others_every=2)
+FULL = Limits(seconds=40, error=0.0025, longest_s=100)
+WHERE_JUDGED = Limits(seconds=240, error=0.0025, longest_s=400, others_every=2)
 QUICK = Limits(seconds=1, fewest_rounds=2, longest_warm_up=16)
 
 

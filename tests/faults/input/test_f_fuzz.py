@@ -19,7 +19,7 @@ from dptrain.train import TrainConfig
 FUZZ = settings(
     deadline=None,
     derandomize=True,
-    max_examples=int(os.environ.get("DPTRAIN_FUZZ_CASES", "300")),
+    max_examples=int(os.environ.get("DPTRAIN_FUZZ_CASES", "100")),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

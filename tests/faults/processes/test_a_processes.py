@@ -36,7 +36,7 @@ def battered(tmp_path_factory, whole):
         for step in (3, 6, 8):
             run.until_step(folder / "run", step)
             time.sleep(chance.uniform(0, 0.2))
-            kill_and_wait(run, [chance.choice(run.replicas())])
+            kill_and_wait(run, [chance.choice(run.until(run.replicas))])
         run.until_step(folder / "run", 10)
         kill_and_wait(run, run.replicas())
         # Each third restart in a row must find a newer checkpoint, or the launcher gives up.
