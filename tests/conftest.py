@@ -5,8 +5,8 @@ import signal
 
 import torch
 
-# A core for each worker, and for each process that a test starts. And a copy of a process that has used torch's pool of threads waits for that pool for ever,
-# so nothing could be forked from a worker.
+# A core for each worker, and for each process that a test starts. And a copy of a process that has used torch's pool of
+# threads waits for that pool for ever, so nothing could be forked from a worker.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
