@@ -108,7 +108,7 @@ class CourseLog:
 
     def _forget(self) -> None:
         self._file_number: int | None = None
-        self._num_bytes = 0
+        self._num_bytes, self._last_line = 0, b""
         self._evals: list[Row] = []
         self._steps: deque[bytes] = deque(maxlen=self._max_skipped_steps)
 
@@ -133,18 +133,22 @@ class CourseLog:
         )
 
     def _take_in(self, file: BinaryIO) -> None:
-        status = os.fstat(file.fileno())
-        if status.st_ino != self._file_number or status.st_size < self._num_bytes:
-            self._forget()  # another attempt has truncated the log, and writes its steps again
-            self._file_number = status.st_ino
-        file.seek(self._num_bytes)
+        number = os.fstat(file.fileno()).st_ino
+        file.seek(self._num_bytes - len(self._last_line))
+        if number != self._file_number or file.read(len(self._last_line)) != self._last_line:
+            # Another attempt has truncated the log and writes its steps again; by now it may be longer than before.
+            self._forget()
+            self._file_number = number
+            file.seek(0)
         whole = file.read().rpartition(b"\n")[0]
         for line in whole.split(b"\n") if whole else []:
             if _EVAL in line:  # training rows are a hundred times as many, and are not wanted
                 self._evals.append(_row(line, file=file.name))
             else:
                 self._steps.append(line)
-        self._num_bytes += len(whole) + 1 if whole else 0
+        if whole:
+            self._num_bytes += len(whole) + 1
+            self._last_line = whole.rpartition(b"\n")[2] + b"\n"
 
     def _has_diverged(self) -> bool:
         """Whether the last steps, as many as end a run, were all skipped; where the log leaves steps out: unknown."""

@@ -255,6 +255,7 @@ class RecordingGeometry(PlainGeometry):
     """Notes where norms are written."""
 
     def __init__(self):
+        super().__init__()
         self.places = []
 
     def norm(self, index, grad, *, out=None):

@@ -116,6 +116,17 @@ def test_a_log_that_was_cut_is_read_anew(tmp_path):
     assert log.read().losses == [0.9, 0.7]
 
 
+def test_a_log_that_was_cut_and_is_longer_already_is_read_anew(tmp_path):
+    """A file in its place may have its number, and as many bytes: what was read last tells."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(steps(1, 9) + evaluation(8, 0.8))
+    log = CourseLog(tmp_path, max_skipped_steps=3)
+    assert log.read().losses == [0.8]
+    path.write_text(steps(1, 5) + evaluation(4, 0.95) + steps(5, 20) + evaluation(16, 0.75))
+    assert log.read() == read_course(tmp_path, max_skipped_steps=3)
+    assert log.read().losses == [0.95, 0.75]
+
+
 @pytest.mark.parametrize(("num_skipped", "diverged"), [(2, False), (3, True), (4, True)])
 def test_a_run_that_only_skipped_at_its_end_has_diverged(tmp_path, num_skipped, diverged):
     """As many skipped steps as end a run are its end."""
