@@ -38,7 +38,7 @@ class Form:
 
 
 FULL = Form(num_copies=40, rounds=12)
-QUICK = Form(num_copies=20, rounds=1, shortening=2, compiler="aot_eager")
+QUICK = Form(num_copies=20, rounds=1, shortening=4, compiler="aot_eager")
 
 
 def judged_row(
