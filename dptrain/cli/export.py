@@ -22,7 +22,7 @@ from dptrain.tracking.run_folder import checkpoints_in
 _DESCRIPTION = """Write the bare weights of a checkpoint to one safetensors file, which needs no dptrain to be read,
 or the metrics of a run to a table. Every byte of a checkpoint is verified first. Tied weights stand under the first of
 their names. Where replicas have parameters of their own, --member says which are written. With --int8, weights of
-linear and convolutional layers are rounded, and the held-out loss of the run's task is told before and after."""
+linear and convolutional layers are rounded, and the held-out loss of the run's task is printed before and after."""
 _TABLES = (".csv", ".parquet")
 
 

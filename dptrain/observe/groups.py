@@ -187,7 +187,7 @@ def expert_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Return the trained parameters of each expert, by the names of their modules.
 
     An expert is an entry of a `ModuleList` or `ModuleDict` called `experts`. Where the experts' weights are stacked in
-    one tensor, what is called `experts` in a block is one entry here; `resolve_groups` tells its experts apart by the
+    one tensor, what is called `experts` in a block is one entry here; `resolve_groups` distinguishes its experts by the
     rows of the tensors where the module has the attribute `num_experts`. What is outside of them is the group `rest`.
     The noise scale of a group counts samples of the batch; `routed_noise_scale` of `dptrain.noise.derived` counts
     routed ones.

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from dptrain.cli.settings import parse
 from dptrain.config.settings_file import LARGEST_BYTES, build_config, read_settings
 from dptrain.data import MicroBatchLoader, SampleStream
 from dptrain.errors import ConfigError, TaskError
 from dptrain.runtime.startup_check import check_device
-from dptrain.tasks import Suggestion, Task, check_task
+from dptrain.tasks import check_task
 from dptrain.train import TrainConfig
+from tests.tasks.made_tasks import small_task
 
 
 def refusal(settings_file, *arguments):
@@ -215,21 +215,6 @@ def test_f9_gpus_that_are_not_there_are_refused(monkeypatch, device, num_gpus, n
 
 
 # F7, what a loss returns
-
-SUGGESTION = Suggestion(
-    learning_rate=0.1, global_batch_size=4, micro_batch_size=2, max_samples=24, eval_every_samples=8
-)
-
-
-def small_task(**changes):
-    parts = {
-        "name": "small",
-        "model": nn.Linear(2, 1),
-        "train_data": [torch.ones(2), torch.zeros(2)],
-        "loss": lambda model, batch: model(batch).mean(),
-        "suggestion": SUGGESTION,
-    }
-    return Task(**(parts | changes))
 
 
 @pytest.mark.parametrize(
