@@ -186,14 +186,14 @@ def _wrong_value(name: str, message: str, *, known: Sequence[str]) -> str:
     if "Unable to load config" in message:
         example = next(setting for setting in known if setting.startswith(f"{name}."))
         return f"{name} is a group of settings: set each by its name, such as {as_option(example)}"
-    expected = dict.fromkeys(
-        found.replace("NoneType", "null") for found in re.findall(r"Expected an? <class '([\w.]+)'>", message)
-    )
+    choices = re.search(r"Literal\[(.*?)\]", message)
+    types = [kind.replace("NoneType", "null") for kind in re.findall(r"Expected an? <class '([\w.]+)'>", message)]
+    expected = dict.fromkeys(kind for kind in types if kind != "null")
+    expected |= dict.fromkeys([f"one of {choices[1]}"] if choices else [])
+    expected |= dict.fromkeys(kind for kind in types if kind == "null")
     value = re.search(r"(?:Given value|Got value): (.*)", message)
     if expected and value:
         return f"{name} must be {' or '.join(expected)}, got {shown(value[1].strip())}"
-    if (choices := re.search(r"Literal\[(.*?)\]", message)) and value:
-        return f"{name} must be one of {choices[1]}, got {shown(value[1].strip())}"
     return f"{name}: {_one_line(message)}"
 
 
