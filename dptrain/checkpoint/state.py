@@ -81,6 +81,10 @@ def pack_optimizer(
 ) -> tuple[dict[str, Tensor], JSON]:
     """Return an optimizer's state as (tensors, JSON), keyed by parameter name instead of by position.
 
+    Not `torch.distributed.checkpoint.state_dict`, which has names, too: it takes the state of another class and of
+    another shape, casts it to the parameter's dtype, and takes a step to make state where there is none yet
+    (`tests/faults/storage/test_b_optimizer_state.py`).
+
     Args:
         optimizer: the optimizer itself, not a wrapper around it.
         names: the name of each parameter, as `{parameter: name for name, parameter in model.named_parameters()}`.
