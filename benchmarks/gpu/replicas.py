@@ -40,7 +40,7 @@ def _compare() -> Row:
         weights = [load_file(max((run / "checkpoints").glob("step-*")) / "model.safetensors") for run in runs]
         rows = [[row for row in read_rows(run / "metrics.jsonl") if row["kind"] == "train"] for run in runs]
     apart = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
-    traces = [[float(row["noise_scale/trace"] or 0) for row in found] for found in rows]
+    traces = [[float(row.get("noise_scale/trace") or 0) for row in found] for found in rows]
     noise = max(abs(a / b - 1) for a, b in zip(*traces, strict=True) if b)
     ok = apart < 1e-4 and noise < 1e-2
     return {

@@ -179,7 +179,7 @@ def _adapt(size: Size, tokens: Tokens, *, seconds: float) -> Row:
                     break
         rows = [row for row in read_rows(trainer.run_dir / "metrics.jsonl") if row["kind"] == "train"]
     first, last = rows[0], rows[-1]
-    resolved = [row["step"] for row in rows if row["noise_scale/state"] == "resolved"]
+    resolved = [row["step"] for row in rows if row.get("noise_scale/state") == "resolved"]
     return {
         "ok": not ON_GPU or bool(resolved),
         "result": (

@@ -157,7 +157,7 @@ def predicted_gamma(outcome: Outcome) -> float:
     """Return γ by the noise scale along the adaptive runs: the least product that any choice of batches allows."""
     found = []
     for finish in outcome.finishes.get(ADAPTIVE, {}).values():
-        rows = [row for row in finish.rows if row["noise_scale/value"]]
+        rows = [row for row in finish.rows if row.get("noise_scale/value")]
         if rows:
             side = adaptive_side(
                 noise_scales=[row["noise_scale/value"] for row in rows],

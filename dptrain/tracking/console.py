@@ -107,7 +107,7 @@ class LineView(View):
             f"loss {figure(row, 'train/loss')}",
             f"lr {learning_rate(row)}",
             f"batch {integer(row, 'batch/global')}{shape}{tokens_text(row, 'batch/tokens', 'tokens', ' = ')}",
-            f"noise scale now {noise_scale_text(row)}",
+            f"noise scale now {noise_scale_text(row)}" if "noise_scale/state" in row else "",
             step_time(row),
             f"{self._speed.text} samples/s",
             tokens_text(row, "throughput/tokens_per_sec", "tokens/s"),

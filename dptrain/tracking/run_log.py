@@ -292,7 +292,9 @@ def finite(record: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def noise_columns(scale: NoiseScale) -> dict[str, Value]:
-    """Return a noise scale as the columns of a row."""
+    """Return a noise scale as the columns of a row; none before the first measured step."""
+    if scale.num_steps == 0:
+        return {}
     return {
         "noise_scale/value": scale.value,
         "noise_scale/lower": scale.lower,
@@ -309,6 +311,8 @@ def group_columns(scales: Mapping[str, NoiseScale]) -> dict[str, Value]:
     """Return the noise scales of groups of parameters as columns of a row."""
     columns: dict[str, Value] = {}
     for name, scale in scales.items():
+        if scale.num_steps == 0:
+            continue
         columns[f"noise_scale/{name}/value"] = scale.value
         columns[f"noise_scale/{name}/lower"] = scale.lower
         columns[f"noise_scale/{name}/upper"] = scale.upper if math.isfinite(scale.upper) else None

@@ -167,7 +167,7 @@ def test_d4_a_gradient_whose_square_overflows_is_no_silent_step_of_nothing(tmp_p
     assert saved.state["progress"]["steps_dropped"] == 1
     assert saved.state["meter"]["steps_measured"] == 5
     rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
-    assert all(row["noise_scale/grad_sq"] is None or math.isfinite(row["noise_scale/grad_sq"]) for row in rows)
+    assert all(math.isfinite(row.get("noise_scale/grad_sq") or 0.0) for row in rows)
 
 
 def nothing_to_learn(model, batch):
@@ -186,7 +186,7 @@ def test_d5_zero_gradients_change_neither_the_batch_nor_the_run(tmp_path):
     run_replicas(learn_nothing, world_size=2, args=(tmp_path,))
     rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
     assert {row["batch/global"] for row in rows} == {BATCH}
-    assert {row["noise_scale/value"] for row in rows} == {None}
+    assert {row.get("noise_scale/value") for row in rows} == {None}
 
 
 def freeze_half(rank, world_size, folder):

@@ -74,7 +74,7 @@ def test_advice_is_written_with_its_reason_and_once(runs):
 def test_off_measures_nothing_and_measure_decides_nothing(runs):
     """Without a meter there is no noise scale; with one and no more there are no decisions."""
     folder, found = runs
-    assert {row["noise_scale/effective_steps"] for row in rows(folder, "off")} == {0}
+    assert not any(key.startswith("noise_scale/") for row in rows(folder, "off") for key in row)
     assert found["off"][1]["noise_scale"] is None
     assert rows(folder, "measure")[-1]["noise_scale/effective_steps"] > 1
     assert not any(read_rows(folder / mode / "decisions.jsonl") for mode in ("off", "measure"))
