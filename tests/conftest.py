@@ -14,3 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # here: tests that send them would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_xdist_auto_num_workers():
+    """One worker more than cores: there is always a file whose tests wait, for a time limit or a host that is gone."""
+    return (os.cpu_count() or 1) + 1

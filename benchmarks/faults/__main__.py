@@ -106,7 +106,7 @@ def _resize_a_run(rows: list[dict[str, Any]], folder: Path, *, seed: int) -> dic
 
 
 def _damage_checkpoints(rows: list[dict[str, Any]], folder: Path, *, seed: int, quick: bool) -> dict[str, float]:
-    num_kills, num_flips, began_s = 20 if quick else 200, 500 if quick else 10_000, time.monotonic()
+    num_kills, num_flips, began_s = 8 if quick else 200, 500 if quick else 10_000, time.monotonic()
     lost = kill_writers(folder / "writers", num_kills=num_kills, seed=seed)
     detected = flip_bits(folder / "flips", num_flips=num_flips, seed=seed)
     rows.append(

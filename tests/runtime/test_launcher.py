@@ -156,7 +156,7 @@ def test_when_one_ends_badly_the_others_do_not_stay(launch):
         3,
         "dptrain train: replica 1 of 2 ended with exit code 3 and left no reason; --max-restarts is 0\n",
     )
-    assert launch.took_s < 5
+    assert launch.took_s < 10
 
 
 def test_the_cause_may_take_longer_than_its_consequence(launch, monkeypatch):
@@ -184,7 +184,7 @@ def test_a_hang_is_not_waited_for(launch):
     code, reported = launch(body, max_restarts=0)
     assert code == 71
     assert "replica 1 of 2 did not answer any more, and had to be killed" in reported
-    assert launch.took_s < 5
+    assert launch.took_s < 10
 
 
 def test_nothing_is_left_behind(launch, tmp_path):
@@ -392,7 +392,7 @@ def test_the_grace_ends(launch, send, tmp_path):
         71,
         "dptrain train: replicas 0, 1 of 2 could not stop in time, and had to be killed\n",
     )
-    assert 1 <= launch.took_s < 4
+    assert 1 <= launch.took_s < 10
 
 
 def test_a_second_request_after_a_while_means_it(launch, send, tmp_path, monkeypatch):
@@ -401,7 +401,7 @@ def test_a_second_request_after_a_while_means_it(launch, send, tmp_path, monkeyp
     send((0, signal.SIGINT), (0.1, signal.SIGINT), (0.8, signal.SIGINT))
     code, _ = launch(deaf(tmp_path), grace_s=60.0)
     assert code == 71
-    assert 1.5 < launch.took_s < 5
+    assert 1.5 < launch.took_s < 10
 
 
 def test_a_stopped_run_is_not_started_again(launch, send, tmp_path):

@@ -101,7 +101,7 @@ def test_who_is_missing_is_named(place, tmp_path, missing, words):
     sentence, took_s = refused()
     assert words in sentence
     assert "unset" not in sentence  # a launcher of ours leaves nothing over
-    assert 0.3 <= took_s < 2
+    assert 0.3 <= took_s < 5
 
 
 def test_variables_left_over_are_explained(place):
@@ -110,7 +110,7 @@ def test_variables_left_over_are_explained(place):
     sentence, took_s = refused()
     assert "timed out after 0.3 s waiting for rank 1 of 2" in sentence
     assert sentence.endswith("the variables are left over from one: `unset RANK WORLD_SIZE`")
-    assert took_s < 2
+    assert took_s < 5
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_half_a_place_is_no_place(place, variables, words):
     sentence, took_s = refused()
     assert words in sentence
     assert "`unset RANK WORLD_SIZE`" in sentence
-    assert took_s < 0.3
+    assert took_s < 2
 
 
 def test_a_port_in_use_is_named(place):
