@@ -221,9 +221,9 @@ def test_no_file_is_a_drawer():
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("dptrain.noise.scale", "from dptrain.control import limited"),
+        ("dptrain.noise.scale", "from dptrain.control import OnGrid"),
         ("dptrain.noise.scale", "def f():\n    import dptrain.train.step"),
-        ("dptrain.noise.scale", "from ..control import limited"),
+        ("dptrain.noise.scale", "from ..control import OnGrid"),
         ("dptrain.noise.scale", "from dptrain import control"),
         ("dptrain.noise.scale", "from dptrain import attach"),
         ("dptrain.noise.scale", "import dptrain"),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from dptrain.control.base import Controller, Measurement, state_to_json
+from dptrain.control.base import Controller, Measurement
 from dptrain.control.learning_rate import LearningRateRule
 from dptrain.noise import NoiseScale
 
@@ -69,7 +69,7 @@ class Adapter:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold, as plain values."""
-        return state_to_json(self._state)
+        return asdict(self._state)
 
     def restore(self, record: Mapping[str, Any]) -> None:
         """Go on from a `state`.

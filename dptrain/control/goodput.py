@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dptrain.control.base import Decision, Measurement
 from dptrain.control.noise_law import ProgressLaw, noise_text
-from dptrain.control.progress_rate import CriticalRatio, Gain
+from dptrain.control.progress_rate import MEASURED, CriticalRatio, Gain
 from dptrain.control.step_time_model import StepTimeModel
-from dptrain.errors import ConfigError
 
 _OPTIMISM = 1.5
 """Standard deviations of the step time by which a batch whose time is not known is taken to be faster. Tuned on: the
@@ -29,23 +28,12 @@ class GoodputLaw(ProgressLaw):
     Attributes:
         largest_micro_batch_size: in samples.
         least_accumulation_steps: micro-batches of a replica in a step, however small the batch.
-        critical_ratio: prior of κ, critical batch size over noise scale.
+        critical_ratio: prior of κ.
     """
 
     largest_micro_batch_size: int
     least_accumulation_steps: int = 1
-    critical_ratio: CriticalRatio = field(default_factory=CriticalRatio)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("largest_micro_batch_size", "least_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    @property
-    def prior(self) -> CriticalRatio:
-        """The prior of κ."""
-        return self.critical_ratio
+    critical_ratio: CriticalRatio = MEASURED
 
     def layout(self, batch: float, world_size: int) -> tuple[float, float]:
         """Return micro-batch size and accumulation steps of a global batch, which may lie between those that run."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from dptrain.control.base import Decision, Measurement, State
-from dptrain.control.progress_rate import CriticalRatio, Gain, gain, quantiles
-from dptrain.errors import CheckpointError, ConfigError
+from dptrain.control.base import Controller, Decision, Measurement, State
+from dptrain.control.progress_rate import EXACTLY_1, CriticalRatio, Gain, gain, quantiles
 from dptrain.noise import NoiseScale
 
 _Z = 1.0
@@ -32,7 +31,7 @@ class SinceChange(State):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProgressLaw(ABC):
+class ProgressLaw(Controller):
     """Moves to the batch of the grid that makes the most progress per unit of cost, where that is sure enough.
 
     A law says what a step costs (`log_cost`); the engine weighs that against the progress of a step, b/(b + κφ), over
@@ -47,22 +46,14 @@ class ProgressLaw(ABC):
             and its noise scale is small for that reason.
         cool_down: measurements at a batch before the next change: a step is left out, three make a median, and one is
             under way.
+        critical_ratio: prior of κ, critical batch size over noise scale; exactly 1 where a law is defined by φ itself.
     """
 
     min_gain: float = 0.02
     no_decrease_samples: int = 0
     cool_down: int = 5
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.min_gain < math.inf:
-            raise ConfigError(f"min_gain must be a gain of at least 0, such as 0.02 for 2 %, got {self.min_gain}")
-        if self.no_decrease_samples < 0:
-            raise ConfigError(f"no_decrease_samples must not be negative, got {self.no_decrease_samples}")
-
-    @property
-    def prior(self) -> CriticalRatio:
-        """The prior of κ; exactly 1 where a law is defined by φ itself."""
-        return CriticalRatio(median=1.0, spread=1.0)
+    critical_ratio: CriticalRatio = EXACTLY_1
+    memory: ClassVar[type[State]] = SinceChange
 
     @abstractmethod
     def log_cost(self, present: float, other: int, measurement: Measurement) -> tuple[float, float]:
@@ -75,19 +66,6 @@ class ProgressLaw(ABC):
     def exploration(self, gains: Mapping[int, Gain], measurement: Measurement) -> Decision | None:  # noqa: ARG002
         """Return a batch to try for what it would tell; None where nothing is worth it."""
         return None
-
-    def init(self) -> SinceChange:
-        """Return the state before the first decision."""
-        return SinceChange()
-
-    def restore(self, record: Mapping[str, Any]) -> SinceChange:
-        """Return the saved state."""
-        if set(record) != set(asdict(SinceChange())):
-            raise CheckpointError(
-                f"the saved controller is no {type(self).__name__} (it remembers {', '.join(record) or 'nothing'}): "
-                "resume with the controller settings of the saved run"
-            )
-        return SinceChange(**record)
 
     def update(self, state: State, measurement: Measurement) -> tuple[SinceChange, Decision]:
         """Decide, unless the batch in force is too new to be judged."""
@@ -134,7 +112,7 @@ class ProgressLaw(ABC):
 
     def gains(self, measurement: Measurement) -> dict[int, Gain]:
         """Return what each other batch that one decision may move to gains."""
-        assert measurement.grid is not None, "the law compares the batches that run: wrap it in `limited`"
+        assert measurement.grid is not None, "the law compares the batches that run: wrap it in `OnGrid`"
         present, phis = measurement.global_batch_size, quantiles(measurement.noise_scale)
         lowest = present if measurement.samples_seen < self.no_decrease_samples else 0
         return {
@@ -142,7 +120,7 @@ class ProgressLaw(ABC):
                 present=present,
                 other=other,
                 noise_scales=phis,
-                critical_ratio=self.prior,
+                critical_ratio=self.critical_ratio,
                 time=self.log_cost(present, other, measurement),
             )
             for other in measurement.grid.candidates(present)
@@ -189,12 +167,6 @@ class NoiseLaw(ProgressLaw):
 
     ratio: float = 1.0
     samples_per_step: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, value in (("ratio", self.ratio), ("samples_per_step", self.samples_per_step)):
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name} must be positive, got {value}")
 
     def log_cost(self, present: float, other: int, measurement: Measurement) -> tuple[float, float]:  # noqa: ARG002
         """Return ln cost(other) − ln cost(present), which is exact."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from dptrain.control.step_time_model import ShapeTime, StepShape, StepTimeModel, fit
+from dptrain.batch import BatchPlan
+from dptrain.control.step_time_model import ShapeTime, StepTimeModel, fit
 from dptrain.errors import CheckpointError
 
 _MOST_SHAPES = 32
@@ -52,7 +53,7 @@ class TimedShape:
         predicted_s: what the model said before any step of it was timed; None where it could not say.
     """
 
-    shape: StepShape
+    shape: BatchPlan
     seconds: tuple[float, ...] = ()
     stride: int = 1
     num_since: int = 0
@@ -97,7 +98,7 @@ class StepTimes:
     shapes: tuple[TimedShape, ...] = ()
     num_steps: int = 0
 
-    def timed(self, shape: StepShape, seconds: float) -> StepTimes:
+    def timed(self, shape: BatchPlan, seconds: float) -> StepTimes:
         """Take in one measured step.
 
         Args:
@@ -134,23 +135,21 @@ class StepTimes:
             CheckpointError: where the record is not one.
         """
         try:
-            return cls(
-                shapes=tuple(
-                    TimedShape(
-                        shape=StepShape(**entry["shape"]),
-                        seconds=tuple(map(float, entry["seconds"])),
-                        stride=int(entry["stride"]),
-                        latest=int(entry["latest"]),
-                        predicted_s=entry["predicted_s"],
-                    )
-                    for entry in record["shapes"]
-                ),
-                num_steps=int(record["num_steps"]),
-            )
+            shapes = [
+                replace(
+                    TimedShape(**entry),
+                    shape=BatchPlan(**entry["shape"]),
+                    seconds=tuple(map(float, entry["seconds"])),
+                    num_since=0,
+                    to_skip=_SKIPPED_OF_A_PROCESS,
+                )
+                for entry in record["shapes"]
+            ]
+            return cls(shapes=tuple(shapes), num_steps=int(record["num_steps"]))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"not a record of step times: {error!r} is missing or wrong") from error
 
-    def _prediction(self, shape: StepShape) -> float | None:
+    def _prediction(self, shape: BatchPlan) -> float | None:
         model = self._model(shape.world_size)
         return model.seconds(shape) if model is not None and model.is_split_known else None
 

@@ -9,11 +9,11 @@ from typing import Any
 from dptrain.config.built import betas, controller
 from dptrain.config.filled_in import given
 from dptrain.config.train_config import TrainConfig
-from dptrain.control import RULES, Measurement, RateCheck
-from dptrain.control.adapter import Adapter
+from dptrain.control import RULES, Adapter, Measurement
 from dptrain.noise import NoiseScale
 from dptrain.runtime.step_reduction import StepRecord
 from dptrain.tracking.run_log import RunLog, noise_columns
+from dptrain.train.hooks.rate_check import RateCheck
 from dptrain.train.progress import Progress
 
 _PATIENCE_SHARE = 10
