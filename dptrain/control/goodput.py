@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dptrain.control.base import Decision, Measurement
-from dptrain.control.noise_law import ProgressLaw, noise_text
+from dptrain.control.noise_law import ProgressLaw
 from dptrain.control.progress_rate import MEASURED, CriticalRatio, Gain
 from dptrain.control.step_time_model import StepTimeModel
 
@@ -69,7 +69,7 @@ class GoodputLaw(ProgressLaw):
             return None
         return Decision(
             global_batch_size=best.global_batch_size,
-            reason=f"{noise_text(measurement.noise_scale)}; timing {best.global_batch_size}: {why}",
+            reason=f"noise scale {measurement.noise_scale}; timing {best.global_batch_size}: {why}",
         )
 
 

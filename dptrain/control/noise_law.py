@@ -10,7 +10,6 @@ from typing import ClassVar
 
 from dptrain.control.base import Controller, Decision, Measurement, State
 from dptrain.control.progress_rate import EXACTLY_1, CriticalRatio, Gain, gain, quantiles
-from dptrain.noise import NoiseScale
 
 _Z = 1.0
 """Standard deviations of the lower confidence bound. Tuned on: the six cases of decision 2, where 1.5 arrives 1.6 times
@@ -82,8 +81,8 @@ class ProgressLaw(Controller):
         """Return the batch that the measurement asks for, without memory."""
         present, phi = measurement.global_batch_size, measurement.noise_scale
         lower, upper = phi.bounds(_Z)
-        if not upper >= lower or (lower <= 0 and math.isinf(upper)):
-            return keep(present, "noise scale not resolved yet")
+        if not (0 < lower < math.inf or upper < math.inf):
+            return keep(present, f"noise scale {phi}")
         if missing := self.unmeasured(present, measurement):
             return keep(present, missing)
         if gains := self.gains(measurement):
@@ -100,15 +99,15 @@ class ProgressLaw(Controller):
         present, phi = measurement.global_batch_size, measurement.noise_scale
         surest = max(gains.values(), key=lambda each: each.lower(_Z))
         if surest.lower(_Z) > self.min_gain:
-            return Decision(global_batch_size=surest.global_batch_size, reason=f"{noise_text(phi)}; {_text(surest)}")
+            return Decision(global_batch_size=surest.global_batch_size, reason=f"noise scale {phi}; {_text(surest)}")
         double = gains.get(2 * present)
         if math.isinf(phi.bounds(_Z)[1]) and double is not None and double.mean > self.min_gain:
-            reason = f"{noise_text(phi)}, no upper bound yet; {_text(double)} expected"
+            reason = f"noise scale {phi}, no upper bound yet; {_text(double)} expected"
             return Decision(global_batch_size=double.global_batch_size, reason=reason)
         if tried := self.exploration(gains, measurement):
             return tried
         best = max(gains.values(), key=lambda each: each.mean)
-        return keep(present, f"{noise_text(phi)}; {_text(best)} at best")
+        return keep(present, f"noise scale {phi}; {_text(best)} at best")
 
     def gains(self, measurement: Measurement) -> dict[int, Gain]:
         """Return what each other batch that one decision may move to gains."""
@@ -131,13 +130,6 @@ class ProgressLaw(Controller):
 def keep(batch: int, why: str) -> Decision:
     """Return the decision to stay at a batch."""
     return Decision(global_batch_size=batch, reason=f"kept: {why}")
-
-
-def noise_text(noise_scale: NoiseScale) -> str:
-    """Return what is known of a noise scale: "noise scale 83 [75, 87]", at the level of its interval."""
-    if noise_scale.value is not None:
-        return f"noise scale {noise_scale.value:.3g} [{noise_scale.lower:.3g}, {noise_scale.upper:.3g}]"
-    return f"noise scale at least {noise_scale.lower:.3g}" if noise_scale.lower > 0 else "noise scale not resolved yet"
 
 
 def _text(found: Gain) -> str:

@@ -36,4 +36,7 @@ class OnGrid(Controller):
         batch = self.grid.nearest(asked.global_batch_size)
         if batch == asked.global_batch_size:
             return state, replace(asked, global_batch_size=batch)  # whole, where the law's number may be a float
-        return state, Decision(global_batch_size=batch, reason=f"{asked.reason}; nearest on the batch grid: {batch}")
+        # A law that keeps a batch does not know that it runs no more, after bounds or replicas have changed.
+        is_kept = asked.global_batch_size == measurement.global_batch_size
+        why = f"{asked.global_batch_size} does not run any more" if is_kept else asked.reason
+        return state, Decision(global_batch_size=batch, reason=f"{why}; nearest on the batch grid: {batch}")
