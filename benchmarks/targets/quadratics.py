@@ -14,17 +14,17 @@ from dptrain.batch import BatchPlan
 from dptrain.control import (
     RULES,
     BatchSizeGrid,
-    Constant,
     Controller,
     CriticalRatio,
-    GoodputLaw,
     Measurement,
-    NoiseLaw,
     OnGrid,
     StepTimeModel,
     StepTimes,
 )
+from dptrain.control.goodput import GoodputLaw
 from dptrain.control.learning_rate import RuleName
+from dptrain.control.noise_law import NoiseLaw
+from dptrain.control.schedule import Constant
 from dptrain.noise import (
     MomentSums,
     NoiseScale,

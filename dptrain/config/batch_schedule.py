@@ -6,8 +6,7 @@ import re
 from collections.abc import Callable
 from itertools import pairwise
 
-from dptrain.control import Schedule
-from dptrain.control.schedule import Stage
+from dptrain.control.schedule import Schedule, Stage
 from dptrain.errors import ConfigError
 
 _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}

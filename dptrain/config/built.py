@@ -9,19 +9,14 @@ from dptrain.config.batch_schedule import batch_schedule
 from dptrain.config.filled_in import given, largest_micro_batch_size
 from dptrain.config.learning_rate_schedule import FunctionSchedule, LearningRateSchedule, StaircaseSchedule
 from dptrain.config.train_config import TrainConfig
-from dptrain.control import (
-    BatchSizeGrid,
-    Constant,
-    Controller,
-    CriticalRatio,
-    GoodputLaw,
-    NoiseLaw,
-    OnGrid,
-)
+from dptrain.control import BatchSizeGrid, Controller, CriticalRatio, OnGrid
 from dptrain.control.batch_scaling import Betas, adam_betas, weight_decay_factor
 from dptrain.control.contrib.kaplan import KaplanLaw
 from dptrain.control.contrib.pollux import PolluxLaw
 from dptrain.control.contrib.seesaw import SeesawLaw
+from dptrain.control.goodput import GoodputLaw
+from dptrain.control.noise_law import NoiseLaw
+from dptrain.control.schedule import Constant
 from dptrain.data import choose_micro_batch_size
 from dptrain.exchange.kinds import no_noise_scale
 from dptrain.noise import Smoothing

@@ -109,7 +109,8 @@ def _as_saved(settings: Group, saved: Mapping[str, Any]) -> Group:
 
 def _scheduled_batches(control: ControlConfig) -> list[int]:
     """Return the batches of a schedule in their order; none for another law."""
-    return [] if control.schedule is None else list(batch_schedule(control.schedule).batches)
+    stages = () if control.schedule is None else batch_schedule(control.schedule).stages
+    return [batch for stage in stages for batch in (stage.batch, stage.ramp_to) if batch is not None]
 
 
 def _suggested_batch(suggested: int, world_size: int) -> int:

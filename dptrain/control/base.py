@@ -48,8 +48,7 @@ class Decision:
     reason: str
 
     def __post_init__(self) -> None:
-        assert math.isfinite(self.global_batch_size), f"a law asked for a batch of {self.global_batch_size}"
-        assert self.global_batch_size > 0, f"a law asked for a batch of {self.global_batch_size}"
+        assert 0 < self.global_batch_size < math.inf, f"a law asked for a batch of {self.global_batch_size}"
 
 
 @dataclass(frozen=True, kw_only=True)

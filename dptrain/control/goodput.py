@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dptrain.control.base import Decision, Measurement
+from dptrain.control.base import Measurement
 from dptrain.control.noise_law import ProgressLaw
 from dptrain.control.progress_rate import MEASURED, CriticalRatio, Gain
 from dptrain.control.step_time_model import StepTimeModel
@@ -52,25 +52,19 @@ class GoodputLaw(ProgressLaw):
         is_timed = model is not None and present in model.timed_batches
         return None if is_timed else f"step time of {present} not measured yet"
 
-    def exploration(self, gains: Mapping[int, Gain], measurement: Measurement) -> Decision | None:
+    def exploration(self, gains: Mapping[int, Gain], measurement: Measurement) -> tuple[int, str] | None:
         """Return a neighbour that was not timed lately, where it may well be faster or nothing else was timed."""
         present, model = measurement.global_batch_size, _model(measurement)
         # By age and not by deviation: where times scatter no number of tries would bring that down.
-        near = [g for b, g in gains.items() if b not in model.recent_batches and present / 2 <= b <= 2 * present]
-        if not near:
+        near = (g for b, g in gains.items() if b not in model.recent_batches and present / 2 <= b <= 2 * present)
+        best = max(near, key=_hoped, default=None)
+        if best is None or (model.is_split_known and _hoped(best) <= self.min_gain):
             return None
-        best = max(near, key=_hoped)
+        why = f"only {present} was timed so far"
         if _hoped(best) > self.min_gain:
             when = "lately" if best.global_batch_size in model.timed_batches else "yet"
             why = f"its step time was not measured {when}, up to {math.expm1(_hoped(best)):+.0%} progress per second"
-        elif not model.is_split_known:
-            why = f"only {present} was timed so far"
-        else:
-            return None
-        return Decision(
-            global_batch_size=best.global_batch_size,
-            reason=f"noise scale {measurement.noise_scale}; timing {best.global_batch_size}: {why}",
-        )
+        return best.global_batch_size, f"timing {best.global_batch_size}: {why}"
 
 
 def _hoped(found: Gain) -> float:

@@ -61,10 +61,10 @@ def square_root(_noise_scale: NoiseScale, /, *, batch: float, reference_batch: f
     return math.sqrt(batch / reference_batch)
 
 
-def _mean(noise_scale: NoiseScale, factor: Callable[[float], float]) -> float:
+def _mean(noise_scale: NoiseScale, factor: Callable[..., float], **batches: float) -> float:
     """Return the mean of a factor over what is known of φ; before anything is, that of its two limits."""
     phis = quantiles(noise_scale)
-    return math.fsum(map(factor, phis)) / len(phis)
+    return math.fsum(factor(phi, **batches) for phi in phis) / len(phis)
 
 
 def gain(noise_scale: NoiseScale, /, *, batch: float, reference_batch: float) -> float:
@@ -72,7 +72,7 @@ def gain(noise_scale: NoiseScale, /, *, batch: float, reference_batch: float) ->
 
     Assumes SGD with a rate tuned at B0; linear far below the noise scale φ, level far above.
     """
-    return _mean(noise_scale, lambda phi: closed_form.gain(phi, batch=batch, reference_batch=reference_batch))
+    return _mean(noise_scale, closed_form.gain, batch=batch, reference_batch=reference_batch)
 
 
 def root_gain(noise_scale: NoiseScale, /, *, batch: float, reference_batch: float) -> float:
@@ -81,9 +81,8 @@ def root_gain(noise_scale: NoiseScale, /, *, batch: float, reference_batch: floa
     As the square root below the noise scale, for the same reason, and level above it, where larger batches have no
     noise left to average away and a rate that went on rising would come to the largest that the loss stands.
     """
-    return _mean(
-        noise_scale, lambda phi: math.sqrt(closed_form.gain(phi, batch=batch, reference_batch=reference_batch))
-    )
+    batches = {"batch": batch, "reference_batch": reference_batch}
+    return _mean(noise_scale, lambda phi: math.sqrt(closed_form.gain(phi, **batches)))
 
 
 def noise(noise_scale: NoiseScale, /, *, batch: float, reference_batch: float) -> float:  # noqa: ARG001 - a rule's form
@@ -92,7 +91,7 @@ def noise(noise_scale: NoiseScale, /, *, batch: float, reference_batch: float) -
     The base rate is ε_max here, the largest that the loss stands without noise, and no reference batch enters.
     Assumes SGD and a curvature that is alike in all directions. Before anything is known it is ½.
     """
-    return _mean(noise_scale, lambda phi: closed_form.learning_rate_share(phi, batch=batch))
+    return _mean(noise_scale, closed_form.learning_rate_share, batch=batch)
 
 
 def surge(noise_scale: NoiseScale, /, *, batch: float, reference_batch: float) -> float:
@@ -102,10 +101,8 @@ def surge(noise_scale: NoiseScale, /, *, batch: float, reference_batch: float) -
     is the one tuned at B0, as for `gain`; the maximum, at B = φ, need not be known. Assumes updates by
     the sign of a Gaussian gradient, which stands for Adam.
     """
-    root = math.sqrt(batch / reference_batch)
-    return root * _mean(
-        noise_scale, lambda phi: closed_form.efficiency(phi, batch=batch, reference_batch=reference_batch)
-    )
+    efficiency = _mean(noise_scale, closed_form.efficiency, batch=batch, reference_batch=reference_batch)
+    return math.sqrt(batch / reference_batch) * efficiency
 
 
 RuleName = Literal["none", "linear", "square_root", "gain", "root_gain", "noise", "surge"]

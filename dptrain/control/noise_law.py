@@ -62,8 +62,8 @@ class ProgressLaw(Controller):
         """Return what the law must know and does not yet; None where all is known."""
         return None
 
-    def exploration(self, gains: Mapping[int, Gain], measurement: Measurement) -> Decision | None:  # noqa: ARG002
-        """Return a batch to try for what it would tell; None where nothing is worth it."""
+    def exploration(self, gains: Mapping[int, Gain], measurement: Measurement) -> tuple[int, str] | None:  # noqa: ARG002
+        """Return a batch to try for what it would tell, and why in words; None where nothing is worth it."""
         return None
 
     def update(self, state: State, measurement: Measurement) -> tuple[SinceChange, Decision]:
@@ -86,28 +86,27 @@ class ProgressLaw(Controller):
         if missing := self.unmeasured(present, measurement):
             return keep(present, missing)
         if gains := self.gains(measurement):
-            return self._best(gains, measurement)
-        warming_up = measurement.samples_seen < self.no_decrease_samples
-        why = (
-            f"no decrease during warm-up ({self.no_decrease_samples:,} samples)"
-            if warming_up
-            else "no other batch runs"
-        )
-        return keep(present, why)
+            batch, why = self._best(gains, measurement)
+            kept = "kept: " if batch == present else ""
+            return Decision(global_batch_size=batch, reason=f"{kept}noise scale {phi}; {why}")
+        if measurement.samples_seen < self.no_decrease_samples:
+            return keep(present, f"no decrease during warm-up ({self.no_decrease_samples:,} samples)")
+        return keep(present, "no other batch runs")
 
-    def _best(self, gains: Mapping[int, Gain], measurement: Measurement) -> Decision:
-        present, phi = measurement.global_batch_size, measurement.noise_scale
+    def _best(self, gains: Mapping[int, Gain], measurement: Measurement) -> tuple[int, str]:
+        """Return the batch, and why in words."""
+        present = measurement.global_batch_size
         surest = max(gains.values(), key=lambda each: each.lower(_Z))
         if surest.lower(_Z) > self.min_gain:
-            return Decision(global_batch_size=surest.global_batch_size, reason=f"noise scale {phi}; {_text(surest)}")
+            return surest.global_batch_size, str(surest)
         double = gains.get(2 * present)
-        if math.isinf(phi.bounds(_Z)[1]) and double is not None and double.mean > self.min_gain:
-            reason = f"noise scale {phi}, no upper bound yet; {_text(double)} expected"
-            return Decision(global_batch_size=double.global_batch_size, reason=reason)
+        is_open = math.isinf(measurement.noise_scale.bounds(_Z)[1])
+        if is_open and double is not None and double.mean > self.min_gain:
+            return double.global_batch_size, f"no upper bound yet; {double} expected"
         if tried := self.exploration(gains, measurement):
             return tried
         best = max(gains.values(), key=lambda each: each.mean)
-        return keep(present, f"noise scale {phi}; {_text(best)} at best")
+        return present, f"{best} at best"
 
     def gains(self, measurement: Measurement) -> dict[int, Gain]:
         """Return what each other batch that one decision may move to gains."""
@@ -130,12 +129,6 @@ class ProgressLaw(Controller):
 def keep(batch: int, why: str) -> Decision:
     """Return the decision to stay at a batch."""
     return Decision(global_batch_size=batch, reason=f"kept: {why}")
-
-
-def _text(found: Gain) -> str:
-    """Return a gain for people: "256 makes 12 % ±4 % more progress per second"."""
-    sd = math.hypot(found.noise_sd, found.time_sd)
-    return f"{found.global_batch_size}: {math.expm1(found.mean):+.0%} ±{sd:.0%} progress per second"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,7 @@ from statistics import NormalDist
 from dptrain.noise import NoiseScale
 
 _PAIRS = 5
-_NORMAL = NormalDist()
-_Z = tuple(_NORMAL.inv_cdf(1 - (i + 0.5) / (2 * _PAIRS)) for i in range(_PAIRS))
+_Z = tuple(NormalDist().inv_cdf(1 - (i + 0.5) / (2 * _PAIRS)) for i in range(_PAIRS))
 """Standard errors of ten values of φ of equal probability. The moments of a logarithm that lies between 0 and
 the log of the ratio of the two batches change by less than 0.01 with twice as many."""
 
@@ -61,6 +60,10 @@ class Gain:
     def lower(self, z: float) -> float:
         """Return the lower confidence bound at `z` standard deviations."""
         return self.mean - z * math.hypot(self.noise_sd, self.time_sd)
+
+    def __str__(self) -> str:
+        sd = math.hypot(self.noise_sd, self.time_sd)
+        return f"{self.global_batch_size}: {math.expm1(self.mean):+.0%} ±{sd:.0%} progress per second"
 
 
 @lru_cache(maxsize=8)

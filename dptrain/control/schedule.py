@@ -55,11 +55,6 @@ class Schedule(Law):
     def __post_init__(self) -> None:
         assert self.stages[0].start == 0, f"a run begins before its first stage {self.stages[0]}"
 
-    @property
-    def batches(self) -> tuple[int, ...]:
-        """All batches that are written in it, in their order."""
-        return tuple(batch for stage in self.stages for batch in (stage.batch, stage.ramp_to) if batch is not None)
-
     def decide(self, measurement: Measurement) -> Decision:
         """Ask for the batch at this position."""
         seen = measurement.samples_seen

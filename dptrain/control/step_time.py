@@ -73,11 +73,6 @@ class TimedShape:
         return replace(self, seconds=kept[-_MOST_SECONDS:], stride=stride, num_since=0, latest=latest)
 
     @property
-    def is_settled(self) -> bool:
-        """Whether enough steps of it were timed."""
-        return len(self.seconds) >= _FEWEST_SECONDS
-
-    @property
     def median_s(self) -> float:
         """The median of its durations but for the slowest two."""
         return median(sorted(self.seconds)[:-_SLOWEST_LEFT_OUT])
@@ -110,7 +105,9 @@ class StepTimes:
         known = next((entry for entry in self.shapes if entry.shape == shape), None)
         if known is None:
             to_skip = _SKIPPED_OF_A_CHANGE if self.shapes else _SKIPPED_OF_A_PROCESS
-            known = TimedShape(shape=shape, predicted_s=self._prediction(shape), to_skip=to_skip)
+            model = self._model(shape.world_size)
+            predicted_s = model.seconds(shape) if model is not None and model.is_split_known else None
+            known = TimedShape(shape=shape, predicted_s=predicted_s, to_skip=to_skip)
         elif known is not self.shapes[-1]:
             known = replace(known, to_skip=max(known.to_skip, _SKIPPED_OF_A_CHANGE))
         others = (entry for entry in self.shapes if entry.shape != shape)
@@ -149,12 +146,9 @@ class StepTimes:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"not a record of step times: {error!r} is missing or wrong") from error
 
-    def _prediction(self, shape: BatchPlan) -> float | None:
-        model = self._model(shape.world_size)
-        return model.seconds(shape) if model is not None and model.is_split_known else None
-
     def _model(self, world_size: int) -> StepTimeModel | None:
-        settled = [entry for entry in self.shapes if entry.is_settled and entry.shape.world_size == world_size]
+        present = (entry for entry in self.shapes if entry.shape.world_size == world_size)
+        settled = [entry for entry in present if len(entry.seconds) >= _FEWEST_SECONDS]
         if not settled:
             return None
         errors = [abs(entry.predicted_s / entry.median_s - 1) for entry in settled if entry.predicted_s is not None]

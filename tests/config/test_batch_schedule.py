@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dptrain.config.batch_schedule import batch_schedule
-from dptrain.control import Schedule
-from dptrain.control.schedule import Stage
+from dptrain.control.schedule import Schedule, Stage
 from dptrain.errors import ConfigError
 
 

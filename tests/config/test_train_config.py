@@ -9,7 +9,9 @@ import pytest
 
 from dptrain.config.built import controller, learning_rate_schedule, micro_batch_size
 from dptrain.config.filled_in import as_saved, filled_in
-from dptrain.control import Constant, GoodputLaw, Measurement
+from dptrain.control import Measurement
+from dptrain.control.goodput import GoodputLaw
+from dptrain.control.schedule import Constant
 from dptrain.errors import ConfigError
 from dptrain.noise import MomentSums, noise_scale, smoothed
 from dptrain.tasks import Suggestion

@@ -5,9 +5,10 @@ from dataclasses import asdict
 
 import pytest
 
-from dptrain.control import BatchSizeGrid, Constant, Measurement, NoiseLaw, OnGrid, Schedule
+from dptrain.control import BatchSizeGrid, Measurement, OnGrid
 from dptrain.control.base import Decision
-from dptrain.control.schedule import Stage
+from dptrain.control.noise_law import NoiseLaw
+from dptrain.control.schedule import Constant, Schedule, Stage
 from dptrain.errors import CheckpointError
 from tests.control.known import Known
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dptrain.batch import BatchPlan
-from dptrain.control import BatchSizeGrid, CriticalRatio, GoodputLaw, Measurement, OnGrid, StepTimeModel
+from dptrain.control import BatchSizeGrid, CriticalRatio, Measurement, OnGrid, StepTimeModel
+from dptrain.control.goodput import GoodputLaw
 from dptrain.control.step_time_model import ShapeTime, fit
 from tests.control.known import AtLeast, Known
 

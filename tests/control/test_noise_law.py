@@ -10,9 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dptrain.batch import BatchPlan
-from dptrain.control import BatchSizeGrid, GoodputLaw, Measurement, NoiseLaw, OnGrid, StepTimeModel, StepTimes
+from dptrain.control import BatchSizeGrid, Measurement, OnGrid, StepTimeModel, StepTimes
 from dptrain.control.contrib.pollux import PolluxLaw
-from dptrain.control.noise_law import SinceChange
+from dptrain.control.goodput import GoodputLaw
+from dptrain.control.noise_law import NoiseLaw, SinceChange
 from dptrain.noise import Resolution, SmoothedMoments, noise_scale
 from tests.control.known import AtLeast, Known, Unknown
 from tests.control.simulated.closed_loop import arrival, closed_loop

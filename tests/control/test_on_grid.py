@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dptrain.control import BatchSizeGrid, Constant, Measurement, NoiseLaw, OnGrid, Schedule
-from dptrain.control.schedule import Stage
+from dptrain.control import BatchSizeGrid, Measurement, OnGrid
+from dptrain.control.noise_law import NoiseLaw
+from dptrain.control.schedule import Constant, Schedule, Stage
 from dptrain.errors import ConfigError
 from tests.control.known import Known
 

@@ -21,7 +21,8 @@ from torch import nn
 
 from dptrain.config.built import controller, learning_rate_schedule, micro_batch_size
 from dptrain.config.filled_in import filled_in
-from dptrain.control import BatchSizeGrid, Measurement, NoiseLaw, OnGrid
+from dptrain.control import BatchSizeGrid, Measurement, OnGrid
+from dptrain.control.noise_law import NoiseLaw
 from dptrain.data import SampleStream, slots
 from dptrain.noise import Moments, MomentSums, Smoothing, noise_scale, smoothed, unbiased_moments
 from dptrain.noise.moments import SquaredNorms

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dptrain.control import BatchSizeGrid, GoodputLaw, Measurement, OnGrid, StepTimeModel
+from dptrain.control import BatchSizeGrid, Measurement, OnGrid, StepTimeModel
 from dptrain.control.contrib.pollux import PolluxLaw
+from dptrain.control.goodput import GoodputLaw
 from dptrain.errors import ConfigError
 from tests.control.known import Known
 
