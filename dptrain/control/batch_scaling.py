@@ -52,9 +52,7 @@ def adam_betas(rule: BetaRuleName, betas: tuple[float, float], *, batch: float, 
         batch: in force, in samples.
         reference_batch: in samples.
     """
-    ratio = batch / reference_batch
-    if rule == "none":
-        return Betas(beta1=betas[0], beta2=betas[1])
+    ratio = 1.0 if rule == "none" else batch / reference_batch
     asked = [1 - ratio * (1 - beta) if rule == "square_root" else beta**ratio for beta in betas]
     beta1 = max(asked[0], min(betas[0], _LOWEST_BETA1))
     beta2 = max(asked[1], min(betas[1], max(_LOWEST_BETA2, beta1**2)))

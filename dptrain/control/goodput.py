@@ -23,7 +23,8 @@ class GoodputLaw(ProgressLaw):
     As the batch grows the micro-batch rises first, up to the largest, and then the accumulation steps do: a
     device that is not full takes more samples for little. How long a batch takes that was never run is a guess from
     the model, and one try of a few steps settles it. So a neighbour whose time is not known is judged by an optimistic
-    one, and while one batch alone was timed, another one is.
+    one, and while one batch alone was timed, another one is. What accumulation costs is not known before it is run:
+    the first batch that needs it is tried where it would gain if a further micro-batch cost its samples alone.
 
     Attributes:
         largest_micro_batch_size: in samples.
@@ -56,19 +57,25 @@ class GoodputLaw(ProgressLaw):
         """Return a neighbour that was not timed lately, where it may well be faster or nothing else was timed."""
         present, model = measurement.global_batch_size, _model(measurement)
         # By age and not by deviation: where times scatter no number of tries would bring that down.
-        near = (g for b, g in gains.items() if b not in model.recent_batches and present / 2 <= b <= 2 * present)
-        best = max(near, key=_hoped, default=None)
-        if best is None or (model.is_split_known and _hoped(best) <= self.min_gain):
+        near = {b for b in gains if b not in model.recent_batches and present / 2 <= b <= 2 * present}
+        hoped, batch = max(((self._hoped(gains[b], model), b) for b in near), default=(-math.inf, present))
+        if hoped > self.min_gain:
+            when = "lately" if batch in model.timed_batches else "yet"
+            why = f"its step time was not measured {when}, up to {math.expm1(hoped):+.0%} progress per second"
+            return batch, f"timing {batch}: {why}"
+        if batch == present or model.is_split_known:
             return None
-        why = f"only {present} was timed so far"
-        if _hoped(best) > self.min_gain:
-            when = "lately" if best.global_batch_size in model.timed_batches else "yet"
-            why = f"its step time was not measured {when}, up to {math.expm1(_hoped(best)):+.0%} progress per second"
-        return best.global_batch_size, f"timing {best.global_batch_size}: {why}"
+        return batch, f"timing {batch}: only {present} was timed so far"
 
-
-def _hoped(found: Gain) -> float:
-    return found.mean - found.noise_sd + _OPTIMISM * found.time_sd
+    def _hoped(self, found: Gain, model: StepTimeModel) -> float:
+        """Return the gain by a step time that is as short as may well be."""
+        optimism = _OPTIMISM * found.time_sd
+        other = self.layout(found.global_batch_size, model.world_size)
+        timed = {self.layout(batch, model.world_size)[1] for batch in model.timed_batches}
+        if model.is_split_known and len(timed) == 1 and other[1] > (only := max(timed)):
+            # Of steps with equally many micro-batches no time says what one costs: at best its samples alone.
+            optimism = max(optimism, model.log_ratio(other, (other[0] * other[1] / only, only))[0])
+        return found.mean - found.noise_sd + optimism
 
 
 def _model(measurement: Measurement) -> StepTimeModel:

@@ -36,7 +36,6 @@ class LearningRateRule(Protocol):
             batch: in force, in samples.
             reference_batch: the batch that the base rate was tuned at, in samples.
         """
-        ...
 
 
 def none(_noise_scale: NoiseScale, /, *, batch: float, reference_batch: float) -> float:  # noqa: ARG001 - a rule's form

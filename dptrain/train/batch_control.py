@@ -43,7 +43,7 @@ class BatchControl:
 
     def limit_micro_batch(self, config: TrainConfig) -> None:
         """Decide with the micro-batch of `config` from now on."""
-        self.adapter.replace_controller(controller(config, world_size=self._world_size))
+        self.adapter.controller = controller(config, world_size=self._world_size)
 
     def follow(self, decisions: Mapping[int, int], *, up_to: int) -> None:
         """Take the decisions that an earlier attempt put on record, in place of those that would be made now.

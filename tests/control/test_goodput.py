@@ -2,11 +2,12 @@
 
 import math
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dptrain.batch import BatchPlan
-from dptrain.control import BatchSizeGrid, CriticalRatio, Measurement, OnGrid, StepTimeModel
+from dptrain.control import BatchSizeGrid, CriticalRatio, Measurement, OnGrid, StepTimeModel, StepTimes
 from dptrain.control.goodput import GoodputLaw
 from dptrain.control.step_time_model import ShapeTime, fit
 from tests.control.known import AtLeast, Known
@@ -97,6 +98,24 @@ def test_a_neighbour_whose_time_is_not_known_is_tried_once():
     )
     known = model(0.07, 0.001, 0.001, sd=0.01, timed=(32, 64, 128))
     assert decided(law(), Known(80.0, 1.05), batch=64, step_time=known).global_batch_size == 64
+
+
+@pytest.mark.parametrize("per_micro_batch", [0.0, 0.3])
+def test_the_first_batch_that_accumulates_is_tried_where_a_micro_batch_may_cost_nothing(per_micro_batch):
+    """What a second micro-batch costs no step of one says. It is run once, and left where that was a loss."""
+    times = StepTimes()
+    for micro_batch_size, accumulation_steps in ((8, 1), (16, 1), (32, 1), (32, 2)):
+        shape = BatchPlan(micro_batch_size=micro_batch_size, accumulation_steps=accumulation_steps, world_size=1)
+        for _ in range(10):
+            times = times.timed(
+                shape, 0.3 + per_micro_batch * (accumulation_steps - 1) + 3e-5 * shape.global_batch_size
+            )
+        if shape.global_batch_size == 32:
+            tried = decided(law(), Known(12.0, 1.05), batch=32, step_time=times.model())
+    assert tried.global_batch_size == 64
+    assert "timing 64: its step time was not measured yet" in tried.reason
+    after = decided(law(), Known(12.0, 1.05), batch=64, step_time=times.model())
+    assert (after.global_batch_size == 32) == (per_micro_batch > 0)
 
 
 def test_a_second_batch_is_timed():
