@@ -17,7 +17,7 @@ from rich.console import Console
 
 from benchmarks import harness
 from benchmarks.plan.timed_runs import Took, took, train
-from dptrain.control import StepShape
+from dptrain.batch import BatchPlan
 from dptrain.errors import ConfigError
 from dptrain.explain.model.hardware.devices import devices
 from dptrain.explain.model.planner import Planner, Point
@@ -210,7 +210,7 @@ def default_targets(whole: RunRecord) -> list[str]:
         steps = np.interp(at, [row[SAMPLES] for row in whole.train], [row["step"] for row in whole.train])
         micro = int(part.train[-1]["batch/micro"])
         passes = max(1, round(at / steps / (micro * _REPLICAS)))
-        shape = StepShape(micro_batch_size=micro, accumulation_steps=passes, world_size=_REPLICAS)
+        shape = BatchPlan(micro_batch_size=micro, accumulation_steps=passes, world_size=_REPLICAS)
         low, high = planner.at(shape).samples_range
         found.append("inside" if low <= at <= high else "outside")
     return found
@@ -273,7 +273,7 @@ def _begun(case: Case) -> dict[str, str]:
     }
 
 
-def _fixed(case: Case, shape: StepShape) -> dict[str, str]:
+def _fixed(case: Case, shape: BatchPlan) -> dict[str, str]:
     """Return the settings of a run of one batch: the rate by the default's rule, the root of the batch."""
     suggestion = resolve_task(case.task).suggestion
     rate = suggestion.learning_rate * math.sqrt(shape.global_batch_size / suggestion.global_batch_size)
@@ -297,12 +297,12 @@ def _common(case: Case) -> dict[str, str]:
     }
 
 
-def _layout(case: Case, begun: RunRecord, *, batch: int, replicas: int) -> StepShape:
+def _layout(case: Case, begun: RunRecord, *, batch: int, replicas: int) -> BatchPlan:
     """Return how a batch is cut: into the micro-batches of the run, at least two in a step."""
     largest = int(max(row["batch/micro"] for row in begun.train))
     micro = min(largest, batch // 2, batch // replicas)
     assert batch % (micro * replicas) == 0, f"{case.task}: {batch} cannot be cut into {micro} on {replicas}"
-    return StepShape(micro_batch_size=micro, accumulation_steps=batch // (micro * replicas), world_size=replicas)
+    return BatchPlan(micro_batch_size=micro, accumulation_steps=batch // (micro * replicas), world_size=replicas)
 
 
 def page(found: harness.Findings, *, case: Case) -> str:

@@ -10,21 +10,21 @@ from typing import Protocol
 import numpy as np
 
 from benchmarks.frontier.curves import DampedQuadratic, noisy_quadratic_steps
+from dptrain.batch import BatchPlan
 from dptrain.control import (
     RULES,
-    Constant,
+    BatchSizeGrid,
     Controller,
     CriticalRatio,
-    GoodputLaw,
-    Limits,
     Measurement,
-    NoiseLaw,
-    StepShape,
+    OnGrid,
     StepTimeModel,
     StepTimes,
-    limited,
 )
+from dptrain.control.goodput import GoodputLaw
 from dptrain.control.learning_rate import RuleName
+from dptrain.control.noise_law import NoiseLaw
+from dptrain.control.schedule import Constant
 from dptrain.noise import (
     MomentSums,
     NoiseScale,
@@ -279,14 +279,14 @@ def law_of(exchange_rate: float, *, powers_of_two: bool = False, goodput: bool =
             min_gain=least,
             cool_down=cool_down,
         )
-    return limited(law, quantum=_WORLD_SIZE, limits=Limits(largest=_LARGEST_BATCH), powers_of_two=powers_of_two)
+    return OnGrid(law, BatchSizeGrid(quantum=_WORLD_SIZE, largest=_LARGEST_BATCH, powers_of_two=powers_of_two))
 
 
 def timed(exchange_rate: float) -> StepTimeModel:
     """Return the model of step times that a run fits where a step of B samples takes `exchange_rate` + B."""
     times = StepTimes()
     for batch in FIXED_BATCHES:
-        shape = StepShape(micro_batch_size=batch // _WORLD_SIZE, accumulation_steps=1, world_size=_WORLD_SIZE)
+        shape = BatchPlan(micro_batch_size=batch // _WORLD_SIZE, accumulation_steps=1, world_size=_WORLD_SIZE)
         for _ in range(_TIMED_STEPS):
             times = times.timed(shape, exchange_rate + batch)
     model = times.model()

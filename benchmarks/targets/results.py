@@ -12,7 +12,8 @@ import numpy as np
 
 from benchmarks.targets.benchmark_case import BenchmarkCase, Search
 from benchmarks.targets.timed_run import WORLD_SIZE, Finish, Mark
-from dptrain.control import StepShape, StepTimes
+from dptrain.batch import BatchPlan
+from dptrain.control import StepTimes
 from dptrain.explain.model.adaptive import adaptive_side
 from dptrain.explain.model.frontier import Frontier, Point, fit_frontier
 
@@ -209,8 +210,8 @@ def _predicted(unseen: tuple[int, int], typical: Mapping[tuple[int, int], float]
     return math.inf if model is None else model.seconds(_shape(unseen))
 
 
-def _shape(shape: tuple[int, int]) -> StepShape:
-    return StepShape(micro_batch_size=shape[0], accumulation_steps=shape[1], world_size=WORLD_SIZE)
+def _shape(shape: tuple[int, int]) -> BatchPlan:
+    return BatchPlan(micro_batch_size=shape[0], accumulation_steps=shape[1], world_size=WORLD_SIZE)
 
 
 def loss_gaps(outcome: Outcome) -> list[float]:

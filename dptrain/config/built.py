@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
+from dptrain.config.batch_schedule import batch_schedule
 from dptrain.config.filled_in import given, largest_micro_batch_size
+from dptrain.config.learning_rate_schedule import FunctionSchedule, LearningRateSchedule, StaircaseSchedule
 from dptrain.config.train_config import TrainConfig
-from dptrain.control import (
-    Betas,
-    Constant,
-    Controller,
-    CriticalRatio,
-    GoodputLaw,
-    KaplanLaw,
-    LearningRateSchedule,
-    Limits,
-    NoiseLaw,
-    PolluxLaw,
-    Schedule,
-    SeesawLaw,
-    StaircaseSchedule,
-    adam_betas,
-    limited,
-    weight_decay_factor,
-)
+from dptrain.control import BatchSizeGrid, Controller, CriticalRatio, OnGrid
+from dptrain.control.batch_scaling import Betas, adam_betas, weight_decay_factor
+from dptrain.control.contrib.kaplan import KaplanLaw
+from dptrain.control.contrib.pollux import PolluxLaw
+from dptrain.control.contrib.seesaw import SeesawLaw
+from dptrain.control.goodput import GoodputLaw
+from dptrain.control.noise_law import NoiseLaw
+from dptrain.control.schedule import Constant
 from dptrain.data import choose_micro_batch_size
-from dptrain.errors import ConfigError
 from dptrain.exchange.kinds import no_noise_scale
 from dptrain.noise import Smoothing
 from dptrain.observe.measurement_interval import MeasurementInterval, NeverMeasured
@@ -62,9 +50,13 @@ def controller(config: TrainConfig, *, world_size: int | None = None, quantum: i
     if control.law == "constant":
         return law
     powers_of_two = control.law != "schedule"
-    limits = Limits(smallest=control.smallest, largest=given(control.largest))
-    quantum = quantum or (_quantum(batch, replicas) if powers_of_two else replicas)
-    return limited(law, quantum=quantum, limits=limits, powers_of_two=powers_of_two)
+    grid = BatchSizeGrid(
+        quantum=quantum or (_quantum(batch, replicas) if powers_of_two else replicas),
+        smallest=given(control.smallest),
+        largest=given(control.largest),
+        powers_of_two=powers_of_two,
+    )
+    return OnGrid(law, grid)
 
 
 def _quantum(batch: int, replicas: int) -> int:
@@ -78,9 +70,9 @@ def _law(config: TrainConfig, *, world_size: int) -> Controller:
     if control.law == "constant":
         return Constant(global_batch_size=batch)
     if control.law == "schedule":
-        return Schedule.parse(given(control.schedule))
+        return batch_schedule(given(control.schedule))
     if control.law == "seesaw":
-        return SeesawLaw(staircase=StaircaseSchedule(schedule=_schedule(config)), first=batch)
+        return SeesawLaw(halvings=StaircaseSchedule(schedule=_schedule(config)).halvings, first=batch)
     if control.law == "kaplan":
         return KaplanLaw(**control.law_options)
     if control.law == "noise":
@@ -99,32 +91,6 @@ def _law(config: TrainConfig, *, world_size: int) -> Controller:
         min_gain=control.min_gain,
         no_decrease_samples=given(config.optimizer.warmup_samples),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FunctionSchedule:
-    """A user's function as a schedule.
-
-    Attributes:
-        function: (samples seen, samples of the run) → factor on the base rate.
-        max_samples: samples of the run.
-        name: as the user wrote it.
-    """
-
-    function: Callable[[int, int], float]
-    max_samples: int
-    name: str
-
-    def factor(self, samples_seen: int) -> float:
-        """Return the factor for the step that ends at a position.
-
-        Raises:
-            ConfigError: where the function gives no number of at least 0.
-        """
-        value = self.function(samples_seen, self.max_samples)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ConfigError(f"{self.name} must return a number of at least 0, got {value!r} at {samples_seen}")
-        return float(value)
 
 
 def learning_rate_schedule(config: TrainConfig) -> LearningRateSchedule | StaircaseSchedule | FunctionSchedule:

@@ -7,9 +7,11 @@ from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dptrain.batch import BatchPlan
+from dptrain.config.batch_schedule import batch_schedule
+from dptrain.config.scaling_rules import DEFAULT_RATE_RULE, PER_SAMPLE
 from dptrain.config.tokens import check_in_samples
 from dptrain.config.train_config import OptimizerConfig, TrainConfig, optimizer_family
-from dptrain.control import DEFAULT_RATE_RULE, PER_SAMPLE, CriticalRatio, RuleName, Schedule
+from dptrain.control import CriticalRatio, RuleName
 from dptrain.control.settings import ControlConfig
 from dptrain.data import choose_micro_batch_size
 from dptrain.tasks.base import Suggestion
@@ -107,7 +109,8 @@ def _as_saved(settings: Group, saved: Mapping[str, Any]) -> Group:
 
 def _scheduled_batches(control: ControlConfig) -> list[int]:
     """Return the batches of a schedule in their order; none for another law."""
-    return [] if control.schedule is None else list(Schedule.parse(control.schedule).batches)
+    stages = () if control.schedule is None else batch_schedule(control.schedule).stages
+    return [batch for stage in stages for batch in (stage.batch, stage.ramp_to) if batch is not None]
 
 
 def _suggested_batch(suggested: int, world_size: int) -> int:

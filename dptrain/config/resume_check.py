@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from dptrain.config.learning_rate_schedule import DECAY_FRACTION
 from dptrain.config.train_config import TrainConfig
 from dptrain.config.validation import leaves
-from dptrain.control.learning_rate import DECAY_FRACTION
 from dptrain.errors import ConfigError
 
 _FREE = ("run_dir", "log", "checkpoint", "num_workers", "device", "replica_check_every_steps", "micro_batch_size")

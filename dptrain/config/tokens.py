@@ -6,11 +6,11 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dptrain.control import Schedule
+from dptrain.config.batch_schedule import converted
 from dptrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from _typeshed import DataclassInstance
 
@@ -73,7 +73,7 @@ def in_samples(config: Config, *, tokens_per_sample: int | None, task: str) -> C
         group, _, field = name.rpartition(".")
         counterpart = _IN_SAMPLES[name].rpartition(".")[2]
         rounded = partial(_rounded, tokens_per_sample=tokens_per_sample)
-        changes = {field: None, counterpart: _schedule(tokens, rounded) if isinstance(tokens, str) else rounded(tokens)}
+        changes = {field: None, counterpart: converted(tokens, rounded) if isinstance(tokens, str) else rounded(tokens)}
         config = replace(config, **({group: replace(getattr(config, group), **changes)} if group else changes))
     return config
 
@@ -81,15 +81,6 @@ def in_samples(config: Config, *, tokens_per_sample: int | None, task: str) -> C
 def _rounded(tokens: int, *, tokens_per_sample: int) -> int:
     # A warm-up, or the beginning of a schedule, may be none at all.
     return max(min(tokens, 1), (2 * tokens + tokens_per_sample) // (2 * tokens_per_sample))
-
-
-def _schedule(text: str, rounded: Callable[[int], int]) -> str:
-    """Return a schedule of batches with its positions and batches in samples."""
-    stages = []
-    for start, batch, ramp_to in Schedule.parse(text).stages:
-        ramp = "" if ramp_to is None else f"..{rounded(ramp_to)}"
-        stages.append(f"{rounded(start)}:{rounded(batch)}{ramp}")
-    return " ".join(stages)
 
 
 def _given(config: DataclassInstance) -> Iterator[tuple[str, int | str]]:

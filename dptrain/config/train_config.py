@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dptrain.checkpoint.settings import CheckpointConfig
+from dptrain.config.batch_schedule import batch_schedule
 from dptrain.config.exchange_check import check_exchange
 from dptrain.config.execution import ExecutionConfig
+from dptrain.config.scaling_rules import DEFAULT_RATE_RULE, PER_SAMPLE, check_scaling
 from dptrain.config.tokens import check_units
 from dptrain.config.validation import check_ranges, check_types
-from dptrain.control import DEFAULT_RATE_RULE, PER_SAMPLE, Schedule, check_scaling
 from dptrain.control.settings import ControlConfig
 from dptrain.errors import ConfigError
 from dptrain.exchange.settings import ExchangeConfig
@@ -328,7 +329,7 @@ def _check_law(config: TrainConfig) -> None:
         )
     for written in (control.schedule, control.schedule_tokens):
         if written is not None:
-            Schedule.parse(written)
+            batch_schedule(written)
 
 
 def _check_law_options(control: ControlConfig) -> None:

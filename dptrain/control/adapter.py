@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from dptrain.control.base import Controller, Measurement, state_to_json
+from dptrain.control.base import Controller, Measurement
 from dptrain.control.learning_rate import LearningRateRule
 from dptrain.noise import NoiseScale
 
@@ -30,13 +30,13 @@ class Adapter:
     """Asks a controller for the batch after each step, and a rule for the learning rate that goes with it.
 
     Args:
-        controller: within its limits, so that it asks for batches that can run.
+        controller: on its grid, so that it asks for batches that can run; one of the same kind may take its place.
         rule: how the learning rate follows the batch.
         reference_batch_size: batch that the base rate was tuned at, in samples.
     """
 
     def __init__(self, controller: Controller, *, rule: LearningRateRule, reference_batch_size: int) -> None:
-        self._controller = controller
+        self.controller = controller
         self._rule = rule
         self._reference_batch_size = reference_batch_size
         self._state = controller.init()
@@ -58,18 +58,14 @@ class Adapter:
             allowed: from the batch that was asked for to the one that the loop can take: that of a decision on
                 record, or the present one where the loop cannot change just now.
         """
-        self._state, decision = self._controller.update(self._state, measurement)
+        self._state, decision = self.controller.update(self._state, measurement)
         batch = allowed(round(decision.global_batch_size))
         factor = self.learning_rate_factor(measurement.noise_scale, batch=batch)
         return Adapted(global_batch_size=batch, learning_rate_factor=factor, reason=decision.reason)
 
-    def replace_controller(self, controller: Controller) -> None:
-        """Go on with a controller of the same kind whose limits have changed."""
-        self._controller = controller
-
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold, as plain values."""
-        return state_to_json(self._state)
+        return asdict(self._state)
 
     def restore(self, record: Mapping[str, Any]) -> None:
         """Go on from a `state`.
@@ -77,4 +73,4 @@ class Adapter:
         Raises:
             CheckpointError: where it is that of another controller.
         """
-        self._state = self._controller.restore(record)
+        self._state = self.controller.restore(record)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 from dptrain.control.grid import BatchSizeGrid
 from dptrain.control.step_time_model import StepTimeModel
@@ -24,7 +24,7 @@ class Measurement:
         noise_scale: estimate up to now, in samples, with what is known of it.
         step_time: what a step costs; None where it is not measured, or not known yet.
         loss: smoothed training loss, in nats per token for language models; None where it is not given.
-        grid: the batches that run; `limited` adds it.
+        grid: the batches that run; `OnGrid` adds it.
     """
 
     samples_seen: int
@@ -40,7 +40,7 @@ class Decision:
     """The batch to train on with from here, with the reason in words.
 
     Attributes:
-        global_batch_size: in samples. A bare law may ask for a fraction; behind `limited` it is a whole number.
+        global_batch_size: in samples. A bare law may ask for a fraction; behind `OnGrid` it is a whole number.
         reason: one sentence with the numbers that led here, for the log and for people.
     """
 
@@ -48,8 +48,7 @@ class Decision:
     reason: str
 
     def __post_init__(self) -> None:
-        assert math.isfinite(self.global_batch_size), f"a law asked for a batch of {self.global_batch_size}"
-        assert self.global_batch_size > 0, f"a law asked for a batch of {self.global_batch_size}"
+        assert 0 < self.global_batch_size < math.inf, f"a law asked for a batch of {self.global_batch_size}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,50 +56,43 @@ class State:
     """What a controller remembers between decisions: as it stands, nothing. One that remembers derives its own."""
 
 
-def state_to_json(state: State) -> dict[str, Any]:
-    """Return the state as nested plain values; `Controller.restore` makes the same state of them."""
-    return asdict(state)
+class Controller(ABC):
+    """Decides on the global batch: a pure function of (state, measurement), without clock, rank or file.
 
+    Attributes:
+        memory: the record that it remembers from one decision to the next.
+    """
 
-class Controller(Protocol):
-    """Decides on the global batch: a pure function of (state, measurement), without clock, rank or file."""
+    memory: ClassVar[type[State]] = State
 
     def init(self) -> State:
         """Return the state before the first decision."""
-        ...
+        return self.memory()
 
+    @abstractmethod
     def update(self, state: State, measurement: Measurement) -> tuple[State, Decision]:
         """Decide, and return the state for the next decision."""
-        ...
 
     def restore(self, record: Mapping[str, Any]) -> State:
-        """Return the state that `state_to_json` wrote.
+        """Return the state that `asdict` wrote.
 
         Raises:
             CheckpointError: where the record is that of another controller.
         """
-        ...
+        if set(record) != {field.name for field in fields(self.memory)}:
+            raise CheckpointError(
+                f"the saved controller is no {type(self).__name__} (it remembers {', '.join(record) or 'nothing'}): "
+                "resume with the controller settings of the saved run"
+            )
+        return self.memory(**record)
 
 
-class Law(ABC):
+class Law(Controller):
     """A controller that remembers nothing: it only has to `decide`."""
-
-    def init(self) -> State:
-        """Return the empty state."""
-        return State()
 
     def update(self, state: State, measurement: Measurement) -> tuple[State, Decision]:
         """Decide on the measurement alone."""
         return state, self.decide(measurement)
-
-    def restore(self, record: Mapping[str, Any]) -> State:
-        """Return the empty state."""
-        if record:
-            raise CheckpointError(
-                f"the saved controller remembers {', '.join(record)}, which {type(self).__name__} has no use for: "
-                "resume with the controller settings of the saved run"
-            )
-        return State()
 
     @abstractmethod
     def decide(self, measurement: Measurement) -> Decision:

@@ -1,14 +1,9 @@
-"""What follows the batch beside the learning rate: Adam's betas, the weight decay, and the preset that moves all."""
+"""What follows the batch beside the learning rate: Adam's betas and the weight decay."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal
-
-from dptrain.control.learning_rate import RuleName
-from dptrain.errors import ConfigError
 
 BetaRuleName = Literal["none", "square_root", "half_life"]
 """What a user writes to choose how Adam's betas follow the batch."""
@@ -20,13 +15,6 @@ _LOWEST_BETA2 = 0.9
 over five seeds and this floor at 0.048 to 0.064."""
 _LOWEST_BETA1 = 0.8
 """Tuned on: the same runs."""
-_GO_WITH: Mapping[BetaRuleName, tuple[str, ...]] = {
-    "none": ("none", "linear", "square_root", "gain", "root_gain", "noise", "surge"),
-    "square_root": ("square_root", "root_gain"),
-    "half_life": ("none", "square_root", "root_gain", "surge"),
-}
-"""Rate rules that each beta rule goes with. `square_root` is one half of Malladi's rule and needs the other half, the
-root of the batch. `half_life` is for Adam, whose rate does not follow the batch in proportion."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +52,7 @@ def adam_betas(rule: BetaRuleName, betas: tuple[float, float], *, batch: float, 
         batch: in force, in samples.
         reference_batch: in samples.
     """
-    ratio = batch / reference_batch
-    if rule == "none":
-        return Betas(beta1=betas[0], beta2=betas[1])
+    ratio = 1.0 if rule == "none" else batch / reference_batch
     asked = [1 - ratio * (1 - beta) if rule == "square_root" else beta**ratio for beta in betas]
     beta1 = max(asked[0], min(betas[0], _LOWEST_BETA1))
     beta2 = max(asked[1], min(betas[1], max(_LOWEST_BETA2, beta1**2)))
@@ -89,33 +75,3 @@ def weight_decay_factor(rule: DecayRuleName, *, batch: float, reference_batch: f
     if rule == "none" or rate_factor <= 0:
         return 1.0
     return batch / reference_batch / rate_factor
-
-
-DEFAULT_RATE_RULE: Mapping[str, RuleName] = MappingProxyType({"adamw": "root_gain", "sgd": "gain"})
-"""The learning-rate rule where none is chosen, by the optimizer."""
-
-PER_SAMPLE: Mapping[str, Mapping[str, str]] = MappingProxyType(
-    {
-        "adamw": {"rule": "root_gain", "beta_rule": "half_life", "decay_rule": "timescale"},
-        "sgd": {"rule": "gain", "beta_rule": "none", "decay_rule": "timescale"},
-    }
-)
-"""The preset with which training per sample stays the same at each batch, as far as the noise scale allows."""
-
-
-def check_scaling(*, rate: str, betas: BetaRuleName, decay: DecayRuleName) -> None:
-    """Refuse rules that do not go together.
-
-    Raises:
-        ConfigError: for a beta or decay rule that does not belong to the learning-rate rule.
-    """
-    if rate not in _GO_WITH[betas]:
-        raise ConfigError(
-            f"beta_rule={betas} does not go with the learning-rate rule {rate}: it belongs to "
-            f"{' or '.join(_GO_WITH[betas])}"
-        )
-    if decay == "timescale" and rate == "noise":
-        raise ConfigError(
-            "decay_rule=timescale needs a rate tuned at the reference batch, and rule=noise has one for an infinite "
-            "batch: choose gain or root_gain"
-        )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from dptrain.control.base import Decision, Measurement
-from dptrain.control.noise_law import ProgressLaw, noise_text
-from dptrain.control.progress_rate import CriticalRatio, Gain
+from dptrain.control.base import Measurement
+from dptrain.control.noise_law import ProgressLaw
+from dptrain.control.progress_rate import MEASURED, CriticalRatio, Gain
 from dptrain.control.step_time_model import StepTimeModel
-from dptrain.errors import ConfigError
 
 _OPTIMISM = 1.5
 """Standard deviations of the step time by which a batch whose time is not known is taken to be faster. Tuned on: the
@@ -24,28 +23,18 @@ class GoodputLaw(ProgressLaw):
     As the batch grows the micro-batch rises first, up to the largest, and then the accumulation steps do: a
     device that is not full takes more samples for little. How long a batch takes that was never run is a guess from
     the model, and one try of a few steps settles it. So a neighbour whose time is not known is judged by an optimistic
-    one, and while one batch alone was timed, another one is.
+    one, and while one batch alone was timed, another one is. What accumulation costs is not known before it is run:
+    the first batch that needs it is tried where it would gain if a further micro-batch cost its samples alone.
 
     Attributes:
         largest_micro_batch_size: in samples.
         least_accumulation_steps: micro-batches of a replica in a step, however small the batch.
-        critical_ratio: prior of κ, critical batch size over noise scale.
+        critical_ratio: prior of κ.
     """
 
     largest_micro_batch_size: int
     least_accumulation_steps: int = 1
-    critical_ratio: CriticalRatio = field(default_factory=CriticalRatio)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("largest_micro_batch_size", "least_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    @property
-    def prior(self) -> CriticalRatio:
-        """The prior of κ."""
-        return self.critical_ratio
+    critical_ratio: CriticalRatio = MEASURED
 
     def layout(self, batch: float, world_size: int) -> tuple[float, float]:
         """Return micro-batch size and accumulation steps of a global batch, which may lie between those that run."""
@@ -64,29 +53,29 @@ class GoodputLaw(ProgressLaw):
         is_timed = model is not None and present in model.timed_batches
         return None if is_timed else f"step time of {present} not measured yet"
 
-    def exploration(self, gains: Mapping[int, Gain], measurement: Measurement) -> Decision | None:
+    def exploration(self, gains: Mapping[int, Gain], measurement: Measurement) -> tuple[int, str] | None:
         """Return a neighbour that was not timed lately, where it may well be faster or nothing else was timed."""
         present, model = measurement.global_batch_size, _model(measurement)
         # By age and not by deviation: where times scatter no number of tries would bring that down.
-        near = [g for b, g in gains.items() if b not in model.recent_batches and present / 2 <= b <= 2 * present]
-        if not near:
+        near = {b for b in gains if b not in model.recent_batches and present / 2 <= b <= 2 * present}
+        hoped, batch = max(((self._hoped(gains[b], model), b) for b in near), default=(-math.inf, present))
+        if hoped > self.min_gain:
+            when = "lately" if batch in model.timed_batches else "yet"
+            why = f"its step time was not measured {when}, up to {math.expm1(hoped):+.0%} progress per second"
+            return batch, f"timing {batch}: {why}"
+        if batch == present or model.is_split_known:
             return None
-        best = max(near, key=_hoped)
-        if _hoped(best) > self.min_gain:
-            when = "lately" if best.global_batch_size in model.timed_batches else "yet"
-            why = f"its step time was not measured {when}, up to {math.expm1(_hoped(best)):+.0%} progress per second"
-        elif not model.is_split_known:
-            why = f"only {present} was timed so far"
-        else:
-            return None
-        return Decision(
-            global_batch_size=best.global_batch_size,
-            reason=f"{noise_text(measurement.noise_scale)}; timing {best.global_batch_size}: {why}",
-        )
+        return batch, f"timing {batch}: only {present} was timed so far"
 
-
-def _hoped(found: Gain) -> float:
-    return found.mean - found.noise_sd + _OPTIMISM * found.time_sd
+    def _hoped(self, found: Gain, model: StepTimeModel) -> float:
+        """Return the gain by a step time that is as short as may well be."""
+        optimism = _OPTIMISM * found.time_sd
+        other = self.layout(found.global_batch_size, model.world_size)
+        timed = {self.layout(batch, model.world_size)[1] for batch in model.timed_batches}
+        if model.is_split_known and len(timed) == 1 and other[1] > (only := max(timed)):
+            # Of steps with equally many micro-batches no time says what one costs: at best its samples alone.
+            optimism = max(optimism, model.log_ratio(other, (other[0] * other[1] / only, only))[0])
+        return found.mean - found.noise_sd + optimism
 
 
 def _model(measurement: Measurement) -> StepTimeModel:

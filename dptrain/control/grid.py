@@ -28,8 +28,6 @@ class BatchSizeGrid:
     powers_of_two: bool = True
 
     def __post_init__(self) -> None:
-        if self.quantum < 1:
-            raise ConfigError(f"quantum (micro-batch × replicas) must be at least 1 sample, got {self.quantum}")
         if not self.first <= self.last:
             raise ConfigError(
                 f"no batch between smallest {self.smallest} and largest {self.largest} can run: the batches that can "

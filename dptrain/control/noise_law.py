@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from dptrain.control.base import Decision, Measurement, State
-from dptrain.control.progress_rate import CriticalRatio, Gain, gain, quantiles
-from dptrain.errors import CheckpointError, ConfigError
-from dptrain.noise import NoiseScale
+from dptrain.control.base import Controller, Decision, Measurement, State
+from dptrain.control.progress_rate import EXACTLY_1, CriticalRatio, Gain, gain, quantiles
 
 _Z = 1.0
 """Standard deviations of the lower confidence bound. Tuned on: the six cases of decision 2, where 1.5 arrives 1.6 times
@@ -32,7 +30,7 @@ class SinceChange(State):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProgressLaw(ABC):
+class ProgressLaw(Controller):
     """Moves to the batch of the grid that makes the most progress per unit of cost, where that is sure enough.
 
     A law says what a step costs (`log_cost`); the engine weighs that against the progress of a step, b/(b + κφ), over
@@ -47,22 +45,14 @@ class ProgressLaw(ABC):
             and its noise scale is small for that reason.
         cool_down: measurements at a batch before the next change: a step is left out, three make a median, and one is
             under way.
+        critical_ratio: prior of κ, critical batch size over noise scale; exactly 1 where a law is defined by φ itself.
     """
 
     min_gain: float = 0.02
     no_decrease_samples: int = 0
     cool_down: int = 5
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.min_gain < math.inf:
-            raise ConfigError(f"min_gain must be a gain of at least 0, such as 0.02 for 2 %, got {self.min_gain}")
-        if self.no_decrease_samples < 0:
-            raise ConfigError(f"no_decrease_samples must not be negative, got {self.no_decrease_samples}")
-
-    @property
-    def prior(self) -> CriticalRatio:
-        """The prior of κ; exactly 1 where a law is defined by φ itself."""
-        return CriticalRatio(median=1.0, spread=1.0)
+    critical_ratio: CriticalRatio = EXACTLY_1
+    memory: ClassVar[type[State]] = SinceChange
 
     @abstractmethod
     def log_cost(self, present: float, other: int, measurement: Measurement) -> tuple[float, float]:
@@ -72,22 +62,9 @@ class ProgressLaw(ABC):
         """Return what the law must know and does not yet; None where all is known."""
         return None
 
-    def exploration(self, gains: Mapping[int, Gain], measurement: Measurement) -> Decision | None:  # noqa: ARG002
-        """Return a batch to try for what it would tell; None where nothing is worth it."""
+    def exploration(self, gains: Mapping[int, Gain], measurement: Measurement) -> tuple[int, str] | None:  # noqa: ARG002
+        """Return a batch to try for what it would tell, and why in words; None where nothing is worth it."""
         return None
-
-    def init(self) -> SinceChange:
-        """Return the state before the first decision."""
-        return SinceChange()
-
-    def restore(self, record: Mapping[str, Any]) -> SinceChange:
-        """Return the saved state."""
-        if set(record) != set(asdict(SinceChange())):
-            raise CheckpointError(
-                f"the saved controller is no {type(self).__name__} (it remembers {', '.join(record) or 'nothing'}): "
-                "resume with the controller settings of the saved run"
-            )
-        return SinceChange(**record)
 
     def update(self, state: State, measurement: Measurement) -> tuple[SinceChange, Decision]:
         """Decide, unless the batch in force is too new to be judged."""
@@ -104,37 +81,36 @@ class ProgressLaw(ABC):
         """Return the batch that the measurement asks for, without memory."""
         present, phi = measurement.global_batch_size, measurement.noise_scale
         lower, upper = phi.bounds(_Z)
-        if not upper >= lower or (lower <= 0 and math.isinf(upper)):
-            return keep(present, "noise scale not resolved yet")
+        if not (0 < lower < math.inf or upper < math.inf):
+            return keep(present, f"noise scale {phi}")
         if missing := self.unmeasured(present, measurement):
             return keep(present, missing)
         if gains := self.gains(measurement):
-            return self._best(gains, measurement)
-        warming_up = measurement.samples_seen < self.no_decrease_samples
-        why = (
-            f"no decrease during warm-up ({self.no_decrease_samples:,} samples)"
-            if warming_up
-            else "no other batch runs"
-        )
-        return keep(present, why)
+            batch, why = self._best(gains, measurement)
+            kept = "kept: " if batch == present else ""
+            return Decision(global_batch_size=batch, reason=f"{kept}noise scale {phi}; {why}")
+        if measurement.samples_seen < self.no_decrease_samples:
+            return keep(present, f"no decrease during warm-up ({self.no_decrease_samples:,} samples)")
+        return keep(present, "no other batch runs")
 
-    def _best(self, gains: Mapping[int, Gain], measurement: Measurement) -> Decision:
-        present, phi = measurement.global_batch_size, measurement.noise_scale
+    def _best(self, gains: Mapping[int, Gain], measurement: Measurement) -> tuple[int, str]:
+        """Return the batch, and why in words."""
+        present = measurement.global_batch_size
         surest = max(gains.values(), key=lambda each: each.lower(_Z))
         if surest.lower(_Z) > self.min_gain:
-            return Decision(global_batch_size=surest.global_batch_size, reason=f"{noise_text(phi)}; {_text(surest)}")
+            return surest.global_batch_size, str(surest)
         double = gains.get(2 * present)
-        if math.isinf(phi.bounds(_Z)[1]) and double is not None and double.mean > self.min_gain:
-            reason = f"{noise_text(phi)}, no upper bound yet; {_text(double)} expected"
-            return Decision(global_batch_size=double.global_batch_size, reason=reason)
+        is_open = math.isinf(measurement.noise_scale.bounds(_Z)[1])
+        if is_open and double is not None and double.mean > self.min_gain:
+            return double.global_batch_size, f"no upper bound yet; {double} expected"
         if tried := self.exploration(gains, measurement):
             return tried
         best = max(gains.values(), key=lambda each: each.mean)
-        return keep(present, f"{noise_text(phi)}; {_text(best)} at best")
+        return present, f"{best} at best"
 
     def gains(self, measurement: Measurement) -> dict[int, Gain]:
         """Return what each other batch that one decision may move to gains."""
-        assert measurement.grid is not None, "the law compares the batches that run: wrap it in `limited`"
+        assert measurement.grid is not None, "the law compares the batches that run: wrap it in `OnGrid`"
         present, phis = measurement.global_batch_size, quantiles(measurement.noise_scale)
         lowest = present if measurement.samples_seen < self.no_decrease_samples else 0
         return {
@@ -142,7 +118,7 @@ class ProgressLaw(ABC):
                 present=present,
                 other=other,
                 noise_scales=phis,
-                critical_ratio=self.prior,
+                critical_ratio=self.critical_ratio,
                 time=self.log_cost(present, other, measurement),
             )
             for other in measurement.grid.candidates(present)
@@ -153,19 +129,6 @@ class ProgressLaw(ABC):
 def keep(batch: int, why: str) -> Decision:
     """Return the decision to stay at a batch."""
     return Decision(global_batch_size=batch, reason=f"kept: {why}")
-
-
-def noise_text(noise_scale: NoiseScale) -> str:
-    """Return what is known of a noise scale: "noise scale 83 [75, 87]", at the level of its interval."""
-    if noise_scale.value is not None:
-        return f"noise scale {noise_scale.value:.3g} [{noise_scale.lower:.3g}, {noise_scale.upper:.3g}]"
-    return f"noise scale at least {noise_scale.lower:.3g}" if noise_scale.lower > 0 else "noise scale not resolved yet"
-
-
-def _text(found: Gain) -> str:
-    """Return a gain for people: "256 makes 12 % ±4 % more progress per second"."""
-    sd = math.hypot(found.noise_sd, found.time_sd)
-    return f"{found.global_batch_size}: {math.expm1(found.mean):+.0%} ±{sd:.0%} progress per second"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,12 +152,6 @@ class NoiseLaw(ProgressLaw):
 
     ratio: float = 1.0
     samples_per_step: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, value in (("ratio", self.ratio), ("samples_per_step", self.samples_per_step)):
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name} must be positive, got {value}")
 
     def log_cost(self, present: float, other: int, measurement: Measurement) -> tuple[float, float]:  # noqa: ARG002
         """Return ln cost(other) − ln cost(present), which is exact."""

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import re
 from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 from dptrain.control.base import Decision, Law, Measurement
-from dptrain.errors import ConfigError
-
-_SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_ENTRY = re.compile(r"(\d+)([KMBT]?):(\d+)(?:\.\.(\d+))?", re.ASCII)
-_EXAMPLE = "'0:768 250K:1536', or '0:64..1024 250K:1024' for a ramp"
 
 
 @dataclass(frozen=True)
@@ -26,10 +18,6 @@ class Constant(Law):
     """
 
     global_batch_size: int
-
-    def __post_init__(self) -> None:
-        if self.global_batch_size < 1:
-            raise ConfigError(f"global_batch_size must be at least 1 sample, got {self.global_batch_size}")
 
     def decide(self, measurement: Measurement) -> Decision:  # noqa: ARG002 - a constant looks at nothing
         """Ask for the same batch, whatever was measured."""
@@ -65,54 +53,7 @@ class Schedule(Law):
     stages: tuple[Stage, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", tuple(Stage(*stage) for stage in self.stages))
-        starts = [stage.start for stage in self.stages]
-        if not starts or starts[0] != 0:
-            raise ConfigError(f"a batch schedule must start at sample 0, such as {_EXAMPLE}, got {starts}")
-        if any(after <= before for before, after in pairwise(starts)):
-            raise ConfigError(f"the starts of a batch schedule must rise, got {starts}")
-        for stage in self.stages:
-            if min(stage.batch, 1 if stage.ramp_to is None else stage.ramp_to) < 1:
-                raise ConfigError(f"the batch from sample {stage.start} on must be at least 1, got {stage.batch}")
-        if self.stages[-1].ramp_to is not None:
-            raise ConfigError(f"the last stage of a batch schedule has no end to ramp to: add one, such as {_EXAMPLE}")
-
-    @classmethod
-    def parse(cls, text: str) -> Schedule:
-        """Read Megatron's form: `"0:768 250K:1536"`, entries `start:batch` with spaces between them.
-
-        A start may end in K, M, B or T (10³, 10⁶, 10⁹, 10¹²). It counts samples here; where Megatron is given a
-        sequence length it counts tokens: divide those by the sequence length. `start:batch..last` ramps in a straight
-        line to `last` at the start of the next entry.
-
-        Raises:
-            ConfigError: for an entry that is not whole numbers in this form, or for starts that do not rise from 0.
-        """
-        return cls(tuple(_stage(entry, text=text) for entry in text.split()))
-
-    @classmethod
-    def doubling(cls, *, first: int, last: int, num_samples: int) -> Schedule:
-        """Return a ramp by doublings (or halvings) over equal numbers of samples; the last stage has `last`.
-
-        Args:
-            first: batch at the start, in samples.
-            last: batch after the ramp, in samples.
-            num_samples: length of the ramp.
-
-        Raises:
-            ConfigError: where a number is below 1, or the ramp is too short for its stages.
-        """
-        if min(first, last, num_samples) < 1:
-            raise ConfigError(f"a ramp needs numbers of at least 1, got {first}, {last} and {num_samples}")
-        count = math.ceil(abs(math.log2(last / first)) - 1e-9)
-        factor = 2 if last > first else 0.5
-        ramp = [Stage(num_samples * k // max(count, 1), round(first * factor**k)) for k in range(count)]
-        return cls((*ramp, Stage(num_samples if count else 0, last)))
-
-    @property
-    def batches(self) -> tuple[int, ...]:
-        """All batches that are written in it, in their order."""
-        return tuple(batch for stage in self.stages for batch in (stage.batch, stage.ramp_to) if batch is not None)
+        assert self.stages[0].start == 0, f"a run begins before its first stage {self.stages[0]}"
 
     def decide(self, measurement: Measurement) -> Decision:
         """Ask for the batch at this position."""
@@ -124,13 +65,3 @@ class Schedule(Law):
         end = self.stages[index + 1].start
         now = batch + (last - batch) * (seen - start) / (end - start)
         return Decision(global_batch_size=now, reason=f"schedule: ramp {batch} → {last}, sample {seen:,} of {end:,}")
-
-
-def _stage(entry: str, *, text: str) -> Stage:
-    match = _ENTRY.fullmatch(entry)
-    if match is None:
-        raise ConfigError(
-            f"cannot read {entry!r} in the batch schedule {text!r}: write start:batch in samples, such as {_EXAMPLE}"
-        )
-    start, suffix, batch, last = match.groups()
-    return Stage(int(start) * _SUFFIX[suffix], int(batch), None if last is None else int(last))

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from dptrain.control.step_time_model import ShapeTime, StepShape, StepTimeModel, fit
+from dptrain.batch import BatchPlan
+from dptrain.control.step_time_model import ShapeTime, StepTimeModel, fit
 from dptrain.errors import CheckpointError
 
 _MOST_SHAPES = 32
@@ -52,7 +53,7 @@ class TimedShape:
         predicted_s: what the model said before any step of it was timed; None where it could not say.
     """
 
-    shape: StepShape
+    shape: BatchPlan
     seconds: tuple[float, ...] = ()
     stride: int = 1
     num_since: int = 0
@@ -70,11 +71,6 @@ class TimedShape:
         if len(kept) > _MOST_SECONDS and stride < _MOST_STRIDE:
             kept, stride = kept[1::2], 2 * stride
         return replace(self, seconds=kept[-_MOST_SECONDS:], stride=stride, num_since=0, latest=latest)
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether enough steps of it were timed."""
-        return len(self.seconds) >= _FEWEST_SECONDS
 
     @property
     def median_s(self) -> float:
@@ -97,7 +93,7 @@ class StepTimes:
     shapes: tuple[TimedShape, ...] = ()
     num_steps: int = 0
 
-    def timed(self, shape: StepShape, seconds: float) -> StepTimes:
+    def timed(self, shape: BatchPlan, seconds: float) -> StepTimes:
         """Take in one measured step.
 
         Args:
@@ -109,7 +105,9 @@ class StepTimes:
         known = next((entry for entry in self.shapes if entry.shape == shape), None)
         if known is None:
             to_skip = _SKIPPED_OF_A_CHANGE if self.shapes else _SKIPPED_OF_A_PROCESS
-            known = TimedShape(shape=shape, predicted_s=self._prediction(shape), to_skip=to_skip)
+            model = self._model(shape.world_size)
+            predicted_s = model.seconds(shape) if model is not None and model.is_split_known else None
+            known = TimedShape(shape=shape, predicted_s=predicted_s, to_skip=to_skip)
         elif known is not self.shapes[-1]:
             known = replace(known, to_skip=max(known.to_skip, _SKIPPED_OF_A_CHANGE))
         others = (entry for entry in self.shapes if entry.shape != shape)
@@ -134,28 +132,23 @@ class StepTimes:
             CheckpointError: where the record is not one.
         """
         try:
-            return cls(
-                shapes=tuple(
-                    TimedShape(
-                        shape=StepShape(**entry["shape"]),
-                        seconds=tuple(map(float, entry["seconds"])),
-                        stride=int(entry["stride"]),
-                        latest=int(entry["latest"]),
-                        predicted_s=entry["predicted_s"],
-                    )
-                    for entry in record["shapes"]
-                ),
-                num_steps=int(record["num_steps"]),
-            )
+            shapes = [
+                replace(
+                    TimedShape(**entry),
+                    shape=BatchPlan(**entry["shape"]),
+                    seconds=tuple(map(float, entry["seconds"])),
+                    num_since=0,
+                    to_skip=_SKIPPED_OF_A_PROCESS,
+                )
+                for entry in record["shapes"]
+            ]
+            return cls(shapes=tuple(shapes), num_steps=int(record["num_steps"]))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"not a record of step times: {error!r} is missing or wrong") from error
 
-    def _prediction(self, shape: StepShape) -> float | None:
-        model = self._model(shape.world_size)
-        return model.seconds(shape) if model is not None and model.is_split_known else None
-
     def _model(self, world_size: int) -> StepTimeModel | None:
-        settled = [entry for entry in self.shapes if entry.is_settled and entry.shape.world_size == world_size]
+        present = (entry for entry in self.shapes if entry.shape.world_size == world_size)
+        settled = [entry for entry in present if len(entry.seconds) >= _FEWEST_SECONDS]
         if not settled:
             return None
         errors = [abs(entry.predicted_s / entry.median_s - 1) for entry in settled if entry.predicted_s is not None]

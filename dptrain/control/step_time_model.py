@@ -14,7 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
+
+from dptrain.batch import BatchPlan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,26 +26,6 @@ if TYPE_CHECKING:
 _DIVISIONS = 32
 """Of the side of the triangle of splits: 1,024 of them, 3 % apart, as far as a median can be trusted. What is below the
 resolution, such as a shape of 1/32 of the present one's time, must be given with a variance to match."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepShape:
-    """What the time of an optimizer step depends on.
-
-    Attributes:
-        micro_batch_size: samples in one forward–backward on one replica.
-        accumulation_steps: micro-batches of each replica.
-        world_size: number of replicas.
-    """
-
-    micro_batch_size: int
-    accumulation_steps: int
-    world_size: int
-
-    @property
-    def global_batch_size(self) -> int:
-        """Samples in the step, all replicas together."""
-        return self.micro_batch_size * self.accumulation_steps * self.world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +66,7 @@ class StepTimeModel:
         """Whether two batches were timed; with one, its time is right and the split is the prior's."""
         return len(self.timed_batches) > 1
 
-    def seconds(self, shape: StepShape) -> float:
+    def seconds(self, shape: BatchPlan) -> float:
         """Return the time of a step of `shape`."""
         return self.step_s(shape.micro_batch_size, shape.accumulation_steps)
 
@@ -120,7 +103,7 @@ class ShapeTime:
         is_recent: whether it was timed lately.
     """
 
-    shape: StepShape
+    shape: BatchPlan
     seconds: float
     variance: float
     is_recent: bool = True
@@ -141,20 +124,19 @@ def fit(times: Sequence[ShapeTime], *, error: float | None = None) -> StepTimeMo
 
     seconds = np.log([time.seconds for time in times])
     precision = 1 / np.array([time.variance for time in times])
-    best: tuple[float, float, NDArray[np.float64], NDArray[np.float64]] | None = None
-    knees = _knees([float(time.shape.micro_batch_size) for time in times])
-    for knee in knees:
-        shapes = [(time.shape.micro_batch_size, time.shape.accumulation_steps) for time in times]
+    shapes = [(float(time.shape.micro_batch_size), time.shape.accumulation_steps) for time in times]
+    knees = _knees([micro_batch_size for micro_batch_size, _ in shapes])
+
+    def posterior(knee: float) -> tuple[float, float, NDArray[np.float64], NDArray[np.float64]]:
         costs = np.array([_costs(*shape, knee) for shape in shapes])
         residuals = seconds - np.log(_splits() @ (costs / costs[-1]).T)
         level = residuals @ precision / precision.sum()
         misfits = (residuals - level[:, None]) ** 2 @ precision
         weights = np.exp((misfits.min() - misfits) / 2) / (len(knees) - 1 if knee else 1)
         evidence = math.log(weights.sum()) - misfits.min() / 2
-        if best is None or evidence > best[0]:
-            best = evidence, knee, weights / weights.sum(), np.exp(level)[:, None] * _splits() / costs[-1]
-    assert best is not None, "no time was given"
-    _, knee, weights, parts = best
+        return evidence, knee, weights / weights.sum(), np.exp(level)[:, None] * _splits() / costs[-1]
+
+    _, knee, weights, parts = max(map(posterior, knees), key=itemgetter(0))
     mean = weights @ parts
     covariance = ((parts - mean) * weights[:, None]).T @ (parts - mean)
     return StepTimeModel(

@@ -15,8 +15,7 @@ from dptrain.config.built import controller
 from dptrain.config.exchange_check import check_without_noise
 from dptrain.config.filled_in import filled_in, given
 from dptrain.config.train_config import OptimizerConfig, TrainConfig
-from dptrain.control import RULES, Measurement, RuleName, StepShape, StepTimeModel, StepTimes
-from dptrain.control.adapter import Adapter
+from dptrain.control import RULES, Adapter, Measurement, RuleName, StepTimeModel, StepTimes
 from dptrain.control.settings import ControlConfig
 from dptrain.errors import CheckpointError, ConfigError
 from dptrain.exchange import Exchange
@@ -285,7 +284,7 @@ class _StepClock:
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
         self._began_s: float | None = None
-        self._pending: tuple[StepShape, PendingSum] | None = None
+        self._pending: tuple[BatchPlan, PendingSum] | None = None
         self._times = StepTimes()
 
     def closed(self, micro_batch_size: int, accumulation_steps: int) -> StepTimeModel | None:
@@ -297,7 +296,7 @@ class _StepClock:
             seconds, replicas = pending.read()
             self._times = self._times.timed(shape, seconds / replicas)
         if began_s is not None:
-            shape = StepShape(
+            shape = BatchPlan(
                 micro_batch_size=micro_batch_size,
                 accumulation_steps=accumulation_steps,
                 world_size=self._meter.num_replicas,

@@ -112,8 +112,10 @@ class NoiseScale:
     def bounds(self, z: float) -> tuple[float, float]:
         """Return the noise scales that the contrast does not reject at `z` standard errors, as (lower, upper).
 
-        (0, inf) where nothing is known.
+        (0, inf) where nothing is known, and where tr(Σ) is inconsistent: a misuse tells nothing of either end.
         """
+        if self.state is Resolution.INCONSISTENT:
+            return 0.0, math.inf
         return _fieller(self, _t_of_normal(z, self.degrees_of_freedom))
 
     def steps_until(self, relative_error: float) -> float | None:
@@ -137,6 +139,8 @@ class NoiseScale:
         return max(0.0, self.num_steps * (relative_variance / relative_error / relative_error - 1))
 
     def __str__(self) -> str:
+        if self.state is Resolution.RESOLVED and not self.value:  # tr(Σ) is at or below zero
+            return f"at most {_short(self.upper)}"
         if self.state is Resolution.RESOLVED:
             return f"{_short(self.value)} [{_short(self.lower)}, {_short(self.upper)}]"
         if self.state is Resolution.AT_LEAST:
@@ -169,8 +173,10 @@ def noise_scale(
         state, value, lower, upper = Resolution.INCONSISTENT, None, 0.0, math.inf
     elif math.isfinite(upper) and moments.grad_sq_norm >= _RESOLVED_BY * half_width:
         state, value = Resolution.RESOLVED, max(moments.noise_trace, 0.0) / moments.grad_sq_norm
-    else:
-        state, value, upper = (Resolution.AT_LEAST if lower > 0 else Resolution.NOT_RESOLVED), None, math.inf
+    elif 0 < lower < math.inf:
+        state, value, upper = Resolution.AT_LEAST, None, math.inf
+    else:  # infinite too, where |G|² is zero without any error
+        state, value, lower, upper = Resolution.NOT_RESOLVED, None, 0.0, math.inf
     return NoiseScale(
         noise_trace=moments.noise_trace,
         grad_sq_norm=moments.grad_sq_norm,

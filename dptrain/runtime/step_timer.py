@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from dptrain.control import StepShape, StepTimeModel, StepTimes
+from dptrain.batch import BatchPlan
+from dptrain.control import StepTimeModel, StepTimes
 from dptrain.runtime.step_reduction import StepOutcome, StepRecord
 
 _EVERY = 16
@@ -26,7 +27,7 @@ class StepTimer:
     def __init__(self, *, world_size: int) -> None:
         self._world_size = world_size
         self._latest: StepRecord | None = None
-        self._shapes: dict[int, StepShape] = {}
+        self._shapes: dict[int, BatchPlan] = {}
         self._interval_s: float | None = None
         self._was_disturbed = False
         self._times = StepTimes()
@@ -39,7 +40,7 @@ class StepTimer:
         before, self._latest = self._latest, record
         self._interval_s = None if before is None or self._was_disturbed else record.wall_s - before.wall_s
         self._was_disturbed = False
-        self._shapes[record.step] = StepShape(
+        self._shapes[record.step] = BatchPlan(
             micro_batch_size=record.micro_batch_size,
             accumulation_steps=record.micro_steps(self._world_size),
             world_size=self._world_size,

@@ -9,11 +9,11 @@ from typing import Any
 from dptrain.config.built import betas, controller
 from dptrain.config.filled_in import given
 from dptrain.config.train_config import TrainConfig
-from dptrain.control import RULES, Measurement, RateCheck
-from dptrain.control.adapter import Adapter
+from dptrain.control import RULES, Adapter, Measurement
 from dptrain.noise import NoiseScale
 from dptrain.runtime.step_reduction import StepRecord
 from dptrain.tracking.run_log import RunLog, noise_columns
+from dptrain.train.hooks.rate_check import RateCheck
 from dptrain.train.progress import Progress
 
 _PATIENCE_SHARE = 10
@@ -43,7 +43,7 @@ class BatchControl:
 
     def limit_micro_batch(self, config: TrainConfig) -> None:
         """Decide with the micro-batch of `config` from now on."""
-        self.adapter.replace_controller(controller(config, world_size=self._world_size))
+        self.adapter.controller = controller(config, world_size=self._world_size)
 
     def follow(self, decisions: Mapping[int, int], *, up_to: int) -> None:
         """Take the decisions that an earlier attempt put on record, in place of those that would be made now.

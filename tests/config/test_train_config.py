@@ -9,7 +9,9 @@ import pytest
 
 from dptrain.config.built import controller, learning_rate_schedule, micro_batch_size
 from dptrain.config.filled_in import as_saved, filled_in
-from dptrain.control import Constant, GoodputLaw, Measurement
+from dptrain.control import Measurement
+from dptrain.control.goodput import GoodputLaw
+from dptrain.control.schedule import Constant
 from dptrain.errors import ConfigError
 from dptrain.noise import MomentSums, noise_scale, smoothed
 from dptrain.tasks import Suggestion
@@ -56,6 +58,11 @@ def filled(*, world_size=2, **settings):
         (lambda: TrainConfig(noise=NoiseConfig(memory=-1.0)), "memory"),
         (lambda: TrainConfig(control=ControlConfig(ratio=0.0)), "ratio"),
         (lambda: TrainConfig(control=ControlConfig(min_gain=-1.0)), "control.min_gain"),
+        (lambda: TrainConfig(control=ControlConfig(min_gain=math.inf)), "control.min_gain"),
+        (lambda: TrainConfig(control=ControlConfig(samples_per_step=-1.0)), "control.samples_per_step"),
+        (lambda: TrainConfig(control=ControlConfig(critical_ratio=0.0)), "control.critical_ratio"),
+        (lambda: TrainConfig(control=ControlConfig(critical_ratio=math.nan)), "control.critical_ratio"),
+        (lambda: TrainConfig(optimizer=OptimizerConfig(warmup_samples=-1)), "optimizer.warmup_samples"),
         (lambda: TrainConfig(control=ControlConfig(law="kaplan")), "tokens_per_sample"),
         (lambda: TrainConfig(control=ControlConfig(law_options={"overlap": 2.0})), "no option overlap; it takes none"),
         (lambda: TrainConfig(optimizer=OptimizerConfig(preset="per_sample", rule="none")), "leave optimizer.rule out"),

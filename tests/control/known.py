@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from dptrain.noise import NoiseScale, Resolution
+
 
 @dataclass(frozen=True)
 class Known:
@@ -20,6 +22,15 @@ class Known:
     def value(self):
         """The median."""
         return self.median
+
+    @property
+    def state(self):
+        """What may be said, by value and lower end."""
+        if self.value is not None:
+            return Resolution.RESOLVED
+        return Resolution.AT_LEAST if self.lower > 0 else Resolution.NOT_RESOLVED
+
+    __str__ = NoiseScale.__str__
 
     @property
     def lower(self):

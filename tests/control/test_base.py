@@ -1,16 +1,19 @@
 """The interface of control: states that travel as JSON, decisions that are sane."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
-from dptrain.control import Constant, Limits, Measurement, NoiseLaw, Schedule, limited, state_to_json
+from dptrain.control import BatchSizeGrid, Measurement, OnGrid
 from dptrain.control.base import Decision
+from dptrain.control.noise_law import NoiseLaw
+from dptrain.control.schedule import Constant, Schedule, Stage
 from dptrain.errors import CheckpointError
 from tests.control.known import Known
 
-LAWS = [Constant(64), Schedule.parse("0:8 100:64"), NoiseLaw()]
-LIMITED = [limited(law, quantum=8, limits=Limits(largest=64)) for law in LAWS]
+LAWS = [Constant(64), Schedule((Stage(0, 8), Stage(100, 64))), NoiseLaw()]
+LIMITED = [OnGrid(law, BatchSizeGrid(quantum=8, largest=64)) for law in LAWS]
 
 
 def measured(samples_seen, batch):
@@ -25,12 +28,12 @@ def test_state_survives_json(controller):
     state = controller.init()
     for samples_seen, batch in [(0, 8), (60, 8), (120, 64), (180, 64)]:
         state, _ = controller.update(state, measured(samples_seen, batch))
-        assert controller.restore(json.loads(json.dumps(state_to_json(state)))) == state
+        assert controller.restore(json.loads(json.dumps(asdict(state)))) == state
 
 
 def test_foreign_state_is_refused():
     """A record saved under other controller settings is refused in both directions, not half read."""
-    remembering = state_to_json(NoiseLaw().init())
+    remembering = asdict(NoiseLaw().init())
     with pytest.raises(CheckpointError, match="Constant"):
         LAWS[0].restore(remembering)
     for foreign in ({}, {"pause": 3}, {**remembering, "pause": 3}):

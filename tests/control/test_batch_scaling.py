@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from dptrain.control import PER_SAMPLE, RULES, Betas, adam_betas, check_scaling, weight_decay_factor
-from dptrain.errors import ConfigError
+from dptrain.control import RULES
+from dptrain.control.batch_scaling import Betas, adam_betas, weight_decay_factor
 from dptrain.tasks.digits import digits
 from tests.control.known import Known
 
@@ -88,26 +88,6 @@ def test_the_decay_keeps_its_timescale(batch, reference, rate_factor):
     assert weight_decay_factor("timescale", rate_factor=root, **sizes) == pytest.approx(root)
     assert weight_decay_factor("timescale", rate_factor=batch / reference, **sizes) == pytest.approx(1)
     assert weight_decay_factor("none", rate_factor=rate_factor, **sizes) == 1
-
-
-@pytest.mark.parametrize(
-    ("rules", "complaint"),
-    [
-        (("linear", "square_root", "none"), "beta_rule=square_root does not go with the learning-rate rule linear"),
-        (("gain", "half_life", "none"), "beta_rule=half_life does not go with"),
-        (("noise", "none", "timescale"), "choose gain or root_gain"),
-    ],
-)
-def test_rules_that_do_not_fit_are_refused(rules, complaint):
-    """A beta or decay rule that belongs to another rate rule is refused, with those that it belongs to."""
-    with pytest.raises(ConfigError, match=complaint):
-        check_scaling(rate=rules[0], betas=rules[1], decay=rules[2])
-
-
-def test_the_preset_fits():
-    """The rules of the preset go together, for each optimizer."""
-    for rules in PER_SAMPLE.values():
-        check_scaling(rate=rules["rule"], betas=rules["beta_rule"], decay=rules["decay_rule"])
 
 
 def _teacher_losses(factor, *, preset, dimensions=4000, samples=38_400):

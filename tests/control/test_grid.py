@@ -47,7 +47,6 @@ def test_candidates_are_all_smaller_ones_and_twice_the_batch():
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"quantum": 0, "largest": 8}, "quantum"),
         ({"quantum": 8, "smallest": 9, "largest": 15}, "largest must be at least 16"),
         ({"quantum": 8, "largest": 7}, "largest must be at least 8"),
         ({"quantum": 6, "smallest": 7, "largest": 11}, "6, 12, 24, …"),

@@ -1,15 +1,13 @@
-"""Learning-rate rules against their identities, and the schedule against its closed forms."""
+"""Learning-rate rules against their identities."""
 
 import math
 from itertools import pairwise
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dptrain.control import RULES, LearningRateSchedule, RateCheck
-from dptrain.errors import ConfigError
+from dptrain.control import RULES
 from tests.control.known import AtLeast, Known, Unknown
 
 batches = st.integers(1, 10**6)
@@ -112,111 +110,18 @@ def test_surge_rises_to_the_noise_scale_and_falls_beyond():
 @given(st.lists(st.tuples(batches, st.floats(1e-3, 1e6)), min_size=1, max_size=5), st.sampled_from(list(RULES)))
 def test_nothing_compounds(path, rule):
     """However the batch came to be what it is, and through however many resumes, the rate follows from the present."""
-    schedule = LearningRateSchedule(kind="cosine", max_samples=10**6)
 
-    def present(batch, phi, position):
-        return schedule.factor(position) * factor(rule, measured(phi), batch=batch)
+    def present(batch, phi):
+        return factor(rule, measured(phi), batch=batch)
 
-    walked = [present(batch, phi, 1000 * i) for i, (batch, phi) in enumerate(path)]
+    walked = [present(batch, phi) for batch, phi in path]
     batch, phi = path[-1]
-    assert present(batch, phi, 1000 * (len(path) - 1)) == walked[-1]
-    # There and back: at the reference batch the schedule alone is left.
+    assert present(batch, phi) == walked[-1]
+    # There and back: at the reference batch the base rate is left.
     if rule != "noise":
-        assert present(32, phi, 1000) == pytest.approx(schedule.factor(1000))
+        assert present(32, phi) == pytest.approx(1)
 
 
 def test_noise_rule():
     """The noise rule is 1/2 at B = φ."""
     assert factor("noise", measured(300), batch=300) == pytest.approx(0.5)
-
-
-@given(st.floats(0, 1e6))
-def test_schedule_is_a_closed_form(position):
-    """At every position the factor is the textbook formula of that position alone."""
-    settings = {"warmup_samples": 1000, "max_samples": 101_000, "final_fraction": 0.1}
-    warm = min(position / 1000, 1)
-    done = min(max(position - 1000, 0) / 100_000, 1)
-    cosine = 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
-    assert LearningRateSchedule(warmup_samples=1000).factor(position) == pytest.approx(warm)
-    assert LearningRateSchedule(kind="cosine", **settings).factor(position) == pytest.approx(warm * cosine)
-    linear = LearningRateSchedule(kind="linear", **settings).factor(position)
-    assert linear == pytest.approx(warm * (1 - 0.9 * done))
-    fallen = min(max(position - 75_750, 0) / 25_250, 1)
-    wsd = LearningRateSchedule(kind="wsd", decay_fraction=0.25, **settings).factor(position)
-    assert wsd == pytest.approx(warm * (1 - 0.9 * fallen))
-
-
-def test_wsd():
-    """Warm-up, stable, decay: constant up to the last fifth of the run, then straight down."""
-    schedule = LearningRateSchedule(kind="wsd", warmup_samples=100, max_samples=1000)
-    assert [schedule.factor(p) for p in (50, 100, 500, 800)] == pytest.approx([0.5, 1, 1, 1])
-    assert [schedule.factor(p) for p in (900, 1000, 2000)] == pytest.approx([0.5, 0, 0])
-
-
-@pytest.mark.parametrize("kind", ["cosine", "linear"])
-def test_schedule_ends(kind):
-    """Without warm-up the rate begins at its full height, ends at the final fraction and stays there."""
-    schedule = LearningRateSchedule(kind=kind, max_samples=1000)
-    assert schedule.factor(0) == 1
-    assert schedule.factor(500) == pytest.approx(0.5)
-    assert schedule.factor(1000) == pytest.approx(0)
-    assert schedule.factor(5000) == pytest.approx(0)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"kind": "step"},
-        {"warmup_samples": -1},
-        {"final_fraction": 0.1},
-        {"kind": "cosine"},
-        {"kind": "linear", "max_samples": 100, "warmup_samples": 100},
-        {"kind": "linear", "max_samples": 100, "final_fraction": 1.5},
-        {"kind": "cosine", "max_samples": 100, "decay_fraction": 0.5},
-        {"kind": "wsd"},
-        {"kind": "wsd", "max_samples": 100, "decay_fraction": 0.0},
-        {"kind": "wsd", "max_samples": 100, "decay_fraction": 1.1},
-        {"kind": "wsd", "max_samples": 100, "warmup_samples": 60, "decay_fraction": 0.5},
-    ],
-)
-def test_schedule_settings_out_of_range(settings):
-    """Settings that have no meaning together are refused."""
-    with pytest.raises(ConfigError):
-        LearningRateSchedule(**settings)
-
-
-def _bounce(rate, *, steps=400, batch=16, dimensions=50):
-    """SGD in a bowl of curvature 1 with noise: (true noise scale over the last steps, loss of each step)."""
-    rng = np.random.default_rng(0)
-    theta, losses = np.full(dimensions, 3.0), []
-    for _ in range(steps):
-        losses.append(float(theta @ theta) / 2)
-        theta = theta - rate * (theta + rng.normal(size=dimensions) / math.sqrt(batch))
-    squares = [2 * loss for loss in losses[-steps // 2 :]]
-    return dimensions / (sum(squares) / len(squares)), losses
-
-
-@pytest.mark.parametrize(("rate", "warns"), [(1.7, True), (0.1, False)])
-def test_a_rate_near_divergence_is_warned_of_and_an_arrival_is_not(rate, warns):
-    """Both losses stop falling; at 1.7 times the inverse curvature φ is below the batch, at a tenth far above."""
-    phi, losses = _bounce(rate)
-    check, said, mean = RateCheck(patience_samples=1600), [], losses[0]
-    for step, loss in enumerate(losses, start=1):
-        mean = 0.9 * mean + 0.1 * loss
-        check, warning = check.after(Known(phi, 1.05), batch=16, samples_seen=16 * step, loss=mean)
-        said += [warning] if warning else []
-    assert (phi < 16) == warns
-    assert len(said) == warns
-    assert all(
-        text.startswith("learning rate may be too high for this batch size: noise scale at most") for text in said
-    )
-
-
-def test_no_warning_while_the_loss_falls_or_nothing_is_known():
-    """A small noise scale alone is no reason, and neither is a loss that stands still at an unknown one."""
-    falling = still = RateCheck(patience_samples=100)
-    for step in range(1, 100):
-        falling, first = falling.after(Known(1.0), batch=64, samples_seen=64 * step, loss=1.0 / step)
-        still, second = still.after(UNKNOWN, batch=64, samples_seen=64 * step, loss=1.0)
-        assert first is second is None
-    assert falling.after(Known(1.0), batch=64, samples_seen=6400, loss=None)[1] is None

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dptrain.control import StepShape, StepTimes
+from dptrain.batch import BatchPlan
+from dptrain.control import StepTimes
 from dptrain.errors import CheckpointError
 
 
 def shape(micro, accumulation, world=1):
-    return StepShape(micro_batch_size=micro, accumulation_steps=accumulation, world_size=world)
+    return BatchPlan(micro_batch_size=micro, accumulation_steps=accumulation, world_size=world)
 
 
 def line(per_step, per_pass, per_sample):
@@ -212,7 +213,7 @@ def test_the_same_numbers_make_the_same_model():
 
 def test_a_slow_spell_is_forgotten():
     """A shape that was timed in a slow spell alone, and is not run any more, has no say after some thousand steps."""
-    smaller, larger = (StepShape(micro_batch_size=size, accumulation_steps=1, world_size=2) for size in (8, 16))
+    smaller, larger = (BatchPlan(micro_batch_size=size, accumulation_steps=1, world_size=2) for size in (8, 16))
     times = StepTimes()
     for number in range(40):
         times = times.timed(larger, 0.018 * (1 + 0.05 * (-1) ** number))  # twice what it really takes

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dptrain.control.step_time_model import ShapeTime, StepShape, StepTimeModel, fit
+from dptrain.batch import BatchPlan
+from dptrain.control.step_time_model import ShapeTime, StepTimeModel, fit
 
 seconds = st.floats(1e-4, 1e2)
 
 
 def shape(micro, accumulation, world=1):
-    return StepShape(micro_batch_size=micro, accumulation_steps=accumulation, world_size=world)
+    return BatchPlan(micro_batch_size=micro, accumulation_steps=accumulation, world_size=world)
 
 
 def line(per_step, per_micro_batch, per_sample, full_at=0):

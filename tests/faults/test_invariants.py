@@ -21,7 +21,8 @@ from torch import nn
 
 from dptrain.config.built import controller, learning_rate_schedule, micro_batch_size
 from dptrain.config.filled_in import filled_in
-from dptrain.control import Limits, Measurement, NoiseLaw, limited, state_to_json
+from dptrain.control import BatchSizeGrid, Measurement, OnGrid
+from dptrain.control.noise_law import NoiseLaw
 from dptrain.data import SampleStream, slots
 from dptrain.noise import Moments, MomentSums, Smoothing, noise_scale, smoothed, unbiased_moments
 from dptrain.noise.moments import SquaredNorms
@@ -108,7 +109,7 @@ def test_invariant_3_a_sample_depends_on_its_position_alone(num_samples, seed, c
 @given(pairs=st.lists(st.tuples(any_float, any_float), max_size=12), present=st.sampled_from([4, 8, 64, 1024]))
 def test_invariant_7_no_measurement_breaks_the_estimator_or_the_controller(pairs, present):
     """NaN, infinities, zeros and subnormals: the record stays finite, and the batch at most doubles."""
-    law = limited(NoiseLaw(ratio=1.0), quantum=4, limits=Limits(smallest=4, largest=1024))
+    law = OnGrid(NoiseLaw(ratio=1.0), BatchSizeGrid(quantum=4, smallest=4, largest=1024))
     smoothing, sums, state, batch = Smoothing(), MomentSums(), law.init(), present
     for number, (grad_sq_norm, noise_trace) in enumerate(pairs):
         before = sums
@@ -261,7 +262,7 @@ def test_invariant_12_rate_and_batch_are_the_same_replayed_from_any_checkpoint(k
         state = law.init()
         for number, phi in enumerate(batches):
             if number in interruptions:
-                state = (law := controller(config)).restore(json.loads(json.dumps(state_to_json(state))))
+                state = (law := controller(config)).restore(json.loads(json.dumps(asdict(state))))
             rate = learning_rate_schedule(config).factor(position + batch)
             found.append((position, batch, rate, micro_batch_size(config, global_batch_size=batch)))
             position += batch

@@ -61,6 +61,8 @@ def test_a_negative_signal_opens_the_interval():
         ({"var_grad": 4.0}, "at least 16"),
         ({"noise_trace": 1.2e6, "var_trace": 25e8}, "600k [450k, 880k]"),
         ({"var_trace": math.inf}, "not resolved yet"),
+        ({"noise_trace": -1.0}, "at most 5.99"),
+        ({"grad_sq_norm": 0.0, "var_grad": 0.0, "cov": 0.0}, "not resolved yet"),
     ],
 )
 def test_how_it_prints(changes, text):

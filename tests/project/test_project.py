@@ -153,7 +153,7 @@ def test_the_licence_is_the_one_that_the_package_declares():
 
 def test_the_example_of_a_controller_runs(tmp_path):
     """The law in docs/extending.md is code that works behind the limits, as the page says."""
-    from dptrain.control import Limits, Measurement, limited
+    from dptrain.control import BatchSizeGrid, Measurement, OnGrid
     from dptrain.noise import noise_scale
 
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -161,7 +161,7 @@ def test_the_example_of_a_controller_runs(tmp_path):
     script = tmp_path / "example.py"
     script.write_text(example, encoding="utf-8")
     law = runpy.run_path(str(script))["DoubleEvery"](first=16, num_samples=100)
-    controller = limited(law, quantum=16, limits=Limits(largest=64))
+    controller = OnGrid(law, BatchSizeGrid(quantum=16, largest=64))
     known = {"global_batch_size": 16, "noise_scale": noise_scale(None)}
     state, decision = controller.update(controller.init(), Measurement(samples_seen=250, **known))
     assert decision.global_batch_size == law.decide(Measurement(samples_seen=250, **known)).global_batch_size == 64

@@ -30,7 +30,6 @@ class PolluxLaw(GoodputLaw):
     overlap: float = 2.0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not 1 <= self.overlap <= _MOST_OVERLAP:
             raise ConfigError(f"overlap (Pollux' γ) must lie between 1 and {_MOST_OVERLAP:g}, got {self.overlap}")
 

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dptrain.control import CriticalRatio, StepShape
+from dptrain.batch import BatchPlan
+from dptrain.control import CriticalRatio
 from dptrain.errors import ConfigError
 from dptrain.explain.model.compute import Compute, flops_by_time
 from dptrain.explain.model.hardware.other_devices import OtherDevices
@@ -155,7 +156,7 @@ class Planner:
         samples, peak = float(self._record.train[-1][SAMPLES]), _peak_of_run(self._record)
         return self._compute(samples=samples, device_s=device_s, peak_flops_per_s=peak)
 
-    def fastest(self, num_devices: int) -> StepShape:
+    def fastest(self, num_devices: int) -> BatchPlan:
         """Return the layout of a step that takes the least time to the target.
 
         Raises:
@@ -174,14 +175,14 @@ class Planner:
         """Return whether a batch on so many devices is within the data set."""
         return any(True for _ in self._allowed(num_devices))
 
-    def _all(self, num_devices: int) -> Iterator[StepShape]:
+    def _all(self, num_devices: int) -> Iterator[BatchPlan]:
         return _layouts(self._devices.micro_batch_sizes, num_devices=num_devices)
 
-    def _allowed(self, num_devices: int) -> Iterator[StepShape]:
+    def _allowed(self, num_devices: int) -> Iterator[BatchPlan]:
         largest = self.num_samples or math.inf
         return (shape for shape in self._all(num_devices) if shape.global_batch_size <= largest)
 
-    def at(self, shape: StepShape) -> Point:
+    def at(self, shape: BatchPlan) -> Point:
         """Return what a layout takes."""
         implied, step_s, batch = self.needed.implied, self._devices.seconds(shape), shape.global_batch_size
         seconds, samples = implied.steps(batch) * step_s, implied.samples(batch)
@@ -253,7 +254,7 @@ class Planner:
     def _least(self, num_devices: int) -> float:
         return self._seconds(self.fastest(num_devices)) if self.fits(num_devices) else math.inf
 
-    def _seconds(self, shape: StepShape) -> float:
+    def _seconds(self, shape: BatchPlan) -> float:
         return self.needed.implied.steps(shape.global_batch_size) * self._devices.seconds(shape)
 
     def _compute(self, *, samples: float, device_s: float | None, peak_flops_per_s: float | None) -> Compute:
@@ -327,7 +328,7 @@ def _peak_of_run(record: RunRecord) -> float | None:
     return float(peak) if isinstance(peak, int | float) else None
 
 
-def _layouts(micro_batch_sizes: tuple[int, int], *, num_devices: int) -> Iterator[StepShape]:
+def _layouts(micro_batch_sizes: tuple[int, int], *, num_devices: int) -> Iterator[BatchPlan]:
     """Yield the layouts that are tried: timed micro-batches on the grid, at least two of them in a step.
 
     A single micro-batch gives no noise estimate, and dptrain trains none such.
@@ -338,4 +339,4 @@ def _layouts(micro_batch_sizes: tuple[int, int], *, num_devices: int) -> Iterato
     for micro in sorted(size for size in grid if smallest <= size <= largest):
         for accumulation in sorted({1, *numbers}):
             if num_devices * accumulation > 1:
-                yield StepShape(micro_batch_size=micro, accumulation_steps=accumulation, world_size=num_devices)
+                yield BatchPlan(micro_batch_size=micro, accumulation_steps=accumulation, world_size=num_devices)

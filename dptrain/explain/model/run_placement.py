@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dptrain.control.progress_rate import CriticalRatio
+from dptrain.control import CriticalRatio
 from dptrain.explain.model.adaptive import adaptive_side
 from dptrain.explain.record import SAMPLES, RunRecord, column, is_resolved, noise_scales
 

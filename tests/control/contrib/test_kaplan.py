@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dptrain.control import KaplanLaw, Measurement, critical_batch_tokens
+from dptrain.control import Measurement
+from dptrain.control.contrib.kaplan import KaplanLaw, critical_batch_tokens
 from dptrain.errors import ConfigError
 
 

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dptrain.control import GoodputLaw, Limits, Measurement, PolluxLaw, StepTimeModel, limited
+from dptrain.control import BatchSizeGrid, Measurement, OnGrid, StepTimeModel
+from dptrain.control.contrib.pollux import PolluxLaw
+from dptrain.control.goodput import GoodputLaw
 from dptrain.errors import ConfigError
 from tests.control.known import Known
 
@@ -32,7 +34,7 @@ def measured(phi, *, batch, step_time):
 
 
 def asked(law, phi, *, batch, step_time):
-    control = limited(law, quantum=2, limits=Limits(largest=1 << 19))
+    control = OnGrid(law, BatchSizeGrid(quantum=2, largest=1 << 19))
     return control.update(control.init(), measured(phi, batch=batch, step_time=step_time))[1].global_batch_size
 
 

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dptrain.control import RULES, LearningRateSchedule, Measurement, SeesawLaw, StaircaseSchedule
+from dptrain.config.learning_rate_schedule import LearningRateSchedule, StaircaseSchedule
+from dptrain.control import RULES, Measurement
+from dptrain.control.contrib.seesaw import SeesawLaw
 from dptrain.errors import ConfigError
 
 COSINE = LearningRateSchedule(kind="cosine", warmup_samples=1000, max_samples=101_000, final_fraction=0.1)
@@ -33,7 +35,7 @@ def rate(staircase, position, *, batch, first, rule="square_root"):
 def test_where_the_rate_would_be_halved(schedule, position):
     """At the k-th halving of the schedule the batch is 2^k times the first and the rate 2^(−k/2) of the base."""
     staircase = StaircaseSchedule(schedule=schedule)
-    batch = batch_at(SeesawLaw(staircase=staircase, first=8), position)
+    batch = batch_at(SeesawLaw(halvings=staircase.halvings, first=8), position)
     share = schedule.factor(position) if position >= schedule.warmup_samples else 1.0
     halvings = round(math.log2(batch / 8))
     if share > 1e-9:
@@ -47,7 +49,7 @@ def test_where_the_rate_would_be_halved(schedule, position):
 def test_known_answer():
     """A straight line to 0 over 1024 samples halves the rate at 512, 768 and 896."""
     staircase = StaircaseSchedule(schedule=LearningRateSchedule(kind="linear", max_samples=1024))
-    law = SeesawLaw(staircase=staircase, first=8)
+    law = SeesawLaw(halvings=staircase.halvings, first=8)
     assert [batch_at(law, p) for p in (0, 511, 512, 767, 768, 896)] == [8, 8, 16, 16, 32, 64]
 
 
@@ -56,14 +58,14 @@ def test_the_warm_up_is_the_schedule_s(position):
     """While the rate rises it is the schedule's own, and the batch is the first: half of the height is no halving."""
     staircase = StaircaseSchedule(schedule=COSINE)
     assert staircase.factor(position) == COSINE.factor(position)
-    assert batch_at(SeesawLaw(staircase=staircase, first=8), position) == 8
+    assert batch_at(SeesawLaw(halvings=staircase.halvings, first=8), position) == 8
 
 
 @given(position=positions, largest=st.sampled_from([8, 16, 32]))
 def test_a_batch_that_cannot_double_leaves_the_fall_to_the_rate(position, largest):
     """Where a bound holds the batch back, rate over √batch is what it would have been without the bound."""
     staircase = StaircaseSchedule(schedule=COSINE)
-    batch = batch_at(SeesawLaw(staircase=staircase, first=8), position)
+    batch = batch_at(SeesawLaw(halvings=staircase.halvings, first=8), position)
     held = min(batch, largest)
     free = rate(staircase, position, batch=batch, first=8) / math.sqrt(batch)
     assert rate(staircase, position, batch=held, first=8) / math.sqrt(held) == pytest.approx(free)
@@ -71,7 +73,7 @@ def test_a_batch_that_cannot_double_leaves_the_fall_to_the_rate(position, larges
 
 def test_the_end_of_a_fall_to_nothing():
     """Where the schedule ends at a rate of 0 the batch is still a number, and rises all the way."""
-    law = SeesawLaw(staircase=StaircaseSchedule(schedule=FALLING[1]), first=1)
+    law = SeesawLaw(halvings=StaircaseSchedule(schedule=FALLING[1]).halvings, first=1)
     batches = [batch_at(law, p) for p in range(0, 110_000, 1000)]
     assert all(after >= before for before, after in pairwise(batches))
     assert math.isfinite(float(batches[-1]))
@@ -80,6 +82,6 @@ def test_the_end_of_a_fall_to_nothing():
 def test_settings_out_of_range():
     """A schedule that never falls, and a batch of nothing, are refused."""
     with pytest.raises(ConfigError, match="choose one that falls"):
-        SeesawLaw(staircase=StaircaseSchedule(schedule=LearningRateSchedule()), first=8)
+        StaircaseSchedule(schedule=LearningRateSchedule())
     with pytest.raises(ConfigError, match="got 0"):
-        SeesawLaw(staircase=StaircaseSchedule(schedule=COSINE), first=0)
+        SeesawLaw(halvings=StaircaseSchedule(schedule=COSINE).halvings, first=0)

@@ -4,16 +4,17 @@ import math
 import random
 from itertools import pairwise
 
-from dptrain.control import Limits, Measurement, StepShape, StepTimes, limited
+from dptrain.batch import BatchPlan
+from dptrain.control import BatchSizeGrid, Measurement, OnGrid, StepTimes
 from dptrain.noise import Moments, MomentSums, Smoothing, noise_scale, smoothed
 
-LIMITS = Limits(smallest=8, largest=65536)
+GRID = BatchSizeGrid(quantum=8, largest=65536)
 
 
 def layout(batch, *, largest_micro=32, least_accumulation=1):
     """The shape in which one replica runs a power of two: the micro-batch rises first."""
     micro = min(batch // least_accumulation, largest_micro)
-    return StepShape(micro_batch_size=micro, accumulation_steps=batch // micro, world_size=1)
+    return BatchPlan(micro_batch_size=micro, accumulation_steps=batch // micro, world_size=1)
 
 
 def draw(rng, *, phi, batch, num_small=2, dimensions=50):
@@ -29,24 +30,24 @@ def draw(rng, *, phi, batch, num_small=2, dimensions=50):
     return Moments(noise_trace=trace, grad_sq_norm=grad, num_samples=batch)
 
 
-def closed_loop(law, *, phi_at, batch, seed, steps=600, every=10, num_small=2, limits=LIMITS, seconds=None, heat=None):
+def closed_loop(law, *, phi_at, batch, seed, steps=600, every=10, num_small=2, grid=GRID, seconds=None, heat=None):
     """Return the batch after each step of a run under `law`.
 
     Args:
-        law: unlimited; decides every `every` steps.
+        law: not on a grid yet; decides every `every` steps.
         phi_at: the true noise scale at a step; None where nothing can be measured in it.
         batch: of the first step.
         seed: of the noise.
         steps: length of the run.
         every: steps between two decisions.
         num_small: small batches of a step.
-        limits: round the law.
+        grid: the batches that run.
         seconds: true time of a step's shape, to which 10 % of noise and 5 % of stragglers are added; None: not timed.
         heat: factor on the true noise scale at a batch; None: it does not depend on the batch.
     """
     rng = random.Random(seed)
     smoothing, sums, times = Smoothing(), MomentSums(), StepTimes()
-    control = limited(law, quantum=8, limits=limits)
+    control = OnGrid(law, grid)
     state, batches, seen = control.init(), [], 0
     for step in range(steps):
         phi = phi_at(step)

@@ -9,7 +9,8 @@ import math
 import random
 from dataclasses import dataclass
 
-from dptrain.control import Limits, Measurement, StepShape, StepTimes, limited
+from dptrain.batch import BatchPlan
+from dptrain.control import BatchSizeGrid, Measurement, OnGrid, StepTimes
 from dptrain.noise import MomentSums, Smoothing, noise_scale, smoothed
 from tests.control.simulated.closed_loop import draw
 
@@ -20,7 +21,7 @@ def layout(batch):
     """Two replicas; the micro-batch rises first."""
     share = batch // 2
     micro = min(share, LARGEST_MICRO)
-    return StepShape(micro_batch_size=micro, accumulation_steps=share // micro, world_size=2)
+    return BatchPlan(micro_batch_size=micro, accumulation_steps=share // micro, world_size=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def efficiency(law, case, *, seed, most_steps=6000, smoothing=None):
     """
     rng = random.Random(seed)
     smoothing, sums, times = smoothing or Smoothing(), MomentSums(), StepTimes()
-    control = limited(law, quantum=SMALLEST, limits=Limits(smallest=SMALLEST, largest=LARGEST))
+    control = OnGrid(law, BatchSizeGrid(quantum=SMALLEST, smallest=SMALLEST, largest=LARGEST))
     points = [SMALLEST << k for k in range(14)]
     seconds = {b: case.machine.seconds(layout(b)) for b in points}
     state, batch, seen, done, spent, fastest, changes, model = control.init(), case.start, 0, 0.0, 0.0, 0.0, 0, None

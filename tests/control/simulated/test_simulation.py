@@ -2,7 +2,7 @@
 
 import pytest
 
-from dptrain.control import GoodputLaw
+from dptrain.control.goodput import GoodputLaw
 from tests.control.simulated.simulation import CASES, LARGEST_MICRO, efficiency
 
 LAW = GoodputLaw(largest_micro_batch_size=LARGEST_MICRO, no_decrease_samples=400)

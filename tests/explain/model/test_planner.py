@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from dptrain.control import StepShape
+from dptrain.batch import BatchPlan
 from dptrain.explain.model.hardware.devices import devices
 from dptrain.explain.model.planner import RATIO_DOUBT, Planner
 from tests.ideal_runs import PER_PASS_S, PER_SAMPLE_S, ideal_record, step_s, steps_to
@@ -22,7 +22,7 @@ def _planner(**fitted):
 def test_any_layout_is_predicted(accumulation):
     """Steps, samples and seconds, on the run's own number of devices."""
     planner = _planner()
-    point = planner.at(StepShape(micro_batch_size=8, accumulation_steps=accumulation, world_size=2))
+    point = planner.at(BatchPlan(micro_batch_size=8, accumulation_steps=accumulation, world_size=2))
     steps = steps_to(planner.target, batch=16 * accumulation)
     assert point.global_batch_size == 16 * accumulation
     assert point.steps == pytest.approx(steps, rel=0.03)
@@ -80,7 +80,7 @@ def test_the_doubt_of_the_critical_ratio_grows_with_the_distance_from_the_run_s_
     planner = _planner()
 
     def width(accumulation):
-        point = planner.at(StepShape(micro_batch_size=8, accumulation_steps=accumulation, world_size=2))
+        point = planner.at(BatchPlan(micro_batch_size=8, accumulation_steps=accumulation, world_size=2))
         return point.samples_range[1] / point.samples_range[0]
 
     mean = planner.needed.samples_of_run / len(ideal_record().train)

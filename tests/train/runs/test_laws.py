@@ -30,7 +30,7 @@ def train(folder, *, optimizer=None, **control):
 
 @pytest.mark.parametrize("law", LAWS)
 def test_each_law_trains_by_its_name(tmp_path, law):
-    """All samples are seen, batches keep to the bounds, each change has its reason, and all but a constant change."""
+    """All samples are seen, batches keep to the bounds, each decision changes the batch and says why; a constant has none."""
     if law == "schedule":
         LAWS[law].update(smallest=None, largest=None)
     _, summary = train(tmp_path / "run", law=law, **LAWS[law])
@@ -40,6 +40,7 @@ def test_each_law_trains_by_its_name(tmp_path, law):
     assert batches <= set(range(1, 17))
     assert all(row["reason"] for row in decisions)
     assert bool(decisions) == (law != "constant")
+    assert all(row["batch/after"] != row["batch/before"] for row in decisions)  # none is of the rate alone
     if law in ("schedule", "seesaw"):
         assert decisions[-1]["batch/after"] > 4
 

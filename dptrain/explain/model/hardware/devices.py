@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dptrain.control import StepShape, StepTimeModel, StepTimes
+from dptrain.batch import BatchPlan
+from dptrain.control import StepTimeModel, StepTimes
 from dptrain.errors import ConfigError
 from dptrain.explain.text.findings import num_replicas
 
@@ -73,16 +74,16 @@ class Devices:
         """Whether the run separates the cost per step from that per sample."""
         return self.model.is_split_known
 
-    def seconds(self, shape: StepShape) -> float:
+    def seconds(self, shape: BatchPlan) -> float:
         """Return the time of a step of `shape`."""
         return self._seconds(shape, volume_s=self.all_reduce.volume_s)
 
-    def seconds_range(self, shape: StepShape) -> tuple[float, float]:
+    def seconds_range(self, shape: BatchPlan) -> tuple[float, float]:
         """Return what the time of a step may be, for what its all-reduce may be."""
         ends = [self._seconds(shape, volume_s=volume_s) for volume_s in self.all_reduce.volume_range_s]
         return min(ends), max(ends)
 
-    def _seconds(self, shape: StepShape, *, volume_s: float) -> float:
+    def _seconds(self, shape: BatchPlan, *, volume_s: float) -> float:
         there, here = (
             self.all_reduce.seconds(number, volume_s=volume_s) for number in (shape.world_size, self.model.world_size)
         )
@@ -139,7 +140,7 @@ def _given(*, gradient_bytes: float | None, gb_per_s: float, latency_s: float) -
     return AllReduce(volume_s=volume_s, volume_range_s=(volume_s, volume_s), latency_s=latency_s, source=source)
 
 
-def _fitted(timed: list[tuple[StepShape, float]], model: StepTimeModel, *, latency_s: float) -> AllReduce:
+def _fitted(timed: list[tuple[BatchPlan, float]], model: StepTimeModel, *, latency_s: float) -> AllReduce:
     models = _by_number_of_devices(timed)
     if len(models) > 1:
         (few, least), *_, (many, most) = sorted(models.items())
@@ -158,7 +159,7 @@ def _fitted(timed: list[tuple[StepShape, float]], model: StepTimeModel, *, laten
     return AllReduce(volume_s=most_s / 2, volume_range_s=(0.0, most_s), latency_s=latency_s, source=source)
 
 
-def _by_number_of_devices(timed: list[tuple[StepShape, float]]) -> dict[int, StepTimeModel]:
+def _by_number_of_devices(timed: list[tuple[BatchPlan, float]]) -> dict[int, StepTimeModel]:
     """Fit each number of devices separately, if at least two batches separate cost per step and per sample."""
     found = {}
     for number in {shape.world_size for shape, _ in timed}:
@@ -171,7 +172,7 @@ def _by_number_of_devices(timed: list[tuple[StepShape, float]]) -> dict[int, Ste
     return found
 
 
-def _timed(record: RunRecord) -> Iterator[tuple[StepShape, float]]:
+def _timed(record: RunRecord) -> Iterator[tuple[BatchPlan, float]]:
     """Yield the steps of a run whose time is known."""
     for row in record.train:
         seconds = row.get("time/step_s")
@@ -179,8 +180,8 @@ def _timed(record: RunRecord) -> Iterator[tuple[StepShape, float]]:
             yield _shape(row, record), seconds
 
 
-def _shape(row: Row, record: RunRecord) -> StepShape:
-    return StepShape(
+def _shape(row: Row, record: RunRecord) -> BatchPlan:
+    return BatchPlan(
         micro_batch_size=int(row["batch/micro"]),
         accumulation_steps=int(row["batch/accumulation"]),
         world_size=int(row.get("time/world_size") or num_replicas(record)),

@@ -14,7 +14,7 @@ from dptrain.explain.record import SAMPLES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dptrain.control import StepShape
+    from dptrain.batch import BatchPlan
     from dptrain.explain.record import RunRecord
 
 UTILISATION_RANGE = (0.1, 0.5)
@@ -94,7 +94,7 @@ class Speed:
     host_gb_per_s: float
     network_gb_per_s: float
 
-    def seconds(self, shape: StepShape, *, all_reduce: AllReduce, gradient_bytes: float) -> float:
+    def seconds(self, shape: BatchPlan, *, all_reduce: AllReduce, gradient_bytes: float) -> float:
         """Return the time of a step of `shape`."""
         gb_per_s = self.host_gb_per_s if shape.world_size <= DEVICES_PER_HOST else self.network_gb_per_s
         samples_s = max(self.floor_s, self.sample_s * shape.micro_batch_size)
@@ -146,19 +146,19 @@ class OtherDevices:
         """What a device computes at the planned utilisation."""
         return self.peak_flops_per_s * self.utilisation.value
 
-    def seconds(self, shape: StepShape) -> float:
+    def seconds(self, shape: BatchPlan) -> float:
         """Return the time of a step of `shape`."""
         return self._at(self.planned, shape)
 
-    def seconds_range(self, shape: StepShape) -> tuple[float, float]:
+    def seconds_range(self, shape: BatchPlan) -> tuple[float, float]:
         """Return what the time of a step may be, at both ends of all assumptions."""
         return self._at(self.fastest, shape), self._at(self.slowest, shape)
 
-    def is_bound_by_host(self, shape: StepShape) -> bool:
+    def is_bound_by_host(self, shape: BatchPlan) -> bool:
         """Return whether a forward–backward takes what it takes at least, whatever its samples."""
         return self.planned.floor_s > self.planned.sample_s * shape.micro_batch_size
 
-    def _at(self, speed: Speed, shape: StepShape) -> float:
+    def _at(self, speed: Speed, shape: BatchPlan) -> float:
         return speed.seconds(shape, all_reduce=self.all_reduce, gradient_bytes=self.gradient_bytes)
 
 

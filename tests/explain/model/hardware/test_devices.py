@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from dptrain.control import StepShape
+from dptrain.batch import BatchPlan
 from dptrain.errors import ConfigError
 from dptrain.explain.model.hardware.devices import LATENCY_S, AllReduce, devices
 from tests.ideal_runs import PER_STEP_S, ideal_record, step_s
 
 
 def _shape(num_devices, *, micro=8, accumulation=2):
-    return StepShape(micro_batch_size=micro, accumulation_steps=accumulation, world_size=num_devices)
+    return BatchPlan(micro_batch_size=micro, accumulation_steps=accumulation, world_size=num_devices)
 
 
 def test_a_ring_and_a_tree():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from dptrain.control import StepShape
+from dptrain.batch import BatchPlan
 from dptrain.cost.device_peaks import DEVICES
 from dptrain.errors import ConfigError
 from dptrain.explain.model.hardware.devices import devices
@@ -36,7 +36,7 @@ def planned(record=None, *, name="H100", **options):
 
 
 def shape(micro=8, accumulation=2, world_size=1):
-    return StepShape(micro_batch_size=micro, accumulation_steps=accumulation, world_size=world_size)
+    return BatchPlan(micro_batch_size=micro, accumulation_steps=accumulation, world_size=world_size)
 
 
 def test_a_sample_takes_its_flops_over_the_share_of_the_peak():
