@@ -14,7 +14,8 @@ class ModelConfig:
 
     weights: str | None = setting(None, PATH)
     """Weights to start from, `--from` for short: a safetensors file, a folder of transformers or timm that holds
-    model.safetensors, a run folder, or a checkpoint step-… of one. Names and shapes must be those of the model."""
+    model.safetensors, a run folder, or a checkpoint step-… of one; efficientnet-lite0: those of the extra
+    dptrain[efficientnet], for timm:tf_efficientnet_lite0. Names and shapes must be those of the model."""
     new_head: str | None = setting(None, NAME)
     """Parameters that do not take weights but begin as the task initialises them: patterns of their names, with commas,
     such as "output.*". They are trained whatever freeze and lora_rank say."""
