@@ -122,8 +122,8 @@ def _shape(batch: Batch) -> Hashable:
 # Torch's own formulas leave out attention on the CPU, fused recurrent layers and grouped products. They count the
 # weight gradient of a convolution in groups as if it had none: 32 times too much for a depthwise one of 32 channels.
 # They count the backward pass of fused attention as five products to the forward pass's two, for such kernels compute
-# one of them again; the plain form of the same attention has four. Here it is four for all: the FLOPs of a model are not
-# those of a kernel.
+# one of them again; the plain form of the same attention has four. Here it is four for all: the FLOPs of a model are
+# not those of a kernel.
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:  # noqa: ANN401 - as torch calls it
