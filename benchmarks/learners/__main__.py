@@ -1,5 +1,5 @@
-"""What do four ways to cheaper training gain, and what do they do to the gradient noise?"""
-# python -m benchmarks.learners [--json PATH|-] [--page FILE] [--processes N] [--parts NAME,…] [--quick]
+"""What do ways to cheaper training gain, and what do they do to the gradient noise?"""
+# python -m benchmarks.learners [--json PATH|-] [--page FILE] [--parts NAME,…] [--earlier JSON,…] [--keep DIR] [--quick]
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import harness
 from benchmarks.learners.expert_gradients import experts_gradient_error
 from benchmarks.learners.kept_runs import train_once
+from benchmarks.learners.page import draw, page, with_earlier
 from benchmarks.learners.runs import REPLICAS, Arm
 from benchmarks.learners.ways import WAYS
 
@@ -34,12 +33,6 @@ PARTS = (
     "small-batches",
 )
 _UNRESOLVED = "not resolved"
-_HOW_TO_READ = (
-    "A margin is the control's loss less the arm's, in units of the larger of their two standard deviations over "
-    "seeds. With three seeds such a deviation is itself off by half: a margin below 2 is weak evidence. FLOPs are "
-    "counted, those of a teacher included; GFLOP by density is what hardware that passes over zeros would need. "
-    "Seconds are in the JSON; other work ran on the machine, so they say little."
-)
 
 
 def measure(
@@ -93,7 +86,7 @@ def measure(
             "accuracy": "{accuracy_text}",
             "GFLOP": "{gflop:.3g}",
             "by density": "{sparse_text}",
-            "MB of gradients": "{gradient_mb:.3g}",
+            "gradients": "{gradients_text}",
             "noise scale early": "{noise_early}",
             "late": "{noise_late}",
             **{f"{number} replicas": f"{{speed_up_{number}}}" for number in REPLICAS},
@@ -118,9 +111,10 @@ def _row(arm: Arm, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "sparse_text": "–" if sparse is None else f"{sparse / 1e9:.3g}",
         "noise_early": _median(result["noise_early"] for result in results),
         "noise_late": _median(result["noise_late"] for result in results),
-        "gradient_mb": results[0]["gradient_bytes"] / 1e6,
+        "gradient_bytes": results[0]["gradient_bytes"],
+        "gradients_text": f"{results[0]['gradient_bytes'] / 1e6:.3g} MB",
         **{f"speed_up_{number}": _speed_up(results, number) for number in REPLICAS},
-        "measured": ", ".join(sorted({f"{result['measured']} {result['source']}" for result in results})),
+        "measured": ", ".join(sorted({f"{result['measured']} ({result['source']})" for result in results})),
         "losses": " ".join(f"{loss:.5f}" for loss in losses),
         "verdict": "–",
     }
@@ -173,51 +167,35 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return figures
 
 
-def page(findings: harness.Findings, *, command: str) -> str:
-    """Return the result as a page."""
-    heads = list(findings.columns)
-    lines = [
-        "# What four ways to cheaper training gain",
-        "",
-        f"`{command}` on {harness.environment(device='cpu')['processor']}, torch {torch.__version__}. {findings.note}",
-        "",
-        f"| {' | '.join(heads)} |",
-        f"|{'---|' * len(heads)}",
-        *(
-            f"| {' | '.join(template.format_map(row) for template in findings.columns.values())} |"
-            for row in findings.rows
-        ),
-        "",
-        *(["| figure | value |", "|---|---|"] if findings.figures else []),
-        *(f"| {name} | {value:.3g} |" for name, value in findings.figures.items()),
-        *([""] if findings.figures else []),
-        _HOW_TO_READ,
-        "",
-    ]
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Run from the command line."""
     parser: argparse.ArgumentParser = harness.command_line(question=__doc__, name="learners")
-    parser.add_argument("--page", metavar="FILE", type=Path, help="write the result as a page")
+    parser.add_argument("--page", metavar="FILE", type=Path, help="write the result as a page, with a figure beside it")
     parser.add_argument("--keep", metavar="DIR", type=Path, help="keep figures of runs there, and train none twice")
+    parser.add_argument("--earlier", metavar="JSON,…", help="earlier results whose rows stand beside those of this run")
     parser.add_argument("--processes", metavar="N", type=int, default=1, help="runs at a time")
     parser.add_argument("--parts", metavar="NAME,…", default=",".join(PARTS), help="what to measure; all by default")
     options = parser.parse_args()
     parts = [part.strip() for part in options.parts.split(",")]
     if unknown := set(parts) - set(PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
+    earlier = [Path(text.strip()) for text in (options.earlier or "").split(",") if text.strip()]
+    if missing := [path for path in earlier if not path.is_file()]:
+        parser.error(f"there is no earlier result {missing[0]}")
     if options.keep is not None:
         options.keep.mkdir(parents=True, exist_ok=True)
     began_s = time.monotonic()
     findings = measure(options.quick, parts=parts, num_processes=options.processes, kept=options.keep)
+    findings = with_earlier(findings, earlier)
     assert all(math.isfinite(value) for value in findings.figures.values()), findings.figures
     name = "learners" if tuple(parts) == PARTS else f"learners --parts {','.join(parts)}"
+    name += f" --earlier {options.earlier}" if earlier else ""
     harness.tell(findings, options, question=__doc__, name=name, device="cpu")
     if options.page is not None:
         command = f"python -m benchmarks.{name}" + (" --quick" if options.quick else "")
-        options.page.write_text(page(findings, command=command), encoding="utf-8")
+        picture = options.page.with_suffix(".png")
+        draw(findings.rows, picture)
+        options.page.write_text(page(findings, command=command, figure=picture.name), encoding="utf-8")
     print(f"{time.monotonic() - began_s:.0f} s")
 
 
