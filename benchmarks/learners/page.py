@@ -19,8 +19,9 @@ _HOW_TO_READ = (
     "counted, those of a teacher included; GFLOP by density is what hardware that passes over zeros would need. "
     "Gradients are those of the trained parameters, in float32: what a replica sends in a step. For 8 and 64 replicas "
     "there is the time to the run's lowest loss on one replica over that on so many, as `dptrain plan` predicts it "
-    'from the run; "not planned" where it refuses, because the noise scale is not resolved or the data set is too small. '
-    "The all-reduce is assumed to take no time, for one replica has none. Other work ran on the machine, so seconds say little."
+    'from the run; "not planned" where it refuses, because the noise scale is not resolved or the data set is too '
+    "small. The all-reduce is assumed to take no time, for one replica has none. Other work ran on the machine, so "
+    "seconds say little."
 )
 
 

@@ -51,6 +51,11 @@ class DistillationConfig:
     """The logits of both are divided by it; the divergence is multiplied by its square."""
     weight: float = setting(0.5, SHARE)
     """Weight of the divergence from the teacher in the loss; the task's own loss has the rest."""
+    hidden: str | None = setting(None, NAME)
+    """Modules whose outputs are to be those of the teacher's, too: names with commas, `model=teacher` where they
+    differ, such as "blocks.0=blocks.1,blocks.1=blocks.3". Default: none."""
+    hidden_weight: float = setting(1.0, POSITIVE)
+    """Weight of their mean squared difference, which is added to the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
