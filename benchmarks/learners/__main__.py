@@ -19,8 +19,10 @@ from benchmarks import harness
 from benchmarks.learners.expert_gradients import experts_gradient_error
 from benchmarks.learners.kept_runs import train_once
 from benchmarks.learners.page import draw, page, with_earlier
+from benchmarks.learners.pictures import check_installed
 from benchmarks.learners.runs import REPLICAS, Arm
 from benchmarks.learners.ways import WAYS
+from dptrain.errors import ConfigError
 
 _SEEDS = (0, 1, 2)
 PARTS = (
@@ -182,6 +184,11 @@ def main() -> None:
     earlier = [Path(text.strip()) for text in (options.earlier or "").split(",") if text.strip()]
     if missing := [path for path in earlier if not path.is_file()]:
         parser.error(f"there is no earlier result {missing[0]}")
+    if "fine-tuning-pictures" in parts:
+        try:
+            check_installed()
+        except ConfigError as error:
+            parser.error(f"part fine-tuning-pictures: {error}")
     if options.keep is not None:
         options.keep.mkdir(parents=True, exist_ok=True)
     began_s = time.monotonic()

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.learners.runs import Arm
-from dptrain.models.efficientnet_lite0 import NAME
+from dptrain.models.efficientnet_lite0 import NAME, read_efficientnet_lite0
 from dptrain.models.settings import ModelConfig
+from dptrain.models.vision import vision_model
 from dptrain.train import NoiseConfig, OptimizerConfig
 
 _WAY = "fine-tuning, EfficientNet-Lite0"
 _CONTROL = "from scratch"
+_MODEL = "timm:tf_efficientnet_lite0"
 _SIZE, _NUM_TRAIN = 48, 300
 _BATCH, _LARGE = 32, 4
 # The best of two or three rates each, by trials of one seed with the 300 digits after these as held-out ones: 1e-3 and
@@ -29,7 +31,7 @@ def finetuning_pictures(folder: Path, *, quick: bool) -> Iterator[Arm]:  # noqa:
     Each way is there with four times the batch, too, at equal samples and twice the rate, as is the rule for Adam: what
     that costs says whether the critical batch size lies below.
     """
-    options: dict[str, Any] = {"model": "timm:tf_efficientnet_lite0", "size": _SIZE, "num_train": _NUM_TRAIN}
+    options: dict[str, Any] = {"model": _MODEL, "size": _SIZE, "num_train": _NUM_TRAIN}
     few = {
         "task": "digits",
         "task_options": options,
@@ -50,6 +52,16 @@ def finetuning_pictures(folder: Path, *, quick: bool) -> Iterator[Arm]:  # noqa:
         yield Arm(way=_WAY, name=name, control=_CONTROL, settings={**settings, "optimizer": _at(rate)})
         large = {**settings, "global_batch_size": _LARGE * _BATCH, "optimizer": _at(rate, multiple=_LARGE)}
         yield Arm(way=_WAY, name=f"{name}, batch {_LARGE * _BATCH}", control=name, settings=large)
+
+
+def check_installed() -> None:
+    """Refuse to begin where the network or its weights are missing, before other parts are measured.
+
+    Raises:
+        ConfigError: naming the extra.
+    """
+    read_efficientnet_lite0()
+    vision_model(_MODEL, num_classes=1)
 
 
 def _at(rate: str, *, multiple: int = 1) -> OptimizerConfig:

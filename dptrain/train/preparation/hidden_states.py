@@ -77,7 +77,7 @@ def projection(width: int, to: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     # In float64, so that processors that round differently give the same float32.
     drawn = torch.randn(max(width, to), min(width, to), generator=generator, dtype=torch.float64)
-    orthonormal = torch.linalg.qr(drawn).Q.float()
+    orthonormal: Tensor = torch.linalg.qr(drawn).Q.float()
     return orthonormal if width >= to else orthonormal.T.contiguous()
 
 
