@@ -116,7 +116,7 @@ def _row(arm: Arm, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "gradient_bytes": results[0]["gradient_bytes"],
         "gradients_text": f"{results[0]['gradient_bytes'] / 1e6:.3g} MB",
         **{f"speed_up_{number}": _speed_up(results, number) for number in REPLICAS},
-        "measured": ", ".join(sorted({f"{result['measured']} ({result['source']})" for result in results})),
+        "measured": "; ".join(sorted({f"{result['measured']} ({result['source']})" for result in results})),
         "losses": " ".join(f"{loss:.5f}" for loss in losses),
         "verdict": "–",
     }

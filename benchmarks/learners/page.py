@@ -6,11 +6,14 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks import harness
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _UNKNOWN = "not measured"
 _HOW_TO_READ = (
@@ -43,6 +46,8 @@ def with_earlier(findings: harness.Findings, files: Iterable[Path]) -> harness.F
                 "measured": stamp,
                 **row,
             }
+            if row.get("sparse_text") == "0.0":  # earlier versions kept one decimal
+                rows[row["way"], row["arm"]]["sparse_text"] = "< 0.05"
     for row in findings.rows:
         rows[row["way"], row["arm"]] = dict(row)
     return replace(findings, rows=list(rows.values()), figures={**figures, **findings.figures})
@@ -86,7 +91,7 @@ def page(findings: harness.Findings, *, command: str, figure: str | None = None)
 def _stamps(rows: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for row in rows:
-        found.setdefault(row["way"], set()).add(row["measured"])
+        found.setdefault(row["way"], set()).update(row["measured"].split("; "))
     return found
 
 
@@ -108,9 +113,11 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         left.set_yticks(places, [f"{row['way']}: {row['arm']}" for row in rows], fontsize=7)
         left.invert_yaxis()
         left.set_xscale("symlog", linthresh=1)
+        _plain_ticks(left, (-30, -10, -3, -1, 0, 1, 3, 10))
         left.axvline(0, color=GREY, linewidth=0.8)
         left.set_xlabel("loss below the control's, in standard deviations over seeds")
-        left.set_title("Gain over the control; a control has no bar")
+        left.set_title("Gain over the control")
+        left.margins(y=0.01)
         for place, row in zip(places, rows, strict=True):
             early, late = (_number(row[name]) for name in ("noise_early", "noise_late"))
             if early and late:
@@ -121,10 +128,17 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         for colour, marker, label in ((BLUE, "o", "early"), (VERMILLION, "s", "late")):
             right.plot([], [], marker, color=colour, markersize=4, label=label)
         right.set_xscale("log")
+        _plain_ticks(right, (1, 10, 100, 1000))
         right.set_xlabel("noise scale, samples")
         right.set_title("Noise scale where it is resolved")
         right.legend()
         figure.savefig(path, dpi=110)
+
+
+def _plain_ticks(axes: Axes, values: Sequence[int]) -> None:
+    """Set ticks with plain labels: those of powers are mathematical text, which the style takes literally."""
+    axes.set_xticks(values, [str(value) for value in values])
+    axes.minorticks_off()
 
 
 def _number(text: str) -> float | None:
