@@ -19,7 +19,7 @@ from benchmarks import harness
 from benchmarks.learners.expert_gradients import experts_gradient_error
 from benchmarks.learners.kept_runs import train_once
 from benchmarks.learners.page import draw, page, with_earlier
-from benchmarks.learners.pictures import check_installed
+from benchmarks.learners.pictures import check_installed, import_torchvision_first
 from benchmarks.learners.runs import REPLICAS, Arm
 from benchmarks.learners.ways import WAYS
 from dptrain.errors import ConfigError
@@ -59,7 +59,9 @@ def measure(
     errors = [experts_gradient_error(world_size) for world_size in sizes] if "experts" in parts else []
     with (
         tempfile.TemporaryDirectory() as name,
-        ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(
+            num_processes, mp_context=multiprocessing.get_context("spawn"), initializer=import_torchvision_first
+        ) as pool,
     ):
         for number, (part, way) in enumerate(WAYS.items()):
             if part not in parts:

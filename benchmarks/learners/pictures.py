@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.learners.runs import Arm
+from dptrain.errors import ConfigError
 from dptrain.models.efficientnet_lite0 import NAME, read_efficientnet_lite0
 from dptrain.models.settings import ModelConfig
-from dptrain.models.vision import vision_model
+from dptrain.models.vision import import_torchvision, vision_model
 from dptrain.train import NoiseConfig, OptimizerConfig
 
 _WAY = "fine-tuning, EfficientNet-Lite0"
@@ -64,6 +66,12 @@ def check_installed() -> None:
     """
     read_efficientnet_lite0()
     vision_model(_MODEL, num_classes=1)
+
+
+def import_torchvision_first() -> None:
+    """Import torchvision, where there is one, before peft does by way of transformers: see `import_torchvision`."""
+    with contextlib.suppress(ConfigError):
+        import_torchvision()
 
 
 def _at(rate: str, *, multiple: int = 1) -> OptimizerConfig:
