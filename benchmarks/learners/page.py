@@ -46,8 +46,6 @@ def with_earlier(findings: harness.Findings, files: Iterable[Path]) -> harness.F
                 "measured": stamp,
                 **row,
             }
-            if row.get("sparse_text") == "0.0":  # earlier versions kept one decimal
-                rows[row["way"], row["arm"]]["sparse_text"] = "< 0.05"
     for row in findings.rows:
         rows[row["way"], row["arm"]] = dict(row)
     return replace(findings, rows=list(rows.values()), figures={**figures, **findings.figures})
