@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks import harness
+from benchmarks.result_tables import figures_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,9 +74,7 @@ def page(findings: harness.Findings, *, command: str, figure: str | None = None)
             for row in findings.rows
         ),
         "",
-        *(["| figure | value |", "|---|---|"] if findings.figures else []),
-        *(f"| {name} | {value:.3g} |" for name, value in findings.figures.items()),
-        *([""] if findings.figures else []),
+        *([figures_table(findings.figures)] if findings.figures else []),
         _HOW_TO_READ,
         "",
         "When each way was measured, and the digest of the package's source by which it was:",
