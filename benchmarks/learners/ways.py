@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.learners.pictures import finetuning_pictures
 from benchmarks.learners.runs import Arm, run
 from dptrain.models.settings import DistillationConfig, ModelConfig, SparsityConfig
 from dptrain.tasks.pysource import read_source
@@ -143,6 +144,7 @@ def small_batches(folder: Path, *, quick: bool) -> Iterator[Arm]:  # noqa: ARG00
 
 WAYS = {
     "fine-tuning": finetuning,
+    "fine-tuning-pictures": finetuning_pictures,
     "sparsity": sparsity,
     "distillation": distillation,
     "mixture": mixture,

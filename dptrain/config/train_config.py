@@ -204,6 +204,7 @@ class TrainConfig:
         _check_length(self)
         _check_sparsity(self)
         _check_quantization(self)
+        _check_hidden_states(self)
         check_exchange(
             self.exchange,
             control=self.control,
@@ -277,6 +278,19 @@ def _check_quantization(config: TrainConfig) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise ConfigError(f"model.quantize={model.quantize} does not go with it: {reason}")
+
+
+def _check_hidden_states(config: TrainConfig) -> None:
+    """Refuse hidden states of no teacher, or of modules that are compiled away."""
+    if config.distillation.hidden is None:
+        return
+    if config.distillation.teacher is None:
+        raise ConfigError("distillation.hidden is given without distillation.teacher: it would be ignored")
+    if config.execution.compile != "off":
+        raise ConfigError(
+            f"distillation.hidden looks at modules while they run, and execution.compile={config.execution.compile} "
+            f"melts them together: leave one of them out"
+        )
 
 
 def _check_length(config: TrainConfig) -> None:

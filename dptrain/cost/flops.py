@@ -120,9 +120,10 @@ def _shape(batch: Batch) -> Hashable:
 
 
 # Torch's own formulas leave out attention on the CPU, fused recurrent layers and grouped products. They count the
-# backward pass of fused attention as five products to the forward pass's two, for such kernels compute one of them
-# again; the plain form of the same attention has four. Here it is four for all: the FLOPs of a model are not those of a
-# kernel.
+# weight gradient of a convolution in groups as if it had none: 32 times too much for a depthwise one of 32 channels.
+# They count the backward pass of fused attention as five products to the forward pass's two, for such kernels compute
+# one of them again; the plain form of the same attention has four. Here it is four for all: the FLOPs of a model are
+# not those of a kernel.
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:  # noqa: ANN401 - as torch calls it
@@ -160,6 +161,25 @@ def _grouped_product(left: Shape, right: Shape, *_: Any, **__: Any) -> int:  # n
     return 2 * math.prod(of_one_group) * right[-1]
 
 
+def _convolution_backward(
+    grad: Shape,
+    inputs: Shape,
+    weight: Shape,
+    _bias: Any,  # noqa: ANN401 - as torch calls it
+    _stride: Any,  # noqa: ANN401 - the same
+    _padding: Any,  # noqa: ANN401 - the same
+    _dilation: Any,  # noqa: ANN401 - the same
+    transposed: bool,  # noqa: FBT001 - the same
+    _output_padding: Any,  # noqa: ANN401 - the same
+    _groups: Any,  # noqa: ANN401 - the same
+    wanted: Sequence[bool],
+    **_kwargs: Any,  # noqa: ANN401 - the same
+) -> int:
+    """Each gradient that is wanted, of inputs and of weights, takes the products of the forward pass."""
+    places = (inputs if transposed else grad)[2:]
+    return 2 * inputs[0] * math.prod(places) * math.prod(weight) * sum(wanted[:2])
+
+
 FORMULAS = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,  # noqa: SLF001 - torch's operators have no others
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,  # noqa: SLF001
@@ -170,5 +190,6 @@ FORMULAS = {
     _aten.mkldnn_rnn_layer_backward: _recurrent_layer_backward,
     _aten._cudnn_rnn: _recurrent,  # noqa: SLF001
     _aten._cudnn_rnn_backward: _recurrent_backward,  # noqa: SLF001
+    _aten.convolution_backward: _convolution_backward,
     _aten._grouped_mm: _grouped_product,  # noqa: SLF001
 }

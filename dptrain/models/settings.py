@@ -14,7 +14,8 @@ class ModelConfig:
 
     weights: str | None = setting(None, PATH)
     """Weights to start from, `--from` for short: a safetensors file, a folder of transformers or timm that holds
-    model.safetensors, a run folder, or a checkpoint step-… of one. Names and shapes must be those of the model."""
+    model.safetensors, a run folder, or a checkpoint step-… of one; efficientnet-lite0: those of the extra
+    dptrain[efficientnet], for timm:tf_efficientnet_lite0. Names and shapes must be those of the model."""
     new_head: str | None = setting(None, NAME)
     """Parameters that do not take weights but begin as the task initialises them: patterns of their names, with commas,
     such as "output.*". They are trained whatever freeze and lora_rank say."""
@@ -50,6 +51,11 @@ class DistillationConfig:
     """The logits of both are divided by it; the divergence is multiplied by its square."""
     weight: float = setting(0.5, SHARE)
     """Weight of the divergence from the teacher in the loss; the task's own loss has the rest."""
+    hidden: str | None = setting(None, NAME)
+    """Modules whose outputs are to be those of the teacher's, too: names with commas, `model=teacher` where they
+    differ, such as "blocks.0=blocks.1,blocks.1=blocks.3". Default: none."""
+    hidden_weight: float = setting(1.0, POSITIVE)
+    """Weight of their mean squared difference, which is added to the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from benchmarks import harness
 from benchmarks.learners import __main__ as learners
-from benchmarks.learners import expert_gradients, normalised_cnn, ways
+from benchmarks.learners import expert_gradients, normalised_cnn, page, pictures, ways
 
 
 def result(loss, *, noise=10.0):
@@ -19,6 +21,10 @@ def result(loss, *, noise=10.0):
         "sparse_flops": None,
         "noise_early": noise,
         "noise_late": None,
+        "gradient_bytes": 4e6,
+        "speed_up": {"8": 5.0, "64": "64 devices need a larger data set"},
+        "measured": "2026-12-01",
+        "source": "0123",
     }
 
 
@@ -64,9 +70,36 @@ def test_figures_and_page_are_of_the_rows():
     findings = harness.Findings(
         figures=figures, rows=rows, columns={"arm": "{arm}", "loss": "{loss:.1f}"}, note="A note."
     )
-    text = learners.page(findings, command="python -m benchmarks.learners")
+    text = page.page(findings, command="python -m benchmarks.learners", figure="learners.png")
     assert text.count("\n| ") == 1 + len(rows) + 1 + len(figures)
     assert "| taught | 0.6 |" in text
+    assert "![Margins over controls, and noise scales](learners.png)" in text
+    assert "- distillation: 2026-12-01 (0123)" in text
+
+
+def test_earlier_results_stand_beside_those_of_the_run_and_say_so(tmp_path):
+    """Of an arm in two files the later counts, and this run's above all; what was not measured then is not made up."""
+    environment = {"dptrain": "0.0.9", "torch": "2.0"}
+    for name, losses in (("first", {"a": 1.0, "b": 2.0, "c": 3.0}), ("second", {"b": 2.5})):
+        rows = [{"way": "w", "arm": arm, "loss": loss} for arm, loss in losses.items()]
+        found = {"command": "python -m x", "environment": environment, "figures": {"f": 1.0, name: 2.0}, "rows": rows}
+        (tmp_path / name).write_text(json.dumps(found))
+    (own,) = rows_of((learners.Arm(way="w", name="c"), (0.1, 0.2)))
+    findings = harness.Findings(figures={"f": 3.0}, rows=[own], columns={}, note="A note.")
+    merged = page.with_earlier(findings, [tmp_path / "first", tmp_path / "second"])
+    assert [row["loss"] for row in merged.rows] == pytest.approx([1.0, 2.5, 0.15])
+    assert merged.figures == {"f": 3.0, "first": 2.0, "second": 2.0}
+    assert merged.rows[0]["speed_up_64"] == merged.rows[0]["gradients_text"] == "not measured"
+    assert merged.rows[0]["measured"] == "an earlier `python -m x`, dptrain 0.0.9, torch 2.0"
+    assert merged.rows[2] == own
+
+
+def test_a_plan_is_said_as_far_as_there_is_one():
+    """The median over the seeds, how many of them where some are refused, and that there is none."""
+    plans = [{"speed_up": {"8": value}} for value in (4.0, 6.0, "the noise scale is not resolved")]
+    assert learners._speed_up(plans, 8) == "5× (2 of 3 seeds)"
+    assert learners._speed_up(plans[:2], 8) == "5×"
+    assert learners._speed_up(plans[2:], 8) == "not planned"
 
 
 def test_gradients_of_experts_are_those_of_one_process():
@@ -89,6 +122,20 @@ def test_arms_of_a_mixture_have_the_flops_of_the_dense_one(tmp_path, monkeypatch
     assert longer.settings["max_samples"] == dense.settings["max_samples"]
     tokens = torch.from_file(str(tmp_path / "data" / "val.bin"), dtype=torch.int16, size=64 * 1024)
     assert 0 <= tokens.min() <= tokens.max() < 256
+
+
+def test_large_batches_see_equal_samples_at_twice_the_rate(tmp_path):
+    """Each way to fine-tune is there at 32 and at 128 samples, and is compared with itself."""
+    control, *arms = pictures.finetuning_pictures(tmp_path, quick=False)
+    assert "model" not in control.settings
+    assert len(arms) == 2 * 5
+    for small, large in zip(arms[::2], arms[1::2], strict=True):
+        assert (small.control, large.control) == (control.name, small.name)
+        assert small.settings["model"] == large.settings["model"]
+        assert small.settings["max_samples"] == large.settings["max_samples"] == control.settings["max_samples"]
+        assert large.settings["global_batch_size"] == 4 * small.settings["global_batch_size"] == 128
+        rates = [arm.settings["optimizer"].learning_rate for arm in (small, large)]
+        assert rates[1] == pytest.approx(2 * rates[0])
 
 
 @pytest.mark.parametrize(

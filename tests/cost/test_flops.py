@@ -83,6 +83,20 @@ def test_an_lstm_counts_each_matrix_at_each_place(batch_first):
     assert per_sample == 3 * 2 * weights * 7
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_convolution_in_groups_costs_its_weights_at_each_place(kind, groups):
+    """Forward pass and weight gradient take a product for each weight and place; so does a gradient of the inputs."""
+    layer = kind(8, 8, 3, stride=2, padding=1, groups=groups, bias=False)
+    inputs = torch.randn(SAMPLES, 8, 6, 6)
+    places = 6 * 6 if kind is nn.ConvTranspose2d else 3 * 3
+    found = _count(layer, lambda model, batch: model(batch).square().mean(), inputs, num_samples=SAMPLES)
+    assert found == 2 * (2 * places * layer.weight.numel())
+    with_gradient = inputs.clone().requires_grad_()
+    found = _count(layer, lambda model, batch: model(batch).square().mean(), with_gradient, num_samples=SAMPLES)
+    assert found == 3 * (2 * places * layer.weight.numel())
+
+
 def test_a_perceptron_is_counted_to_the_last_product():
     """The first layer has no gradient for its input: two products; every other has three."""
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))

@@ -1,6 +1,8 @@
-"""The digits task: its split, its models, and that they learn."""
+"""The digits task: its split, its models, its pictures, and that it learns."""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 import torch
@@ -64,7 +66,42 @@ def test_autoencoder_is_shown_no_class():
     assert task.loss(task.model, (pixels, classes)).item() == task.loss(task.model, (pixels, 9 - classes)).item()
 
 
-def test_unknown_model_is_refused():
-    """A model that is not there gives a sentence with those that are."""
-    with pytest.raises(ConfigError, match="'cnn', 'autoencoder', got 'resnet'"):
-        digits(model="resnet")
+def test_few_training_images_are_the_first_and_the_held_out_ones_stay():
+    """With `num_train` 20 the samples are the first 20 of all, and all 300 are held out."""
+    few, all_of_them = digits(num_train=20), digits()
+    assert torch.equal(few.train_data.tensors[0], all_of_them.train_data.tensors[0][:20])
+    assert len(few.eval_data) == 300
+
+
+def test_a_drawn_digit_is_the_small_one_enlarged(monkeypatch):
+    """Grey in three colours, bytes, of the asked size; means over blocks have the order of the 8×8 pixels."""
+    monkeypatch.setattr(
+        sys.modules["dptrain.tasks.digits"],
+        "vision_model",
+        lambda _, *, num_classes: (torch.nn.Linear(1, num_classes), 224),
+    )
+    task, small = digits(model="timm:some", size=40, num_train=30), digits(num_train=30)
+    pictures, classes = task.train_data.tensors
+    assert (pictures.dtype, tuple(pictures.shape)) == (torch.uint8, (30, 3, 40, 40))
+    assert torch.equal(pictures[:, 0], pictures[:, 2])
+    assert torch.equal(classes, small.train_data.tensors[1])
+    blocks = torch.nn.functional.avg_pool2d(pictures[:, :1].float(), 5).flatten() / 255
+    correlation = torch.corrcoef(torch.stack([blocks, small.train_data.tensors[0].flatten()]))[0, 1]
+    assert correlation > 0.95
+    assert digits(model="timm:some", num_train=2).train_data.tensors[0].shape[-1] == 224
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"model": "resnet"}, "'cnn', 'autoencoder', timm:NAME and torchvision:NAME, got 'resnet'"),
+        ({"size": 32}, "size of digits is a whole number of pixels for timm:NAME or torchvision:NAME, got 32"),
+        ({"model": "timm:some", "size": 0}, "got 0"),
+        ({"num_train": 1}, "num_train of digits must be from 2 to 1497, got 1"),
+        ({"num_train": 1498}, "from 2 to 1497, got 1498"),
+    ],
+)
+def test_what_there_is_not_is_refused(options, sentence):
+    """An unknown model, a size for what is not drawn, and more or fewer images than there are: one sentence each."""
+    with pytest.raises(ConfigError, match=sentence):
+        digits(**options)

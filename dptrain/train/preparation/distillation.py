@@ -13,10 +13,13 @@ from torch.utils.data import default_collate
 from dptrain.errors import ConfigError, TaskError
 from dptrain.tasks.base import Batch, Loss, LossFunction, Task, split_loss
 from dptrain.tasks.check import random_state_kept, reported
+from dptrain.train.preparation.hidden_states import HiddenStates, captured
 
 
 class DistilledLoss:
     """(1 − weight) × the task's loss + weight × T² × KL(teacher ‖ model), both predictions at temperature T.
+
+    With hidden states, their distance times its own weight is added.
 
     Hinton et al. 2015 (arXiv 1503.02531), section 2. The divergence is a mean over the samples of its mean over the
     places of a sample, so the loss stays a mean over samples and the noise scale keeps its meaning. Whatever the task's
@@ -27,19 +30,30 @@ class DistilledLoss:
         teacher: in eval mode, without gradients; it is moved to where the model's outputs are.
         temperature: T, above 0.
         weight: of the divergence, in (0, 1].
+        hidden: states that are compared beside the logits.
     """
 
-    def __init__(self, loss: LossFunction, teacher: nn.Module, *, temperature: float, weight: float) -> None:
+    def __init__(
+        self,
+        loss: LossFunction,
+        teacher: nn.Module,
+        *,
+        temperature: float,
+        weight: float,
+        hidden: HiddenStates | None = None,
+    ) -> None:
         self.__wrapped__ = loss  # what `inspect.unwrap` and the digest of a task's source look for
         self._loss = loss
         self._teacher = teacher
         self._temperature = temperature
         self._weight = weight
+        self._hidden = hidden
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the loss of a micro-batch, with a graph through the model alone."""
-        seen = _SeenModel(model)
-        found = self._loss(seen, batch)  # type: ignore[arg-type] # it passes for the model
+        hidden, seen = self._hidden, _SeenModel(model)
+        with captured(model, hidden.of_model if hidden else ()) as states:
+            found = self._loss(seen, batch)  # type: ignore[arg-type] # it passes for the model
         if not seen.calls:
             return found  # the check of the task says that its loss calls no model
         if len(seen.calls) > 1:
@@ -50,7 +64,11 @@ class DistilledLoss:
         args, kwargs, output = seen.calls[0]
         logits = _logits(output, of="model")
         self._teacher.to(logits.device)
-        with reported("the teacher does not run on what the task calls its model with"), torch.no_grad():
+        with (
+            reported("the teacher does not run on what the task calls its model with"),
+            torch.no_grad(),
+            captured(self._teacher, hidden.of_teacher if hidden else ()) as taught_states,
+        ):
             taught = _logits(self._teacher(*args, **kwargs), of="teacher")
         if taught.shape != logits.shape:
             raise ConfigError(
@@ -59,6 +77,8 @@ class DistilledLoss:
             )
         loss, parts = split_loss(found)
         mixed = (1 - self._weight) * loss + self._weight * divergence(logits, taught, temperature=self._temperature)
+        if hidden:
+            mixed = mixed + hidden.weight * hidden.distance(states, taught_states)
         return {"loss": mixed, **parts} if parts else mixed
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from dptrain.config.tokens import in_samples
 from dptrain.config.train_config import TrainConfig
 from dptrain.models.adaptation import adapt_model
+from dptrain.models.settings import DistillationConfig
 from dptrain.tasks import Task, check_evaluation, check_task, resolve_task
 from dptrain.train.preparation.distillation import DistilledLoss, check_logits
+from dptrain.train.preparation.hidden_states import hidden_states
 from dptrain.train.preparation.layer_rates import with_layer_rates
 from dptrain.train.preparation.quantized_layers import check_quantized_layers
 from dptrain.train.preparation.teacher import digest_of, load_teacher
@@ -53,16 +55,23 @@ def prepared(task: Task, config: TrainConfig, *, is_resumed: bool = False) -> tu
     if config.model.layer_decay is not None:
         task = with_layer_rates(task, decay=config.model.layer_decay)
     if config.distillation.teacher is not None:
-        teacher = load_teacher(Path(config.distillation.teacher).expanduser())
-        check_task(task)
-        check_logits(task)
-        loss = DistilledLoss(
-            task.loss, teacher, temperature=config.distillation.temperature, weight=config.distillation.weight
-        )
-        digests = {**task.digests, "the teacher": digest_of(teacher)}
-        task = replace(task, loss=loss, eval_loss=task.eval_loss or task.loss, digests=digests)
+        task = _taught(task, config.distillation)
     unused = check_task(task)
     if config.model.quantize is not None:
         check_quantized_layers(task)
     check_evaluation(task)
     return task, unused
+
+
+def _taught(task: Task, config: DistillationConfig) -> Task:
+    teacher = load_teacher(Path(str(config.teacher)).expanduser())
+    check_task(task)
+    check_logits(task)
+    hidden = config.hidden and hidden_states(
+        config.hidden, weight=config.hidden_weight, model=task.model, teacher=teacher
+    )
+    loss = DistilledLoss(
+        task.loss, teacher, temperature=config.temperature, weight=config.weight, hidden=hidden or None
+    )
+    digests = {**task.digests, "the teacher": digest_of(teacher)}
+    return replace(task, loss=loss, eval_loss=task.eval_loss or task.loss, digests=digests)

