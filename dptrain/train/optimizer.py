@@ -151,6 +151,8 @@ def _one(
     if unknown := [name for name in options if name not in accepted and not has_any]:
         names = [name for name in accepted if name not in ("self", "params")]
         raise ConfigError(f"{kind.__name__} has no option {unknown[0]!r}; its options are {', '.join(names)}")
+    if "lr" in options:
+        raise ConfigError("optimizer.options has lr, which would be ignored: give optimizer.learning_rate")
     for group in groups if "weight_decay" in accepted else ():
         group.setdefault("weight_decay", config.weight_decay)
         if "weight_decay" in options and group["weight_decay"]:

@@ -27,6 +27,7 @@ from dptrain.tracking.jsonl import Value
 from dptrain.tracking.rows import noise_figures, train_row
 from dptrain.tracking.run_log import RunLog, group_columns
 from dptrain.train.batch_control import BatchControl
+from dptrain.train.checkpoint_schedule import FOLDER_REMOVED
 from dptrain.train.progress import Progress
 from dptrain.train.step_plan import StepPlan
 
@@ -204,6 +205,12 @@ class RunProgress:
                 f"{self._progress.skipped_in_row} steps in a row had to be skipped, and the run ends; "
                 f"{self._skipped(record, outcome)}: go on from the latest checkpoint with a lower "
                 f"optimizer.learning_rate, or repair the data"
+            )
+        if outcome.failed_saves >= FOLDER_REMOVED:
+            raise CheckpointError(
+                f"the run folder {self._config.run_dir or ''} was deleted, emptied or moved while the run trained, and "
+                f"the run ends at step {record.step:,}, for nothing of it could be continued: put the folder back and "
+                "continue with --resume, or start anew"
             )
         if outcome.failed_saves >= _MAX_FAILED_SAVES:
             raise CheckpointError(

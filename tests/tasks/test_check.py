@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dptrain.errors import TaskError
-from dptrain.tasks import check_evaluation, check_task, loss_of_two_samples, resolve_task
+from dptrain.tasks import check_evaluation, check_task, fewest_samples, loss_of_two_samples, resolve_task
 from tests.tasks.made_tasks import small_task
 
 
@@ -108,6 +108,26 @@ def test_the_loss_of_two_samples_is_what_replicas_compare():
     assert loss_of_two_samples(task) == loss_of_two_samples(task) is not None
     assert loss_of_two_samples(small_task(loss=lambda m, b: m(b).mean() + torch.rand((), generator=noise))) is None
     assert loss_of_two_samples(small_task(loss=lambda m, b: m(b).mean() / 0)) is None
+
+
+def of_pairs(model, batch):
+    if len(batch) < 2:
+        raise ValueError("a contrastive loss compares samples")
+    return (model(batch)[0] - model(batch)[1]).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "fewest"),
+    [
+        (lambda model, batch: model(batch).mean(), 1),
+        (of_pairs, 2),
+        (lambda model, batch: model(batch).std(), 2),
+        (lambda model, batch: model(batch).mean() * float("inf"), 1),
+    ],
+)
+def test_a_loss_that_compares_samples_takes_two_at_least(loss, fewest):
+    """One that raises, or is not finite, for a single sample and not for two; the rest of a run is laid out for it."""
+    assert fewest_samples(small_task(loss=loss)) == fewest
 
 
 def test_check_leaves_no_trace():

@@ -266,6 +266,7 @@ def forgetful(model):
         ("adammw", {}, "no optimizer 'adammw', did you mean 'adamw'"),
         ("lbfgs", {}, "no optimizer 'lbfgs'"),
         ("adafactor", {"momentum": 0.9}, "Adafactor has no option 'momentum'; its options are lr, beta2_decay"),
+        ("sgd", {"lr": 0.1}, "optimizer.options has lr, which would be ignored: give optimizer.learning_rate"),
         ("torch.nn.Linear", {}, "not one derived from torch.optim.Optimizer"),
         ("torch.optim.Nothing", {}, "module 'torch.optim' has no 'Nothing'"),
         (f"{HERE}:forgetful", {}, "leave out 1.weight, 1.bias, 2.weight: give them a group"),

@@ -200,7 +200,7 @@ class GradientChecksum:
             ):
                 continue
             if index in self._parts:
-                seen[:, slot] = sum(values for _, values in self._parts[index])
+                seen[:, slot] = torch.stack([values for _, values in self._parts[index]]).sum(0)
             if grad is not None and grad.is_sparse:
                 combined[slot] = self._sparse_values(grad)[0] * count
             elif grad is not None:
@@ -224,11 +224,10 @@ class GradientChecksum:
         """Return the checksums of the micro-batches at places in `first` less those in `second`."""
         found = torch.zeros(NUM_CHECKED, NUM_FUNCTIONALS, dtype=torch.float64, device=self._device)
         for index, slot in self._slots.items():
-            for place, values in self._parts.get(index, ()):
-                if place in first:
-                    found[slot] += values[0]
-                elif place in second:
-                    found[slot] -= values[0]
+            parts = self._parts.get(index, ())
+            for places, sign in ((first, 1.0), (second, -1.0)):
+                if chosen := [values[0] for place, values in parts if place in places]:
+                    found[slot] += sign * torch.stack(chosen).sum(0)
         return found.flatten()
 
     def tolerance(self) -> float:
