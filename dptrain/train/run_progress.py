@@ -348,6 +348,11 @@ class RunProgress:
     def figures(self) -> dict[str, Value]:
         """Return the figures of the whole run, as far as they are known here."""
         progress, scale = self._progress, self._meter.read()
+        if progress.steps_dropped == progress.step > 0:
+            raise DivergedError(
+                f"all {progress.step:,} steps of the run had to be skipped, for no gradient was finite: lower "
+                "optimizer.learning_rate, or repair the loss or the data"
+            )
         length = self._tokens_per_sample
         tokens: dict[str, Value] = {} if length is None else {"tokens_seen": length * progress.position}
         return {

@@ -18,7 +18,7 @@ from dptrain.observe import Meter, PendingSum
 from dptrain.observe.stopwatch import Stopwatch
 from dptrain.runtime.replica import num_replicas, rank_of_replica
 from dptrain.runtime.step_reduction import RankReport, StepRecord, send
-from dptrain.tasks.base import Batch, LossFunction, split_loss
+from dptrain.tasks.base import Batch, LossFunction, split_training_loss
 from dptrain.train.execution.device_copy import DeviceCopy
 from dptrain.train.execution.update import Update
 from dptrain.train.execution.wrapping import defer_combining, is_sharded
@@ -182,7 +182,7 @@ class Stepper:
     def _forward(self, one: _Pass) -> tuple[Tensor, list[Tensor]]:
         began = self._stopwatch.start()
         with self._precision():
-            loss, parts = split_loss(self._loss(self._model, one.batch))
+            loss, parts = split_training_loss(self._loss(self._model, one.batch))
         self._stopwatch.stop(began)
         names = tuple(sorted(parts))
         if self._parts is None:
