@@ -245,8 +245,9 @@ def split_training_loss(loss: Loss) -> tuple[Tensor, Mapping[str, Tensor]]:
     """
     total, parts = split_loss(loss)
     for name, value in (("the loss", total), *parts.items()):
-        if value.shape != ():
-            raise TaskError(f"{name} must be one number for each micro-batch, got the shape {tuple(value.shape)}")
+        if value.shape != () or not value.is_floating_point():
+            got = f"{tuple(value.shape)} of {value.dtype}"
+            raise TaskError(f"{name} must be one floating-point number for each micro-batch, got the shape {got}")
     if not total.requires_grad:
         raise TaskError("the loss returned no graph: is there a .detach(), .item() or no_grad in it?")
     return total, parts
