@@ -61,7 +61,7 @@ def test_b12_saves_that_go_on_failing_end_the_run_on_all_replicas(tmp_path):
     assert load_newest(tmp_path / "checkpoints") is not None
 
 
-def test_b18_a_run_whose_folder_is_moved_away_says_so_and_goes_on_from_it(tmp_path, monkeypatch):
+def test_a_run_whose_folder_is_moved_away_says_so_and_goes_on_from_it(tmp_path, monkeypatch):
     """It ends at the next look, and makes no new folder; put back, the old one is resumed to the end."""
     monkeypatch.setattr(checkpoint_schedule_module, "_LOOK_S", 0)
     folder, away = tmp_path / "run", tmp_path / "away"
