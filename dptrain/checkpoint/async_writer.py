@@ -177,6 +177,7 @@ class AsyncWriter:
         began = time.perf_counter()
         try:
             check_finite(tensors, infinite=self._infinite)
+            _check_run_folder(self._folder.parent, step=step)
             if staging is not None and staging.rank != 0:
                 write_shard(staging, tensors)
             else:
@@ -185,6 +186,12 @@ class AsyncWriter:
             _announce(staging, error)
             raise
         return step, time.perf_counter() - began
+
+
+def _check_run_folder(folder: Path, *, step: int) -> None:
+    """Raise where it is gone: made anew, it would hold a checkpoint and nothing else of the run."""
+    if not folder.exists():
+        raise CheckpointError(f"the checkpoint of step {step:,} could not be written: {folder} was deleted or moved")
 
 
 def _announce(staging: Staging | None, error: BaseException) -> None:

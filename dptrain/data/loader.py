@@ -193,6 +193,14 @@ class MicroBatchLoader:
                 f"cannot start {self._num_workers} processes that load samples: {error.strerror or error}; lower "
                 "num_workers, or raise the limits of this user (ulimit -u, ulimit -n)"
             ) from error
+        except Exception as error:
+            if not isinstance(error, (AttributeError, TypeError)) and type(error).__name__ != "PicklingError":
+                raise
+            raise TaskError(
+                f"the training data cannot be sent to the {self._num_workers} processes that load samples "
+                f"({type(error).__name__}: {error}): leave out what cannot be pickled, such as lambdas and open files, "
+                "or give --num-workers 0"
+            ) from error
 
 
 @dataclass(kw_only=True)

@@ -29,19 +29,21 @@ class RunningStatistics:
         model: not wrapped.
         rank: of this replica.
         world_size: number of replicas.
+        fewest_samples: that the loss takes at a time.
 
     Raises:
         TaskError: where a module averages over all micro-batches (momentum=None) and there are several replicas.
     """
 
-    def __init__(self, model: nn.Module, *, rank: int, world_size: int) -> None:
+    def __init__(self, model: nn.Module, *, rank: int, world_size: int, fewest_samples: int = 1) -> None:
         self._rank = rank
         self._world_size = world_size
         self._modules = {name: module for name, module in model.named_modules() if _is_tracked(module)}
         for name, module in self._modules.items():
             if module.momentum is None and world_size > 1:
                 raise TaskError(f"{name} has momentum=None, whose average replicas cannot share: set one, such as 0.1")
-        self._smallest = 2 if any(isinstance(module, _BatchNorm) for module in model.modules()) else 1
+        has_batch_norms = any(isinstance(module, _BatchNorm) for module in model.modules())
+        self._smallest = max(fewest_samples, 2 if has_batch_norms else 1)
         self._momenta = {name: module.momentum for name, module in self._modules.items()}
         self._active: dict[str, _NormBase] = {}
         self._before: list[Tensor] = []

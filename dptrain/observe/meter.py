@@ -24,6 +24,7 @@ from dptrain.observe.hooks.join import JoinableMeter, check_step
 from dptrain.observe.loop.arguments import LossScale
 from dptrain.observe.loop.halves import HalfBatches
 from dptrain.observe.loop.own_reduction import OwnReduction
+from dptrain.observe.loop.passes import ForwardPasses
 from dptrain.observe.loop.results import MeterResults
 from dptrain.observe.loop.sizes import MicroBatchSizes, SizeVectors, checked_micro_batch
 from dptrain.observe.measurement_interval import LAG, NUM_TIMINGS, MeasurementInterval
@@ -115,7 +116,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
         self._share = 1 / ranks_per_replica
         self._halves = halves
         self._parameters = trained
-        self._announced = False
+        self._passes = ForwardPasses(self._drops)
         self._closed_by_optimizer = False
         self._sizes = MicroBatchSizes()
         self._size_vectors = SizeVectors(device=self._device, accumulated=hook.accumulated, share=self._share)
@@ -170,7 +171,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
             self._check.doubts.add(reason)
 
     def _begin(self, *, num_samples: float, weight: float | None) -> None:
-        self._announced = True
+        self._passes.add()
         if not self._measuring or (self._halves is not None and self._halves.running):
             return
         if self._sizes.num_samples and self._hook.name != "unsharded parameters" and self._cleared():
@@ -193,6 +194,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
         finds `.grad` gone at the next forward pass and does the same by itself.
         """
         self._sizes = MicroBatchSizes()
+        self._passes.clear()
         self._hook.discard()
         if self._check is not None:
             self._check.forget()
@@ -309,7 +311,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
             grad_norm: norm of the averaged gradient before clipping; not used where the meter checks the gradients
                 (`attach`), because a wrong one could not be noticed.
         """
-        if self._closed_by_optimizer and not self._announced:
+        if self._closed_by_optimizer and not self._passes:
             return Reading(self, measured=False)
         check_step(self, num_micro_batches=len(self._sizes.num_samples))
         measured = self._measuring
@@ -323,19 +325,19 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
 
     def _closed_step(self, grad_norm: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return this rank's sums and its part of the checks."""
-        split = self._halves is not None and self._halves.ready
-        if not split and not self._hook.end() and self._sizes.num_samples:
-            self._sizes.drop_last()  # its loss was thrown away
-        seen, outside = split or bool(self._sizes.num_samples) or self._by_hand, self._hook.outside and not split
+        split, sizes = self._halves is not None and self._halves.ready, self._sizes
+        if not split and not self._hook.end() and sizes.num_samples:
+            sizes.drop_last()  # its loss was thrown away
+        seen, outside = split or bool(sizes.num_samples) or self._by_hand, self._hook.outside and not split
         repeated = self._hook.repeated
-        sizes = list(self._sizes.num_samples)
         vector = self.local_sums(grad_norm=grad_norm)
         if self._check is None:
             return vector, None
         if split:
             return vector, self._check.empty(with_dual=self._dual)
-        checks = self._check.vector(announced=seen, outside=outside, repeated=repeated, alike=self._hook.alike)
-        return vector, checks if self._dual is None else torch.cat([checks, self._dual.vector(sizes)])
+        several = self._hook.squares, sizes.are_equal
+        checks = self._check.vector(announced=seen, outside=outside, repeated=repeated, several=several)
+        return vector, checks if self._dual is None else torch.cat([checks, self._dual.vector(sizes.num_samples)])
 
     def expect_optimizer(self) -> None:
         """Know that an optimizer closes the steps from now on."""
@@ -343,7 +345,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
 
     def close_by_optimizer(self) -> None:
         """Close the step unless the loop has done so itself, or another optimizer; a collective as `step`."""
-        if self._announced:
+        if self._passes:
             self.step()
 
     def _reduce(self, vector: Tensor, checks: Tensor | None) -> None:
@@ -357,7 +359,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
 
     def _turn(self) -> None:
         """Go over to the next step, which is measured or not."""
-        self._announced = False
+        self._passes.close()
         measured, self._measuring = self._measuring, self._interval_rule.next_is_measured()
         if not measured:
             self._interval_rule.skip()
@@ -371,8 +373,6 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
         num_sums = NUM_SUMS + 2 * (self._num_entries - 1)
         for values in self._reductions.arrived(num_left):
             self._absorb_checked(values[:num_sums], values[num_sums:])
-
-    # What it is
 
     @property
     def num_replicas(self) -> int:
@@ -391,7 +391,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
 
     def count_forward(self) -> None:
         """Note a forward pass of a step that is not measured."""
-        self._announced = True
+        self._passes.add()
 
     @property
     def by_hand(self) -> bool:

@@ -61,7 +61,7 @@ class Reading:
 
     @property
     def identical_ranks(self) -> tuple[tuple[int, ...], ...]:
-        """Sets of ranks whose gradients were equal to the last bit, so that the noise scale is too small."""
+        """Sets of ranks whose gradients were equal but for rounding, so that the noise scale is too small."""
         return self._source.identical_ranks
 
     @property

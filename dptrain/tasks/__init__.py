@@ -1,7 +1,7 @@
 """Problems that are ready to train, and problems whose answer is known exactly."""
 
 from dptrain.tasks.base import Batch, Loss, LossFunction, Moment, Suggestion, Task, TrainHook
-from dptrain.tasks.check import check_task, loss_of_two_samples
+from dptrain.tasks.check import check_task, fewest_samples, loss_of_two_samples
 from dptrain.tasks.digits import digits
 from dptrain.tasks.evaluation_check import check_evaluation
 from dptrain.tasks.gpt import gpt
@@ -28,6 +28,7 @@ __all__ = [
     "check_task",
     "digits",
     "exact_noise",
+    "fewest_samples",
     "gpt",
     "huggingface",
     "images",

@@ -13,6 +13,8 @@ from torch.utils.data import Dataset, IterableDataset
 from dptrain.data import SampleStream
 from dptrain.data.iterable import StreamedSamples
 from dptrain.data.weighted import WeightedStream
+from dptrain.error_text import shown
+from dptrain.errors import TaskError
 
 Batch = Any
 """One collated micro-batch: a tensor, or a tuple, list or dict of tensors, first dimension = samples."""
@@ -222,10 +224,33 @@ class Task:
 
 
 def split_loss(loss: Loss) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Return what is minimised, and the parts beside it."""
+    """Return what is minimised, and the parts beside it.
+
+    Raises:
+        TaskError: where it is no loss; a task that was checked may still return something else for a later micro-batch.
+    """
     if isinstance(loss, Tensor):
         return loss, {}
+    values = (loss.get("loss"), *loss.values()) if isinstance(loss, Mapping) else (None,)
+    if not isinstance(loss, Mapping) or not all(isinstance(value, Tensor) for value in values):
+        raise TaskError(f"the loss must return a scalar tensor, or a mapping with one named 'loss', got {shown(loss)}")
     return loss["loss"], {name: value for name, value in loss.items() if name != "loss"}
+
+
+def split_training_loss(loss: Loss) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Return the same of a loss that is to be minimised.
+
+    Raises:
+        TaskError: where it is no number, or has no graph.
+    """
+    total, parts = split_loss(loss)
+    for name, value in (("the loss", total), *parts.items()):
+        if value.shape != () or not value.is_floating_point():
+            got = f"{tuple(value.shape)} of {value.dtype}"
+            raise TaskError(f"{name} must be one floating-point number for each micro-batch, got the shape {got}")
+    if not total.requires_grad:
+        raise TaskError("the loss returned no graph: is there a .detach(), .item() or no_grad in it?")
+    return total, parts
 
 
 def loss_and_accuracy(logits: Tensor, classes: Tensor) -> dict[str, Tensor]:

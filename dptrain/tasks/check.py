@@ -9,7 +9,8 @@ import random
 import signal
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -62,6 +63,31 @@ def check_task(task: Task) -> frozenset[str]:
             f"it rather than its parts, and put the work of other methods into forward()"
         )
     return unused
+
+
+def fewest_samples(task: Task) -> int:
+    """Return the fewest samples at a time that the loss is known to take: 1, or 2 where it compares samples.
+
+    A loss over pairs, or one that divides by a deviation, raises or is not finite for a single sample, which the rest
+    of a run or an odd batch may leave.
+
+    Args:
+        task: one that `check_task` has accepted.
+    """
+    with random_state_kept(), torch.no_grad():
+        model = _Wrapped(copy.deepcopy(task.model)).train()
+        two, collate = _first_samples(task), task.collate or default_collate
+        takes_one = _is_finite(task, model, collate, two[:1])
+        return 1 if takes_one or not _is_finite(task, model, collate, two) else 2
+
+
+def _is_finite(task: Task, model: nn.Module, collate: Callable[[list[Any]], Batch], samples: list[Any]) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it may say itself that it needs more samples
+            return bool(split_loss(task.loss(model, collate(samples)))[0].isfinite())
+    except Exception:  # noqa: BLE001 - whatever a user's code raises for too few samples
+        return False
 
 
 def loss_of_two_samples(task: Task) -> float | None:

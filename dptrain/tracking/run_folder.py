@@ -114,6 +114,11 @@ class RunFolder:
         self._lock.release()
 
 
+def was_removed(path: Path) -> bool:
+    """Whether a folder has nothing of the run that was begun in it: it was deleted, emptied or moved."""
+    return not any((path / name).exists() for name in ("metrics.jsonl", "run.json", "config.yaml"))
+
+
 def check_not_in_use(path: Path) -> None:
     """Refuse a run folder that another process trains in, before anything in it is read: it changes all the time.
 

@@ -9,19 +9,23 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Muon, Optimizer
+from torch.optim import LBFGS, SGD, AdamW, Muon, Optimizer, SparseAdam
 
 from dptrain.config.filled_in import given
 from dptrain.config.train_config import OptimizerConfig
 from dptrain.errors import ConfigError
 from dptrain.tasks.base import ParameterGroups
+from dptrain.tasks.check import reported
 from dptrain.tasks.resolve import load_object
 
+_REFUSED: Mapping[type[Optimizer], str] = {
+    LBFGS: "asks for the loss several times in a step",
+    SparseAdam: "needs sparse gradients, which replicas cannot combine",
+}
 _BY_NAME: Mapping[str, type[Optimizer]] = {
     name.lower(): found
     for name, found in vars(torch.optim).items()
-    # LBFGS asks for the loss again and again, SparseAdam for gradients that replicas cannot combine.
-    if isinstance(found, type) and issubclass(found, Optimizer) and name not in ("Optimizer", "LBFGS", "SparseAdam")
+    if isinstance(found, type) and issubclass(found, Optimizer) and found not in (Optimizer, *_REFUSED)
 }
 _NUM_STATES = {"sgd": 1, "adagrad": 1, "muon": 2, "asgd": 2}
 _RATIO = "lr_ratio"
@@ -51,9 +55,14 @@ def build_optimizer(
     """
     found = _find(config.name)
     if isinstance(found, type):
-        groups = _groups(found, config, model) if parameter_groups is None else _dicts(parameter_groups(model))
+        if parameter_groups is None:
+            return _built(found, _groups(found, config, model), config=config, model=model)
+        with reported("parameter_groups of the task must return dicts with 'params'"):
+            groups = _dicts(parameter_groups(model))
         return _built(found, groups, config=config, model=model)
-    made = found(model)
+    with reported(f"{config.name} must take the model and return dicts with 'params', or an optimizer"):
+        made = found(model)
+        groups = [] if isinstance(made, Optimizer) else _dicts(made)
     if isinstance(made, Optimizer):
         if config.options:
             raise ConfigError(
@@ -62,7 +71,7 @@ def build_optimizer(
         _note_ratios(made.param_groups, config=config)
         _check_complete(made.param_groups, model=model)
         return made
-    return _built(AdamW, _dicts(made), config=config, model=model)
+    return _built(AdamW, groups, config=config, model=model)
 
 
 def _find(name: str) -> type[Optimizer] | Callable[[nn.Module], Any]:
@@ -78,6 +87,9 @@ def _find(name: str) -> type[Optimizer] | Callable[[nn.Module], Any]:
     found = load_object(name)
     if isinstance(found, type) and not issubclass(found, Optimizer):
         raise ConfigError(f"{name} is a class, but not one derived from torch.optim.Optimizer")
+    if isinstance(found, type) and issubclass(found, tuple(_REFUSED)):
+        reason = next(reason for kind, reason in _REFUSED.items() if issubclass(found, kind))
+        raise ConfigError(f"{name} {reason}: choose another optimizer")
     return cast("type[Optimizer]", found)
 
 
@@ -151,6 +163,8 @@ def _one(
     if unknown := [name for name in options if name not in accepted and not has_any]:
         names = [name for name in accepted if name not in ("self", "params")]
         raise ConfigError(f"{kind.__name__} has no option {unknown[0]!r}; its options are {', '.join(names)}")
+    if "lr" in options:
+        raise ConfigError("optimizer.options has lr, which would be ignored: give optimizer.learning_rate")
     for group in groups if "weight_decay" in accepted else ():
         group.setdefault("weight_decay", config.weight_decay)
         if "weight_decay" in options and group["weight_decay"]:
@@ -158,7 +172,7 @@ def _one(
     try:
         # Any class has its own arguments.
         optimizer: Optimizer = cast("Any", kind)(groups, **settings)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever a class of the user's raises
         raise ConfigError(f"{kind.__name__} cannot be built: {error}") from error
     if isinstance(optimizer, SGD) and settings.get("momentum"):
         # Fused SGD leaves its buffers uninitialised if the very first step is skipped. Zeros give the same first

@@ -27,6 +27,7 @@ from dptrain.tracking.jsonl import Value
 from dptrain.tracking.rows import noise_figures, train_row
 from dptrain.tracking.run_log import RunLog, group_columns
 from dptrain.train.batch_control import BatchControl
+from dptrain.train.checkpoint_schedule import FOLDER_REMOVED
 from dptrain.train.progress import Progress
 from dptrain.train.step_plan import StepPlan
 
@@ -205,6 +206,12 @@ class RunProgress:
                 f"{self._skipped(record, outcome)}: go on from the latest checkpoint with a lower "
                 f"optimizer.learning_rate, or repair the data"
             )
+        if outcome.failed_saves >= FOLDER_REMOVED:
+            raise CheckpointError(
+                f"the run folder {self._config.run_dir or ''} was deleted, emptied or moved while the run trained, and "
+                f"the run ends at step {record.step:,}, for nothing of it could be continued: put the folder back and "
+                "continue with --resume, or start anew"
+            )
         if outcome.failed_saves >= _MAX_FAILED_SAVES:
             raise CheckpointError(
                 f"{outcome.failed_saves} checkpoints in a row could not be written, and the run ends at step "
@@ -341,6 +348,11 @@ class RunProgress:
     def figures(self) -> dict[str, Value]:
         """Return the figures of the whole run, as far as they are known here."""
         progress, scale = self._progress, self._meter.read()
+        if progress.steps_dropped == progress.step > 0:
+            raise DivergedError(
+                f"all {progress.step:,} steps of the run had to be skipped, for no gradient was finite: lower "
+                "optimizer.learning_rate, or repair the loss or the data"
+            )
         length = self._tokens_per_sample
         tokens: dict[str, Value] = {} if length is None else {"tokens_seen": length * progress.position}
         return {

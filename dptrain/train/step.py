@@ -18,7 +18,7 @@ from dptrain.observe import Meter, PendingSum
 from dptrain.observe.stopwatch import Stopwatch
 from dptrain.runtime.replica import num_replicas, rank_of_replica
 from dptrain.runtime.step_reduction import RankReport, StepRecord, send
-from dptrain.tasks.base import Batch, LossFunction, split_loss
+from dptrain.tasks.base import Batch, LossFunction, split_training_loss
 from dptrain.train.execution.device_copy import DeviceCopy
 from dptrain.train.execution.update import Update
 from dptrain.train.execution.wrapping import defer_combining, is_sharded
@@ -181,8 +181,8 @@ class Stepper:
 
     def _forward(self, one: _Pass) -> tuple[Tensor, list[Tensor]]:
         began = self._stopwatch.start()
-        with self._precision():
-            loss, parts = split_loss(self._loss(self._model, one.batch))
+        with self._precision(), _unused_explained():
+            loss, parts = split_training_loss(self._loss(self._model, one.batch))
         self._stopwatch.stop(began)
         names = tuple(sorted(parts))
         if self._parts is None:
@@ -237,6 +237,20 @@ class Stepper:
         if parts >= record.micro_batch_size // least:
             samples = "a single sample" if least == 1 else f"{least} samples"
             raise OutOfMemoryError(f"the memory does not suffice for {samples} at a time ({cause})")
+
+
+@contextmanager
+def _unused_explained() -> Iterator[None]:
+    """Say which setting helps where a step left out parameters that were used at the start, such as a branch does."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Expected to have finished reduction in the prior iteration" not in str(error):
+            raise
+        raise TaskError(
+            "the loss did not use all parameters in the step before, though it does in others: give "
+            "--find-unused-parameters true, so that the replicas look for those in each step"
+        ) from error
 
 
 @contextmanager

@@ -38,8 +38,8 @@ class StepPlan:
         most = min(largest_micro_batch_size(config), given(config.max_samples))
         if most < smallest_micro_batch:
             raise ConfigError(
-                f"the model has batch norms, which need at least {smallest_micro_batch} samples at a time, and "
-                f"micro_batch_size or max_samples leaves {most}: raise it"
+                f"the batch norms of the model, or its loss, need at least {smallest_micro_batch} samples at a time, "
+                f"and micro_batch_size or max_samples leaves {most}: raise it"
             )
         self._world_size = world_size
         self._stream = stream

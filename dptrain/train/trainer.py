@@ -39,7 +39,7 @@ from dptrain.runtime.step_reduction import (
     translate_peer_errors,
 )
 from dptrain.runtime.watchdog import Watchdog
-from dptrain.tasks import Task
+from dptrain.tasks import Task, fewest_samples
 from dptrain.tracking.jsonl import Value
 from dptrain.tracking.run_folder import RunFolder, checkpoints_in, default_run_dir
 from dptrain.tracking.run_log import RunLog, SilentLog, WritingLog
@@ -107,14 +107,15 @@ class Trainer:
         if self._saved is not None:
             config = as_saved(config, saved=self._saved.state["config"])  # type: ignore[arg-type]
         self._task, self._unused = prepared(self._task, config, is_resumed=self._saved is not None)
-        self._statistics = RunningStatistics(self._task.model, rank=self._rank, world_size=self._world_size)
+        self._statistics = RunningStatistics(
+            self._task.model, rank=self._rank, world_size=self._world_size, fewest_samples=fewest_samples(self._task)
+        )
         if config.micro_batch_size == "auto":
             smallest = self._statistics.smallest_micro_batch
             found = fitting_micro_batch_size(self._task, config, smallest=smallest, device=self._device)
             config = replace(config, micro_batch_size=found)
         self._config = filled_in(config, self._task.suggestion, world_size=self._world_size)
-        # What a run branched off from is in its own checkpoints by then.
-        begins = config.branch_from is not None and self._saved is None
+        begins = config.branch_from is not None and self._saved is None  # later it is in the run's own checkpoints
         self._branch = load_checkpoint(Path(config.branch_from or "")) if begins else None
         self._stream = self._task.order(seed=self._config.seed)
         self._identity = TaskIdentity(self._task, stream=self._stream)

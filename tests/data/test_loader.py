@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -335,3 +336,11 @@ def test_a_loading_process_that_vanished_is_named():
         pytest.raises(RuntimeError, match="exited unexpectedly"),
     ):
         indices_of(loader, {"position": 0, "global_batch_size": 16, "micro_batch_size": 2})
+
+
+def test_data_that_cannot_be_pickled_are_refused_with_the_way_out(monkeypatch):
+    """One sentence, where loading processes are not forked (Python 3.14) and the data must be sent to them."""
+    error = AttributeError("Can't pickle local object 'build.<locals>.<lambda>'")
+    monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", mock.Mock(side_effect=error))
+    with make_loader(num_workers=1) as loader, pytest.raises(TaskError, match=r"cannot be sent.*--num-workers 0"):
+        next(loader.window(position=0, global_batch_size=8, micro_batch_size=2))

@@ -56,3 +56,15 @@ with Watchdog(world_size=2) as watchdog:
     assert ended.stderr.startswith("dptrain: replica 3 of 8 made no step for 0.5 s; it stands here:\n")
     assert "time.sleep" not in ended.stderr
     assert 'File "<string>", line 6' in ended.stderr
+
+
+def test_a_first_step_that_never_comes_is_not_waited_for_without_end():
+    """A loader that hangs before the first beat: its own, longer patience, here half a second."""
+    ended = run("""
+from dptrain.runtime import watchdog
+watchdog._PATIENCE_FIRST_S = 0.5
+with Watchdog(world_size=2, patience_s=0.2):
+    time.sleep(20)
+""")
+    assert ended.returncode == 71
+    assert "made no step for 0.5 s" in ended.stderr

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from dptrain.errors import TaskError
-from dptrain.tasks import check_evaluation, check_task, loss_of_two_samples, resolve_task
+from dptrain.tasks import check_evaluation, check_task, fewest_samples, loss_of_two_samples, resolve_task
+from dptrain.tasks.base import split_training_loss
 from tests.tasks.made_tasks import small_task
 
 
@@ -108,6 +109,49 @@ def test_the_loss_of_two_samples_is_what_replicas_compare():
     assert loss_of_two_samples(task) == loss_of_two_samples(task) is not None
     assert loss_of_two_samples(small_task(loss=lambda m, b: m(b).mean() + torch.rand((), generator=noise))) is None
     assert loss_of_two_samples(small_task(loss=lambda m, b: m(b).mean() / 0)) is None
+
+
+WEIGHT = torch.ones((), requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("loss", "sentence"),
+    [
+        (None, "must return a scalar tensor, .* got None"),
+        ((WEIGHT, 1), "must return a scalar tensor"),
+        ({"cross_entropy": WEIGHT}, "a mapping with one named 'loss'"),
+        ({"loss": WEIGHT, "part": 1.0}, "must return a scalar tensor, or a mapping"),
+        (WEIGHT.reshape(1), r"one floating-point number for each micro-batch, got the shape \(1,\)"),
+        ({"loss": WEIGHT, "part": torch.ones(2)}, r"part must be one floating-point number .* \(2,\)"),
+        (WEIGHT * 1j, "of torch.complex64"),
+        (WEIGHT.detach(), "no graph"),
+    ],
+)
+def test_what_is_no_loss_in_a_later_step_is_refused_too(loss, sentence):
+    """A loss that passed the check may return something else for a later micro-batch: a sentence, and no traceback."""
+    with pytest.raises(TaskError, match=sentence):
+        split_training_loss(loss)
+    assert split_training_loss({"loss": WEIGHT * 2, "part": WEIGHT}) == (WEIGHT * 2, {"part": WEIGHT})
+
+
+def of_pairs(model, batch):
+    if len(batch) < 2:
+        raise ValueError("a contrastive loss compares samples")
+    return (model(batch)[0] - model(batch)[1]).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "fewest"),
+    [
+        (lambda model, batch: model(batch).mean(), 1),
+        (of_pairs, 2),
+        (lambda model, batch: model(batch).std(), 2),
+        (lambda model, batch: model(batch).mean() * float("inf"), 1),
+    ],
+)
+def test_a_loss_that_compares_samples_takes_two_at_least(loss, fewest):
+    """One that raises, or is not finite, for a single sample and not for two; the rest of a run is laid out for it."""
+    assert fewest_samples(small_task(loss=loss)) == fewest
 
 
 def test_check_leaves_no_trace():

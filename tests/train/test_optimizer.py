@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dptrain.checkpoint.state import pack_optimizer, unpack_optimizer
-from dptrain.errors import ConfigError
+from dptrain.errors import ConfigError, TaskError
 from dptrain.train import OptimizerConfig
 from dptrain.train.optimizer import build_optimizer, set_rate, skips_on_device, step_if_finite
 
@@ -266,6 +266,11 @@ def forgetful(model):
         ("adammw", {}, "no optimizer 'adammw', did you mean 'adamw'"),
         ("lbfgs", {}, "no optimizer 'lbfgs'"),
         ("adafactor", {"momentum": 0.9}, "Adafactor has no option 'momentum'; its options are lr, beta2_decay"),
+        ("sgd", {"lr": 0.1}, "optimizer.options has lr, which would be ignored: give optimizer.learning_rate"),
+        ("os.getcwd", {}, "os.getcwd must take the model and return dicts with 'params', or an optimizer: TypeError"),
+        (f"{HERE}:make_model", {}, "return dicts with 'params', or an optimizer: TypeError"),
+        ("torch.optim.LBFGS", {}, "torch.optim.LBFGS asks for the loss several times in a step: choose another"),
+        ("torch.optim.SparseAdam", {}, "torch.optim.SparseAdam needs sparse gradients"),
         ("torch.nn.Linear", {}, "not one derived from torch.optim.Optimizer"),
         ("torch.optim.Nothing", {}, "module 'torch.optim' has no 'Nothing'"),
         (f"{HERE}:forgetful", {}, "leave out 1.weight, 1.bias, 2.weight: give them a group"),
@@ -275,5 +280,5 @@ def forgetful(model):
 )
 def test_an_optimizer_that_cannot_be_had_is_refused(name, options, sentence):
     """One sentence with what there is instead."""
-    with pytest.raises(ConfigError, match=re.escape(sentence)):
+    with pytest.raises((ConfigError, TaskError), match=re.escape(sentence)):
         build_optimizer(OptimizerConfig(name=name, learning_rate=0.1, options=options), make_model())

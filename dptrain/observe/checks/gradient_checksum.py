@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class GradientChecksum:
         self._invalid: set[int] = set()
         self._sparse: set[int] = set()
         self._row_factors = torch.tensor([[1.0], [0.37], [0.11], [0.53]], dtype=torch.float64, device=self._device)
-        self._sums: dict[int, Tensor] = {}
+        self._parts: dict[int, list[tuple[int, Tensor]]] = {}
         self._watching = False
         self._handles: list[tuple[nn.Parameter, RemovableHandle]] = []
         self._accumulation_handles: list[RemovableHandle] = []
@@ -126,21 +126,21 @@ class GradientChecksum:
 
     def forget(self) -> None:
         """Drop what was seen in this step."""
-        self._sums, self._invalid, self._sparse = {}, set(), set()
+        self._parts, self._invalid, self._sparse = {}, set(), set()
         self._reduced, self.added_late = set(), False
 
-    def note(self, index: int, grad: Tensor) -> None:
-        """Add the gradient of parameter `index`, as one backward pass brings it."""
+    def note(self, index: int, grad: Tensor, *, place: int = 0) -> None:
+        """Add the gradient of parameter `index`, as the backward pass of the micro-batch at `place` brings it."""
         if index not in self._slots:
             return
-        known = self._sums.get(index)
-        if known is not None and grad.is_sparse is not (index in self._sparse):
+        known = self._parts.setdefault(index, [])
+        if known and grad.is_sparse is not (index in self._sparse):
             self._invalid.add(index)
             return
         if grad.is_sparse:
             self._sparse.add(index)
         values = self._sparse_values(grad) if grad.is_sparse else self._values(index, grad, first_row=0)
-        self._sums[index] = values if known is None else known + values
+        known.append((place, values))
 
     def _values(self, index: int, grad: Tensor, *, first_row: int) -> Tensor:
         """Return (combinations, sums of their magnitudes) of the elements of this piece, as float64 of 2·2."""
@@ -196,11 +196,11 @@ class GradientChecksum:
             parameter = self._parameters[index]
             grad = parameter.grad
             if index in self._invalid or (
-                grad is not None and index in self._sums and grad.is_sparse is not (index in self._sparse)
+                grad is not None and index in self._parts and grad.is_sparse is not (index in self._sparse)
             ):
                 continue
-            if index in self._sums:
-                seen[:, slot] = self._sums[index]
+            if index in self._parts:
+                seen[:, slot] = torch.stack([values for _, values in self._parts[index]]).sum(0)
             if grad is not None and grad.is_sparse:
                 combined[slot] = self._sparse_values(grad)[0] * count
             elif grad is not None:
@@ -212,6 +212,23 @@ class GradientChecksum:
                     combined[slot] = self._values(index, local, first_row=first_row)[0] * count
         self.forget()
         return torch.cat([seen.flatten(), combined.flatten(), combined.square().flatten()])
+
+    @property
+    def keys(self) -> list[Hashable]:
+        """What the checksums of the step under way are of: (parameter, combination), in their order."""
+        indices = {slot: index for index, slot in self._slots.items()}
+        return [(indices.get(slot), k) for slot in range(NUM_CHECKED) for k in range(NUM_FUNCTIONALS)]
+
+    @torch.no_grad()
+    def contrast(self, first: Container[int], second: Container[int]) -> Tensor:
+        """Return the checksums of the micro-batches at places in `first` less those in `second`."""
+        found = torch.zeros(NUM_CHECKED, NUM_FUNCTIONALS, dtype=torch.float64, device=self._device)
+        for index, slot in self._slots.items():
+            parts = self._parts.get(index, ())
+            for places, sign in ((first, 1.0), (second, -1.0)):
+                if chosen := [values[0] for place, values in parts if place in places]:
+                    found[slot] += sign * torch.stack(chosen).sum(0)
+        return found.flatten()
 
     def tolerance(self) -> float:
         """Return the relative difference that rounding explains."""
@@ -243,7 +260,8 @@ def common_factor(
     # Rounding is relative to what `.grad` holds, so a small factor does not excuse a large difference.
     alike = all(abs(c - factor * s) <= abs(factor) for s, c in scaled)
     told_apart = signal > _FACTOR_SIGNAL**2 and sum(abs(s) > _FACTOR_EACH for s, _ in scaled) > 1
-    return factor if alike and told_apart and factor > 0 else None
+    # Negated gradients, of a loop that ascends, have the factor −1; cleared ones have none.
+    return factor if alike and told_apart and factor != 0 else None
 
 
 def combined_differs(

@@ -69,7 +69,7 @@ class Reason(StrEnum):
     )
     EMPTY_BATCH = "a micro-batch had no samples: skip it, or announce it by meter.begin(num_samples=1, weight=0)"
     SAME_SAMPLES = (
-        "the micro-batches of each step have the same gradients to the last bit: they hold the same samples, so there "
+        "the micro-batches of each step have the same gradients but for rounding: they hold the same samples, so there "
         "is no noise to see; draw samples for each micro-batch"
     )
     RESTARTED = "the gradients were cleared in the middle of the step, which began anew (no misuse)"
@@ -97,6 +97,9 @@ class DropLog:
         self._group = group
         self._in_a_row = 0
         self._warned: set[Reason] = set()
+        self.doubts: tuple[str, ...] = ()
+        self.not_closed: str | None = None
+        self._warned_of_steps = False
         self.counts: Counter[Reason] = Counter()
 
     def measured(self) -> None:
@@ -113,8 +116,23 @@ class DropLog:
         enough = self._in_a_row >= _DROPS_BEFORE_WARNING if harmless else self.counts[reason] >= _MISUSES_BEFORE_WARNING
         if enough:
             self._warned.add(reason)
-            if not dist.is_available() or not dist.is_initialized() or dist.get_rank(self._group) == 0:
-                warnings.warn(f"noise scale: {self.counts[reason]} steps were not measured: {reason}", stacklevel=1)
+            self._warn(f"{self.counts[reason]} steps were not measured: {reason}")
+
+    def doubt(self, sentence: str) -> None:
+        """Note what makes all numbers doubtful, though no step was dropped for it; warn of it."""
+        self.doubts = (*self.doubts, sentence)
+        self._warn(sentence)
+
+    def unclosed(self, sentence: str | None) -> None:
+        """Note why no step is closed any more, and warn of it once; None where one is."""
+        self.not_closed = sentence
+        if sentence is not None and not self._warned_of_steps:
+            self._warned_of_steps = True
+            self._warn(sentence)
+
+    def _warn(self, sentence: str) -> None:
+        if not dist.is_available() or not dist.is_initialized() or dist.get_rank(self._group) == 0:
+            warnings.warn(f"noise scale: {sentence}", stacklevel=1)
 
     def summary(self) -> str | None:
         """Return the most frequent reason with its count; None where no step was dropped."""
@@ -145,6 +163,8 @@ def why_no_number(scale: NoiseScale, drops: DropLog) -> str | None:
             "tr(Σ) is far below zero, which no independent small batches give: check that the sizes and weights of the "
             "micro-batches are the true ones, and that meter.step() sees the gradients of its own step"
         )
+    if drops.not_closed is not None:
+        return drops.not_closed
     dropped = drops.summary()
     if scale.num_steps == 0 and dropped is not None:
         return dropped

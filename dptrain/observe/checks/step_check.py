@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dptrain.noise import SquaredNorms
+from dptrain.observe.checks.exchangeability import MIXED, Exchangeability, halves
 from dptrain.observe.checks.gradient_checksum import (
     NUM_CHECKS,
     NUM_CHECKSUM_VALUES,
@@ -32,10 +33,14 @@ _FLAGS = (
     Reason.OUTSIDE,
 )
 """What each rank sees of its own loop."""
-NUM_CHECK_VALUES = len(_FLAGS) + 2 + NUM_CHECKSUM_VALUES
+_NUM_BEFORE = len(_FLAGS) + 2
+_NUM_CONTRASTS = 2 + NUM_CHECKS
+NUM_CHECK_VALUES = _NUM_BEFORE + NUM_CHECKSUM_VALUES + _NUM_CONTRASTS
 
 _JENSEN_TOLERANCE = 1e-3
 """Rounding of two norms in single precision is 1e-6 at most; in bfloat16 that of equal micro-batches is 4e-3."""
+_ALIKE = 2e-6
+"""Relative difference of squared norms below which micro-batches hold the same samples, in whatever order."""
 _ALIKE_IN_A_ROW = 5
 """Measured steps whose micro-batches have equal gradients on all ranks: fewer may be chance in a tiny data set."""
 _RESTART = 1.9
@@ -91,20 +96,25 @@ class StepCheck:
         self._exact = exact
         self._device = parameters[0].device
         self._smallest_samples = math.inf
+        self._exchangeability = Exchangeability()
+        self._number = 0
 
     def forget(self) -> None:
         """Drop what was seen in the step under way."""
         self.doubts.clear()
         self.checksum.forget()
 
-    def vector(self, *, announced: bool, outside: bool, repeated: bool, alike: Tensor | None = None) -> Tensor:
+    def vector(
+        self, *, announced: bool, outside: bool, repeated: bool, several: tuple[Tensor | None, bool] = (None, False)
+    ) -> Tensor:
         """Return this rank's part, to be summed over the ranks: `NUM_CHECK_VALUES` float64.
 
         Args:
             announced: whether a micro-batch was seen since the last step.
             outside: whether a gradient came without one.
             repeated: whether the gradients were reduced more than once.
-            alike: whether all micro-batches had the same gradient, a float64 scalar; None where there were not two.
+            several: squared norms of the micro-batches by group, None where there were not two; and whether they are of
+                equal size and weight.
         """
         missing = all(p.grad is None for p in self._parameters)
         flags = (
@@ -117,10 +127,28 @@ class StepCheck:
             float(outside),
         )
         self.doubts.clear()
+        squares, are_equal = several
+        contrasts = self._contrasts(squares if are_equal else None)
         checks = self.checksum.vector()
         values = (*flags, float(self.checksum.half_precision))
-        alike = checks.new_zeros(1) if alike is None else alike.reshape(1)
-        return torch.cat([on_device(values, device=self._device), alike, checks])
+        alike = checks.new_zeros(1) if squares is None else _are_alike(squares)
+        return torch.cat([on_device(values, device=self._device), alike, checks, contrasts])
+
+    def _contrasts(self, squares: Tensor | None) -> Tensor:
+        """Return (difference and sum of squared norms, differences of checksums) between two sets of micro-batches."""
+        self._expect()
+        if squares is None:
+            return torch.zeros(_NUM_CONTRASTS, dtype=torch.float64, device=self._device)
+        first, second = halves(len(squares), number=self._number)
+        totals = squares.sum(1)
+        sums = [totals[places.start : places.stop : places.step].sum() for places in (first, second)]
+        norms = torch.stack([sums[0] - sums[1], sums[0] + sums[1]])
+        return torch.cat([norms, self.checksum.contrast(first, second)])
+
+    def _expect(self) -> None:
+        """Know what this measured step's contrasts are of: equal on all ranks."""
+        self._number += 1
+        self._exchangeability.expect([(self._number % 2, key) for key in (None, *self.checksum.keys)])
 
     def _others_are_trained(self) -> bool:
         """Say whether parameters get gradients that are not measured: unfrozen, added or replaced since."""
@@ -131,11 +159,14 @@ class StepCheck:
 
     def empty(self, *, with_dual: DualGeometry | None = None) -> Tensor:
         """Return the part of a rank that has none, with the dual norms that follow it."""
+        self._expect()
         num_values = NUM_CHECK_VALUES + (0 if with_dual is None else with_dual.num_values)
         return torch.zeros(num_values, dtype=torch.float64, device=self._device)
 
     def judge(self, values: Sequence[float], norms: SquaredNorms | None, *, ranks: float, divisor: float) -> Verdict:
         """Say what the sum over the ranks of `vector` shows; equal on all ranks.
+
+        It is called once for each `vector` or `empty`, in their order.
 
         Args:
             values: that sum.
@@ -143,8 +174,18 @@ class StepCheck:
             ranks: that took part.
             divisor: by what the wrapper divides the sum of the ranks' gradients.
         """
+        verdict = self._verdict(values[:-_NUM_CONTRASTS], norms, ranks=ranks, divisor=divisor)
+        magnitudes = values[_NUM_BEFORE + NUM_CHECKS : _NUM_BEFORE + 2 * NUM_CHECKS]
+        difference, total, *linear = values[-_NUM_CONTRASTS:]
+        pairs = zip((difference, *linear), (total, *magnitudes), strict=True)
+        contrasts = [x / size if size else 0.0 for x, size in pairs]
+        if self._exchangeability.judge(contrasts, valid=verdict.reason is None):
+            self.log.doubt(MIXED)
+        return verdict
+
+    def _verdict(self, values: Sequence[float], norms: SquaredNorms | None, *, ranks: float, divisor: float) -> Verdict:
         flags = dict(zip(_FLAGS, values, strict=False))
-        alike, checks = values[len(_FLAGS) + 1], values[len(_FLAGS) + 2 :]
+        alike, checks = values[len(_FLAGS) + 1], values[_NUM_BEFORE:]
         misplaced = self._misplaced(flags, ranks)
         if misplaced is not None:
             return self._unless_restarted(misplaced, norms)
@@ -206,3 +247,9 @@ class StepCheck:
         if norms.large > norms.small * factor**2 * (1 + _JENSEN_TOLERANCE + (tolerance if half else 0)):
             return Verdict(reason=Reason.JENSEN)
         return Verdict(factor=factor)
+
+
+def _are_alike(squares: Tensor) -> Tensor:
+    """Return whether all micro-batches have the same gradient, as one float64 of 1 or 0."""
+    same = (squares - squares[0]).abs() <= _ALIKE * squares[0]
+    return (same.all() & (squares[0] > 0).any()).double().reshape(1)

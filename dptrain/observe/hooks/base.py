@@ -29,8 +29,8 @@ class GradientHook(Protocol):
     """Whether an average came back into the replica's own gradient, by more than one reduction in the step."""
 
     @property
-    def alike(self) -> Tensor | None:
-        """Whether all micro-batches of the step collected last had the same gradient (1 or 0); None where unknown."""
+    def squares(self) -> Tensor | None:
+        """Squared norms (micro-batches × groups) of the step collected last; None for less than two micro-batches."""
 
     @property
     def outside(self) -> bool:

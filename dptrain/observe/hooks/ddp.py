@@ -45,7 +45,7 @@ class DdpCommHook:
 
     name = "hook"
     accumulated = True
-    alike = None
+    squares = None
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ class MicroBatchNorms:
         self._ignoring = False
         self.checksum: GradientChecksum | None = None
         self.outside = False
-        self.alike: Tensor | None = None
+        self.squares: Tensor | None = None
         self.keep_first: Callable[[int, Tensor], None] | None = None
 
     def begin(self, *, ignore: bool) -> bool:
@@ -74,7 +74,7 @@ class MicroBatchNorms:
         if index in norms:
             self._overlap = True
         if self.checksum is not None:
-            self.checksum.note(index, grad)
+            self.checksum.note(index, grad, place=len(self._squares))
         if self.keep_first is not None and not self._squares:
             self.keep_first(index, grad)
         if grad.is_sparse:
@@ -117,17 +117,11 @@ class MicroBatchNorms:
                 f"{len(weights)} micro-batches were announced but gradients of {len(seen)} were seen: "
                 "each forward pass in training mode needs its backward pass before the step is closed"
             )
-        self.alike = self._are_alike(seen)
+        self.squares = torch.stack(seen) if self.checksum is not None and len(seen) > 1 else None
         total = self._zero.expand(self._groups.num_entries)
         for squares, weight in zip(seen, weights, strict=True):
             total = total + squares / weight
         return total
-
-    def _are_alike(self, squares: list[Tensor]) -> Tensor | None:
-        if self.checksum is None or len(squares) < 2:  # noqa: PLR2004 - two is what can be compared
-            return None
-        together = torch.stack(squares)
-        return ((together == together[0]).all() & (together[0] > 0).any()).double()
 
     def forget(self) -> None:
         """Drop what was seen."""
@@ -174,9 +168,9 @@ class MicroBatchHook(ABC):
         self._norms.keep_first = note
 
     @property
-    def alike(self) -> Tensor | None:
-        """Whether all micro-batches of the step collected last had the same gradient."""
-        return self._norms.alike
+    def squares(self) -> Tensor | None:
+        """Squared norms of the micro-batches of the step collected last; None for less than two."""
+        return self._norms.squares
 
     @property
     def outside(self) -> bool:

@@ -23,7 +23,7 @@ class NullHook:
     accumulated = False
     repeated = False
     outside = False
-    alike = None
+    squares = None
 
     def __init__(self, device: torch.device, *, num_entries: int = 1) -> None:
         self.stopwatch = Stopwatch(device)

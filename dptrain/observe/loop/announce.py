@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from dptrain.errors import ObservationError
 from dptrain.observe.checks.reasons import Reason
 from dptrain.observe.hooks.join import check_model
-from dptrain.observe.loop.batch_size import MicroBatchSize, batch_size, refuse_time_first
+from dptrain.observe.loop.batch_size import MicroBatchSize, batch_size, refuse_second_dimension, refuse_time_first
 from dptrain.observe.meter import Meter
 
 
@@ -75,13 +75,15 @@ class _Announcer:
             if size == 0:
                 self._meter.doubt_step(Reason.EMPTY_BATCH)
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:  # noqa: ARG002 - the signature is torch's
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         """Have the pass known once its backward pass begins, which no other hook would tell of."""
         if not torch.is_grad_enabled() or self._meter.by_hand or not self._meter.measuring:
             return
         num_samples, self._announced = self._announced, None
         if num_samples is None:
             return
+        if self._given is None and module.training:
+            refuse_second_dimension(args, kwargs, _tensors(output), num_samples=num_samples)
         self._num_passes += 1
         number, waiting = self._num_passes, [num_samples]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,6 +108,40 @@ def _refuse_samples(value: object, items: list[Any]) -> None:
             f"the model was called with a {type(value).__name__} of {len(tensors) or records} {kind}, whose length or "
             f"whose first dimension may be the batch size: {_REMEDY}"
         )
+
+
+def refuse_second_dimension(
+    args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Iterable[Tensor], *, num_samples: float
+) -> None:
+    """Raise where the output begins with the inputs' second dimension, so that their first may be time.
+
+    Args:
+        args: of the model.
+        kwargs: of the model.
+        outputs: tensors that it returned.
+        num_samples: first dimension of the inputs.
+
+    Raises:
+        ObservationError: with the remedy.
+    """
+    begins = {tensor.size(0) for tensor in outputs if tensor.dim() > 0}
+    if not begins or num_samples in begins:
+        return
+    seconds = {tensor.size(1) for tensor in _dense([list(args), dict(kwargs)]) if tensor.dim() > 1}
+    if begins & seconds:
+        raise ObservationError(
+            f"the inputs begin with {num_samples} and the output with {min(begins & seconds)}, the inputs' second "
+            f"dimension, so the batch size may be either: {_REMEDY}"
+        )
+
+
+def _dense(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if not value.is_nested:
+            yield value
+    elif not isinstance(value, PackedSequence):
+        for item in _items(value)[0]:
+            yield from _dense(item)
 
 
 def _holds_tensors(value: object) -> bool:

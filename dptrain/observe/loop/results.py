@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from dptrain.noise import NoiseScale
@@ -49,7 +50,9 @@ class MeterResults:
     def read(self) -> NoiseScale:
         """Return the noise scale now; waits for the sums under way."""
         self._absorb_up_to(0)
-        return self._estimate.read() if self._dual is None else self._dual.read()
+        scale = self._estimate.read() if self._dual is None else self._dual.read()
+        doubts = self._drops.doubts
+        return replace(scale, warnings=(*scale.warnings, *doubts)) if doubts else scale
 
     def read_window(self) -> NoiseScale:
         """Return the noise scale of the means over the window; waits for the sums under way."""
@@ -73,7 +76,7 @@ class MeterResults:
 
     @property
     def identical_ranks(self) -> tuple[tuple[int, ...], ...]:
-        """Sets of ranks whose gradients were found equal to the last bit; waits for the sums under way."""
+        """Sets of ranks whose gradients were found equal but for rounding; waits for the sums under way."""
         self._absorb_up_to(0)
         return () if self._duplicate_data_check is None else self._duplicate_data_check.identical_ranks
 

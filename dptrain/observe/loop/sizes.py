@@ -53,6 +53,12 @@ class MicroBatchSizes:
         share = 1 / max(len(self.weights), 1)
         return [share if weight is None else weight for weight in self.weights]
 
+    @property
+    def are_equal(self) -> bool:
+        """Whether there are several micro-batches, of equal size and weight: any could stand in another's place."""
+        pairs = set(zip(self.num_samples, self.weights, strict=True))
+        return len(self.num_samples) > 1 and len(pairs) == 1
+
     def sums(self, *, accumulated: bool) -> tuple[float, ...]:
         """Return (Σ v/b, Σ v²/b, Σ v, number of small batches, 1 for this replica, Σ b).
 

@@ -15,6 +15,7 @@ from dptrain.checkpoint.store import load_newest
 from dptrain.errors import AbortedError, CheckpointError
 from dptrain.tracking.run_log import WritingLog
 from dptrain.train import CheckpointConfig, Trainer
+from dptrain.train import checkpoint_schedule as checkpoint_schedule_module
 from tests.replicas import run_replicas
 from tests.runs import Killed, attempt, kill, make_config, noisy, windows
 
@@ -58,6 +59,18 @@ def test_b12_saves_that_go_on_failing_end_the_run_on_all_replicas(tmp_path):
     count = re.match(r"(\d+) checkpoints in a row could not be written", outcomes[0][1])
     assert int(count[1]) in (3, 4)
     assert load_newest(tmp_path / "checkpoints") is not None
+
+
+def test_a_run_whose_folder_is_moved_away_says_so_and_goes_on_from_it(tmp_path, monkeypatch):
+    """It ends at the next look, and makes no new folder; put back, the old one is resumed to the end."""
+    monkeypatch.setattr(checkpoint_schedule_module, "_LOOK_S", 0)
+    folder, away = tmp_path / "run", tmp_path / "away"
+    with pytest.raises(CheckpointError, match="put the folder back"):
+        attempt(folder, kill_at=12, kill=lambda: folder.rename(away))
+    assert not folder.exists()
+    away.rename(folder)
+    attempt(folder)
+    assert [step for step, *_ in windows(folder)] == list(range(1, windows(folder)[-1][0] + 1))
 
 
 def damage_all(folder):

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 import dptrain
+from dptrain.observe.checks.reasons import DropLog
+from dptrain.observe.loop.passes import ForwardPasses
 from tests.replicas import run_replicas
 
 STEPS = 12
@@ -134,3 +136,61 @@ def test_copies_are_none_of_the_meters():
         "m(torch.ones(2, 4)).sum().backward(); assert 'dptrain' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], input=saved.getvalue(), check=True, timeout=120)
+
+
+class TimeFirst(nn.Module):
+    """A recurrence of its own over (time, samples, width), which no module of torch tells of."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.read, self.out = nn.Linear(2, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.read(x)).sum(0))
+
+
+def test_an_output_that_begins_with_the_second_dimension_is_ambiguous():
+    """Three time steps of five samples are not three samples: refused, and right once the size is given."""
+    with pytest.raises(dptrain.errors.ObservationError, match=r"output with 5.*micro_batch_size="):
+        measured(lambda model, x: plain(model, x.new_ones(3, 5, 2)), model=TimeFirst())
+    _, reported, _ = measured(
+        lambda model, x: plain(model, x[:, :2].expand(3, 6, 2)),
+        model=TimeFirst(),
+        micro_batch_size=lambda x: x.shape[1],
+    )
+    assert reported == []
+
+
+def test_a_loop_that_closes_no_step_is_told():
+    """No meter.step() while gradients are cleared: one warning, and the reason is kept until a step is closed."""
+    model = make_model()
+    with warnings.catch_warnings(record=True) as caught, dptrain.attach(model, every=1) as meter:
+        warnings.simplefilter("always")
+        for _ in range(25):
+            model.zero_grad()
+            model(torch.ones(2, 4)).mean().backward()
+        assert ["steps are not closed" in str(w.message) for w in caught] == [True]
+        assert "meter.step()" in meter.reading.reason
+        meter.step()
+        assert "not closed" not in (meter.reading.reason or "")
+
+
+def test_many_passes_without_a_step_are_told():
+    """Also where nothing is cleared or measured: 1,000 before the first step, a hundred times the longest after it."""
+    log = DropLog(None)
+    passes = ForwardPasses(log)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for longest, limit in ((0, 1000), (16, 1600)):
+            for _ in range(longest):
+                passes.add()
+            passes.close()
+            for _ in range(limit):
+                passes.add()
+            assert log.not_closed is None
+            passes.add()
+            assert log.not_closed is not None
+            passes.close()
+            assert log.not_closed is None
+            passes = ForwardPasses(log)

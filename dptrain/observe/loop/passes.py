@@ -1,0 +1,50 @@
+"""Counts the forward passes since the last step was closed, and says so where nobody closes one."""
+
+from __future__ import annotations
+
+from dptrain.observe.checks.reasons import DropLog
+
+_CLEARED = 20
+"""Times in a row that gradients are cleared before a step is closed. A GradScaler from 65,536 on skips 16 at most."""
+_FIRST, _TIMES = 1000, 100
+"""Forward passes without a closed step: before the first one, and in units of the longest step so far."""
+
+UNCLOSED = (
+    "the meter's steps are not closed: call meter.step() once per optimizer step, after the last backward(), or attach "
+    "again with the optimizer that steps now"
+)
+
+
+class ForwardPasses:
+    """The forward passes of the step under way, measured or not.
+
+    Args:
+        log: where it is said once that no step is closed.
+    """
+
+    def __init__(self, log: DropLog) -> None:
+        self._log = log
+        self._num = 0
+        self._longest = 0
+        self._num_cleared = 0
+
+    def __bool__(self) -> bool:
+        return self._num > 0
+
+    def add(self) -> None:
+        """Count a forward pass."""
+        self._num += 1
+        if self._num > (_TIMES * self._longest or _FIRST):
+            self._log.unclosed(UNCLOSED)
+
+    def clear(self) -> None:
+        """Note that the gradients of the step were thrown away, so that it begins anew."""
+        self._num_cleared += 1
+        if self._num_cleared > _CLEARED:
+            self._log.unclosed(UNCLOSED)
+
+    def close(self) -> None:
+        """Note that the step is closed."""
+        self._longest = max(self._longest, self._num)
+        self._num = self._num_cleared = 0
+        self._log.unclosed(None)
