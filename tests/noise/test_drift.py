@@ -12,12 +12,10 @@ from dptrain.noise import drift as drifts
 
 def followed(values, noise):
     """Return the state after all values, and the mean at present with its variance."""
-    state, weight, square = drifts.begun(values[0]), 0.0, 0.0
+    state = drifts.begun(values[0], flicker=drifts.GRAD_FLICKER)
     for step, value in enumerate(values[1:], start=2):
-        keep = ((step - 1) / step) ** 3.5
-        weight, square = keep * weight + 1, keep * keep * square + 1
-        state = drifts.updated(state, value, noise=noise, rescale=1.0, step=step, weight=weight)
-    mean, variance = drifts.present(state, noise=noise, step=len(values), effective_steps=weight * weight / square)
+        state = drifts.updated(state, value, noise=noise, rescale=1.0, step=step, flicker=drifts.GRAD_FLICKER)
+    mean, variance = drifts.present(state, noise=noise, step=len(values))
     return state, mean, variance
 
 
