@@ -60,6 +60,10 @@ _FLICKER_LEFT = 0.6
 _FLICKER_WINDOWS = 2.0
 """Flicker is correlated over so many presents: the real trainings' grows until 40 to 60 steps."""
 
+_FLICKER_EVERY = 5
+"""Steps between two looks at the residual of the present mean, which is much the same from one step to the next. At
+each step they would cost a quarter of all that taking in a step costs."""
+
 _TAILS = 6.0
 """Degrees of freedom of Student's t for the residuals of the present mean, so that a jump does not pass for flicker."""
 
@@ -154,7 +158,7 @@ def updated(
     # What was before a jump is no part of the present.
     recent = level_of(memories) if jumped else drift.recent + max(2 / (num_now + 1), 1 / step) * (value - drift.recent)
     found = drift.flicker
-    if step > NOW_STEPS:
+    if step > NOW_STEPS and step % _FLICKER_EVERY == 0:
         gap, level_ = recent - _centred(memories, step=step), max(level_of(memories), 0.0)
         found = _flicker(found, flicker, gap=gap, level_=level_, noise=noise / num_now, step=step)
     return Drift(memories, found, recent, surprise, drift.lone + (alone - drift.lone) / step)
@@ -180,8 +184,8 @@ def _flicker(
 ) -> tuple[float, ...]:
     """Return the beliefs in each of `FLICKERS`, given how far the present mean of noise `noise` is from the filters."""
     # Successive gaps share most of their steps: their squares are correlated over 1/α of them.
-    new = 2 / (now_steps(step) + 1)
-    keep = 1 - 1 / step
+    new = _FLICKER_EVERY * 2 / (now_steps(step) + 1)
+    keep = 1 - _FLICKER_EVERY / step
     logs = []
     for belief, share, size in zip(beliefs, prior, FLICKERS, strict=True):
         variance = noise + _FLICKER_LEFT * size * size * level_ * level_
