@@ -58,6 +58,40 @@ def test_a_lone_spike_is_drawn_in_and_two_in_a_row_pass():
     assert twice.lone == pytest.approx(1 / 402)
 
 
+def flickering(rng, num_steps, *, size, memory=0.8):
+    """Return a level of 10 with an autoregressive flicker of `size` a step, in units of the level."""
+    walk = np.zeros(num_steps)
+    for step in range(1, num_steps):
+        walk[step] = memory * walk[step - 1] + size * math.sqrt(1 - memory**2) * rng.standard_normal()
+    return 10 * (1 + walk)
+
+
+def test_the_mean_over_the_present_is_held_where_the_course_flickers():
+    """Of 40 runs 35 at least hold the mean of their last 20 steps in two errors; 15 % in it is flicker, 1 % noise."""
+    rng, inside, believed = np.random.default_rng(5), 0, []
+    for _ in range(40):
+        truth = flickering(rng, 240, size=0.25)
+        state, mean, variance = followed((truth + 0.5 * rng.standard_normal(240)).tolist(), 0.25)
+        inside += abs(mean - truth[-20:].mean()) < 2 * math.sqrt(variance)
+        believed.append(sum(b * size for b, size in zip(state.flicker, drifts.FLICKERS, strict=True)))
+    assert inside >= 35
+    assert 0.08 < np.median(believed) < 0.3
+
+
+def test_a_course_without_flicker_is_known_for_one():
+    """After 400 steps whose mean over 20 is known to 1 %, a flicker of a tenth or more has 2 % of belief at most."""
+    values = 10 + 0.5 * np.random.default_rng(6).standard_normal(400)
+    state, _, _ = followed(values.tolist(), 0.25)
+    assert sum(state.flicker[2:]) < 0.02
+
+
+def test_in_the_first_forty_steps_flicker_has_no_part():
+    """The present is most of the run there: the error is that of the plain mean, to a fifth."""
+    values = 10 + np.random.default_rng(7).standard_normal(40)
+    _, _, variance = followed(values.tolist(), 1.0)
+    assert variance == pytest.approx(1 / 40, rel=0.4)
+
+
 def test_the_present_is_a_hundredth_of_the_run_and_twenty_steps_at_least():
     """Twenty up to 2,000 steps; from there on a hundredth."""
     assert [drifts.now_steps(step) for step in (1, 2000, 10_000)] == [20, 20, 100]
