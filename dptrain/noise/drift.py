@@ -33,10 +33,11 @@ _SHORTEST = 10.0
 _EVIDENCE = 0.5
 """Share of the run over which evidence for a memory is remembered."""
 
-_PROCESS_SHARES = (1.0, 0.8, 0.8, 0.8, 1.0)
+_PROCESS_SHARES = (1.0, 0.7, 0.9, 1.0, 1.0)
 """Part of each filter's variance that is reported. In the steady state 3/4 of a trend's is noise of measurement, which
-is there on every course, and 1/4 is the wandering that the filter allows for. A smooth course has none of that, a
-wandering one all. The fastest is for what wanders."""
+is there on every course, and 1/4 is the wandering that the filter allows for. A course that a slow trend follows has
+none of that; one that needs a fast trend has all. With 0.8 for the three in the middle the intervals of 95 % held 98 %
+of a steady fall and 92 % of a late one."""
 
 _LONE = 5.0
 """Standard errors beyond which one value that stands alone is drawn in; two in a row pass as they are, for then it is
