@@ -25,7 +25,7 @@ RECORDED = {
         "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945",
     ),
     "noise": (
-        "e4e4ec651572ed732516348eaa5763c77cea0f0f72f7965a98552c4b8767194b",
+        "ab4f2252b65157383e4c4d48699ed3026249b9304796adc245a67622269c0f5c",
         "78b3e2fd4e7e5fef8823dfb2c8480744beb1cff673f145034bab4ef9d9baf549",
     ),
 }
