@@ -40,7 +40,7 @@ class Form:
 
     Attributes:
         settings: of the simulated runs.
-        num_runs: simulated on each course.
+        num_runs: simulated on each course, by setting.
         num_compared: of them that the other candidates read.
         num_steps: of a real training.
         num_points: at which a real training is compared.
@@ -48,15 +48,15 @@ class Form:
     """
 
     settings: tuple[Setting, ...]
-    num_runs: int
+    num_runs: tuple[int, ...]
     num_compared: int
     num_steps: int
     num_points: int
     num_trainings: int
 
 
-FULL = Form(settings=_SETTINGS, num_runs=300, num_compared=40, num_steps=1200, num_points=5, num_trainings=4)
-QUICK = Form(settings=(_QUICK_SETTING,), num_runs=25, num_compared=5, num_steps=60, num_points=1, num_trainings=1)
+FULL = Form(settings=_SETTINGS, num_runs=(300, 150), num_compared=40, num_steps=1200, num_points=5, num_trainings=4)
+QUICK = Form(settings=(_QUICK_SETTING,), num_runs=(25,), num_compared=5, num_steps=60, num_points=1, num_trainings=1)
 
 
 def measure(quick: bool) -> harness.Findings:  # noqa: FBT001 - the harness's own signature
@@ -64,10 +64,10 @@ def measure(quick: bool) -> harness.Findings:  # noqa: FBT001 - the harness's ow
     form = QUICK if quick else FULL
     console = Console(stderr=True)
     rows: list[dict[str, Any]] = []
-    for number, setting in enumerate(form.settings):
+    for number, (setting, num_runs) in enumerate(zip(form.settings, form.num_runs, strict=True)):
         for course in COURSES:
             with console.status(f"{course}: {setting}"):
-                runs = simulated(course, setting, num_runs=form.num_runs, seed=_FIRST_SEED + number)
+                runs = simulated(course, setting, num_runs=num_runs, seed=_FIRST_SEED + number)
                 rows += _course_rows(runs, course=course, form=form)
     torch.set_num_threads(1)
     for training in trainings(seed=_FIRST_SEED, num_steps=form.num_steps)[-form.num_trainings :]:
@@ -80,7 +80,7 @@ def measure(quick: bool) -> harness.Findings:  # noqa: FBT001 - the harness's ow
 def _course_rows(runs: Runs, *, course: str, form: Form) -> list[dict[str, Any]]:
     setting = runs.setting
     points = [round(share * setting.num_steps) for share in (_AFTER_JUMP if course == JUMP else (1.0,))]
-    states = [runs.states(run, at=set(points)) for run in range(form.num_runs)]
+    states = [runs.states(run, at=set(points)) for run in range(runs.trace.shape[1])]
     rows = []
     for point in points:
         truth = runs.truth(point)

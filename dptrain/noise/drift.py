@@ -7,38 +7,37 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 # The constants below were chosen on simulated courses of 800 and 1,000 steps (constant; ÷10 over the run and in its
-# last quarter; a jump; tr(Σ) ×10 and ÷10; 1/t; a sine; random walks) with K = 2, 50 and 100 directions, B = φ and 2φ,
-# and with K = 4, 200 directions, B = 4φ. `benchmarks.tracking` judges them on other lengths, settings and seeds.
+# last quarter; a jump; tr(Σ) ×10; K = 2, 100 directions, φ = B/2, and K = 4, 200 directions, φ = B/4) and on six real
+# trainings of 1,000 to 1,500 steps with the exact |G|² and tr(Σ) beside them: autoencoders by AdamW and by SGD,
+# classifiers by both, an LSTM. `benchmarks.tracking` judges them on other lengths, settings and seeds.
 
-MEMORIES = (math.inf, 1 / 3, 1 / 9, 1 / 27, 1 / 81)
-"""Length of each filter's memory as a share of the run. The infinite one is a plain mean, for what does not drift."""
+SHARES = (math.inf, 1.0, 1 / 3, 1 / 9, 1 / 27)
+"""Share of the run within which each filter expects a change of the level by its own size. The first expects none: a
+plain mean."""
 
-_PRIOR = (0.85, 0.08, 0.04, 0.02, 0.01)
-"""Share of belief that each memory starts with, and that a change of regime hands out anew."""
+_PRIOR = (0.35, 0.15, 0.35, 0.1, 0.05)
+"""Share of belief that each filter tends to where nothing tells them apart. |G|² of the real trainings changed by a
+factor e within a third of the run: with 0.85 for the plain mean, an autoencoder's was read 1.4 to 1.7 times too large
+where the noise of a step is three times the level."""
+
+_FEWEST_TRENDS = 0.1
+"""Least part of the trends' prior belief. A run no longer than the present has no trend that the present leaves out."""
 
 _CHANGES = 0.2
 """Changes of regime that are expected while the run grows by a factor e. At 1, a constant course is read 1.3 times as
 wide as its plain mean; at 0.1, a drift that begins late is found later."""
 
 _SHORTEST = 10.0
-"""Fewest steps of a memory: the present is defined as the mean over 20 steps at least."""
-
-_BLIND = 30.0
-"""A memory holds at least so many steps, in units of (noise of a step / level)²: one that could not tell the level to
-about a fifth says nothing, and is never contradicted, so that it would widen every answer. At 10 the intervals after a
-jump to B = φ/5 were up to 2.5 times as wide as the best window's, at 50 they held the truth in 90 %."""
+"""Fewest steps within which a filter expects a change of the level by its own size: half of the present."""
 
 _EVIDENCE = 0.5
 """Share of the run over which evidence for a memory is remembered."""
 
-_SLOPE_NOISE = 0.25
-"""Process noise of the slope in units of the noise of a step times memory⁻⁴: a steady state whose error is the noise of
-a step over the memory (a local linear trend; Harvey 1989, chapter 4)."""
-
-_PROCESS_SHARES = (1.0, 0.8, 0.8, 0.8, 1.0)
+_PROCESS_SHARES = (1.0, 0.7, 0.9, 1.0, 1.0)
 """Part of each filter's variance that is reported. In the steady state 3/4 of a trend's is noise of measurement, which
-is there on every course, and 1/4 is the wandering that the filter allows for. A smooth course has none of that, a
-wandering one all: with a fifth of it the intervals of 95 % hold 95.7 % and 92.0 %. The fastest is for what wanders."""
+is there on every course, and 1/4 is the wandering that the filter allows for. A course that a slow trend follows has
+none of that; one that needs a fast trend has all. With 0.8 for the three in the middle the intervals of 95 % held 98 %
+of a steady fall and 92 % of a late one."""
 
 _LONE = 5.0
 """Standard errors beyond which one value that stands alone is drawn in; two in a row pass as they are, for then it is
@@ -46,21 +45,35 @@ the course that jumped. A single spike of 260 would move a plain mean of 1,000 s
 
 _FOLLOWS = 3.0
 
-_LARGEST_EXCESS = 4.0
-"""Cap on one squared residual of the present mean, so that the steps after a jump do not pass for wandering."""
+FLICKERS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
+"""How much the mean over the present may stray from the smooth course, in units of the level: standard deviations, of
+which the steps tell the right one. |G|² of the real trainings strays by 0.13 to 0.17, at SGD by up to 0.5."""
 
-_UNIFORM_EXCESS = 0.9205
-"""E min(χ²₁, 4): the mean capped residual of a course that the filters follow."""
+GRAD_FLICKER = (0.4, 0.1, 0.2, 0.25, 0.04, 0.01)
+"""Prior belief in each of `FLICKERS` for |G|²."""
 
-_EXCESS_SPREAD = 1.232
-"""Var min(χ²₁, 4)."""
+TRACE_FLICKER = (0.5, 0.3, 0.1, 0.06, 0.03, 0.01)
+"""The same for tr(Σ), which strays by 0.01 to 0.05, at SGD by up to 0.15."""
 
-_CHANCE = 1.5
-"""Standard errors within which an excess of the residuals passes for chance."""
+_FLICKER_LEFT = 0.6
+"""Part of the flicker's variance that the residuals of the present mean hold; the rest the filters have followed."""
+
+_FLICKER_WINDOWS = 2.0
+"""Flicker is correlated over so many presents: the real trainings' grows until 40 to 60 steps."""
+
+_FLICKER_EVERY = 5
+"""Steps between two looks at the residual of the present mean, which is much the same from one step to the next. At
+each step they would cost a quarter of all that taking in a step costs."""
+
+_TAILS = 6.0
+"""Degrees of freedom of Student's t for the residuals of the present mean, so that a jump does not pass for flicker."""
 
 NOW_SHARE, NOW_STEPS = 0.01, 20
 """The present: the mean over the last 1 % of the measured steps, and 20 at least. The |G|² of a single iterate swings
 by a factor of two from one step to the next."""
+
+_OVERLAP = 1 - (1 - 2 / (NOW_STEPS + 1)) ** NOW_STEPS
+"""Weight that the exponential mean over about the present has within the present."""
 
 
 class Memory(NamedTuple):
@@ -82,23 +95,29 @@ class Drift(NamedTuple):
     """All that is remembered of one quantity.
 
     Attributes:
-        memories: one filter for each of `MEMORIES`.
+        memories: one filter for each of `SHARES`.
         recent: mean over about the present, exponentially weighted.
-        excess: mean square of `recent` − what the filters say, capped, in units of what noise alone leaves of it.
+        flicker: belief in each of `FLICKERS`.
         surprise: last value − its prediction, in standard errors.
         lone: share of steps whose value was drawn in.
     """
 
     memories: tuple[Memory, ...]
+    flicker: tuple[float, ...]
     recent: float = 0.0
-    excess: float = _UNIFORM_EXCESS
     surprise: float = 0.0
     lone: float = 0.0
 
 
-def begun(value: float) -> Drift:
-    """Return the state after the first value."""
-    return Drift(memories=tuple(Memory(value, 0.0, 1.0, 0.0, 0.0, share) for share in _PRIOR), recent=value)
+def begun(value: float, *, flicker: tuple[float, ...]) -> Drift:
+    """Return the state after the first value, with the prior belief in each of `FLICKERS`."""
+    prior = _prior(1)
+    return Drift(tuple(Memory(value, 0.0, 1.0, 0.0, 0.0, share) for share in prior), flicker, recent=value)
+
+
+def _prior(step: int) -> list[float]:
+    trends = max(_FEWEST_TRENDS, 1 - NOW_STEPS / step)
+    return [1 - trends * (1 - _PRIOR[0]), *(trends * share for share in _PRIOR[1:])]
 
 
 def now_steps(step: int) -> float:
@@ -111,7 +130,9 @@ def level_of(memories: Sequence[Memory]) -> float:
     return sum(memory.belief * memory.level for memory in memories)
 
 
-def updated(drift: Drift, value: float, *, noise: float, rescale: float, step: int, weight: float) -> Drift:
+def updated(
+    drift: Drift, value: float, *, noise: float, rescale: float, step: int, flicker: tuple[float, ...]
+) -> Drift:
     """Take in one value.
 
     Args:
@@ -120,10 +141,12 @@ def updated(drift: Drift, value: float, *, noise: float, rescale: float, step: i
         noise: variance of this value.
         rescale: `noise` over the noise of the last step, as far as batch and count of small batches differ.
         step: number of this step, from 2.
-        weight: of the averages over the run, this step's being 1.
+        flicker: prior belief in each of `FLICKERS`.
     """
-    before = _believed(drift.memories, rescale=rescale, noise=noise, step=step)
-    expected, spread = _mixed(before, noise=noise)
+    more = _noise_of_flicker(drift, step=step)
+    slow_noise = noise + more
+    before = _believed(drift.memories, rescale=slow_noise / (noise / rescale + more), noise=slow_noise, step=step)
+    expected, spread = _mixed(before, noise=slow_noise)
     deviation = math.sqrt(noise + spread)
     surprise = (value - expected) / deviation
     far = step > _SHORTEST and abs(surprise) > _LONE
@@ -131,15 +154,49 @@ def updated(drift: Drift, value: float, *, noise: float, rescale: float, step: i
     alone = far and not jumped
     if alone:
         value = expected + math.copysign(_LONE, surprise) * deviation
-    memories = _corrected(before, value=value, noise=noise)
+    memories = _corrected(before, value=value, noise=slow_noise)
     num_now = now_steps(step)
     # What was before a jump is no part of the present.
     recent = level_of(memories) if jumped else drift.recent + max(2 / (num_now + 1), 1 / step) * (value - drift.recent)
-    excess = drift.excess
-    if step > NOW_STEPS:
-        gap = recent - _centred(memories, step=step)
-        excess += (min(gap * gap * num_now / noise, _LARGEST_EXCESS) - excess) / weight
-    return Drift(memories, recent, excess, surprise, drift.lone + (alone - drift.lone) / step)
+    found = drift.flicker
+    if step > NOW_STEPS and step % _FLICKER_EVERY == 0:
+        gap, level_ = recent - _centred(memories, step=step), max(level_of(memories), 0.0)
+        found = _flicker(found, flicker, gap=gap, level_=level_, noise=noise / num_now, step=step)
+    return Drift(memories, found, recent, surprise, drift.lone + (alone - drift.lone) / step)
+
+
+def _noise_of_flicker(drift: Drift, *, step: int) -> float:
+    """Return the variance that flicker adds to a step's noise for a filter with a memory beyond its correlation.
+
+    A mean over m presents has the variance of one over m, times the presents over which flicker is correlated.
+    """
+    level_ = max(level_of(drift.memories), 0.0)
+    square = sum(belief * size * size for belief, size in zip(drift.flicker, FLICKERS, strict=True))
+    return _outside(step) * NOW_STEPS * _FLICKER_WINDOWS * square * level_ * level_
+
+
+def _outside(step: int) -> float:
+    """Return how far what lies before the present may stray from it: not at all in the first two presents."""
+    return max(0.0, 1 - 2 * NOW_STEPS / step)
+
+
+def _flicker(
+    beliefs: Sequence[float], prior: Sequence[float], *, gap: float, level_: float, noise: float, step: int
+) -> tuple[float, ...]:
+    """Return the beliefs in each of `FLICKERS`, given how far the present mean of noise `noise` is from the filters."""
+    # Successive gaps share most of their steps: their squares are correlated over 1/α of them.
+    new = _FLICKER_EVERY * 2 / (now_steps(step) + 1)
+    keep = 1 - _FLICKER_EVERY / step
+    logs = []
+    for belief, share, size in zip(beliefs, prior, FLICKERS, strict=True):
+        variance = noise + _FLICKER_LEFT * size * size * level_ * level_
+        square = min(gap * gap / variance, 1e300)
+        likely = -0.5 * math.log(variance) - (_TAILS + 1) / 2 * math.log1p(square / _TAILS)
+        logs.append(math.log(share) + keep * math.log(belief / share) + new * likely)
+    largest = max(logs)
+    powers = [math.exp(log - largest) for log in logs]
+    total = sum(powers)
+    return tuple(max(power / total, 1e-12) for power in powers)
 
 
 def _mixed(memories: Sequence[Memory], *, noise: float) -> tuple[float, float]:
@@ -158,10 +215,11 @@ def _believed(memories: Sequence[Memory], *, rescale: float, noise: float, step:
     """Return the filters' predictions of this step, with their beliefs before its value is seen."""
     mean, spread = _mixed(memories, noise=noise / rescale)
     above = max(mean, 0.0)
-    shortest = max(_SHORTEST, min(_BLIND * noise / (above * above), step / 4) if above > 0 else step / 4)
     anew = min(0.3, _CHANGES / step)
     found = []
-    for memory, share, prior, faded in zip(memories, MEMORIES, _PRIOR, _faded(memories, step=step), strict=True):
+    priors = _prior(step)
+    faded_beliefs = _faded(memories, priors, step=step)
+    for memory, share, prior, faded in zip(memories, SHARES, priors, faded_beliefs, strict=True):
         belief = (1 - anew) * faded + anew * prior
         # A filter most of whose belief is handed in from the others takes over what they know: its own past is refuted.
         # Blending the states by their beliefs (the interacting multiple model) was tried: a thousandth of a belief in a
@@ -177,15 +235,15 @@ def _believed(memories: Sequence[Memory], *, rescale: float, noise: float, step:
         if share < math.inf:
             # The second step is the first that is predicted.
             fresh = fresh or step == 2  # noqa: PLR2004
-            state = _moved(*state, gain=1 / max(shortest, share * step), above=above, noise=noise, fresh=fresh)
+            state = _moved(*state, reach=max(_SHORTEST, share * step), above=above, noise=noise, fresh=fresh)
         found.append(Memory(*state, belief))
     return found
 
 
-def _faded(memories: Sequence[Memory], *, step: int) -> list[float]:
+def _faded(memories: Sequence[Memory], priors: Sequence[float], *, step: int) -> list[float]:
     """Return the beliefs with the evidence of long ago forgotten, towards the prior."""
     keep = 1 - 1 / max(20.0, _EVIDENCE * step)
-    powers = [prior * (memory[5] / prior) ** keep for memory, prior in zip(memories, _PRIOR, strict=True)]
+    powers = [prior * (memory[5] / prior) ** keep for memory, prior in zip(memories, priors, strict=True)]
     total = sum(powers)
     return [power / total for power in powers]
 
@@ -197,20 +255,21 @@ def _moved(
     cov: float,
     var_slope: float,
     *,
-    gain: float,
+    reach: float,
     above: float,
     noise: float,
     fresh: bool,
 ) -> tuple[float, float, float, float, float]:
     """Return a trend filter one step on: the level goes by the slope, and the slope grows or falls with the level."""
-    # A change by its own size within the memory is what a filter expects before it has seen any slope.
-    widest = (above * gain) ** 2 / noise
-    var_slope = widest if fresh else min(var_slope + _SLOPE_NOISE * gain**4, max(widest, var_slope))
+    # A change by its own size within the reach is what a filter expects before it has seen any slope, and a change of
+    # the slope by as much (a local linear trend; Harvey 1989, chapter 4). Hence the gain follows from noise and level.
+    widest = (above / reach) ** 2 / noise
+    var_slope = widest if fresh else min(var_slope + widest / reach, max(widest, var_slope))
     factor = 1.0
     if level_ > 0 and level_ * level_ > var_level * noise:
         # The relative slope stays: |G|² falls by factors, not by amounts. The exact Jacobian of that was tried, and is
         # overconfident where the level is hardly known (coverage 77 % after a jump at B = φ/10).
-        factor += min(max(slope / level_, -2 * gain), 2 * gain)
+        factor += min(max(slope / level_, -2 / reach), 2 / reach)
     return (
         level_ + slope,
         slope * factor,
@@ -259,54 +318,33 @@ def _centred(memories: Sequence[Memory], *, step: int) -> float:
     return found
 
 
-def present(drift: Drift, *, noise: float, step: int, effective_steps: float) -> tuple[float, float]:
+def present(drift: Drift, *, noise: float, step: int) -> tuple[float, float]:
     """Return the mean over the present and the variance of its error.
 
     Args:
         drift: after the last step.
         noise: variance of one value at the last step.
         step: its number.
-        effective_steps: for how many steps of equal weight the averages over the run stand.
     """
     lag = _lag(step)
+    slow_noise = noise + _noise_of_flicker(drift, step=step)
     centred = []
     for memory, share in zip(drift.memories, _PROCESS_SHARES, strict=True):
         var = memory.var_level - 2 * lag * memory.cov + lag * lag * memory.var_slope
         # What lies a few steps back is better known than the end, but the value at the end bounds by how much.
         var = max(var, memory.var_level / 4) * share
-        centred.append((memory.belief, memory.level - lag * memory.slope, var * noise))
+        centred.append((memory.belief, memory.level - lag * memory.slope, var * slow_noise))
     mean = sum(weight * level_ for weight, level_, _ in centred)
     # The mean of the standard deviations, not of the variances: a small belief in a wide filter moves the quantile at
     # 95 % less than the variance.
     deviation = sum(weight * math.sqrt(var + (level_ - mean) ** 2) for weight, level_, var in centred)
-    window_noise = noise / now_steps(step)
-    trust = _trust_in_recent(drift, step=step, effective_steps=effective_steps)
-    return mean + trust * (drift.recent - mean), deviation * deviation + trust * window_noise
-
-
-def _trust_in_recent(drift: Drift, *, step: int, effective_steps: float) -> float:
-    """Return the weight of the plain present mean beside the filters, between 0 and 1.
-
-    Between neighbours the truth wanders by what no filter follows. How much, the residuals of the present mean tell: in
-    units of what noise alone leaves they average 1 + w, and the best weight is w/(1 + w). It is 0 where w is
-    within 1.5 standard errors of none.
-    """
-    if step <= 2 * NOW_STEPS:
-        return 0.0
-    chance = _CHANCE * math.sqrt(_EXCESS_SPREAD * (now_steps(step) + 1) / 2 / effective_steps)
-    if drift.excess <= _UNIFORM_EXCESS + chance:
-        return 0.0
-    return 1 - 1 / _uncapped(drift.excess)
-
-
-def _uncapped(excess: float) -> float:
-    """Return q with E min(q·χ²₁, 4) = `excess`."""
-    from scipy.special import chdtr, chdtrc
-
-    lower, upper = 1.0, 64.0
-    for _ in range(24):
-        middle = math.sqrt(lower * upper)
-        cut = _LARGEST_EXCESS / middle
-        found = middle * chdtr(3, cut) + _LARGEST_EXCESS * chdtrc(1, cut)
-        lower, upper = (middle, upper) if found < excess else (lower, middle)
-    return lower
+    answers = []
+    for belief, size in zip(drift.flicker, FLICKERS, strict=True):
+        strays = _outside(step) * size * size * max(mean, 0.0) * mean
+        # The best weight of the plain present mean, of which `_OVERLAP` is the present, beside the filters.
+        trust = _OVERLAP * strays / (strays + noise / now_steps(step)) if strays > 0 else 0.0
+        var = deviation * deviation * (1 - trust * trust) + strays * (1 - _OVERLAP * trust)
+        answers.append((belief, mean + trust * (drift.recent - mean), var))
+    middle = sum(belief * answer for belief, answer, _ in answers)
+    deviation = sum(belief * math.sqrt(var + (answer - middle) ** 2) for belief, answer, var in answers)
+    return middle, deviation * deviation

@@ -88,14 +88,23 @@ class PresentState:
 
 
 def _drift_to_json(drift: Drift) -> dict[str, Any]:
-    return {**drift._asdict(), "memories": [list(memory) for memory in drift.memories]}
+    memories = [list(memory) for memory in drift.memories]
+    return {**drift._asdict(), "memories": memories, "flicker": list(drift.flicker)}
 
 
 def _drift_from_json(record: Mapping[str, Any]) -> Drift:
-    if set(record) != set(Drift._fields) or len(record["memories"]) != len(drifts.MEMORIES):
+    if (
+        set(record) != set(Drift._fields)
+        or len(record["memories"]) != len(drifts.SHARES)
+        or len(record["flicker"]) != len(drifts.FLICKERS)
+    ):
         raise ConfigError(f"not the state of a drifting quantity: {sorted(record)}")
-    numbers = {name: float(value) for name, value in record.items() if name != "memories"}
-    return Drift(memories=tuple(Memory(*map(float, memory)) for memory in record["memories"]), **numbers)
+    numbers = {name: float(value) for name, value in record.items() if name not in ("memories", "flicker")}
+    return Drift(
+        memories=tuple(Memory(*map(float, memory)) for memory in record["memories"]),
+        flicker=tuple(map(float, record["flicker"])),
+        **numbers,
+    )
 
 
 def present_updated(state: PresentState, moments: Moments) -> PresentState:
@@ -111,8 +120,8 @@ def present_updated(state: PresentState, moments: Moments) -> PresentState:
         return PresentState(
             steps=1,
             samples=batch,
-            trace=drifts.begun(x),
-            grad=drifts.begun(y),
+            trace=drifts.begun(x, flicker=drifts.TRACE_FLICKER),
+            grad=drifts.begun(y, flicker=drifts.GRAD_FLICKER),
             last_trace=x,
             last_grad=y,
             last_unit_trace=unit_trace,
@@ -140,7 +149,7 @@ def present_updated(state: PresentState, moments: Moments) -> PresentState:
             noise=_noise(changes["trace_trace"] / weight, unit=unit_trace, size=x),
             rescale=_ratio(unit_trace, unit_trace_before),
             step=step,
-            weight=weight,
+            flicker=drifts.TRACE_FLICKER,
         ),
         grad=drifts.updated(
             state.grad,
@@ -148,7 +157,7 @@ def present_updated(state: PresentState, moments: Moments) -> PresentState:
             noise=_noise(changes["grad_grad"] / weight, unit=unit_grad, size=y),
             rescale=_ratio(unit_grad, unit_grad_before),
             step=step,
-            weight=weight,
+            flicker=drifts.GRAD_FLICKER,
         ),
         last_trace=x,
         last_grad=y,
@@ -230,8 +239,8 @@ def present_moments(state: PresentState) -> SmoothedMoments | None:
     noise_grad = _noise(state.grad_grad / state.weight, unit=state.last_unit_grad, size=state.last_grad)
     noise_both = state.trace_grad / state.weight * math.sqrt(state.last_unit_trace * state.last_unit_grad)
     effective = state.weight * state.weight / state.square_weight
-    trace, var_trace = drifts.present(state.trace, noise=noise_trace, step=state.steps, effective_steps=effective)
-    grad, var_grad = drifts.present(state.grad, noise=noise_grad, step=state.steps, effective_steps=effective)
+    trace, var_trace = drifts.present(state.trace, noise=noise_trace, step=state.steps)
+    grad, var_grad = drifts.present(state.grad, noise=noise_grad, step=state.steps)
     # A variance is zero where gradients are so small that its squares underflow.
     steps_trace = noise_trace / var_trace if var_trace > 0 else effective
     steps_grad = noise_grad / var_grad if var_grad > 0 else effective
