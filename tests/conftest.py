@@ -3,6 +3,7 @@
 import os
 import signal
 
+import pytest
 import torch
 
 # A core for each worker, and for each process that a test starts. And a copy of a process that has used torch's pool of
@@ -16,6 +17,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.hookimpl(optionalhook=True)  # without xdist there is no such hook
 def pytest_xdist_auto_num_workers():
     """One worker more than cores: there is always a file whose tests wait, for a time limit or a host that is gone."""
     return (os.cpu_count() or 1) + 1

@@ -154,12 +154,12 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
         """
         self._by_hand = True
         num_samples, weight = checked_micro_batch(num_samples, weight)
-        self._begin(num_samples=num_samples, weight=weight)
+        self._begin(num_samples=num_samples, weight=weight, training=True)
 
-    def begin_forward(self, *, num_samples: float, weight: float | None = None) -> None:
+    def begin_forward(self, *, num_samples: float, weight: float | None = None, training: bool = True) -> None:
         """Announce a micro-batch from its forward pass, in the loop's place; nothing once the loop calls `begin`."""
         if not self._by_hand:
-            self._begin(num_samples=num_samples, weight=weight)
+            self._begin(num_samples=num_samples, weight=weight, training=training)
 
     def resize_last(self, *, num_samples: float, weight: float | None) -> None:
         """Correct the size of the micro-batch announced last, from the backward pass that has begun."""
@@ -170,8 +170,8 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
         if self._check is not None:
             self._check.doubts.add(reason)
 
-    def _begin(self, *, num_samples: float, weight: float | None) -> None:
-        self._passes.add()
+    def _begin(self, *, num_samples: float, weight: float | None, training: bool) -> None:
+        self._passes.add(training=training)
         if not self._measuring or (self._halves is not None and self._halves.running):
             return
         if self._sizes.num_samples and self._hook.name != "unsharded parameters" and self._cleared():
@@ -389,9 +389,9 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
         """Whether a replica's accumulated gradient is seen, once per step, and not each micro-batch's."""
         return self._hook.accumulated
 
-    def count_forward(self) -> None:
-        """Note a forward pass of a step that is not measured."""
-        self._passes.add()
+    def count_forward(self, *, training: bool = True) -> None:
+        """Note a forward pass of a step that is not measured, in training or in evaluation mode."""
+        self._passes.add(training=training)
 
     @property
     def by_hand(self) -> bool:

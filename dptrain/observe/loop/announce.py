@@ -66,12 +66,12 @@ class _Announcer:
         if self._meter.by_hand:
             return
         if not self._meter.measuring:
-            self._meter.count_forward()
+            self._meter.count_forward(training=module.training)
         else:
             size = self._num_samples(module, args, kwargs)
             self._announced = 1 if size == 0 else size
             if not self._begins_late:
-                self._begin(self._announced)
+                self._begin(self._announced, training=module.training)
             if size == 0:
                 self._meter.doubt_step(Reason.EMPTY_BATCH)
 
@@ -119,9 +119,10 @@ class _Announcer:
             self._meter.doubt_step(Reason.SEVERAL_PASSES)
         return alone
 
-    def _begin(self, num_samples: float | None) -> None:
+    def _begin(self, num_samples: float | None, *, training: bool = True) -> None:
         if num_samples is not None:
-            self._meter.begin_forward(num_samples=num_samples, weight=num_samples if self._summed else None)
+            weight = num_samples if self._summed else None
+            self._meter.begin_forward(num_samples=num_samples, weight=weight, training=training)
 
     def _num_samples(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
         try:

@@ -177,20 +177,38 @@ def test_a_loop_that_closes_no_step_is_told():
 
 
 def test_many_passes_without_a_step_are_told():
-    """Also where nothing is cleared or measured: 1,000 before the first step, a hundred times the longest after it."""
+    """Also where nothing is cleared or measured: 1,000 before the first step, a hundred times the longest after it.
+
+    An evaluation has as many as it wants.
+    """
     log = DropLog(None)
     passes = ForwardPasses(log)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for longest, limit in ((0, 1000), (16, 1600)):
             for _ in range(longest):
-                passes.add()
+                passes.add(training=True)
             passes.close()
+            for _ in range(3 * limit):  # an evaluation whose author forgot torch.no_grad()
+                passes.add(training=False)
             for _ in range(limit):
-                passes.add()
+                passes.add(training=True)
             assert log.not_closed is None
-            passes.add()
+            passes.add(training=True)
             assert log.not_closed is not None
             passes.close()
             assert log.not_closed is None
             passes = ForwardPasses(log)
+
+
+def test_an_evaluation_with_gradients_is_no_step_that_nobody_closes():
+    """Passes in evaluation mode, without torch.no_grad(), are many and are not reported."""
+    model = make_model()
+    with warnings.catch_warnings(), dptrain.attach(model, every=1) as meter:
+        warnings.simplefilter("error")
+        model.eval()
+        for _ in range(1100):
+            model(torch.ones(2, 4))
+        model.train()
+        model(torch.ones(2, 4)).mean().backward()
+        assert "not closed" not in (meter.reading.reason or "")
