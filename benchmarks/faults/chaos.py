@@ -313,7 +313,7 @@ class Chaos:
     ) -> list[tuple[int, int]]:
         """Return (position, sample) of what a rank has read in its committed steps, by where it should have been."""
         found: list[tuple[int, int]] = []
-        micro_batches = iter(read[1:])  # the check of the task comes first
+        micro_batches = iter(read[2:])  # two checks of the task come first
         for step, position, batch, micro in self.windows():
             if not first <= step <= last:
                 continue

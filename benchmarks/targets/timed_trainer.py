@@ -171,7 +171,10 @@ def _finish(timed_trainer: TimedTrainer, *, rows: list[dict[str, Any]], target: 
         reason=timed_trainer.reason,
         marks=timed_trainer.marks,
         rows=[
-            {name: row[name] for name in ("step", "progress/samples", "batch/global", "train/lr", "noise_scale/value")}
+            {
+                name: row.get(name)
+                for name in ("step", "progress/samples", "batch/global", "train/lr", "noise_scale/value")
+            }
             for row in rows[::stride]
         ],
         step_s={shape: found[-_MOST_TIMES:] for shape, found in times.items()},

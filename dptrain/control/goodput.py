@@ -58,21 +58,21 @@ class GoodputLaw(ProgressLaw):
         present, model = measurement.global_batch_size, _model(measurement)
         # By age and not by deviation: where times scatter no number of tries would bring that down.
         near = {b for b in gains if b not in model.recent_batches and present / 2 <= b <= 2 * present}
-        hoped, batch = max(((self._hoped(gains[b], model), b) for b in near), default=(-math.inf, present))
+        timed = {self.layout(batch, model.world_size)[1] for batch in model.timed_batches}
+        only = timed.pop() if model.is_split_known and len(timed) == 1 else math.inf
+        hoped, batch = max(((self._hoped(gains[b], model, only), b) for b in near), default=(-math.inf, present))
         if hoped > self.min_gain:
-            when = "lately" if batch in model.timed_batches else "yet"
-            why = f"its step time was not measured {when}, up to {math.expm1(hoped):+.0%} progress per second"
-            return batch, f"timing {batch}: {why}"
+            why = f"not measured {'lately' if batch in model.timed_batches else 'yet'}"
+            return batch, f"timing {batch}: its step time was {why}, up to {math.expm1(hoped):+.0%} progress per second"
         if batch == present or model.is_split_known:
             return None
         return batch, f"timing {batch}: only {present} was timed so far"
 
-    def _hoped(self, found: Gain, model: StepTimeModel) -> float:
-        """Return the gain by a step time that is as short as may well be."""
+    def _hoped(self, found: Gain, model: StepTimeModel, only: float) -> float:
+        """Return the gain by a step time that is as short as may well be; `only`: accumulation of all timed batches."""
         optimism = _OPTIMISM * found.time_sd
         other = self.layout(found.global_batch_size, model.world_size)
-        timed = {self.layout(batch, model.world_size)[1] for batch in model.timed_batches}
-        if model.is_split_known and len(timed) == 1 and other[1] > (only := max(timed)):
+        if other[1] > only:
             # Of steps with equally many micro-batches no time says what one costs: at best its samples alone.
             optimism = max(optimism, model.log_ratio(other, (other[0] * other[1] / only, only))[0])
         return found.mean - found.noise_sd + optimism

