@@ -24,6 +24,7 @@ SETTINGS = {
     "log.eval_every_samples": 40,
     "log.tracker": "none",
     "control.law": "constant",
+    "noise.every": 1,
     "checkpoint.every_samples": 32,
     "device": "cpu",
 }

@@ -38,10 +38,10 @@ def enumerated():
 def simulated(generator, *, sizes, weights):
     """One step: a prompt for each size, with so many rollouts in two uneven parts."""
     chance, gradients = policies(), score_gradients()
-    prompts, means = [], []
+    limits, prompts, means = chance.cumsum(1)[:, :-1], [], []
     for size, weight in zip(sizes, weights, strict=True):
         prompt = generator.integers(len(chance))
-        found = gradients[prompt][generator.choice(3, size=size, p=chance[prompt])]
+        found = gradients[prompt][limits[prompt].searchsorted(generator.random(size))]
         parts = [found[: size // 3 + 1], found[size // 3 + 1 :]]
         prompts.append(
             PromptNorms(
