@@ -16,9 +16,9 @@ SHARES = (math.inf, 1.0, 1 / 3, 1 / 9, 1 / 27)
 plain mean."""
 
 _PRIOR = (0.35, 0.15, 0.35, 0.1, 0.05)
-"""Share of belief that each filter tends to where nothing tells them apart. |G|² of the real trainings changed by a
-factor e within a third of the run: with 0.85 for the plain mean, an autoencoder's was read 1.4 to 1.7 times too large
-where the noise of a step is three times the level."""
+"""Share of belief that each filter tends to where the steps do not distinguish them. |G|² of the real trainings changed
+by a factor e within a third of the run: with 0.85 for the plain mean, an autoencoder's was read 1.4 to 1.7 times too
+large where the noise of a step is three times the level."""
 
 _FEWEST_TRENDS = 0.1
 """Least part of the trends' prior belief. A run no longer than the present has no trend that the present leaves out."""

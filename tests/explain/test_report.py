@@ -74,7 +74,7 @@ def test_the_caption_names_geometry_smoothing_and_the_caveat(tmp_path):
     """The foot of the picture says how the batch was laid out, what was averaged, and how far to trust it."""
     caption = stacked(write_run(tmp_path)).get_supxlabel()
     assert "micro-batch 8 × accumulation steps 1–8 × 2 replicas" in caption
-    assert "Noise scale: averaged over about 23 steps, interval at 95 %." in caption
+    assert "Noise scale: as precise as a mean over 23 steps, interval at 95 %." in caption
     assert CAVEAT in caption
     assert "a factor of six" in " ".join(CAVEAT.split())
 

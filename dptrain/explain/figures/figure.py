@@ -198,10 +198,15 @@ def noise_limits(rows: Sequence[Row], *, also: Sequence[float] | NDArray[np.floa
     """
     known = [row for row in rows if known_lower(row) is not None]
     estimates = column([row for row in known if is_resolved(row)], "noise_scale/value")
+    # A lower bound is drawn where nothing else is known, and is never far above the truth.
+    least = column([row for row in known if not is_resolved(row)], "noise_scale/lower")
     band = np.concatenate([column(known, f"noise_scale/{name}") for name in ("lower", "upper")])
     band = band[band > 0]
     if len(estimates):
         band = np.clip(band, estimates.min() / _FAR, estimates.max() * _FAR)
-    values = np.concatenate([estimates, np.asarray(also), np.quantile(band, [0.03, 0.97]) if len(band) else []])
+    highest = [least.max()] if len(least) else []
+    values = np.concatenate(
+        [estimates, highest, np.asarray(also), np.quantile(band, [0.03, 0.97]) if len(band) else []]
+    )
     values = values[values > 0]
     return (float(values.min()) / 2, float(values.max()) * 2) if len(values) else (0.5, 2.0)

@@ -213,11 +213,11 @@ def about_geometry(record: RunRecord) -> str:
 
 
 def about_averaging(record: RunRecord) -> str:
-    """Say what the last noise scale was averaged over, and the level of its interval; empty where unknown."""
+    """Say how precise the last noise scale is, in steps, and the level of its interval; empty where unknown."""
     steps = record.train[-1].get("noise_scale/effective_steps")
     known = level(record)
     interval = f", interval at {known}" if known else ""
-    return f"Noise scale: averaged over about {steps:,.0f} steps{interval}." if steps else ""
+    return f"Noise scale: as precise as a mean over {steps:,.0f} steps{interval}." if steps else ""
 
 
 def level(record: RunRecord) -> str:

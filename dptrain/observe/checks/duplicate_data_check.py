@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,8 +13,12 @@ from torch import Tensor
 from dptrain.observe.reduction import PendingSum
 
 _ALIKE = 2e-6
-"""Relative difference of squared norms that rounding explains where the same samples come in another order. Two ranks
-with samples of their own come as near about once in 10⁶ comparisons, and twice in a row once in 10¹²."""
+"""Relative difference of squared norms that rounding explains where the same samples come in another order."""
+_BY_CHANCE = 0.01
+"""Pairs of ranks with samples of their own that may come as near in one look; where more are to be expected, as on
+thousands of ranks or with huge batches, only equal bits count. Three looks in a row leave a chance of 1e-6."""
+_LOOKS_EQUAL, _LOOKS_ALIKE = 2, 3
+"""Looks in a row in which ranks agree, to the last bit or but for rounding, until they are reported."""
 
 
 class DuplicateDataCheck:
@@ -32,7 +37,7 @@ class DuplicateDataCheck:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
-        self._suspects: set[tuple[int, ...]] = set()
+        self._looks: dict[tuple[int, ...], int] = {}
         self._warned = False
         self.identical_ranks: tuple[tuple[int, ...], ...] = ()
 
@@ -53,16 +58,16 @@ class DuplicateDataCheck:
     def judge(self, squares: list[float]) -> None:
         """Compare the squares of all ranks; the result is the same on each."""
         order = sorted((square, rank) for rank, square in enumerate(squares) if math.isfinite(square) and square > 0)
-        groups: list[list[int]] = []
-        previous = -math.inf
-        for square, rank in order:
-            if square - previous > _ALIKE * square:
-                groups.append([])
-            groups[-1].append(rank)
-            previous = square
-        equal = {tuple(sorted(found)) for found in groups if len(found) > 1}
-        self.identical_ranks = tuple(sorted(equal & self._suspects))
-        self._suspects = equal
+        equal, alike = (_groups(order, within=within) for within in (0.0, _ALIKE))
+        found = equal if _is_crowded(order, num_apart=len(alike)) else alike
+        agreeing = [tuple(sorted(group)) for group in found if len(group) > 1]
+        self._looks = {ranks: self._looks.get(ranks, 0) + 1 for ranks in agreeing}
+        to_the_bit = {tuple(sorted(group)) for group in equal}
+        self.identical_ranks = tuple(
+            ranks
+            for ranks, looks in sorted(self._looks.items())
+            if looks >= (_LOOKS_EQUAL if ranks in to_the_bit else _LOOKS_ALIKE)
+        )
         if self.identical_ranks and not self._warned:
             self._warned = True
             if dist.get_rank(self._group) == 0:
@@ -72,6 +77,31 @@ class DuplicateDataCheck:
                     "a DistributedSampler or a seed that contains the rank",
                     stacklevel=2,
                 )
+
+
+def _groups(order: Sequence[tuple[float, int]], *, within: float) -> list[list[int]]:
+    """Return ranks in groups whose squares differ from the group's first by a share of at most `within`."""
+    groups: list[list[int]] = []
+    first = -math.inf
+    for square, rank in order:
+        if square - first > within * square:
+            groups.append([])
+            first = square
+        groups[-1].append(rank)
+    return groups
+
+
+def _is_crowded(order: Sequence[tuple[float, int]], *, num_apart: int) -> bool:
+    """Whether the squares lie so close that ranks with samples of their own come near one another by chance.
+
+    Args:
+        order: (square, rank), rising.
+        num_apart: of squares that differ by more than rounding.
+    """
+    if num_apart < 3:  # noqa: PLR2004 - of two squares nothing says how far apart others would be
+        return False
+    spread = order[-1][0] - order[0][0]
+    return num_apart**2 * _ALIKE * order[-1][0] > _BY_CHANCE * spread
 
 
 def is_check(number: int) -> bool:

@@ -134,6 +134,7 @@ class Phases:
 
     def _iterated(self, name: str, function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         def call(**named: Any) -> Iterator[Any]:  # noqa: ANN401 - whatever it takes
+            """Hand on each item, with the time until it is there counted."""
             items = function(**named)
             end = object()
             while True:

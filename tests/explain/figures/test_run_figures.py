@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from dptrain.explain.figures.figure import MOST_POINTS, RunFigure
+from dptrain.explain.figures.figure import MOST_POINTS, RunFigure, noise_limits
 from dptrain.explain.figures.run_figures import figures
 from dptrain.explain.record import read_run
 from tests.explain.made_runs import write_run
@@ -198,3 +198,22 @@ def test_a_figure_of_its_own_bears_its_title_and_one_on_a_page_does_not():
     alone, on_page = figure.figure(titled=True), figure.figure(titled=False)
     assert (alone.get_suptitle(), on_page.get_suptitle()) == ("Found", "")
     assert [text.get_text() for text in on_page.legends[0].get_texts()] == ["line"]
+
+
+def test_a_lower_bound_far_above_the_last_estimate_is_within_the_limits():
+    """A run may be resolved early alone: what it says at its end, "at least 350", is to be seen."""
+    early = {
+        "noise_scale/state": "resolved",
+        "noise_scale/value": 10.0,
+        "noise_scale/lower": 5.0,
+        "noise_scale/upper": 20.0,
+    }
+    late = {
+        "noise_scale/state": "at least",
+        "noise_scale/value": None,
+        "noise_scale/lower": 350.0,
+        "noise_scale/upper": None,
+    }
+    low, high = noise_limits([early] * 50 + [late])
+    assert low < 5
+    assert high > 350

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 
 import pytest
@@ -50,6 +51,45 @@ def test_one_agreement_may_be_chance():
     for squares in ([1.0, 1.0], [1.0, 2.0], [3.0, 3.0]):
         check.judge(squares)
         assert check.identical_ranks == ()
+
+
+def made():
+    """A check that has no process group to warn in."""
+    check = DuplicateDataCheck(None)
+    check._warned = True
+    return check
+
+
+def test_thousands_of_ranks_come_near_one_another_by_chance():
+    """With a spread of 1 % over 10,000 ranks neighbours are nearer than rounding: only equal bits are reported."""
+    check, generator = made(), random.Random(0)
+    for _ in range(3):
+        squares = [1 + 0.01 * generator.random() for _ in range(10_000)]
+        squares[7] = squares[4321]
+        check.judge(squares)
+    assert check.identical_ranks == ((7, 4321),)
+
+
+def test_no_false_alarm_among_ranks_of_their_own():
+    """In 2,000 runs of three looks at 2 to 64 ranks that differ by a hundredth to all of themselves."""
+    generator = random.Random(1)
+    for _ in range(2000):
+        check, spread = made(), 10 ** generator.uniform(-2, 0)
+        num_ranks = generator.randint(2, 64)
+        for _ in range(3):
+            check.judge([1 + spread * generator.random() for _ in range(num_ranks)])
+        assert check.identical_ranks == ()
+
+
+def test_the_same_samples_in_another_order_are_noticed():
+    """Ranks that agree but for rounding are named after three looks; others between them do not hide it."""
+    check, generator = made(), random.Random(2)
+    for look in range(3):
+        squares = [1 + generator.random() for _ in range(8)]
+        squares[5] = squares[2] * (1 + 3e-7)
+        assert check.identical_ranks == (), look
+        check.judge(squares)
+    assert check.identical_ranks == ((2, 5),)
 
 
 def test_comparing_is_rare():
