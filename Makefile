@@ -8,6 +8,9 @@ CONSTRAINTS ?= constraints.txt
 # Further arguments for `dptrain train` (make train) or pytest (make test).
 ARGS ?=
 
+# Some images forbid compiled files: then each of the many processes of the suite would compile the package anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 BIN := .venv/bin
 # The stamp is named after the constraints, so that changing them installs anew.
 READY := .venv/ready-$(if $(CONSTRAINTS),$(notdir $(CONSTRAINTS)),newest)

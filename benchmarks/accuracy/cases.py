@@ -101,7 +101,7 @@ def measured(case: Case, *, rank: int, form: Form) -> list[dict[str, Any]]:
     return _Measurement(case, rank=rank, form=form).run()
 
 
-def _cases(world_size: int, *, compiler: str) -> list[Case]:
+def _cases(world_size: int, *, compiler: str | None) -> list[Case]:
     problems = [make_problem() for make_problem in PROBLEMS]
     cases = [
         Case(

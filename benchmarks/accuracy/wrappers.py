@@ -174,14 +174,19 @@ ONE_PROCESS = Wrapper(name="one process", wrap=alone, world_size=1, accumulation
 DDP = Wrapper(name="DDP", wrap=ddp, methods=("parameters", "hook"))
 
 
-def wrappers(*, compiler: str) -> list[Wrapper]:
-    """Return all of them, with this backend of torch.compile."""
+def wrappers(*, compiler: str | None) -> list[Wrapper]:
+    """Return all of them, with this backend of torch.compile; with None all but the compiled one."""
+    compiled = [
+        Wrapper(name=f"DDP, compiled ({backend})", wrap=functools.partial(compiled_ddp, backend=backend))
+        for backend in [compiler]
+        if backend is not None
+    ]
     return [
         ONE_PROCESS,
         DDP,
         Wrapper(name="DDP, autocast bf16", wrap=ddp_in_bf16),
         Wrapper(name="DDP, checkpointing", wrap=ddp_with_checkpoints),
-        Wrapper(name=f"DDP, compiled ({compiler})", wrap=functools.partial(compiled_ddp, backend=compiler)),
+        *compiled,
         Wrapper(name="DDP by accelerate", wrap=accelerated_ddp),
         Wrapper(name="DDP, Adam's geometry", wrap=ddp, geometry="adam"),
         Wrapper(name="fully_shard", wrap=sharded),

@@ -58,8 +58,7 @@ class GoodputLaw(ProgressLaw):
         present, model = measurement.global_batch_size, _model(measurement)
         # By age and not by deviation: where times scatter no number of tries would bring that down.
         near = {b for b in gains if b not in model.recent_batches and present / 2 <= b <= 2 * present}
-        timed = {self.layout(batch, model.world_size)[1] for batch in model.timed_batches}
-        only = timed.pop() if model.is_split_known and len(timed) == 1 else math.inf
+        only = self._only_accumulation(model)
         hoped, batch = max(((self._hoped(gains[b], model, only), b) for b in near), default=(-math.inf, present))
         if hoped > self.min_gain:
             why = f"not measured {'lately' if batch in model.timed_batches else 'yet'}"
@@ -67,6 +66,14 @@ class GoodputLaw(ProgressLaw):
         if batch == present or model.is_split_known:
             return None
         return batch, f"timing {batch}: only {present} was timed so far"
+
+    def _only_accumulation(self, model: StepTimeModel) -> float:
+        """Return the accumulation steps of all timed batches, where one is known to be enough; else infinity."""
+        if not model.is_split_known or not model.timed_batches:
+            return math.inf
+        # They grow with the batch, so those of the smallest and the largest are enough to compare.
+        least, most = (self.layout(find(model.timed_batches), model.world_size)[1] for find in (min, max))
+        return least if least == most else math.inf
 
     def _hoped(self, found: Gain, model: StepTimeModel, only: float) -> float:
         """Return the gain by a step time that is as short as may well be; `only`: accumulation of all timed batches."""

@@ -21,6 +21,18 @@ def test_split_is_fixed_and_disjoint():
     assert not train & held_out
 
 
+def test_images_are_those_of_scikit_learn():
+    """The file that is read gives what `load_digits` gives, to the bit and in its order."""
+    from sklearn.datasets import load_digits
+
+    pixels, classes = load_digits(return_X_y=True)
+    held_out = torch.arange(len(classes)) % 6 == 0
+    task = digits()
+    for part, data in ((~held_out, task.train_data), (held_out, task.eval_data)):
+        assert torch.equal(data.tensors[0], torch.as_tensor(pixels, dtype=torch.float32)[part] / 16)
+        assert torch.equal(data.tensors[1], torch.as_tensor(classes)[part])
+
+
 def test_pixels_are_scaled():
     """Pixels fill the range 0 … 1 and classes are 0 … 9."""
     pixels, classes = digits().train_data.tensors

@@ -20,7 +20,6 @@ PROBLEMS = {"coin", "quadratic", "linear", "variances", "clamping", "digits", "d
 WRAPPERS = {
     "DDP, autocast bf16",
     "DDP, checkpointing",
-    "DDP, compiled (aot_eager)",
     "DDP by accelerate",
     "DDP, Adam's geometry",
     "fully_shard",
