@@ -45,7 +45,7 @@ def measure(*, num_kills: int, seed: int, hours: float, quick: bool) -> harness.
 def _one_pass(rows: list[dict[str, Any]], *, num_kills: int, seed: int, quick: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         figures = _kill_a_run(rows, Path(folder), num_kills=num_kills, seed=seed)
-        figures |= _resize_a_run(rows, Path(folder), seed=seed)
+        figures |= _resize_a_run(rows, Path(folder), seed=seed, world_sizes=WORLD_SIZES[:1] if quick else WORLD_SIZES)
         figures |= _damage_checkpoints(rows, Path(folder), seed=seed, quick=quick)
     return figures
 
@@ -79,18 +79,20 @@ def _kill_a_run(rows: list[dict[str, Any]], folder: Path, *, num_kills: int, see
     }
 
 
-def _resize_a_run(rows: list[dict[str, Any]], folder: Path, *, seed: int) -> dict[str, float]:
+def _resize_a_run(
+    rows: list[dict[str, Any]], folder: Path, *, seed: int, world_sizes: tuple[int, ...]
+) -> dict[str, float]:
     began_s = time.monotonic()
-    undisturbed = Chaos(folder / "whole", num_events=len(WORLD_SIZES))
+    undisturbed = Chaos(folder / "whole", num_events=len(world_sizes))
     undisturbed.survive([])
-    run = Chaos(folder / "resized", num_events=len(WORLD_SIZES), first_world_size=1)
-    story: Story = run.survive(resizes(WORLD_SIZES, seed=seed))
+    run = Chaos(folder / "resized", num_events=len(world_sizes), first_world_size=1)
+    story: Story = run.survive(resizes(world_sizes, seed=seed))
     lost, doubled = run.samples_lost_and_doubled()
     same = run.windows() == undisturbed.windows()
     rows.append(
         _row(
             f"resizes, seed {seed}",
-            f"1 → {' → '.join(map(str, WORLD_SIZES))} replicas by SIGTERM and SIGKILL of the launcher, "
+            f"1 → {' → '.join(map(str, world_sizes))} replicas by SIGTERM and SIGKILL of the launcher, "
             f"{story.passed_over} times the newest checkpoint damaged",
             f"{lost} samples lost, {doubled} doubled, batches {'those' if same else 'NOT those'} of the undisturbed "
             f"run; stopped within {max(story.stops_s):.2g} s",

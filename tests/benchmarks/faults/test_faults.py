@@ -33,7 +33,7 @@ def test_a1_kills_lose_nothing(figures):
 
 
 def test_c1_resizes_lose_nothing(figures):
-    """From one replica to two, three and one: the batches and the samples of the undisturbed run."""
+    """From one replica to two: the batches and the samples of the undisturbed run."""
     assert (figures["resize_samples_lost"], figures["resize_samples_doubled"]) == (0, 0)
     assert figures["resize_batches_equal"] == 1
 
