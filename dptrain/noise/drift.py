@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -76,19 +77,17 @@ _OVERLAP = 1 - (1 - 2 / (NOW_STEPS + 1)) ** NOW_STEPS
 """Weight that the exponential mean over about the present has within the present."""
 
 
-class Memory(NamedTuple):
-    """A filter of one memory: the level and slope it believes in.
+Memory = tuple[float, float, float, float, float, float]
+"""A filter of one memory: level and slope that it believes in; variance of the level, covariance, variance of the slope;
+the share of belief that the filter has.
 
-    `var_level`, `cov` and `var_slope` are their error's covariance in units of the variance of a step's noise, so that
-    the gain does not depend on how well that variance is known.
-    """
+The covariance of the error is in units of the variance of a step's noise, so that the gain does not depend on how well
+that variance is known. It is a plain tuple because ten of them are made and fifty unpacked at each step: a named one
+takes eight times as long to make, and four times as long to unpack.
+"""
 
-    level: float
-    slope: float
-    var_level: float
-    cov: float
-    var_slope: float
-    belief: float
+
+_MOST, _LEAST = 1e3, 1e-300
 
 
 class Drift(NamedTuple):
@@ -96,9 +95,9 @@ class Drift(NamedTuple):
 
     Attributes:
         memories: one filter for each of `SHARES`.
-        recent: mean over about the present, exponentially weighted.
         flicker: belief in each of `FLICKERS`.
-        surprise: last value − its prediction, in standard errors.
+        recent: mean over about the present, exponentially weighted.
+        surprise: last value − its prediction, in standard errors; 0 where that is too little for a jump to follow.
         lone: share of steps whose value was drawn in.
     """
 
@@ -109,15 +108,61 @@ class Drift(NamedTuple):
     lone: float = 0.0
 
 
+class _Schedule(NamedTuple):
+    """What follows from the number of a step alone, and so is the same for tr(Σ), |G|² and a reading.
+
+    Attributes:
+        priors: share of belief that each filter tends to.
+        kept: share of a belief that stays where it is; the rest is handed out by the priors, in case the regime changed.
+        handed_in: to each filter.
+        evidence: power to which a belief, over its prior, is faded.
+        reaches: steps within which each trend expects a change of the level by its own size.
+        num_now: steps that the present is.
+        newest: weight of a value in the mean over about the present.
+        lag: how many steps ago the middle of the present is.
+        outside: how far what lies before the present may stray from it: not at all in the first two presents.
+        flicker_steps: steps over which flicker is correlated, times `outside`.
+    """
+
+    priors: tuple[float, ...]
+    kept: float
+    handed_in: tuple[float, ...]
+    evidence: float
+    reaches: tuple[float | None, ...]
+    first: bool
+    num_now: float
+    newest: float
+    lag: float
+    outside: float
+    flicker_steps: float
+
+
+@functools.lru_cache(maxsize=4)
+def _schedule(step: int) -> _Schedule:
+    trends = max(_FEWEST_TRENDS, 1 - NOW_STEPS / step)
+    priors = (1 - trends * (1 - _PRIOR[0]), *(trends * share for share in _PRIOR[1:]))
+    anew = min(0.3, _CHANGES / step)
+    num_now = now_steps(step)
+    outside = max(0.0, 1 - 2 * NOW_STEPS / step)
+    return _Schedule(
+        priors=priors,
+        kept=1 - anew,
+        handed_in=tuple(anew * prior for prior in priors),
+        evidence=1 - 1 / max(20.0, _EVIDENCE * step),
+        reaches=tuple(max(_SHORTEST, share * step) if share < math.inf else None for share in SHARES),
+        first=step == 2,
+        num_now=num_now,
+        newest=max(2 / (num_now + 1), 1 / step),
+        lag=min((num_now - 1) / 2, step / 4),
+        outside=outside,
+        flicker_steps=outside * NOW_STEPS * _FLICKER_WINDOWS,
+    )
+
+
 def begun(value: float, *, flicker: tuple[float, ...]) -> Drift:
     """Return the state after the first value, with the prior belief in each of `FLICKERS`."""
-    prior = _prior(1)
-    return Drift(tuple(Memory(value, 0.0, 1.0, 0.0, 0.0, share) for share in prior), flicker, recent=value)
-
-
-def _prior(step: int) -> list[float]:
-    trends = max(_FEWEST_TRENDS, 1 - NOW_STEPS / step)
-    return [1 - trends * (1 - _PRIOR[0]), *(trends * share for share in _PRIOR[1:])]
+    priors = _schedule(1).priors
+    return Drift(tuple((value, 0.0, 1.0, 0.0, 0.0, share) for share in priors), flicker, recent=value)
 
 
 def now_steps(step: int) -> float:
@@ -127,25 +172,30 @@ def now_steps(step: int) -> float:
 
 def level_of(memories: Sequence[Memory]) -> float:
     """Return the level at the last step, as all filters together see it."""
-    return sum(memory.belief * memory.level for memory in memories)
+    found = 0.0
+    for level_, _, _, _, _, belief in memories:
+        found += belief * level_
+    return found
 
 
 def updated(
-    drift: Drift, value: float, *, noise: float, rescale: float, step: int, flicker: tuple[float, ...]
+    drift: Drift, value: float, *, level: float, noise: float, rescale: float, step: int, flicker: tuple[float, ...]
 ) -> Drift:
     """Take in one value.
 
     Args:
         drift: after the steps before.
         value: unbiased for the level at this step.
+        level: `level_of` the drift's memories, which who calls this needs as well.
         noise: variance of this value.
         rescale: `noise` over the noise of the last step, as far as batch and count of small batches differ.
         step: number of this step, from 2.
         flicker: prior belief in each of `FLICKERS`.
     """
-    more = _noise_of_flicker(drift, step=step)
+    at = _schedule(step)
+    more = _noise_of_flicker(level, drift.flicker, at)
     slow_noise = noise + more
-    before = _believed(drift.memories, rescale=slow_noise / (noise / rescale + more), noise=slow_noise, step=step)
+    before = _predicted(drift.memories, at, rescale=slow_noise / (noise / rescale + more), noise=slow_noise)
     expected, spread = _mixed(before, noise=slow_noise)
     deviation = math.sqrt(noise + spread)
     surprise = (value - expected) / deviation
@@ -155,29 +205,29 @@ def updated(
     if alone:
         value = expected + math.copysign(_LONE, surprise) * deviation
     memories = _corrected(before, value=value, noise=slow_noise)
-    num_now = now_steps(step)
     # What was before a jump is no part of the present.
-    recent = level_of(memories) if jumped else drift.recent + max(2 / (num_now + 1), 1 / step) * (value - drift.recent)
+    recent = level_of(memories) if jumped else drift.recent + at.newest * (value - drift.recent)
     found = drift.flicker
     if step > NOW_STEPS and step % _FLICKER_EVERY == 0:
-        gap, level_ = recent - _centred(memories, step=step), max(level_of(memories), 0.0)
-        found = _flicker(found, flicker, gap=gap, level_=level_, noise=noise / num_now, step=step)
-    return Drift(memories, found, recent, surprise, drift.lone + (alone - drift.lone) / step)
+        gap, level_ = recent - _centred(memories, lag=at.lag), max(level_of(memories), 0.0)
+        found = _flicker(found, flicker, gap=gap, level_=level_, noise=noise / at.num_now, step=step)
+    follows = surprise if abs(surprise) > _FOLLOWS else 0.0
+    return Drift(memories, found, recent, follows, drift.lone + (alone - drift.lone) / step)
 
 
-def _noise_of_flicker(drift: Drift, *, step: int) -> float:
+def _noise_of_flicker(level: float, flicker: tuple[float, ...], at: _Schedule) -> float:
     """Return the variance that flicker adds to a step's noise for a filter with a memory beyond its correlation.
 
     A mean over m presents has the variance of one over m, times the presents over which flicker is correlated.
     """
-    level_ = max(level_of(drift.memories), 0.0)
-    square = sum(belief * size * size for belief, size in zip(drift.flicker, FLICKERS, strict=True))
-    return _outside(step) * NOW_STEPS * _FLICKER_WINDOWS * square * level_ * level_
+    level = max(level, 0.0)
+    return at.flicker_steps * _mean_square(flicker) * level * level
 
 
-def _outside(step: int) -> float:
-    """Return how far what lies before the present may stray from it: not at all in the first two presents."""
-    return max(0.0, 1 - 2 * NOW_STEPS / step)
+@functools.lru_cache(maxsize=8)
+def _mean_square(flicker: tuple[float, ...]) -> float:
+    """Return the mean square of the flicker, in units of the level's; the beliefs change at every fifth step only."""
+    return sum(belief * size * size for belief, size in zip(flicker, FLICKERS, strict=True))
 
 
 def _flicker(
@@ -211,108 +261,86 @@ def _mixed(memories: Sequence[Memory], *, noise: float) -> tuple[float, float]:
     return middle + mean, max(spread - mean * mean, 0.0)
 
 
-def _believed(memories: Sequence[Memory], *, rescale: float, noise: float, step: int) -> list[Memory]:
-    """Return the filters' predictions of this step, with their beliefs before its value is seen."""
+def _predicted(memories: Sequence[Memory], at: _Schedule, *, rescale: float, noise: float) -> list[Memory]:
+    """Return the filters' predictions of a step, with their beliefs before its value is seen."""
     mean, spread = _mixed(memories, noise=noise / rescale)
-    above = max(mean, 0.0)
-    anew = min(0.3, _CHANGES / step)
+    above = mean if mean > 0.0 else 0.0
+    # Evidence of long ago is forgotten, towards the prior.
+    powers = [prior * (memory[5] / prior) ** at.evidence for memory, prior in zip(memories, at.priors, strict=True)]
+    total = sum(powers)
     found = []
-    priors = _prior(step)
-    faded_beliefs = _faded(memories, priors, step=step)
-    for memory, share, prior, faded in zip(memories, SHARES, priors, faded_beliefs, strict=True):
-        belief = (1 - anew) * faded + anew * prior
+    for memory, power, handed_in, reach in zip(memories, powers, at.handed_in, at.reaches, strict=True):
+        level, slope, var_level, cov, var_slope, _ = memory
+        belief = at.kept * (power / total) + handed_in
         # A filter most of whose belief is handed in from the others takes over what they know: its own past is refuted.
         # Blending the states by their beliefs (the interacting multiple model) was tried: a thousandth of a belief in a
         # jump at each step, with its wide variance, read a constant course five times too wide.
-        fresh = 2 * anew * prior > belief
+        fresh = 2 * handed_in > belief
         if fresh:
-            state = (mean, 0.0, spread / noise, 0.0, 0.0)
-        elif rescale == 1.0:
-            state = memory[:5]
+            level, slope, var_level, cov, var_slope = mean, 0.0, spread / noise, 0.0, 0.0
+        elif rescale != 1.0:
+            var_level, cov, var_slope = var_level / rescale, cov / rescale, var_slope / rescale
+        if reach is None:
+            found.append((level, slope, var_level, cov, var_slope, belief))
+            continue
+        # A change by its own size within the reach is what a filter expects before it has seen any slope, and a change
+        # of the slope by as much (a local linear trend; Harvey 1989, chapter 4). Hence the gain follows from noise and
+        # level.
+        widest = (above / reach) ** 2 / noise
+        if fresh or at.first:
+            var_slope = widest
         else:
-            level_, slope, var_level, cov, var_slope, _ = memory
-            state = (level_, slope, var_level / rescale, cov / rescale, var_slope / rescale)
-        if share < math.inf:
-            # The second step is the first that is predicted.
-            fresh = fresh or step == 2  # noqa: PLR2004
-            state = _moved(*state, reach=max(_SHORTEST, share * step), above=above, noise=noise, fresh=fresh)
-        found.append(Memory(*state, belief))
+            widened, limit = var_slope + widest / reach, widest if widest > var_slope else var_slope
+            var_slope = widened if widened < limit else limit
+        # The level goes by the slope, and the slope grows or falls with the level: it is the relative slope that stays,
+        # for |G|² falls by factors, not by amounts. The exact Jacobian of that was tried, and is overconfident where
+        # the level is hardly known (coverage 77 % after a jump at B = φ/10).
+        factor = 1.0
+        if level > 0 and level * level > var_level * noise:
+            growth, most = slope / level, 2 / reach
+            factor += most if growth > most else -most if growth < -most else growth
+        found.append(
+            (
+                level + slope,
+                slope * factor,
+                var_level + 2 * cov + var_slope,
+                (cov + var_slope) * factor,
+                var_slope * factor * factor,
+                belief,
+            )
+        )
     return found
-
-
-def _faded(memories: Sequence[Memory], priors: Sequence[float], *, step: int) -> list[float]:
-    """Return the beliefs with the evidence of long ago forgotten, towards the prior."""
-    keep = 1 - 1 / max(20.0, _EVIDENCE * step)
-    powers = [prior * (memory[5] / prior) ** keep for memory, prior in zip(memories, priors, strict=True)]
-    total = sum(powers)
-    return [power / total for power in powers]
-
-
-def _moved(
-    level_: float,
-    slope: float,
-    var_level: float,
-    cov: float,
-    var_slope: float,
-    *,
-    reach: float,
-    above: float,
-    noise: float,
-    fresh: bool,
-) -> tuple[float, float, float, float, float]:
-    """Return a trend filter one step on: the level goes by the slope, and the slope grows or falls with the level."""
-    # A change by its own size within the reach is what a filter expects before it has seen any slope, and a change of
-    # the slope by as much (a local linear trend; Harvey 1989, chapter 4). Hence the gain follows from noise and level.
-    widest = (above / reach) ** 2 / noise
-    var_slope = widest if fresh else min(var_slope + widest / reach, max(widest, var_slope))
-    factor = 1.0
-    if level_ > 0 and level_ * level_ > var_level * noise:
-        # The relative slope stays: |G|² falls by factors, not by amounts. The exact Jacobian of that was tried, and is
-        # overconfident where the level is hardly known (coverage 77 % after a jump at B = φ/10).
-        factor += min(max(slope / level_, -2 / reach), 2 / reach)
-    return (
-        level_ + slope,
-        slope * factor,
-        var_level + 2 * cov + var_slope,
-        (cov + var_slope) * factor,
-        var_slope * factor * factor,
-    )
 
 
 def _corrected(before: Sequence[Memory], *, value: float, noise: float) -> tuple[Memory, ...]:
     """Return the filters with the value taken in, and believed by how well they predicted it."""
-    squares = [(value - memory[0]) ** 2 / ((memory[2] + 1) * noise) for memory in before]
+    squares = [(value - level) ** 2 / ((var_level + 1) * noise) for level, _, var_level, _, _, _ in before]
     # Relative to the best of them, so that none of it underflows where all were surprised.
     best = min(squares)
-    likely = [
-        memory[5] * math.exp(-0.5 * min(square - best, 1e3)) / math.sqrt(memory[2] + 1)
-        for memory, square in zip(before, squares, strict=True)
-    ]
+    likely = []
+    for (_, _, var_level, _, _, belief), square in zip(before, squares, strict=True):
+        excess = square - best
+        likely.append(belief * math.exp(-0.5 * (excess if excess < _MOST else _MOST)) / math.sqrt(var_level + 1))
     total = sum(likely)
     found = []
-    for (level_, slope, var_level, cov, var_slope, _), belief in zip(before, likely, strict=True):
-        error = value - level_
-        gain, slope_gain = var_level / (var_level + 1), cov / (var_level + 1)
+    for (level, slope, var_level, cov, var_slope, _), weight in zip(before, likely, strict=True):
+        error, width, belief = value - level, var_level + 1, weight / total
+        gain, slope_gain = var_level / width, cov / width
         found.append(
-            Memory(
-                level_ + gain * error,
+            (
+                level + gain * error,
                 slope + slope_gain * error,
                 var_level * (1 - gain),
                 cov * (1 - gain),
                 var_slope - slope_gain * cov,
-                max(belief / total, 1e-300),
+                belief if belief > _LEAST else _LEAST,
             )
         )
     return tuple(found)
 
 
-def _lag(step: int) -> float:
-    """Return how many steps ago the middle of the present is."""
-    return min((now_steps(step) - 1) / 2, step / 4)
-
-
-def _centred(memories: Sequence[Memory], *, step: int) -> float:
-    lag, found = _lag(step), 0.0
+def _centred(memories: Sequence[Memory], *, lag: float) -> float:
+    found = 0.0
     for level_, slope, _, _, _, belief in memories:
         found += belief * (level_ - lag * slope)
     return found
@@ -326,23 +354,24 @@ def present(drift: Drift, *, noise: float, step: int) -> tuple[float, float]:
         noise: variance of one value at the last step.
         step: its number.
     """
-    lag = _lag(step)
-    slow_noise = noise + _noise_of_flicker(drift, step=step)
+    at = _schedule(step)
+    lag = at.lag
+    slow_noise = noise + _noise_of_flicker(level_of(drift.memories), drift.flicker, at)
     centred = []
-    for memory, share in zip(drift.memories, _PROCESS_SHARES, strict=True):
-        var = memory.var_level - 2 * lag * memory.cov + lag * lag * memory.var_slope
+    for (level, slope, var_level, cov, var_slope, belief), share in zip(drift.memories, _PROCESS_SHARES, strict=True):
+        var = var_level - 2 * lag * cov + lag * lag * var_slope
         # What lies a few steps back is better known than the end, but the value at the end bounds by how much.
-        var = max(var, memory.var_level / 4) * share
-        centred.append((memory.belief, memory.level - lag * memory.slope, var * slow_noise))
+        var = max(var, var_level / 4) * share
+        centred.append((belief, level - lag * slope, var * slow_noise))
     mean = sum(weight * level_ for weight, level_, _ in centred)
     # The mean of the standard deviations, not of the variances: a small belief in a wide filter moves the quantile at
     # 95 % less than the variance.
     deviation = sum(weight * math.sqrt(var + (level_ - mean) ** 2) for weight, level_, var in centred)
     answers = []
     for belief, size in zip(drift.flicker, FLICKERS, strict=True):
-        strays = _outside(step) * size * size * max(mean, 0.0) * mean
+        strays = at.outside * size * size * max(mean, 0.0) * mean
         # The best weight of the plain present mean, of which `_OVERLAP` is the present, beside the filters.
-        trust = _OVERLAP * strays / (strays + noise / now_steps(step)) if strays > 0 else 0.0
+        trust = _OVERLAP * strays / (strays + noise / at.num_now) if strays > 0 else 0.0
         var = deviation * deviation * (1 - trust * trust) + strays * (1 - _OVERLAP * trust)
         answers.append((belief, mean + trust * (drift.recent - mean), var))
     middle = sum(belief * answer for belief, answer, _ in answers)

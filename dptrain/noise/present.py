@@ -101,7 +101,7 @@ def _drift_from_json(record: Mapping[str, Any]) -> Drift:
         raise ConfigError(f"not the state of a drifting quantity: {sorted(record)}")
     numbers = {name: float(value) for name, value in record.items() if name not in ("memories", "flicker")}
     return Drift(
-        memories=tuple(Memory(*map(float, memory)) for memory in record["memories"]),
+        memories=tuple(tuple(map(float, memory)) for memory in record["memories"]),
         flicker=tuple(map(float, record["flicker"])),
         **numbers,
     )
@@ -129,7 +129,8 @@ def present_updated(state: PresentState, moments: Moments) -> PresentState:
             batch=batch,
             num_small=small,
         )
-    levels = max(drifts.level_of(state.trace.memories), 0.0), max(drifts.level_of(state.grad.memories), 0.0)
+    level_trace, level_grad = drifts.level_of(state.trace.memories), drifts.level_of(state.grad.memories)
+    levels = max(level_trace, 0.0), max(level_grad, 0.0)
     unit_trace, unit_grad = _units(*levels, batch=batch, num_small=small)
     # While the level is hardly known, only the sizes say how the noise changed: weights that follow a chance level
     # would draw tr(Σ) down (to 0.5 of the truth after 20 steps with one direction of noise).
@@ -146,6 +147,7 @@ def present_updated(state: PresentState, moments: Moments) -> PresentState:
         trace=drifts.updated(
             state.trace,
             x,
+            level=level_trace,
             noise=_noise(changes["trace_trace"] / weight, unit=unit_trace, size=x),
             rescale=_ratio(unit_trace, unit_trace_before),
             step=step,
@@ -154,6 +156,7 @@ def present_updated(state: PresentState, moments: Moments) -> PresentState:
         grad=drifts.updated(
             state.grad,
             y,
+            level=level_grad,
             noise=_noise(changes["grad_grad"] / weight, unit=unit_grad, size=y),
             rescale=_ratio(unit_grad, unit_grad_before),
             step=step,
