@@ -1,11 +1,15 @@
 """One quantity that drifts, seen through noise: filters of several memories, believed by how well each predicts."""
 
+# ruff: noqa: FURB136 - within a step, a call of min or max costs as much as nine multiplications, and there were fifty
+
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dptrain.errors import ConfigError
 
 # The constants below were chosen on simulated courses of 800 and 1,000 steps (constant; ÷10 over the run and in its
 # last quarter; a jump; tr(Σ) ×10; K = 2, 100 directions, φ = B/2, and K = 4, 200 directions, φ = B/4) and on six real
@@ -73,21 +77,20 @@ NOW_SHARE, NOW_STEPS = 0.01, 20
 """The present: the mean over the last 1 % of the measured steps, and 20 at least. The |G|² of a single iterate swings
 by a factor of two from one step to the next."""
 
+_LARGEST_EXCESS, _SMALLEST_BELIEF = 1e3, 1e-300
+"""Bounds that keep every belief above zero: what is not believed at all never comes back."""
+
 _OVERLAP = 1 - (1 - 2 / (NOW_STEPS + 1)) ** NOW_STEPS
 """Weight that the exponential mean over about the present has within the present."""
 
 
 Memory = tuple[float, float, float, float, float, float]
-"""A filter of one memory: level and slope that it believes in; variance of the level, covariance, variance of the slope;
-the share of belief that the filter has.
+"""A filter of one memory: level, slope, variance of the level, covariance, variance of the slope, share of belief.
 
 The covariance of the error is in units of the variance of a step's noise, so that the gain does not depend on how well
-that variance is known. It is a plain tuple because ten of them are made and fifty unpacked at each step: a named one
-takes eight times as long to make, and four times as long to unpack.
+that variance is known. A plain tuple, because ten are made and fifty unpacked at each step: a named one takes eight
+times as long to make and four times as long to unpack.
 """
-
-
-_MOST, _LEAST = 1e3, 1e-300
 
 
 class Drift(NamedTuple):
@@ -107,16 +110,46 @@ class Drift(NamedTuple):
     surprise: float = 0.0
     lone: float = 0.0
 
+    def to_json(self) -> list[list[float]]:
+        """Return the numbers in their order, for names would take a tenth of the record."""
+        (level, _, var_level, _, _, belief), *trends = self.memories
+        # The plain mean has no slope.
+        mean = [level, var_level, belief]
+        return [mean, *map(list, trends), list(self.flicker), [self.recent, self.surprise, self.lone]]
+
+    @classmethod
+    def from_json(cls, record: Sequence[Sequence[float]] | Mapping[str, Any]) -> Drift:
+        """Rebuild the record, or one of before, which had names and the slope of the plain mean, 0.
+
+        Raises:
+            ConfigError: where it has other parts or lengths.
+        """
+        if isinstance(record, Mapping) and set(record) == set(cls._fields):
+            (level, _, var_level, _, _, belief), *trends = record["memories"]
+            rest = [record[name] for name in ("recent", "surprise", "lone")]
+            record = [[level, var_level, belief], *trends, record["flicker"], rest]
+        if isinstance(record, Mapping) or [len(part) for part in record] != _LENGTHS:
+            found = sorted(record) if isinstance(record, Mapping) else record
+            raise ConfigError(f"not the state of a drifting quantity: {found}")
+        parts: list[Any] = [tuple(map(float, part)) for part in record]
+        (level, var_level, belief), *trends, flicker, rest = parts
+        return cls(((level, 0.0, var_level, 0.0, 0.0, belief), *trends), flicker, *rest)
+
+
+_LENGTHS = [3, *[6] * (len(SHARES) - 1), len(FLICKERS), 3]
+"""Numbers in each part of the record of a `Drift`."""
+
 
 class _Schedule(NamedTuple):
     """What follows from the number of a step alone, and so is the same for tr(Σ), |G|² and a reading.
 
     Attributes:
         priors: share of belief that each filter tends to.
-        kept: share of a belief that stays where it is; the rest is handed out by the priors, in case the regime changed.
-        handed_in: to each filter.
+        kept: share of a belief that stays where it is; the rest is handed in by the priors, in case the regime changed.
+        handed_in: belief that each filter is given so.
         evidence: power to which a belief, over its prior, is faded.
-        reaches: steps within which each trend expects a change of the level by its own size.
+        reaches: steps within which each filter expects a change of the level by its own size; None for the plain mean.
+        first: whether it is the first step that is predicted.
         num_now: steps that the present is.
         newest: weight of a value in the mean over about the present.
         lag: how many steps ago the middle of the present is.
@@ -140,17 +173,17 @@ class _Schedule(NamedTuple):
 @functools.lru_cache(maxsize=4)
 def _schedule(step: int) -> _Schedule:
     trends = max(_FEWEST_TRENDS, 1 - NOW_STEPS / step)
-    priors = (1 - trends * (1 - _PRIOR[0]), *(trends * share for share in _PRIOR[1:]))
+    priors = (1 - trends * (1 - _PRIOR[0]), *[trends * share for share in _PRIOR[1:]])
     anew = min(0.3, _CHANGES / step)
     num_now = now_steps(step)
     outside = max(0.0, 1 - 2 * NOW_STEPS / step)
     return _Schedule(
         priors=priors,
         kept=1 - anew,
-        handed_in=tuple(anew * prior for prior in priors),
+        handed_in=tuple([anew * prior for prior in priors]),
         evidence=1 - 1 / max(20.0, _EVIDENCE * step),
-        reaches=tuple(max(_SHORTEST, share * step) if share < math.inf else None for share in SHARES),
-        first=step == 2,
+        reaches=(None, *[max(_SHORTEST, share * step) for share in SHARES[1:]]),
+        first=step == 2,  # noqa: PLR2004 - the second step is the first that is predicted
         num_now=num_now,
         newest=max(2 / (num_now + 1), 1 / step),
         lag=min((num_now - 1) / 2, step / 4),
@@ -173,8 +206,8 @@ def now_steps(step: int) -> float:
 def level_of(memories: Sequence[Memory]) -> float:
     """Return the level at the last step, as all filters together see it."""
     found = 0.0
-    for level_, _, _, _, _, belief in memories:
-        found += belief * level_
+    for level, _, _, _, _, belief in memories:
+        found += belief * level
     return found
 
 
@@ -209,8 +242,8 @@ def updated(
     recent = level_of(memories) if jumped else drift.recent + at.newest * (value - drift.recent)
     found = drift.flicker
     if step > NOW_STEPS and step % _FLICKER_EVERY == 0:
-        gap, level_ = recent - _centred(memories, lag=at.lag), max(level_of(memories), 0.0)
-        found = _flicker(found, flicker, gap=gap, level_=level_, noise=noise / at.num_now, step=step)
+        gap, above = recent - _centred(memories, lag=at.lag), max(level_of(memories), 0.0)
+        found = _flicker(found, flicker, gap=gap, level=above, noise=noise / at.num_now, step=step)
     follows = surprise if abs(surprise) > _FOLLOWS else 0.0
     return Drift(memories, found, recent, follows, drift.lone + (alone - drift.lone) / step)
 
@@ -231,22 +264,27 @@ def _mean_square(flicker: tuple[float, ...]) -> float:
 
 
 def _flicker(
-    beliefs: Sequence[float], prior: Sequence[float], *, gap: float, level_: float, noise: float, step: int
+    beliefs: Sequence[float], prior: tuple[float, ...], *, gap: float, level: float, noise: float, step: int
 ) -> tuple[float, ...]:
     """Return the beliefs in each of `FLICKERS`, given how far the present mean of noise `noise` is from the filters."""
     # Successive gaps share most of their steps: their squares are correlated over 1/α of them.
     new = _FLICKER_EVERY * 2 / (now_steps(step) + 1)
     keep = 1 - _FLICKER_EVERY / step
     logs = []
-    for belief, share, size in zip(beliefs, prior, FLICKERS, strict=True):
-        variance = noise + _FLICKER_LEFT * size * size * level_ * level_
+    for belief, share, log_share, size in zip(beliefs, prior, _logs(prior), FLICKERS, strict=True):
+        variance = noise + _FLICKER_LEFT * size * size * level * level
         square = min(gap * gap / variance, 1e300)
         likely = -0.5 * math.log(variance) - (_TAILS + 1) / 2 * math.log1p(square / _TAILS)
-        logs.append(math.log(share) + keep * math.log(belief / share) + new * likely)
+        logs.append(log_share + keep * math.log(belief / share) + new * likely)
     largest = max(logs)
     powers = [math.exp(log - largest) for log in logs]
     total = sum(powers)
-    return tuple(max(power / total, 1e-12) for power in powers)
+    return tuple([max(power / total, 1e-12) for power in powers])
+
+
+@functools.lru_cache(maxsize=8)
+def _logs(shares: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(math.log(share) for share in shares)
 
 
 def _mixed(memories: Sequence[Memory], *, noise: float) -> tuple[float, float]:
@@ -254,8 +292,8 @@ def _mixed(memories: Sequence[Memory], *, noise: float) -> tuple[float, float]:
     # About one of them, so that a scatter in the ninth digit is not lost in the squares.
     middle = memories[0][0]
     mean = spread = 0.0
-    for level_, _, var_level, _, _, belief in memories:
-        offset = level_ - middle
+    for level, _, var_level, _, _, belief in memories:
+        offset = level - middle
         mean += belief * offset
         spread += belief * (var_level * noise + offset * offset)
     return middle + mean, max(spread - mean * mean, 0.0)
@@ -266,12 +304,13 @@ def _predicted(memories: Sequence[Memory], at: _Schedule, *, rescale: float, noi
     mean, spread = _mixed(memories, noise=noise / rescale)
     above = mean if mean > 0.0 else 0.0
     # Evidence of long ago is forgotten, towards the prior.
-    powers = [prior * (memory[5] / prior) ** at.evidence for memory, prior in zip(memories, at.priors, strict=True)]
-    total = sum(powers)
+    evidence = at.evidence
+    powers = [prior * (memory[5] / prior) ** evidence for memory, prior in zip(memories, at.priors, strict=True)]
+    total, kept, first = sum(powers), at.kept, at.first
     found = []
     for memory, power, handed_in, reach in zip(memories, powers, at.handed_in, at.reaches, strict=True):
         level, slope, var_level, cov, var_slope, _ = memory
-        belief = at.kept * (power / total) + handed_in
+        belief = kept * (power / total) + handed_in
         # A filter most of whose belief is handed in from the others takes over what they know: its own past is refuted.
         # Blending the states by their beliefs (the interacting multiple model) was tried: a thousandth of a belief in a
         # jump at each step, with its wide variance, read a constant course five times too wide.
@@ -287,7 +326,7 @@ def _predicted(memories: Sequence[Memory], at: _Schedule, *, rescale: float, noi
         # of the slope by as much (a local linear trend; Harvey 1989, chapter 4). Hence the gain follows from noise and
         # level.
         widest = (above / reach) ** 2 / noise
-        if fresh or at.first:
+        if fresh or first:
             var_slope = widest
         else:
             widened, limit = var_slope + widest / reach, widest if widest > var_slope else var_slope
@@ -320,7 +359,8 @@ def _corrected(before: Sequence[Memory], *, value: float, noise: float) -> tuple
     likely = []
     for (_, _, var_level, _, _, belief), square in zip(before, squares, strict=True):
         excess = square - best
-        likely.append(belief * math.exp(-0.5 * (excess if excess < _MOST else _MOST)) / math.sqrt(var_level + 1))
+        excess = excess if excess < _LARGEST_EXCESS else _LARGEST_EXCESS
+        likely.append(belief * math.exp(-0.5 * excess) / math.sqrt(var_level + 1))
     total = sum(likely)
     found = []
     for (level, slope, var_level, cov, var_slope, _), weight in zip(before, likely, strict=True):
@@ -333,7 +373,7 @@ def _corrected(before: Sequence[Memory], *, value: float, noise: float) -> tuple
                 var_level * (1 - gain),
                 cov * (1 - gain),
                 var_slope - slope_gain * cov,
-                belief if belief > _LEAST else _LEAST,
+                belief if belief > _SMALLEST_BELIEF else _SMALLEST_BELIEF,
             )
         )
     return tuple(found)
@@ -341,8 +381,8 @@ def _corrected(before: Sequence[Memory], *, value: float, noise: float) -> tuple
 
 def _centred(memories: Sequence[Memory], *, lag: float) -> float:
     found = 0.0
-    for level_, slope, _, _, _, belief in memories:
-        found += belief * (level_ - lag * slope)
+    for level, slope, _, _, _, belief in memories:
+        found += belief * (level - lag * slope)
     return found
 
 
@@ -355,25 +395,32 @@ def present(drift: Drift, *, noise: float, step: int) -> tuple[float, float]:
         step: its number.
     """
     at = _schedule(step)
-    lag = at.lag
+    lag, num_now = at.lag, at.num_now
     slow_noise = noise + _noise_of_flicker(level_of(drift.memories), drift.flicker, at)
-    centred = []
+    centred, mean = [], 0.0
     for (level, slope, var_level, cov, var_slope, belief), share in zip(drift.memories, _PROCESS_SHARES, strict=True):
         var = var_level - 2 * lag * cov + lag * lag * var_slope
         # What lies a few steps back is better known than the end, but the value at the end bounds by how much.
         var = max(var, var_level / 4) * share
-        centred.append((belief, level - lag * slope, var * slow_noise))
-    mean = sum(weight * level_ for weight, level_, _ in centred)
+        middle = level - lag * slope
+        mean += belief * middle
+        centred.append((belief, middle, var * slow_noise))
     # The mean of the standard deviations, not of the variances: a small belief in a wide filter moves the quantile at
     # 95 % less than the variance.
-    deviation = sum(weight * math.sqrt(var + (level_ - mean) ** 2) for weight, level_, var in centred)
-    answers = []
+    deviation = 0.0
+    for belief, middle, var in centred:
+        deviation += belief * math.sqrt(var + (middle - mean) ** 2)
+    answers, answer = [], 0.0
+    above = max(mean, 0.0)
     for belief, size in zip(drift.flicker, FLICKERS, strict=True):
-        strays = at.outside * size * size * max(mean, 0.0) * mean
+        strays = at.outside * size * size * above * mean
         # The best weight of the plain present mean, of which `_OVERLAP` is the present, beside the filters.
-        trust = _OVERLAP * strays / (strays + noise / at.num_now) if strays > 0 else 0.0
+        trust = _OVERLAP * strays / (strays + noise / num_now) if strays > 0 else 0.0
         var = deviation * deviation * (1 - trust * trust) + strays * (1 - _OVERLAP * trust)
-        answers.append((belief, mean + trust * (drift.recent - mean), var))
-    middle = sum(belief * answer for belief, answer, _ in answers)
-    deviation = sum(belief * math.sqrt(var + (answer - middle) ** 2) for belief, answer, var in answers)
-    return middle, deviation * deviation
+        middle = mean + trust * (drift.recent - mean)
+        answer += belief * middle
+        answers.append((belief, middle, var))
+    deviation = 0.0
+    for belief, middle, var in answers:
+        deviation += belief * math.sqrt(var + (middle - answer) ** 2)
+    return answer, deviation * deviation
