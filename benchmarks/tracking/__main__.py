@@ -104,12 +104,8 @@ def measure(
     }
     if "courses" in parts:
         measured["courses"] = _rows_of_courses(form, console)
-    torch.set_num_threads(1)
-    for training in trainings(seed=_FIRST_SEED, num_steps=form.num_steps)[-form.num_trainings :]:
-        if "trainings" in parts:
-            with console.status(training.name):
-                points = compared(training, num_points=form.num_points)
-                measured["trainings"] += [_exact_row(point, name=training.name) for point in points]
+    if "trainings" in parts:
+        measured["trainings"] = _rows_of_trainings(form, console)
     if "cost" in parts:
         with console.status("cost"):
             found = cost_rows(form.settings[0], num_rounds=form.num_timed, seed=_FIRST_SEED)
@@ -128,6 +124,15 @@ def _rows_of_courses(form: Form, console: Console) -> list[dict[str, Any]]:
             with console.status(f"{course}: {setting}"):
                 runs = simulated(course, setting, num_runs=num_runs, seed=_FIRST_SEED + number)
                 rows += _course_rows(runs, course=course, form=form)
+    return rows
+
+
+def _rows_of_trainings(form: Form, console: Console) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    for training in trainings(seed=_FIRST_SEED, num_steps=form.num_steps)[-form.num_trainings :]:
+        with console.status(training.name):
+            rows += [_exact_row(point, name=training.name) for point in compared(training, num_points=form.num_points)]
     return rows
 
 
