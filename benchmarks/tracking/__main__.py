@@ -250,6 +250,7 @@ def _figures(rows: list[dict[str, Any]]) -> dict[str, float]:
         figures |= {
             "present_step_s": statistics.median(row["step_s"] for row in cost),
             "window_step_s": statistics.median(row["window_step_s"] for row in cost),
+            "present_to_window": statistics.median(row["step_s"] / row["window_step_s"] for row in cost),
             "present_read_s": statistics.median(row["read_s"] for row in cost),
             "record_bytes": max(row["record_bytes"] for row in cost),
         }

@@ -32,6 +32,9 @@ _CHANGES = 0.2
 """Changes of regime that are expected while the run grows by a factor e. At 1, a constant course is read 1.3 times as
 wide as its plain mean; at 0.1, a drift that begins late is found later."""
 
+_MOST_CHANGES = 0.3
+"""Most of a belief that is handed in at a step."""
+
 _SHORTEST = 10.0
 """Fewest steps within which a filter expects a change of the level by its own size: half of the present."""
 
@@ -174,7 +177,8 @@ class _Schedule(NamedTuple):
 def _schedule(step: int) -> _Schedule:
     trends = max(_FEWEST_TRENDS, 1 - NOW_STEPS / step)
     priors = (1 - trends * (1 - _PRIOR[0]), *[trends * share for share in _PRIOR[1:]])
-    anew = min(0.3, _CHANGES / step)
+    anew = _CHANGES / step if _CHANGES / step < _MOST_CHANGES else _MOST_CHANGES
+    reaches = [share * step for share in SHARES[1:]]
     num_now = now_steps(step)
     outside = max(0.0, 1 - 2 * NOW_STEPS / step)
     return _Schedule(
@@ -182,7 +186,7 @@ def _schedule(step: int) -> _Schedule:
         kept=1 - anew,
         handed_in=tuple([anew * prior for prior in priors]),
         evidence=1 - 1 / max(20.0, _EVIDENCE * step),
-        reaches=(None, *[max(_SHORTEST, share * step) for share in SHARES[1:]]),
+        reaches=(None, *[reach if reach > _SHORTEST else _SHORTEST for reach in reaches]),
         first=step == 2,  # noqa: PLR2004 - the second step is the first that is predicted
         num_now=num_now,
         newest=max(2 / (num_now + 1), 1 / step),
