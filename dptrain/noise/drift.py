@@ -306,7 +306,8 @@ def _mixed(memories: Sequence[Memory], *, noise: float) -> tuple[float, float]:
 def _predicted(memories: Sequence[Memory], at: _Schedule, *, rescale: float, noise: float) -> list[Memory]:
     """Return the filters' predictions of a step, with their beliefs before its value is seen."""
     mean, spread = _mixed(memories, noise=noise / rescale)
-    above = mean if mean > 0.0 else 0.0
+    # Here and below NaN stays NaN.
+    above = 0.0 if mean < 0.0 else mean
     # Evidence of long ago is forgotten, towards the prior.
     evidence = at.evidence
     powers = [prior * (memory[5] / prior) ** evidence for memory, prior in zip(memories, at.priors, strict=True)]
@@ -333,8 +334,8 @@ def _predicted(memories: Sequence[Memory], at: _Schedule, *, rescale: float, noi
         if fresh or first:
             var_slope = widest
         else:
-            widened, limit = var_slope + widest / reach, widest if widest > var_slope else var_slope
-            var_slope = widened if widened < limit else limit
+            widened, limit = var_slope + widest / reach, var_slope if var_slope > widest else widest
+            var_slope = limit if limit < widened else widened
         # The level goes by the slope, and the slope grows or falls with the level: it is the relative slope that stays,
         # for |G|² falls by factors, not by amounts. The exact Jacobian of that was tried, and is overconfident where
         # the level is hardly known (coverage 77 % after a jump at B = φ/10).
@@ -363,7 +364,7 @@ def _corrected(before: Sequence[Memory], *, value: float, noise: float) -> tuple
     likely = []
     for (_, _, var_level, _, _, belief), square in zip(before, squares, strict=True):
         excess = square - best
-        excess = excess if excess < _LARGEST_EXCESS else _LARGEST_EXCESS
+        excess = _LARGEST_EXCESS if excess > _LARGEST_EXCESS else excess
         likely.append(belief * math.exp(-0.5 * excess) / math.sqrt(var_level + 1))
     total = sum(likely)
     found = []
@@ -377,7 +378,7 @@ def _corrected(before: Sequence[Memory], *, value: float, noise: float) -> tuple
                 var_level * (1 - gain),
                 cov * (1 - gain),
                 var_slope - slope_gain * cov,
-                belief if belief > _SMALLEST_BELIEF else _SMALLEST_BELIEF,
+                _SMALLEST_BELIEF if belief < _SMALLEST_BELIEF else belief,
             )
         )
     return tuple(found)
