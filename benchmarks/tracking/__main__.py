@@ -1,12 +1,14 @@
 """Is the noise scale that is printed the one at present, and does its interval hold it?"""
-# python -m benchmarks.tracking [--json PATH|-] [--quick]
+# python -m benchmarks.tracking [--json PATH|-] [--parts courses,trainings,cost] [--earlier JSON] [--quick]
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from benchmarks import harness
 from benchmarks.tracking.drift_candidates import CANDIDATES, window_intervals, window_lengths
 from benchmarks.tracking.drift_courses import COURSES, JUMP, Runs, Setting, simulated
 from benchmarks.tracking.exact_present import compared, trainings
+from benchmarks.tracking.filter_cost import cost_rows
 from dptrain.noise import NoiseScale, noise_scale, present_moments
 
 SMALLEST_COVERAGE, LARGEST_COVERAGE = 0.92, 0.98
@@ -33,6 +36,9 @@ _AFTER_JUMP = (0.95, 0.975, 1.0)
 _QUICK_SETTING = Setting(num_steps=300, num_small=2, directions=100, ratio=0.5)
 _FIRST_SEED = 300
 
+PARTS: Mapping[str, str] = {"courses": "course", "trainings": "training", "cost": "cost"}
+"""Part → kind of its rows. Each is independent of the others."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
@@ -45,6 +51,7 @@ class Form:
         num_steps: of a real training.
         num_points: at which a real training is compared.
         num_trainings: of them.
+        num_timed: simulated runs on each course whose steps are timed.
     """
 
     settings: tuple[Setting, ...]
@@ -53,28 +60,80 @@ class Form:
     num_steps: int
     num_points: int
     num_trainings: int
+    num_timed: int
 
 
-FULL = Form(settings=_SETTINGS, num_runs=(300, 150), num_compared=40, num_steps=1200, num_points=5, num_trainings=4)
-QUICK = Form(settings=(_QUICK_SETTING,), num_runs=(25,), num_compared=5, num_steps=60, num_points=1, num_trainings=1)
+FULL = Form(
+    settings=_SETTINGS,
+    num_runs=(300, 150),
+    num_compared=40,
+    num_steps=1200,
+    num_points=5,
+    num_trainings=4,
+    num_timed=10,
+)
+QUICK = Form(
+    settings=(_QUICK_SETTING,),
+    num_runs=(25,),
+    num_compared=5,
+    num_steps=60,
+    num_points=1,
+    num_trainings=1,
+    num_timed=2,
+)
 
 
-def measure(quick: bool) -> harness.Findings:  # noqa: FBT001 - the harness's own signature
-    """Measure every course and training."""
+def measure(
+    quick: bool,  # noqa: FBT001 - the harness's own signature
+    *,
+    parts: Sequence[str] = tuple(PARTS),
+    earlier: Sequence[Mapping[str, Any]] = (),
+) -> harness.Findings:
+    """Measure every course and training, and the cost.
+
+    Args:
+        quick: few and short runs.
+        parts: of `PARTS`, what to measure.
+        earlier: rows of an earlier result, of which those of the other parts are taken over.
+    """
     form = QUICK if quick else FULL
     console = Console(stderr=True)
+    measured: dict[str, list[dict[str, Any]]] = {
+        part: [_shown(dict(row)) for row in earlier if row["kind"] == kind and part not in parts]
+        for part, kind in PARTS.items()
+    }
+    if "courses" in parts:
+        measured["courses"] = _rows_of_courses(form, console)
+    if "trainings" in parts:
+        measured["trainings"] = _rows_of_trainings(form, console)
+    if "cost" in parts:
+        with console.status("cost"):
+            found = cost_rows(form.settings[0], num_rounds=form.num_timed, seed=_FIRST_SEED)
+            measured["cost"] = [_shown(row) for row in found]
+    rows = [row for part in PARTS for row in measured[part]]
+    figures = _figures(rows)
+    return harness.Findings(
+        figures=figures, rows=rows, columns=_COLUMNS, note=_note(figures, quick=quick) if measured["courses"] else ""
+    )
+
+
+def _rows_of_courses(form: Form, console: Console) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for number, (setting, num_runs) in enumerate(zip(form.settings, form.num_runs, strict=True)):
         for course in COURSES:
             with console.status(f"{course}: {setting}"):
                 runs = simulated(course, setting, num_runs=num_runs, seed=_FIRST_SEED + number)
                 rows += _course_rows(runs, course=course, form=form)
+    return rows
+
+
+def _rows_of_trainings(form: Form, console: Console) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
     for training in trainings(seed=_FIRST_SEED, num_steps=form.num_steps)[-form.num_trainings :]:
         with console.status(training.name):
             rows += [_exact_row(point, name=training.name) for point in compared(training, num_points=form.num_points)]
-    figures = _figures(rows)
-    return harness.Findings(figures=figures, rows=rows, columns=_COLUMNS, note=_note(figures, quick=quick))
+    return rows
 
 
 def _course_rows(runs: Runs, *, course: str, form: Form) -> list[dict[str, Any]]:
@@ -155,8 +214,13 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
     ratio = row.get("width_ratio")
     if ratio is not None and not math.isfinite(ratio):
         row["width_ratio"] = ratio = -1.0
-    held = f"{row['coverage']:.1%}" if "coverage" in row else ("yes" if row["inside"] else "no")
+    is_cost = row["kind"] == "cost"
+    held = f"{row['coverage']:.1%}" if "coverage" in row else ("yes" if row.get("inside") else "" if is_cost else "no")
     return row | {
+        "shown_truth": "" if is_cost else f"{row['truth']:.4g}",
+        "shown_candidate": "" if is_cost else row["candidate"],
+        "shown_median": "" if is_cost else f"{row['median']:.4g}",
+        "shown_cost": f"{1e6 * row['step_s']:.0f} µs, {row['record_bytes']:,} bytes" if is_cost else "",
         "shown_held": held,
         "shown_ratio": "" if ratio is None else ("open" if ratio < 0 else f"{ratio:.2f}"),
         "shown_setting": row.get("setting", ""),
@@ -165,17 +229,32 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 
 def _figures(rows: list[dict[str, Any]]) -> dict[str, float]:
     own = [row for row in rows if row["kind"] == "course" and row["candidate"] == "dptrain"]
-    held = _pooled(own)
     real = [row for row in rows if row["kind"] == "training"]
-    ratios = [row["width_ratio"] for row in own if row["width_ratio"] > 0]
-    return {
-        "coverage_now_min": min(held.values()),
-        "coverage_now_max": max(held.values()),
-        "width_ratio": max(ratios, default=-1.0),
-        "exact_inside": sum(row["inside"] for row in real),
-        "exact_inside_of_five": sum(row["inside_of_five"] for row in real),
-        "exact_total": len(real),
-    }
+    cost = [row for row in rows if row["kind"] == "cost"]
+    figures: dict[str, float] = {}
+    if own:
+        held = _pooled(own)
+        ratios = [row["width_ratio"] for row in own if row["width_ratio"] > 0]
+        figures |= {
+            "coverage_now_min": min(held.values()),
+            "coverage_now_max": max(held.values()),
+            "width_ratio": max(ratios, default=-1.0),
+        }
+    if real:
+        figures |= {
+            "exact_inside": sum(row["inside"] for row in real),
+            "exact_inside_of_five": sum(row["inside_of_five"] for row in real),
+            "exact_total": len(real),
+        }
+    if cost:
+        figures |= {
+            "present_step_s": statistics.median(row["step_s"] for row in cost),
+            "window_step_s": statistics.median(row["window_step_s"] for row in cost),
+            "present_to_window": statistics.median(row["step_s"] / row["window_step_s"] for row in cost),
+            "present_read_s": statistics.median(row["read_s"] for row in cost),
+            "record_bytes": max(row["record_bytes"] for row in cost),
+        }
+    return figures
 
 
 def _pooled(rows: list[dict[str, Any]]) -> Mapping[str, float]:
@@ -193,11 +272,12 @@ _COLUMNS = {
     "course or training": "{course}",
     "setting": "{shown_setting}",
     "step": "{step}",
-    "true φ": "{truth:.4g}",
-    "estimate": "{candidate}",
-    "φ (median)": "{median:.4g}",
+    "true φ": "{shown_truth}",
+    "estimate": "{shown_candidate}",
+    "φ (median)": "{shown_median}",
     "held": "{shown_held}",
     "width to best window": "{shown_ratio}",
+    "cost of a step, record": "{shown_cost}",
 }
 
 
@@ -208,7 +288,7 @@ def _note(figures: Mapping[str, float], *, quick: bool) -> str:
         figures["coverage_now_min"] >= SMALLEST_COVERAGE
         and figures["coverage_now_max"] <= LARGEST_COVERAGE
         and 0 < figures["width_ratio"] <= LARGEST_WIDTH_RATIO
-        and figures["exact_inside"] >= FEWEST_INSIDE
+        and figures.get("exact_inside", 0) >= FEWEST_INSIDE
     )
     return (
         f"bounds {'held' if held else 'BROKEN'}: coverage of φ now {SMALLEST_COVERAGE:.0%}–{LARGEST_COVERAGE:.0%} on "
@@ -217,5 +297,25 @@ def _note(figures: Mapping[str, float], *, quick: bool) -> str:
     )
 
 
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = harness.command_line(question=__doc__, name="tracking")
+    parser.add_argument("--parts", metavar="NAME,…", default=",".join(PARTS), help="what to measure; all by default")
+    parser.add_argument(
+        "--earlier", metavar="JSON", type=Path, help="earlier result that the other parts are taken from"
+    )
+    options = parser.parse_args()
+    parts = tuple(part.strip() for part in options.parts.split(","))
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
+    earlier: list[Mapping[str, Any]] = []
+    if options.earlier is not None:
+        earlier = json.loads(options.earlier.read_text(encoding="utf-8"))["rows"]
+    findings = measure(options.quick, parts=parts, earlier=earlier)
+    name = "tracking" if set(parts) == set(PARTS) else f"tracking --parts {','.join(parts)}"
+    name += f" --earlier {options.earlier}" if options.earlier is not None else ""
+    harness.tell(findings, options, question=__doc__, name=name, device="CPU")
+
+
 if __name__ == "__main__":
-    harness.run(measure, question=__doc__, name="tracking")
+    main()

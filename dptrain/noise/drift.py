@@ -1,10 +1,15 @@
 """One quantity that drifts, seen through noise: filters of several memories, believed by how well each predicts."""
 
+# ruff: noqa: FURB136 - within a step, a call of min or max costs as much as nine multiplications, and there were fifty
+
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dptrain.errors import ConfigError
 
 # The constants below were chosen on simulated courses of 800 and 1,000 steps (constant; ÷10 over the run and in its
 # last quarter; a jump; tr(Σ) ×10; K = 2, 100 directions, φ = B/2, and K = 4, 200 directions, φ = B/4) and on six real
@@ -26,6 +31,9 @@ _FEWEST_TRENDS = 0.1
 _CHANGES = 0.2
 """Changes of regime that are expected while the run grows by a factor e. At 1, a constant course is read 1.3 times as
 wide as its plain mean; at 0.1, a drift that begins late is found later."""
+
+_MOST_CHANGES = 0.3
+"""Most of a belief that is handed in at a step."""
 
 _SHORTEST = 10.0
 """Fewest steps within which a filter expects a change of the level by its own size: half of the present."""
@@ -72,23 +80,20 @@ NOW_SHARE, NOW_STEPS = 0.01, 20
 """The present: the mean over the last 1 % of the measured steps, and 20 at least. The |G|² of a single iterate swings
 by a factor of two from one step to the next."""
 
+_LARGEST_EXCESS, _SMALLEST_BELIEF = 1e3, 1e-300
+"""Bounds that keep every belief above zero: what is not believed at all never comes back."""
+
 _OVERLAP = 1 - (1 - 2 / (NOW_STEPS + 1)) ** NOW_STEPS
 """Weight that the exponential mean over about the present has within the present."""
 
 
-class Memory(NamedTuple):
-    """A filter of one memory: the level and slope it believes in.
+Memory = tuple[float, float, float, float, float, float]
+"""A filter of one memory: level, slope, variance of the level, covariance, variance of the slope, share of belief.
 
-    `var_level`, `cov` and `var_slope` are their error's covariance in units of the variance of a step's noise, so that
-    the gain does not depend on how well that variance is known.
-    """
-
-    level: float
-    slope: float
-    var_level: float
-    cov: float
-    var_slope: float
-    belief: float
+The covariance of the error is in units of the variance of a step's noise, so that the gain does not depend on how well
+that variance is known. A plain tuple, because ten are made and fifty unpacked at each step: a named one takes eight
+times as long to make and four times as long to unpack.
+"""
 
 
 class Drift(NamedTuple):
@@ -96,9 +101,9 @@ class Drift(NamedTuple):
 
     Attributes:
         memories: one filter for each of `SHARES`.
-        recent: mean over about the present, exponentially weighted.
         flicker: belief in each of `FLICKERS`.
-        surprise: last value − its prediction, in standard errors.
+        recent: mean over about the present, exponentially weighted.
+        surprise: last value − its prediction, in standard errors; 0 where that is too little for a jump to follow.
         lone: share of steps whose value was drawn in.
     """
 
@@ -108,16 +113,93 @@ class Drift(NamedTuple):
     surprise: float = 0.0
     lone: float = 0.0
 
+    def to_json(self) -> list[list[float]]:
+        """Return the numbers in their order, for names would take a tenth of the record."""
+        (level, _, var_level, _, _, belief), *trends = self.memories
+        # The plain mean has no slope.
+        mean = [level, var_level, belief]
+        return [mean, *map(list, trends), list(self.flicker), [self.recent, self.surprise, self.lone]]
+
+    @classmethod
+    def from_json(cls, record: Sequence[Sequence[float]] | Mapping[str, Any]) -> Drift:
+        """Rebuild the record, or one of before, which had names and the slope of the plain mean, 0.
+
+        Raises:
+            ConfigError: where it has other parts or lengths.
+        """
+        if isinstance(record, Mapping) and set(record) == set(cls._fields):
+            (level, _, var_level, _, _, belief), *trends = record["memories"]
+            rest = [record[name] for name in ("recent", "surprise", "lone")]
+            record = [[level, var_level, belief], *trends, record["flicker"], rest]
+        if isinstance(record, Mapping) or [len(part) for part in record] != _LENGTHS:
+            found = sorted(record) if isinstance(record, Mapping) else record
+            raise ConfigError(f"not the state of a drifting quantity: {found}")
+        parts: list[Any] = [tuple(map(float, part)) for part in record]
+        (level, var_level, belief), *trends, flicker, rest = parts
+        return cls(((level, 0.0, var_level, 0.0, 0.0, belief), *trends), flicker, *rest)
+
+
+_LENGTHS = [3, *[6] * (len(SHARES) - 1), len(FLICKERS), 3]
+"""Numbers in each part of the record of a `Drift`."""
+
+
+class _Schedule(NamedTuple):
+    """What follows from the number of a step alone, and so is the same for tr(Σ), |G|² and a reading.
+
+    Attributes:
+        priors: share of belief that each filter tends to.
+        kept: share of a belief that stays where it is; the rest is handed in by the priors, in case the regime changed.
+        handed_in: belief that each filter is given so.
+        evidence: power to which a belief, over its prior, is faded.
+        reaches: steps within which each filter expects a change of the level by its own size; None for the plain mean.
+        first: whether it is the first step that is predicted.
+        num_now: steps that the present is.
+        newest: weight of a value in the mean over about the present.
+        lag: how many steps ago the middle of the present is.
+        outside: how far what lies before the present may stray from it: not at all in the first two presents.
+        flicker_steps: steps over which flicker is correlated, times `outside`.
+    """
+
+    priors: tuple[float, ...]
+    kept: float
+    handed_in: tuple[float, ...]
+    evidence: float
+    reaches: tuple[float | None, ...]
+    first: bool
+    num_now: float
+    newest: float
+    lag: float
+    outside: float
+    flicker_steps: float
+
+
+@functools.lru_cache(maxsize=4)
+def _schedule(step: int) -> _Schedule:
+    trends = max(_FEWEST_TRENDS, 1 - NOW_STEPS / step)
+    priors = (1 - trends * (1 - _PRIOR[0]), *[trends * share for share in _PRIOR[1:]])
+    anew = _CHANGES / step if _CHANGES / step < _MOST_CHANGES else _MOST_CHANGES
+    reaches = [share * step for share in SHARES[1:]]
+    num_now = now_steps(step)
+    outside = max(0.0, 1 - 2 * NOW_STEPS / step)
+    return _Schedule(
+        priors=priors,
+        kept=1 - anew,
+        handed_in=tuple([anew * prior for prior in priors]),
+        evidence=1 - 1 / max(20.0, _EVIDENCE * step),
+        reaches=(None, *[reach if reach > _SHORTEST else _SHORTEST for reach in reaches]),
+        first=step == 2,  # noqa: PLR2004 - the second step is the first that is predicted
+        num_now=num_now,
+        newest=max(2 / (num_now + 1), 1 / step),
+        lag=min((num_now - 1) / 2, step / 4),
+        outside=outside,
+        flicker_steps=outside * NOW_STEPS * _FLICKER_WINDOWS,
+    )
+
 
 def begun(value: float, *, flicker: tuple[float, ...]) -> Drift:
     """Return the state after the first value, with the prior belief in each of `FLICKERS`."""
-    prior = _prior(1)
-    return Drift(tuple(Memory(value, 0.0, 1.0, 0.0, 0.0, share) for share in prior), flicker, recent=value)
-
-
-def _prior(step: int) -> list[float]:
-    trends = max(_FEWEST_TRENDS, 1 - NOW_STEPS / step)
-    return [1 - trends * (1 - _PRIOR[0]), *(trends * share for share in _PRIOR[1:])]
+    priors = _schedule(1).priors
+    return Drift(tuple((value, 0.0, 1.0, 0.0, 0.0, share) for share in priors), flicker, recent=value)
 
 
 def now_steps(step: int) -> float:
@@ -127,25 +209,30 @@ def now_steps(step: int) -> float:
 
 def level_of(memories: Sequence[Memory]) -> float:
     """Return the level at the last step, as all filters together see it."""
-    return sum(memory.belief * memory.level for memory in memories)
+    found = 0.0
+    for level, _, _, _, _, belief in memories:
+        found += belief * level
+    return found
 
 
 def updated(
-    drift: Drift, value: float, *, noise: float, rescale: float, step: int, flicker: tuple[float, ...]
+    drift: Drift, value: float, *, level: float, noise: float, rescale: float, step: int, flicker: tuple[float, ...]
 ) -> Drift:
     """Take in one value.
 
     Args:
         drift: after the steps before.
         value: unbiased for the level at this step.
+        level: `level_of` the drift's memories, which who calls this needs as well.
         noise: variance of this value.
         rescale: `noise` over the noise of the last step, as far as batch and count of small batches differ.
         step: number of this step, from 2.
         flicker: prior belief in each of `FLICKERS`.
     """
-    more = _noise_of_flicker(drift, step=step)
+    at = _schedule(step)
+    more = _noise_of_flicker(level, drift.flicker, at)
     slow_noise = noise + more
-    before = _believed(drift.memories, rescale=slow_noise / (noise / rescale + more), noise=slow_noise, step=step)
+    before = _predicted(drift.memories, at, rescale=slow_noise / (noise / rescale + more), noise=slow_noise)
     expected, spread = _mixed(before, noise=slow_noise)
     deviation = math.sqrt(noise + spread)
     surprise = (value - expected) / deviation
@@ -155,48 +242,53 @@ def updated(
     if alone:
         value = expected + math.copysign(_LONE, surprise) * deviation
     memories = _corrected(before, value=value, noise=slow_noise)
-    num_now = now_steps(step)
     # What was before a jump is no part of the present.
-    recent = level_of(memories) if jumped else drift.recent + max(2 / (num_now + 1), 1 / step) * (value - drift.recent)
+    recent = level_of(memories) if jumped else drift.recent + at.newest * (value - drift.recent)
     found = drift.flicker
     if step > NOW_STEPS and step % _FLICKER_EVERY == 0:
-        gap, level_ = recent - _centred(memories, step=step), max(level_of(memories), 0.0)
-        found = _flicker(found, flicker, gap=gap, level_=level_, noise=noise / num_now, step=step)
-    return Drift(memories, found, recent, surprise, drift.lone + (alone - drift.lone) / step)
+        gap, above = recent - _centred(memories, lag=at.lag), max(level_of(memories), 0.0)
+        found = _flicker(found, flicker, gap=gap, level=above, noise=noise / at.num_now, step=step)
+    follows = surprise if abs(surprise) > _FOLLOWS else 0.0
+    return Drift(memories, found, recent, follows, drift.lone + (alone - drift.lone) / step)
 
 
-def _noise_of_flicker(drift: Drift, *, step: int) -> float:
+def _noise_of_flicker(level: float, flicker: tuple[float, ...], at: _Schedule) -> float:
     """Return the variance that flicker adds to a step's noise for a filter with a memory beyond its correlation.
 
     A mean over m presents has the variance of one over m, times the presents over which flicker is correlated.
     """
-    level_ = max(level_of(drift.memories), 0.0)
-    square = sum(belief * size * size for belief, size in zip(drift.flicker, FLICKERS, strict=True))
-    return _outside(step) * NOW_STEPS * _FLICKER_WINDOWS * square * level_ * level_
+    level = max(level, 0.0)
+    return at.flicker_steps * _mean_square(flicker) * level * level
 
 
-def _outside(step: int) -> float:
-    """Return how far what lies before the present may stray from it: not at all in the first two presents."""
-    return max(0.0, 1 - 2 * NOW_STEPS / step)
+@functools.lru_cache(maxsize=8)
+def _mean_square(flicker: tuple[float, ...]) -> float:
+    """Return the mean square of the flicker, in units of the level's; the beliefs change at every fifth step only."""
+    return sum(belief * size * size for belief, size in zip(flicker, FLICKERS, strict=True))
 
 
 def _flicker(
-    beliefs: Sequence[float], prior: Sequence[float], *, gap: float, level_: float, noise: float, step: int
+    beliefs: Sequence[float], prior: tuple[float, ...], *, gap: float, level: float, noise: float, step: int
 ) -> tuple[float, ...]:
     """Return the beliefs in each of `FLICKERS`, given how far the present mean of noise `noise` is from the filters."""
     # Successive gaps share most of their steps: their squares are correlated over 1/α of them.
     new = _FLICKER_EVERY * 2 / (now_steps(step) + 1)
     keep = 1 - _FLICKER_EVERY / step
     logs = []
-    for belief, share, size in zip(beliefs, prior, FLICKERS, strict=True):
-        variance = noise + _FLICKER_LEFT * size * size * level_ * level_
+    for belief, share, log_share, size in zip(beliefs, prior, _logs(prior), FLICKERS, strict=True):
+        variance = noise + _FLICKER_LEFT * size * size * level * level
         square = min(gap * gap / variance, 1e300)
         likely = -0.5 * math.log(variance) - (_TAILS + 1) / 2 * math.log1p(square / _TAILS)
-        logs.append(math.log(share) + keep * math.log(belief / share) + new * likely)
+        logs.append(log_share + keep * math.log(belief / share) + new * likely)
     largest = max(logs)
     powers = [math.exp(log - largest) for log in logs]
     total = sum(powers)
-    return tuple(max(power / total, 1e-12) for power in powers)
+    return tuple([max(power / total, 1e-12) for power in powers])
+
+
+@functools.lru_cache(maxsize=8)
+def _logs(shares: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(math.log(share) for share in shares)
 
 
 def _mixed(memories: Sequence[Memory], *, noise: float) -> tuple[float, float]:
@@ -204,117 +296,98 @@ def _mixed(memories: Sequence[Memory], *, noise: float) -> tuple[float, float]:
     # About one of them, so that a scatter in the ninth digit is not lost in the squares.
     middle = memories[0][0]
     mean = spread = 0.0
-    for level_, _, var_level, _, _, belief in memories:
-        offset = level_ - middle
+    for level, _, var_level, _, _, belief in memories:
+        offset = level - middle
         mean += belief * offset
         spread += belief * (var_level * noise + offset * offset)
     return middle + mean, max(spread - mean * mean, 0.0)
 
 
-def _believed(memories: Sequence[Memory], *, rescale: float, noise: float, step: int) -> list[Memory]:
-    """Return the filters' predictions of this step, with their beliefs before its value is seen."""
+def _predicted(memories: Sequence[Memory], at: _Schedule, *, rescale: float, noise: float) -> list[Memory]:
+    """Return the filters' predictions of a step, with their beliefs before its value is seen."""
     mean, spread = _mixed(memories, noise=noise / rescale)
-    above = max(mean, 0.0)
-    anew = min(0.3, _CHANGES / step)
+    # Here and below NaN stays NaN.
+    above = 0.0 if mean < 0.0 else mean
+    # Evidence of long ago is forgotten, towards the prior.
+    evidence = at.evidence
+    powers = [prior * (memory[5] / prior) ** evidence for memory, prior in zip(memories, at.priors, strict=True)]
+    total, kept, first = sum(powers), at.kept, at.first
     found = []
-    priors = _prior(step)
-    faded_beliefs = _faded(memories, priors, step=step)
-    for memory, share, prior, faded in zip(memories, SHARES, priors, faded_beliefs, strict=True):
-        belief = (1 - anew) * faded + anew * prior
+    for memory, power, handed_in, reach in zip(memories, powers, at.handed_in, at.reaches, strict=True):
+        level, slope, var_level, cov, var_slope, _ = memory
+        belief = kept * (power / total) + handed_in
         # A filter most of whose belief is handed in from the others takes over what they know: its own past is refuted.
         # Blending the states by their beliefs (the interacting multiple model) was tried: a thousandth of a belief in a
         # jump at each step, with its wide variance, read a constant course five times too wide.
-        fresh = 2 * anew * prior > belief
+        fresh = 2 * handed_in > belief
         if fresh:
-            state = (mean, 0.0, spread / noise, 0.0, 0.0)
-        elif rescale == 1.0:
-            state = memory[:5]
+            level, slope, var_level, cov, var_slope = mean, 0.0, spread / noise, 0.0, 0.0
+        elif rescale != 1.0:
+            var_level, cov, var_slope = var_level / rescale, cov / rescale, var_slope / rescale
+        if reach is None:
+            found.append((level, slope, var_level, cov, var_slope, belief))
+            continue
+        # A change by its own size within the reach is what a filter expects before it has seen any slope, and a change
+        # of the slope by as much (a local linear trend; Harvey 1989, chapter 4). Hence the gain follows from noise and
+        # level.
+        widest = (above / reach) ** 2 / noise
+        if fresh or first:
+            var_slope = widest
         else:
-            level_, slope, var_level, cov, var_slope, _ = memory
-            state = (level_, slope, var_level / rescale, cov / rescale, var_slope / rescale)
-        if share < math.inf:
-            # The second step is the first that is predicted.
-            fresh = fresh or step == 2  # noqa: PLR2004
-            state = _moved(*state, reach=max(_SHORTEST, share * step), above=above, noise=noise, fresh=fresh)
-        found.append(Memory(*state, belief))
+            widened, limit = var_slope + widest / reach, var_slope if var_slope > widest else widest
+            var_slope = limit if limit < widened else widened
+        # The level goes by the slope, and the slope grows or falls with the level: it is the relative slope that stays,
+        # for |G|² falls by factors, not by amounts. The exact Jacobian of that was tried, and is overconfident where
+        # the level is hardly known (coverage 77 % after a jump at B = φ/10).
+        factor = 1.0
+        if level > 0 and level * level > var_level * noise:
+            growth, most = slope / level, 2 / reach
+            factor += most if growth > most else -most if growth < -most else growth
+        found.append(
+            (
+                level + slope,
+                slope * factor,
+                var_level + 2 * cov + var_slope,
+                (cov + var_slope) * factor,
+                var_slope * factor * factor,
+                belief,
+            )
+        )
     return found
-
-
-def _faded(memories: Sequence[Memory], priors: Sequence[float], *, step: int) -> list[float]:
-    """Return the beliefs with the evidence of long ago forgotten, towards the prior."""
-    keep = 1 - 1 / max(20.0, _EVIDENCE * step)
-    powers = [prior * (memory[5] / prior) ** keep for memory, prior in zip(memories, priors, strict=True)]
-    total = sum(powers)
-    return [power / total for power in powers]
-
-
-def _moved(
-    level_: float,
-    slope: float,
-    var_level: float,
-    cov: float,
-    var_slope: float,
-    *,
-    reach: float,
-    above: float,
-    noise: float,
-    fresh: bool,
-) -> tuple[float, float, float, float, float]:
-    """Return a trend filter one step on: the level goes by the slope, and the slope grows or falls with the level."""
-    # A change by its own size within the reach is what a filter expects before it has seen any slope, and a change of
-    # the slope by as much (a local linear trend; Harvey 1989, chapter 4). Hence the gain follows from noise and level.
-    widest = (above / reach) ** 2 / noise
-    var_slope = widest if fresh else min(var_slope + widest / reach, max(widest, var_slope))
-    factor = 1.0
-    if level_ > 0 and level_ * level_ > var_level * noise:
-        # The relative slope stays: |G|² falls by factors, not by amounts. The exact Jacobian of that was tried, and is
-        # overconfident where the level is hardly known (coverage 77 % after a jump at B = φ/10).
-        factor += min(max(slope / level_, -2 / reach), 2 / reach)
-    return (
-        level_ + slope,
-        slope * factor,
-        var_level + 2 * cov + var_slope,
-        (cov + var_slope) * factor,
-        var_slope * factor * factor,
-    )
 
 
 def _corrected(before: Sequence[Memory], *, value: float, noise: float) -> tuple[Memory, ...]:
     """Return the filters with the value taken in, and believed by how well they predicted it."""
-    squares = [(value - memory[0]) ** 2 / ((memory[2] + 1) * noise) for memory in before]
+    squares = [(value - level) ** 2 / ((var_level + 1) * noise) for level, _, var_level, _, _, _ in before]
     # Relative to the best of them, so that none of it underflows where all were surprised.
     best = min(squares)
-    likely = [
-        memory[5] * math.exp(-0.5 * min(square - best, 1e3)) / math.sqrt(memory[2] + 1)
-        for memory, square in zip(before, squares, strict=True)
-    ]
+    likely = []
+    for (_, _, var_level, _, _, belief), square in zip(before, squares, strict=True):
+        excess = square - best
+        excess = _LARGEST_EXCESS if excess > _LARGEST_EXCESS else excess
+        likely.append(belief * math.exp(-0.5 * excess) / math.sqrt(var_level + 1))
     total = sum(likely)
     found = []
-    for (level_, slope, var_level, cov, var_slope, _), belief in zip(before, likely, strict=True):
-        error = value - level_
-        gain, slope_gain = var_level / (var_level + 1), cov / (var_level + 1)
+    for (level, slope, var_level, cov, var_slope, _), weight in zip(before, likely, strict=True):
+        error, width, belief = value - level, var_level + 1, weight / total
+        gain, slope_gain = var_level / width, cov / width
         found.append(
-            Memory(
-                level_ + gain * error,
+            (
+                level + gain * error,
                 slope + slope_gain * error,
                 var_level * (1 - gain),
                 cov * (1 - gain),
                 var_slope - slope_gain * cov,
-                max(belief / total, 1e-300),
+                _SMALLEST_BELIEF if belief < _SMALLEST_BELIEF else belief,
             )
         )
     return tuple(found)
 
 
-def _lag(step: int) -> float:
-    """Return how many steps ago the middle of the present is."""
-    return min((now_steps(step) - 1) / 2, step / 4)
-
-
-def _centred(memories: Sequence[Memory], *, step: int) -> float:
-    lag, found = _lag(step), 0.0
-    for level_, slope, _, _, _, belief in memories:
-        found += belief * (level_ - lag * slope)
+def _centred(memories: Sequence[Memory], *, lag: float) -> float:
+    found = 0.0
+    for level, slope, _, _, _, belief in memories:
+        found += belief * (level - lag * slope)
     return found
 
 
@@ -326,25 +399,33 @@ def present(drift: Drift, *, noise: float, step: int) -> tuple[float, float]:
         noise: variance of one value at the last step.
         step: its number.
     """
-    lag = _lag(step)
-    slow_noise = noise + _noise_of_flicker(drift, step=step)
-    centred = []
-    for memory, share in zip(drift.memories, _PROCESS_SHARES, strict=True):
-        var = memory.var_level - 2 * lag * memory.cov + lag * lag * memory.var_slope
+    at = _schedule(step)
+    lag, num_now = at.lag, at.num_now
+    slow_noise = noise + _noise_of_flicker(level_of(drift.memories), drift.flicker, at)
+    centred, mean = [], 0.0
+    for (level, slope, var_level, cov, var_slope, belief), share in zip(drift.memories, _PROCESS_SHARES, strict=True):
+        var = var_level - 2 * lag * cov + lag * lag * var_slope
         # What lies a few steps back is better known than the end, but the value at the end bounds by how much.
-        var = max(var, memory.var_level / 4) * share
-        centred.append((memory.belief, memory.level - lag * memory.slope, var * slow_noise))
-    mean = sum(weight * level_ for weight, level_, _ in centred)
+        var = max(var, var_level / 4) * share
+        middle = level - lag * slope
+        mean += belief * middle
+        centred.append((belief, middle, var * slow_noise))
     # The mean of the standard deviations, not of the variances: a small belief in a wide filter moves the quantile at
     # 95 % less than the variance.
-    deviation = sum(weight * math.sqrt(var + (level_ - mean) ** 2) for weight, level_, var in centred)
-    answers = []
+    deviation = 0.0
+    for belief, middle, var in centred:
+        deviation += belief * math.sqrt(var + (middle - mean) ** 2)
+    answers, answer = [], 0.0
+    above = max(mean, 0.0)
     for belief, size in zip(drift.flicker, FLICKERS, strict=True):
-        strays = _outside(step) * size * size * max(mean, 0.0) * mean
+        strays = at.outside * size * size * above * mean
         # The best weight of the plain present mean, of which `_OVERLAP` is the present, beside the filters.
-        trust = _OVERLAP * strays / (strays + noise / now_steps(step)) if strays > 0 else 0.0
+        trust = _OVERLAP * strays / (strays + noise / num_now) if strays > 0 else 0.0
         var = deviation * deviation * (1 - trust * trust) + strays * (1 - _OVERLAP * trust)
-        answers.append((belief, mean + trust * (drift.recent - mean), var))
-    middle = sum(belief * answer for belief, answer, _ in answers)
-    deviation = sum(belief * math.sqrt(var + (answer - middle) ** 2) for belief, answer, var in answers)
-    return middle, deviation * deviation
+        middle = mean + trust * (drift.recent - mean)
+        answer += belief * middle
+        answers.append((belief, middle, var))
+    deviation = 0.0
+    for belief, middle, var in answers:
+        deviation += belief * math.sqrt(var + (middle - answer) ** 2)
+    return answer, deviation * deviation

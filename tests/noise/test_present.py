@@ -72,6 +72,19 @@ def test_the_record_goes_through_json_and_comes_back():
         PresentState.from_json({name: value for name, value in state.to_json().items() if name != "steps"})
 
 
+def test_a_record_of_before_in_which_all_had_names_is_read():
+    """Its plain mean has a slope, which is 0; what lacks a part is refused in a sentence."""
+    state = followed(measured(*COURSES["constant"], np.random.default_rng(6))[:30])
+    before = state._asdict()
+    for name in ("trace", "grad"):
+        before[name] = {**before[name]._asdict(), "memories": [list(memory) for memory in before[name].memories]}
+    assert PresentState.from_json(json.loads(json.dumps(before))) == state
+    with pytest.raises(ConfigError, match="drifting quantity"):
+        PresentState.from_json({**before, "trace": {"memories": before["trace"]["memories"]}})
+    with pytest.raises(ConfigError, match="drifting quantity"):
+        PresentState.from_json({**state.to_json(), "grad": state.to_json()["grad"][1:]})
+
+
 def test_it_does_not_grow_with_the_run():
     """The record of 300 steps is no longer than that of 30, but for the digits."""
     steps = measured(*COURSES["constant"], np.random.default_rng(7))

@@ -8,6 +8,7 @@ import pytest
 from benchmarks.tracking import __main__ as tracking
 from benchmarks.tracking.drift_candidates import CANDIDATES, window_lengths
 from benchmarks.tracking.drift_courses import COURSES, JUMP, Setting, simulated
+from benchmarks.tracking.filter_cost import cost_rows
 
 SETTING = Setting(num_steps=200, num_small=4, directions=100, ratio=0.25)
 
@@ -48,3 +49,19 @@ def test_coverage_is_pooled_over_a_course():
         {"course": "b", "coverage": 0.95, "num_runs": 50},
     ]
     assert tracking._pooled(rows) == pytest.approx({"a": 0.925, "b": 0.95})
+
+
+def test_the_parts_of_an_earlier_result_stand_beside_what_is_measured():
+    """Rows of the parts that are not measured are taken over as they are, and the figures are made from all."""
+    row = {"kind": "training", "course": "a", "step": 1, "truth": 1.0, "candidate": "dptrain", "median": 1.0}
+    earlier = [{**row, "inside": 1.0, "inside_of_five": 0.0}, {"kind": "cost", "course": "b"}]
+    found = tracking.measure(quick=True, parts=["cost"], earlier=earlier)
+    assert [row["course"] for row in found.rows] == ["a", *COURSES]
+    assert found.figures["exact_inside"] == 1
+    assert 0 < found.figures["window_step_s"] < found.figures["present_step_s"]
+
+
+def test_the_record_of_the_present_is_below_1900_bytes():
+    """On no course are it and its digits longer, and the bytes are those of its JSON."""
+    rows = cost_rows(Setting(num_steps=30, num_small=4, directions=100, ratio=0.25), num_rounds=1, seed=4)
+    assert all(1200 < row["record_bytes"] < 1900 for row in rows)
