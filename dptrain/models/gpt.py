@@ -117,6 +117,7 @@ class Gpt(nn.Module):
         # By the number of the block that each follows. No ModuleList: with many tokens it would have more parameters
         # than the blocks, and `find_blocks` would take the heads for them. Before the output, which is the last layer.
         self.local_heads = nn.ModuleDict({str(end - 1): LocalHead(config) for end in ends})
+        self._ends = frozenset(end - 1 for end in ends)
         self.norm = nn.RMSNorm(config.width)
         self.output = nn.Linear(config.width, config.vocab_size, bias=False)
         # The first norm divides a small embedding by its size and multiplies its gradient by as much. At 0.02 the first
@@ -154,7 +155,7 @@ class Gpt(nn.Module):
             stream, routing = block(stream, angles)
             if routing is not None:
                 found.append(routing)
-            if str(number) in self.local_heads:
+            if number in self._ends:
                 if self.training:
                     local_logits.append(self.local_heads[str(number)](stream))
                 stream = stream.detach()
@@ -169,7 +170,7 @@ class Gpt(nn.Module):
         found[0] += [p for part in (self.embedding, self.positions) if part is not None for p in part.parameters()]
         for number, block in enumerate(self.blocks):
             found[-1] += block.parameters()
-            if str(number) in self.local_heads:
+            if number in self._ends:
                 found[-1] += self.local_heads[str(number)].parameters()
                 found.append([])
         # A tied output is the embedding.
