@@ -50,10 +50,10 @@ def measure(
             settings = {"counts": list(_COUNTS), "steps": _STEPS, "rounds": 2 if quick else 8, "pass_s": pass_s}
             rounds = run_replicas(stages.timed, world_size=2, args=(settings,))
             rows += throughput_rows(rounds, steps=_STEPS, pass_s=pass_s)
-    rows = [*earlier, *rows]
+    together = [*earlier, *rows]
     return harness.Findings(
-        figures=figures_of(rows),
-        rows=[{**row, "text": _text(row)} for row in rows],
+        figures=figures_of(together),
+        rows=[{**row, "text": _text(row)} for row in together],
         columns={"part": "{part}", "result": "{text}"},
         note="Losses are held-out nats per byte, means over seeds; ratios are medians over rounds with 95 % intervals.",
     )
