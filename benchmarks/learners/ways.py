@@ -84,7 +84,7 @@ def mixture(folder: Path, *, quick: bool) -> Iterator[Arm]:
     The dense one has the experts' activation, so that its feed-forward layer is one expert.
     """
     shape = {"vocab_size": 256, "context": 32, "width": 64, "feed_forward": "relu2"}
-    options: dict[str, Any] = {"data": str(_source_tokens(folder / "data")), **shape}
+    options: dict[str, Any] = {"data": str(source_tokens(folder / "data")), **shape}
     common = {"task": "gpt", "global_batch_size": 32, "micro_batch_size": 32}
     way, samples = "mixture of experts", 1_600 if quick else 12_800
 
@@ -104,7 +104,7 @@ def mixture(folder: Path, *, quick: bool) -> Iterator[Arm]:
     yield Arm(way=way, name=name, control="dense", settings=settings(samples, 2))
 
 
-def _source_tokens(folder: Path) -> Path:
+def source_tokens(folder: Path) -> Path:
     """Write the bytes of task `pysource` as token files, with 64 KiB held out that are spread over all that is."""
     train, held_out = read_source(Path(sysconfig.get_paths()["stdlib"]))
     pieces = held_out[: len(held_out) // 1024 * 1024].view(-1, 1024)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ class GptConfig:
             arXiv 2002.05202; 8/3 of the width instead of 4, which costs as many parameters).
         tied: one matrix for the embedding and the output.
         experts: a mixture of experts in place of every feed-forward layer.
+        local_blocks: parts into which the blocks are divided, each with a head and a loss of its own and no backward
+            pass between them (Belilovsky et al. 2019, arXiv 1901.08164; Laskin, Metz et al. 2020, arXiv 2012.03837).
+            The last one's head is the model's output. 1: one loss for the whole model.
     """
 
     vocab_size: int = 256
@@ -45,9 +48,10 @@ class GptConfig:
     feed_forward: FeedForwardKind = "gelu"
     tied: bool = False
     experts: ExpertsConfig | None = None
+    local_blocks: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context", "width", "depth", "heads"):
+        for name in ("vocab_size", "context", "width", "depth", "heads", "local_blocks"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
@@ -59,6 +63,13 @@ class GptConfig:
             why = " (rotary positions turn pairs of components within a head)" if self.positions == "rotary" else ""
             factor = "2 × heads" if self.positions == "rotary" else "heads"
             raise ConfigError(f"width must be a multiple of {factor} = {unit}{why}, got {self.width}")
+        if self.local_blocks > self.depth:
+            raise ConfigError(f"local_blocks must be at most depth = {self.depth}, got {self.local_blocks}")
+        if self.local_blocks > 1 and self.tied:
+            raise ConfigError(
+                f"with local_blocks = {self.local_blocks} the embedding is trained by the first loss and the output by "
+                f"the last, so they cannot be one matrix: give tied=false"
+            )
 
 
 SIZES: Mapping[str, GptConfig] = MappingProxyType(
@@ -74,6 +85,21 @@ SIZES: Mapping[str, GptConfig] = MappingProxyType(
 """Ready-made shapes by name; the name is the number of parameters."""
 
 
+class Predictions(NamedTuple):
+    """What a model returns where there is more than logits.
+
+    Attributes:
+        logits: of the output, shape (samples, length, vocab_size).
+        routing: how tokens were routed, where there are experts: the mean balance loss of the blocks, and shares of
+            shape (depth, num_experts).
+        local_logits: of the heads of the local blocks but the last, in training.
+    """
+
+    logits: Tensor
+    routing: Routing | None = None
+    local_logits: tuple[Tensor, ...] = ()
+
+
 class Gpt(nn.Module):
     """A causal pre-norm transformer without biases.
 
@@ -87,6 +113,11 @@ class Gpt(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Embedding(config.context, config.width) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        ends = [-(-config.depth * part // config.local_blocks) for part in range(1, config.local_blocks)]
+        # By the number of the block that each follows. No ModuleList: with many tokens it would have more parameters
+        # than the blocks, and `find_blocks` would take the heads for them. Before the output, which is the last layer.
+        self.local_heads = nn.ModuleDict({str(end - 1): LocalHead(config) for end in ends})
+        self._ends = frozenset(end - 1 for end in ends)
         self.norm = nn.RMSNorm(config.width)
         self.output = nn.Linear(config.width, config.vocab_size, bias=False)
         # The first norm divides a small embedding by its size and multiplies its gradient by as much. At 0.02 the first
@@ -100,15 +131,14 @@ class Gpt(nn.Module):
         if config.tied:
             self.embedding.weight = self.output.weight
 
-    def forward(self, tokens: Tensor) -> Tensor | tuple[Tensor, Routing]:
+    def forward(self, tokens: Tensor) -> Tensor | Predictions:
         """Predict the token after each.
 
         Args:
             tokens: integers, shape (samples, length).
 
         Returns:
-            Logits, shape (samples, length, vocab_size); with experts a pair of them and of how tokens were routed: the
-            mean balance loss of the blocks, and shares of shape (depth, num_experts).
+            Logits, shape (samples, length, vocab_size); `Predictions` with experts, and with local blocks in training.
         """
         length = tokens.shape[1]
         stream = self.embedding(tokens)
@@ -120,19 +150,57 @@ class Gpt(nn.Module):
                 raise ValueError(f"{length} tokens are more than the {self.config.context} learned positions")
             stream = stream + self.positions.weight[:length]
         found: list[Routing] = []
-        for block in self.blocks:
+        local_logits: list[Tensor] = []
+        for number, block in enumerate(self.blocks):
             stream, routing = block(stream, angles)
             if routing is not None:
                 found.append(routing)
+            if number in self._ends:
+                if self.training:
+                    local_logits.append(self.local_heads[str(number)](stream))
+                stream = stream.detach()
         logits: Tensor = self.output(self.norm(stream))
-        if not found:
+        if not found and not local_logits:
             return logits
-        balance, samples, tokens = (torch.stack(parts) for parts in zip(*found, strict=True))
-        return logits, Routing(balance.mean(), samples, tokens)
+        return Predictions(logits, _of_all_blocks(found), tuple(local_logits))
+
+    def local_blocks(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters that each local block's loss trains, by `local_blocks.0`, …; of one block, all."""
+        found: list[list[nn.Parameter]] = [[]]
+        found[0] += [p for part in (self.embedding, self.positions) if part is not None for p in part.parameters()]
+        for number, block in enumerate(self.blocks):
+            found[-1] += block.parameters()
+            if number in self._ends:
+                found[-1] += self.local_heads[str(number)].parameters()
+                found.append([])
+        # A tied output is the embedding.
+        found[-1] += [
+            p for part in (self.norm, self.output) for p in part.parameters() if p is not self.embedding.weight
+        ]
+        return {f"local_blocks.{number}": members for number, members in enumerate(found)}
 
     def num_parameters(self) -> int:
         """Return the number of parameters; a tied matrix counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+class LocalHead(nn.Module):
+    """Predicts from the stream after a local block: a norm and a linear layer, like the model's output.
+
+    Args:
+        config: shape of the model.
+    """
+
+    def __init__(self, config: GptConfig) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(config.width)
+        self.output = nn.Linear(config.width, config.vocab_size, bias=False)
+        nn.init.normal_(self.output.weight, std=0.02)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """Return logits, shape (samples, length, vocab_size)."""
+        logits: Tensor = self.output(self.norm(stream))
+        return logits
 
 
 class Block(nn.Module):
@@ -185,6 +253,13 @@ class Block(nn.Module):
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         out: Tensor = self.attention_out(mixed.transpose(1, 2).reshape(samples, length, width))
         return out
+
+
+def _of_all_blocks(found: list[Routing]) -> Routing | None:
+    if not found:
+        return None
+    balance, samples, tokens = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return Routing(balance.mean(), samples, tokens)
 
 
 def _hidden_width(config: GptConfig) -> tuple[int, int]:

@@ -25,5 +25,6 @@ class NoiseConfig:
     """A fixed half-life instead, in samples."""
     level: float = setting(0.95, LEVEL)
     """Confidence of the interval."""
-    groups: bool | Literal["experts"] = False
-    """Measure parts of the model one by one as well. true: its first-level modules; experts: each expert."""
+    groups: bool | Literal["experts", "local_blocks"] = False
+    """Measure parts of the model one by one as well. true: its first-level modules; experts: each expert; local_blocks:
+    each part that is trained by a loss of its own."""

@@ -74,7 +74,8 @@ def attach(
             (`scaler.get_scale`) makes the host wait for the device. With it |G|² and tr(Σ) are those of the loss
             without the factor; the noise scale is right without it too.
         groups: parts of the model that get a noise scale of their own: name → prefix or parameters, "module" for
-            the first-level children, "experts" for each expert, or an optimizer for its parameter groups.
+            the first-level children, "experts" for each expert, "local_blocks" for parts with losses of their own, or
+            an optimizer for its parameter groups.
         geometry: the norm: "sgd" for the plain one, "adam" for the one of Adam's preconditioner, "sign" (L1: Signum,
             Lion) and "spectral" (nuclear: Muon) for dual norms, or a mapping from groups to the latter two.
         every: measure each such step; by default the meter chooses by what measuring costs.

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from dptrain.errors import ObservationError
 
-GroupsLike = Mapping[str, str | Iterable[nn.Parameter]] | Literal["module", "experts"] | torch.optim.Optimizer
+GroupsLike = (
+    Mapping[str, str | Iterable[nn.Parameter]] | Literal["module", "experts", "local_blocks"] | torch.optim.Optimizer
+)
 
 _ROUTERS = frozenset({"router", "gate"})
 REST = "rest"
@@ -85,9 +87,10 @@ def resolve_groups(groups: GroupsLike | None, *, model: nn.Module, by_rows: bool
 
     Args:
         groups: name → prefix of parameter names (whole components) or the parameters themselves; "module" for the
-            model's first-level children; "experts" for each expert of a mixture, see `expert_groups`; an optimizer for
-            its parameter groups, named by their "name" where they have one and `group_0`, `group_1`, … where not; None
-            for the whole model alone.
+            model's first-level children; "experts" for each expert of a mixture, see `expert_groups`; "local_blocks"
+            for parts with losses of their own, which the model's method of that name tells; an optimizer for its
+            parameter groups, named by their "name" where they have one and `group_0`, `group_1`, … where not; None for
+            the whole model alone.
         model: without DDP and torch.compile round it.
         by_rows: with "experts", tell apart experts whose weights are stacked in one tensor. Not for a norm or a
             reduction that knows whole parameters alone; these experts are then one group for each layer.
@@ -166,6 +169,8 @@ def _wanted(groups: GroupsLike, *, model: nn.Module) -> Mapping[str, str | Itera
         return groups
     if groups == "experts":
         return expert_groups(model)
+    if groups == "local_blocks":
+        return _local_blocks(model)
     if groups == "module":
         seen: set[int] = set()
         children = {}
@@ -178,9 +183,23 @@ def _wanted(groups: GroupsLike, *, model: nn.Module) -> Mapping[str, str | Itera
         return children
     param_groups = getattr(groups, "param_groups", None)
     if param_groups is None:
-        raise ObservationError(f"groups must be a mapping, 'module', 'experts' or an optimizer, got {groups!r}")
+        raise ObservationError(
+            f"groups must be a mapping, 'module', 'experts', 'local_blocks' or an optimizer, got {groups!r}"
+        )
     found = {str(group.get("name", f"group_{i}")): group["params"] for i, group in enumerate(param_groups)}
     return {name: parameters for name, parameters in found.items() if any(p.requires_grad for p in parameters)}
+
+
+def _local_blocks(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    told = getattr(model, "local_blocks", None)
+    found: dict[str, list[nn.Parameter]] = told() if callable(told) else {}
+    if len(found) < 2:  # noqa: PLR2004 - the whole model is measured anyway
+        raise ObservationError(
+            "groups='local_blocks' needs a model with parts that are trained by losses of their own, and a method "
+            "local_blocks() that returns their parameters by name: name the parameters yourself, as in "
+            "groups={'first half': model.first.parameters()}"
+        )
+    return {name: trained for name, own in found.items() if (trained := [p for p in own if p.requires_grad])}
 
 
 def expert_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:

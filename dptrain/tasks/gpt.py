@@ -16,7 +16,7 @@ from dptrain.data.text_files import Text, read_text
 from dptrain.data.token_files import TokenFile, Tokens, TokenWindows, find_token_files, split_off
 from dptrain.errors import ConfigError
 from dptrain.models.experts import ExpertsConfig
-from dptrain.models.gpt import SIZES, Gpt, GptConfig
+from dptrain.models.gpt import SIZES, Gpt, GptConfig, Predictions
 from dptrain.tasks.base import Loss, Suggestion, Task
 
 _EVAL_TOKENS = 1 << 20
@@ -78,6 +78,7 @@ def gpt(
     num_experts: int | None = None,
     top_k: int = 2,
     capacity_factor: float | None = None,
+    local_blocks: int | None = None,
 ) -> Task:
     """Predict the next token.
 
@@ -102,6 +103,7 @@ def gpt(
         num_experts: of a mixture of experts in place of every feed-forward layer.
         top_k: experts per token, 1 or 2.
         capacity_factor: limits the tokens that an expert takes, see `ExpertsConfig`.
+        local_blocks: parts of the model that are trained by losses of their own, without a backward pass between them.
 
     Returns:
         The task; a sample is a window of context + 1 tokens. Its loss is in nats per token; `perplexity`, or for bytes
@@ -128,6 +130,7 @@ def gpt(
         "heads": heads,
         "tied": tied,
         "experts": experts,
+        "local_blocks": local_blocks,
     }
     shape |= {"positions": positions, "feed_forward": feed_forward}
     shape["vocab_size"] = vocab_size or (50304 if text is None else text.vocab_size)
@@ -176,21 +179,26 @@ def next_token_loss(model: nn.Module, windows: Tensor, *, balance_weight: float 
 
     All windows are equally long, so the mean over tokens is the mean over samples of each one's mean over tokens. In
     training, the balance loss of experts is added, and both are parts beside the sum, with the shares of the samples
-    and of the tokens that each expert processes; the held-out loss is that of the predictions alone.
+    and of the tokens that each expert processes. So are the losses of local blocks: the gradient of their sum is for
+    each block that of its own. The held-out loss is that of the model's output alone.
     """
     windows = windows.long()
     found = model(windows[:, :-1])
-    logits, routing = found if isinstance(found, tuple) else (found, None)
-    loss = functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-    if routing is None or not model.training:
+    logits, routing, local_logits = found if isinstance(found, tuple) else Predictions(found)
+    loss = _cross_entropy(logits, windows)
+    if not model.training or (routing is None and not local_logits):
         return loss
-    return {
-        "loss": loss + balance_weight * routing.balance,
-        "cross_entropy": loss,
-        "load_balancing": routing.balance,
-        **_shares("routed_samples", routing.samples),
-        **_shares("routed_tokens", routing.tokens),
-    }
+    local = {f"cross_entropy/local_blocks.{at}": _cross_entropy(own, windows) for at, own in enumerate(local_logits)}
+    parts = {"loss": sum(local.values(), start=loss), "cross_entropy": loss, **local}
+    if routing is not None:
+        parts["loss"] = parts["loss"] + balance_weight * routing.balance
+        parts["load_balancing"] = routing.balance
+        parts |= {**_shares("routed_samples", routing.samples), **_shares("routed_tokens", routing.tokens)}
+    return parts
+
+
+def _cross_entropy(logits: Tensor, windows: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
 def _shares(name: str, shares: Tensor) -> dict[str, Tensor]:

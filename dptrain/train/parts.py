@@ -81,14 +81,19 @@ def build_meter(
 
 
 def _groups(config: TrainConfig, model: nn.Module) -> Groups:
-    if config.noise.groups != "experts":
-        return resolve_groups("module" if config.noise.groups else None, model=model)
+    groups = config.noise.groups
+    if isinstance(groups, bool):
+        return resolve_groups("module" if groups else None, model=model)
     try:
-        return resolve_groups("experts", model=model)
+        return resolve_groups(groups, model=model)
     except ObservationError as error:
+        needed = {
+            "experts": "modules called 'experts' in the model, as task gpt has with num_experts",
+            "local_blocks": "parts of the model with losses of their own, as task gpt has with local_blocks",
+        }
         raise ConfigError(
-            "noise.groups=experts needs modules called 'experts' in the model, as task gpt has with num_experts: leave "
-            "it out, or give noise.groups=true for first-level modules"
+            f"noise.groups={groups} needs {needed[groups]}: leave it out, or give noise.groups=true for first-level "
+            f"modules"
         ) from error
 
 

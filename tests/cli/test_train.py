@@ -89,7 +89,7 @@ FILES = {
         ("--optimizer.beta1 x", ["optimizer.beta1 must be float", "'x'"]),
         ("--optimizer.beta1 1", ["optimizer.beta1 must be in [0, 1)", "1.0"]),
         ("--control.law newest", ["control.law must be one of 'goodput', 'noise'", "'newest'"]),
-        ("--noise.groups 3", ["noise.groups must be bool or one of 'experts', got '3'"]),
+        ("--noise.groups 3", ["noise.groups must be bool or one of 'experts', 'local_blocks', got '3'"]),
         ("--model.quantize int9", ["model.quantize must be one of 'bf16', 'fp8'", "'int3' or null, got 'int9'"]),
         ("--optimizer 3", ["optimizer is a group of settings", "--optimizer.name"]),
         ("--task_options 3", ["task_options must be dict"]),

@@ -67,6 +67,47 @@ def test_an_untrained_model_guesses_uniformly_and_learns(config):
     assert losses[-1] < losses[0] * 2 / 3
 
 
+def test_a_local_block_has_the_gradient_of_its_own_loss():
+    """Each loss reaches the parameters of its block alone, as `local_blocks` names them, and each parameter has one.
+
+    The gradient of the sum is for each block that of its loss; in eval mode the last head alone predicts.
+    """
+    torch.manual_seed(0)
+    model = Gpt(GptConfig(width=32, context=16, depth=5, local_blocks=3))
+    for parameter in model.parameters():  # blocks begin as the identity
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    tokens = torch.randint(0, 256, (4, 17))
+    blocks = model.local_blocks()
+    assert {id(p) for own in blocks.values() for p in own} == {id(p) for p in model.parameters()}
+    assert [sum(p is q for own in blocks.values() for q in own) for p in model.parameters()] == [1] * len(
+        list(model.parameters())
+    )
+
+    def losses():
+        found = model(tokens[:, :-1])
+        all_logits = (*found.local_logits, found.logits)
+        return [functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) for logits in all_logits]
+
+    alone = {}
+    for name, own_loss in zip(blocks, losses(), strict=True):
+        model.zero_grad(set_to_none=True)
+        own_loss.backward()
+        reached = {id(p) for p in model.parameters() if p.grad is not None}
+        assert reached == {id(p) for p in blocks[name]}
+        alone |= {id(p): p.grad.clone() for p in blocks[name]}
+    model.zero_grad(set_to_none=True)
+    sum(losses()).backward()
+    for parameter in model.parameters():
+        torch.testing.assert_close(parameter.grad, alone[id(parameter)], rtol=1e-5, atol=1e-7)
+
+    expected = model(tokens[:, :-1]).logits
+    for parameter in model.local_heads.parameters():
+        parameter.data.zero_()
+    predicted = model.eval()(tokens[:, :-1])
+    assert isinstance(predicted, torch.Tensor)
+    torch.testing.assert_close(predicted, expected)
+
+
 def test_tied_weights_are_one_parameter():
     """With tied=True the embedding is the output's matrix, and counts once."""
     tied, untied = (Gpt(GptConfig(tied=tied)) for tied in (True, False))
@@ -80,6 +121,8 @@ def test_tied_weights_are_one_parameter():
         ({"width": 130, "heads": 4}, "multiple of 2 × heads = 8"),
         ({"width": 130, "heads": 4, "positions": "learned"}, "multiple of heads = 4"),
         ({"depth": 0}, "depth must be a whole number of at least 1, got 0"),
+        ({"depth": 3, "local_blocks": 4}, "local_blocks must be at most depth = 3, got 4"),
+        ({"local_blocks": 2, "tied": True}, "trained by the first loss and the output by the last"),
         ({"feed_forward": "silu"}, "feed_forward must be one of gelu, relu2, swiglu, got 'silu'"),
     ],
 )

@@ -255,7 +255,7 @@ def train_experts(model, meter, rank):
     generator = torch.Generator().manual_seed(rank)
     for _ in range(2):
         tokens = torch.randint(0, 16, (3, 8), generator=generator)
-        logits, routing = model(tokens)
+        logits, routing, _ = model(tokens)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
         (loss + 0.01 * routing.balance).backward()
         meter.step()

@@ -40,7 +40,7 @@ def test_the_balance_loss_of_experts_is_in_training_alone(tmp_path):
     torch.manual_seed(0)
     task = gpt(data=data, vocab_size=96, context=32, num_experts=4)
     batch = torch.stack([task.train_data[index] for index in range(2)])
-    _, (balance, samples, tokens) = task.model(batch[:, :-1])
+    balance, samples, tokens = task.model(batch[:, :-1]).routing
     found = task.loss(task.model.train(), batch)
     assert found["cross_entropy"] == task.loss(task.model.eval(), batch)
     assert found["load_balancing"] == balance
@@ -49,6 +49,21 @@ def test_the_balance_loss_of_experts_is_in_training_alone(tmp_path):
     assert samples.shape == tokens.shape == (2, 4)
     assert found["routed_samples/blocks.1.experts.2"] == samples[1, 2]
     assert found["routed_tokens/blocks.0.experts.3"] == tokens[0, 3]
+
+
+def test_local_blocks_add_their_losses_in_training_alone(tmp_path):
+    """The training loss is the sum of the blocks' and of the experts' balance; the held-out loss is the last one's."""
+    data = str(make_nanogpt_folder(tmp_path / "data"))
+    torch.manual_seed(0)
+    task = gpt(data=data, vocab_size=96, context=32, num_experts=4, local_blocks=2)
+    assert check_task(task) == frozenset()
+    batch = torch.stack([task.train_data[index] for index in range(2)])
+    found = task.loss(task.model.train(), batch)
+    assert found["cross_entropy"] == task.loss(task.model.eval(), batch)
+    own = found["cross_entropy/local_blocks.0"]
+    assert own != found["cross_entropy"]
+    expected = own + found["cross_entropy"] + 0.01 * found["load_balancing"]
+    torch.testing.assert_close(found["loss"], expected)
 
 
 def test_a_token_without_a_row_is_refused(tmp_path):

@@ -13,6 +13,7 @@ from torch import nn
 
 from dptrain.checkpoint.state import pack_optimizer, unpack_optimizer
 from dptrain.errors import ConfigError, TaskError
+from dptrain.models.gpt import Gpt, GptConfig
 from dptrain.train import OptimizerConfig
 from dptrain.train.optimizer import build_optimizer, set_rate, skips_on_device, step_if_finite
 
@@ -230,6 +231,15 @@ def test_an_optimizer_without_a_switch_is_skipped_by_the_host(name):
     before = everything(optimizer, model)
     take_step(optimizer, model, seed=1, value=math.nan)
     assert_equal(everything(optimizer, model), before)
+
+
+def test_muon_leaves_the_heads_of_local_blocks_to_adamw():
+    """They are output layers, like the model's own."""
+    model = Gpt(GptConfig(width=16, context=8, local_blocks=2))
+    optimizer = build_optimizer(OptimizerConfig(name="muon", learning_rate=0.1), model)
+    by_muon = {id(p) for group in optimizer.param_groups if "ns_steps" in group for p in group["params"]}
+    hidden = {id(p) for p in model.blocks.parameters() if p.dim() > 1}
+    assert by_muon == hidden
 
 
 def test_a_tasks_groups_may_name_an_optimizer_each():

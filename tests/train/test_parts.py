@@ -1,4 +1,4 @@
-"""The meter of a run, as its settings ask for it: the noise scale of each expert of a real task."""
+"""The meter of a run, as its settings ask for it: the noise scale of each expert, and of each local block."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
 from dptrain.errors import ConfigError
 from dptrain.noise.derived import expert_noise_scale, routed_noise_scale
@@ -34,18 +35,23 @@ def make_task(folder):
 
 def measured(rank, world_size, data, folder):
     """Train on the whole data set in each step, at a rate that moves nothing, so that the run's figures are exact."""
-    config = TrainConfig(
-        run_dir=f"{folder}/run-{world_size}",
+    config = exactly_measured(Path(folder) / f"run-{world_size}", groups="experts")
+    return Trainer(config, task=lambda: make_task(data)).run()
+
+
+def exactly_measured(folder, *, groups):
+    """Settings under which a run measures what exact gradients of all samples give."""
+    return TrainConfig(
+        run_dir=str(folder),
         device="cpu",
         max_samples=4 * NUM_WINDOWS,
         global_batch_size=NUM_WINDOWS,
         micro_batch_size=1,
         control=ControlConfig(law="constant"),
         optimizer=OptimizerConfig(learning_rate=1e-12),
-        noise=NoiseConfig(groups="experts", every=1),
+        noise=NoiseConfig(groups=groups, every=1),
         log=LogConfig(tracker="none"),
     )
-    return Trainer(config, task=lambda: make_task(data)).run()
 
 
 def gradients_of_samples(task):
@@ -105,8 +111,38 @@ def test_a_run_measures_each_expert_by_the_formula(tmp_path, world_size):
     assert json.loads((tmp_path / f"run-{world_size}" / "summary.json").read_text())[f"noise_scale/{EXPERTS[0]}/value"]
 
 
-def test_a_model_without_experts_is_refused(tmp_path: Path):
+def test_a_run_measures_each_local_block_by_its_own_loss(tmp_path):
+    """φ of a block is tr(Σ)/|G|² of the gradients that its loss alone gives each sample, to 0.1 %."""
+    data = make_nanogpt_folder(tmp_path / "data", num_tokens=CONTEXT * NUM_WINDOWS + 1)
+
+    def task():
+        torch.manual_seed(3)
+        shape = {"vocab_size": 96, "context": CONTEXT, "width": 16, "depth": 2, "heads": 2}
+        made = gpt(data=str(data), **shape, local_blocks=2)
+        for parameter in made.model.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        return made
+
+    config = exactly_measured(tmp_path / "run", groups="local_blocks")
+    summary = Trainer(config, task=task).run()
+    model, windows = task().model.train(), torch.stack([task().train_data[index] for index in range(NUM_WINDOWS)])
+    for name, own in model.local_blocks().items():
+        place, rows = int(name[-1]), []
+        for window in windows.long():
+            found = model(window[None, :-1])
+            logits = (*found.local_logits, found.logits)[place]
+            gradients = torch.autograd.grad(functional.cross_entropy(logits[0], window[1:]), own)
+            rows.append(torch.cat([gradient.flatten() for gradient in gradients]).double())
+        expected = exact_noise_scale(torch.stack(rows))
+        assert summary[f"noise_scale/{name}/value"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("groups", "needed"),
+    [("experts", "modules called 'experts'"), ("local_blocks", "parts of the model with losses of their own")],
+)
+def test_a_model_without_such_parts_is_refused(tmp_path: Path, groups, needed):
     """In one sentence, with the setting and what to write instead."""
-    config = make_config(tmp_path / "run", noise=NoiseConfig(groups="experts"))
-    with pytest.raises(ConfigError, match=r"noise\.groups=experts needs modules called 'experts'"):
+    config = make_config(tmp_path / "run", noise=NoiseConfig(groups=groups))
+    with pytest.raises(ConfigError, match=rf"noise\.groups={groups} needs {needed}.* noise\.groups=true"):
         Trainer(config, task=noisy)

@@ -58,7 +58,7 @@ class NoiseScaleMonitor(TrainerCallback, ExportableState):
         level: float = 0.95,
         population: int | None = None,
         loss: Literal["mean", "sum"] = "mean",
-        groups: Literal["module", "experts"] | dict[str, str] | None = None,
+        groups: Literal["module", "experts", "local_blocks"] | dict[str, str] | None = None,
         geometry: GeometryName = "sgd",
         micro_batch_size: int | None = None,
     ) -> None:

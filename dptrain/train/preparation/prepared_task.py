@@ -8,7 +8,9 @@ from pathlib import Path
 
 from dptrain.config.tokens import in_samples
 from dptrain.config.train_config import TrainConfig
+from dptrain.errors import ConfigError
 from dptrain.models.adaptation import adapt_model
+from dptrain.models.gpt import Gpt
 from dptrain.models.settings import DistillationConfig
 from dptrain.tasks import Task, check_evaluation, check_task, resolve_task
 from dptrain.train.preparation.distillation import DistilledLoss, check_logits
@@ -64,6 +66,8 @@ def prepared(task: Task, config: TrainConfig, *, is_resumed: bool = False) -> tu
 
 
 def _taught(task: Task, config: DistillationConfig) -> Task:
+    if isinstance(task.model, Gpt) and task.model.config.local_blocks > 1:
+        raise ConfigError("a teacher would teach the last local block alone: leave out local_blocks or the teacher")
     teacher = load_teacher(Path(str(config.teacher)).expanduser())
     check_task(task)
     check_logits(task)

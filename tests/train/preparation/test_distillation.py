@@ -13,11 +13,13 @@ from dptrain.checkpoint.store import load_newest
 from dptrain.errors import ConfigError, TaskError
 from dptrain.models.settings import DistillationConfig
 from dptrain.tasks import resolve_task
+from dptrain.tasks.gpt import gpt
 from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, NoiseConfig, TrainConfig, Trainer
 from dptrain.train.preparation import prepared
 from dptrain.train.preparation.distillation import DistilledLoss, divergence
 from dptrain.train.preparation.teacher import digest_of
 from tests.runs import Killed, assert_same, attempt, result_of
+from tests.tasks.made_data import make_nanogpt_folder
 
 
 def settings(folder, **more):
@@ -121,6 +123,13 @@ def test_what_cannot_be_taught_is_refused(tmp_path, teacher):
     twice = replace(task, loss=lambda model, batch: task.loss(model, batch) + task.loss(model, batch))
     with pytest.raises(TaskError, match="calls the model 2 times"):
         prepared(twice, taught(tmp_path, teacher))
+
+
+def test_a_teacher_of_local_blocks_is_refused(tmp_path):
+    """It would teach the last block alone, and at a weight of 1 the others would have no loss."""
+    task = gpt(data=str(make_nanogpt_folder(tmp_path / "data")), vocab_size=96, context=32, local_blocks=2)
+    with pytest.raises(ConfigError, match="would teach the last local block alone"):
+        prepared(task, taught(tmp_path / "run", tmp_path / "nowhere"))
 
 
 def test_a_model_of_transformers_teaches(tmp_path):
