@@ -129,7 +129,7 @@ class ReplicaCheck:
 
 
 def _suspects(sums: Sequence[int]) -> set[int]:
-    """Return the ranks whose sum is not that of most, or all where there is no most; only ranks that have the tensor."""
+    """Return the ranks whose sum is not that of most, or all where there is no most, of those that have the tensor."""
     (most, count), (_, next_count), *_ = Counter(found for found in sums if found != _ABSENT).most_common()
     return {rank for rank, found in enumerate(sums) if found != _ABSENT and (found != most or count == next_count)}
 

@@ -398,7 +398,7 @@ class Trainer:
         folder = RunFolder(self._run_dir, resume=self._resume, launch=self._launch)
         if saved is None and self._allow_fresh:
             set_aside(checkpoints_in(self._run_dir))
-        facts = facts_of(self._task, num_samples=self._num_samples, world_size=self._world_size, device=self._device)
+        facts = facts_of(self._task, num_samples=self._num_samples, exchange=self._exchange, device=self._device)
         return WritingLog(folder, config=self._config, up_to_step=0 if saved is None else saved.step, facts=facts)
 
     def _loader(self) -> MicroBatchLoader:
