@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.learners.expert_gradients import experts_gradient_error
+from benchmarks.learners.expert_gradients import expert_parallel_error, experts_gradient_error
 from benchmarks.learners.kept_runs import train_once
 from benchmarks.learners.page import draw, page, with_earlier
 from benchmarks.learners.pictures import check_installed, import_torchvision_first
@@ -57,6 +57,8 @@ def measure(
     # First, for it needs no training.
     sizes = (1, 2) if quick else (1, 2, 4)
     errors = [experts_gradient_error(world_size) for world_size in sizes] if "experts" in parts else []
+    layouts = [(2, 2)] if quick else [(2, 2), (4, 2), (4, 4)]
+    shared = [expert_parallel_error(number, size=size) for number, size in layouts] if "experts" in parts else []
     with (
         tempfile.TemporaryDirectory() as name,
         ProcessPoolExecutor(
@@ -81,7 +83,10 @@ def measure(
                 print(rows[-1], file=sys.stderr)
             _compare(rows, arms)
     return harness.Findings(
-        figures={**_figures(rows), **({"experts_gradient_error": max(errors)} if errors else {})},
+        figures={
+            **_figures(rows),
+            **({"experts_gradient_error": max(errors), "expert_parallel_error": max(shared)} if errors else {}),
+        },
         rows=rows,
         columns={
             "way": "{way}",

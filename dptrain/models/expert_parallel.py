@@ -12,7 +12,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.nn import functional
 
 from dptrain.errors import ConfigError
@@ -76,6 +75,8 @@ class ExpertShare:
             counts: rows of each expert of the layer.
             weights: of this rank's experts.
         """
+        from torch.distributed._functional_collectives import all_to_all_single_autograd  # no other run waits for it
+
         sent = counts.view(self.num_ranks, -1)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self.group)

@@ -48,8 +48,9 @@ class Groups:
         Args:
             num_parts: of each trained parameter, each on as many ranks; 1 where a rank has it whole.
         """
-        # Without groups the norm of the whole is known, and nothing is added up here.
-        return replace(self, shares=tuple(map(float, num_parts))) if self.names and max(num_parts) > 1 else self
+        if not self.names or max(num_parts, default=1) == 1:  # without groups the norm of the whole is known
+            return self
+        return replace(self, shares=tuple(map(float, num_parts)))
 
     def squares(self, norms: Mapping[int, Tensor], *, zero: Tensor) -> Tensor:
         """Add up the squares of single parameters' norms by group.

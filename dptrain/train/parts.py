@@ -127,7 +127,7 @@ def _hook(
                 f"{config.execution.wrapper}: use noise.observer=parameters"
             )
         return FsdpHook(bare_model, groups=groups)
-    if max(num_parts) > 1:
+    if max(num_parts, default=1) > 1:
         shares = expert_shares(bare_model)
         return ExpertParallelHook(bare_model.parameters(), num_parts=num_parts, shares=shares, groups=groups)
     if config.noise.observer == "parameters":

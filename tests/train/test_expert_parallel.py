@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+import dptrain
 from dptrain.checkpoint.store import load_newest
-from dptrain.errors import ConfigError, DesyncError
+from dptrain.errors import ConfigError, DesyncError, ObservationError
 from dptrain.tasks.gpt import gpt
 from dptrain.tracking.jsonl import read_rows
 from dptrain.train import (
@@ -70,13 +71,16 @@ def on_2_by_2(rank, world_size, data, folder):
     weights = trainer._bare_model.blocks[1].experts.weight_out
     with pytest.raises(DesyncError) as caught:
         let_drift(trainer, weights, by=float(rank == 3))
+    with pytest.raises(ObservationError, match="its experts are shared out over replicas"):
+        dptrain.attach(trainer._model)
     return str(caught.value), tuple(weights.shape)
 
 
 def test_2_by_2_replicas_train_as_one_process_does(tmp_path):
     """Losses, norms before clipping, noise scale of each expert, FLOPs, weights and optimizer: equal to rounding.
 
-    The checkpoint has whole experts. A replica whose experts differ from the same ones elsewhere is found.
+    The checkpoint has whole experts. A replica whose experts differ from the same ones elsewhere is found. A meter of a
+    loop of one's own is refused there.
     """
     data = make_nanogpt_folder(tmp_path / "data", num_tokens=1200)
     found = run_replicas(on_2_by_2, world_size=4, args=(data, tmp_path))
