@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
+from benchmarks.learners.branches import branch_once, critical_text
 from benchmarks.learners.expert_gradients import expert_parallel_error, experts_gradient_error
 from benchmarks.learners.kept_runs import train_once
-from benchmarks.learners.page import draw, page, with_earlier
+from benchmarks.learners.page import UNKNOWN, draw, page, with_earlier
 from benchmarks.learners.pictures import check_installed, import_torchvision_first
 from benchmarks.learners.runs import REPLICAS, Arm
 from benchmarks.learners.ways import WAYS
@@ -33,7 +34,10 @@ PARTS = (
     "experts",
     "mixture",
     "small-batches",
+    "branches",
 )
+_BRANCHED = {"sparsity": "90 % sparse, digits", "fine-tuning": "fine-tuning"}
+"""Ways with arms of seconds, and the part of their arms whose critical batch size is measured by branches."""
 _UNRESOLVED = "not resolved"
 
 
@@ -82,6 +86,7 @@ def measure(
                 rows.append(_row(arm, found[at :: len(arms)]))
                 print(rows[-1], file=sys.stderr)
             _compare(rows, arms)
+        rows += _branches(Path(name), pool, seeds=seeds, quick=quick, kept=kept) if "branches" in parts else []
     return harness.Findings(
         figures={
             **_figures(rows),
@@ -98,11 +103,42 @@ def measure(
             "gradients": "{gradients_text}",
             "noise scale early": "{noise_early}",
             "late": "{noise_late}",
+            "critical batch by `branch`": "{critical_text}",
             **{f"{number} replicas": f"{{speed_up_{number}}}" for number in REPLICAS},
             "against its control": "{verdict}",
         },
         note=f"Means over {len(seeds)} seeds ± their standard deviation; noise scales are medians. One replica each.",
     )
+
+
+def _branches(
+    folder: Path, pool: ProcessPoolExecutor, *, seeds: Sequence[int], quick: bool, kept: Path | None
+) -> list[dict[str, Any]]:
+    """Return the critical batch sizes of small arms, as parts of rows that the arms have from training."""
+    rows = []
+    for number, (name, way) in enumerate(_BRANCHED.items()):
+        shared = folder / f"branches-{number}"
+        shared.mkdir()
+        arms = [arm for arm in WAYS[name](shared, quick=quick) if arm.way == way]
+        jobs = {(arm.name, seed): (arm, seed) for seed in seeds for arm in arms}
+        futures = {
+            key: pool.submit(branch_once, arm, seed=seed, folder=shared / f"run-{at}", shared=shared, kept=kept)
+            for at, (key, (arm, seed)) in enumerate(jobs.items())
+        }
+        for arm in arms:
+            found = [futures[arm.name, seed].result() for seed in seeds]
+            stamps = {f"branches {result['measured']} ({result['source']})" for result in found}
+            rows.append(
+                {
+                    "way": arm.way,
+                    "arm": arm.name,
+                    "critical_text": critical_text(found),
+                    "branches": [result["losses"] for result in found],
+                    "measured": "; ".join(sorted(stamps)),
+                }
+            )
+            print(rows[-1], file=sys.stderr)
+    return rows
 
 
 def _row(arm: Arm, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -125,6 +161,7 @@ def _row(arm: Arm, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **{f"speed_up_{number}": _speed_up(results, number) for number in REPLICAS},
         "measured": "; ".join(sorted({f"{result['measured']} ({result['source']})" for result in results})),
         "losses": " ".join(f"{loss:.5f}" for loss in losses),
+        "critical_text": UNKNOWN,
         "verdict": "–",
     }
 
@@ -201,6 +238,8 @@ def main() -> None:
     began_s = time.monotonic()
     findings = measure(options.quick, parts=parts, num_processes=options.processes, kept=options.keep)
     findings = with_earlier(findings, earlier)
+    if "branches" in parts and (lone := [row["arm"] for row in findings.rows if "loss" not in row]):
+        parser.error(f"branches of {lone[0]} have no row to stand in: add its part, or --earlier with its result")
     assert all(math.isfinite(value) for value in findings.figures.values()), findings.figures
     name = "learners" if tuple(parts) == PARTS else f"learners --parts {','.join(parts)}"
     name += f" --earlier {options.earlier}" if earlier else ""
