@@ -106,5 +106,7 @@ def _task(folder: str) -> Task:
 
 
 def _gradient(run: Path) -> torch.Tensor:
-    tensors = load_newest(run / "checkpoints").tensors("optimizer")
+    saved = load_newest(run / "checkpoints")
+    assert saved is not None, run
+    tensors = saved.tensors("optimizer")
     return torch.cat([tensors[name].flatten() for name in sorted(tensors) if name.startswith("momentum_buffer/")])

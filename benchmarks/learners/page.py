@@ -52,7 +52,7 @@ def with_earlier(findings: harness.Findings, files: Iterable[Path]) -> harness.F
             }
     for row in findings.rows:
         before = rows.get((row["way"], row["arm"]), {}) if "branches" in row else {}
-        measured = "; ".join(text for text in (before.get("measured"), row["measured"]) if text)
+        measured = "; ".join(str(found["measured"]) for found in (before, row) if "measured" in found)
         rows[row["way"], row["arm"]] = {**before, **row, "measured": measured}
     return replace(findings, rows=list(rows.values()), figures={**figures, **findings.figures})
 

@@ -19,7 +19,7 @@ from dptrain.errors import ConfigError
 Weights = tuple[Tensor, Tensor]
 """Of the experts' two layers, stacked along the first dimension."""
 
-Watch = Callable[[nn.Parameter, int, Tensor], None]
+Watch = Callable[[Tensor, int, Tensor], None]
 """(weights of this rank's experts, number of a rank, their gradient from that rank's samples alone)."""
 
 

@@ -27,7 +27,7 @@ class Share(Protocol):
 
     group: dist.ProcessGroup
     num_ranks: int
-    watch: Callable[[nn.Parameter, int, Tensor], None] | None
+    watch: Callable[[Tensor, int, Tensor], None] | None
 
 
 class ExpertParallelHook(ParameterHook):
@@ -100,7 +100,7 @@ class ExpertParallelHook(ParameterHook):
             norms.forget()
         self._own_passes, self._num_passes = [], 0
 
-    def _see(self, weight: nn.Parameter, rank: int, grad: Tensor) -> None:
+    def _see(self, weight: Tensor, rank: int, grad: Tensor) -> None:
         self._of_ranks[rank].see(self._parts[id(weight)], grad)
 
     def _is_own(self, parameter: nn.Parameter) -> bool:
