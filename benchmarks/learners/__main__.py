@@ -36,8 +36,8 @@ PARTS = (
     "small-batches",
     "branches",
 )
-_BRANCHED = {"sparsity": "90 % sparse, digits", "fine-tuning": "fine-tuning"}
-"""Ways with arms of seconds, and the part of their arms whose critical batch size is measured by branches."""
+_BRANCHED = ("sparsity", "fine-tuning")
+"""Ways whose arms take seconds, so that their critical batch sizes can be measured by branches."""
 _UNRESOLVED = "not resolved"
 
 
@@ -116,10 +116,10 @@ def _branches(
 ) -> list[dict[str, Any]]:
     """Return the critical batch sizes of small arms, as parts of rows that the arms have from training."""
     rows = []
-    for number, (name, way) in enumerate(_BRANCHED.items()):
+    for number, name in enumerate(_BRANCHED):
         shared = folder / f"branches-{number}"
         shared.mkdir()
-        arms = [arm for arm in WAYS[name](shared, quick=quick) if arm.way == way]
+        arms = list(WAYS[name](shared, quick=quick))
         jobs = {(arm.name, seed): (arm, seed) for seed in seeds for arm in arms}
         futures = {
             key: pool.submit(branch_once, arm, seed=seed, folder=shared / f"run-{at}", shared=shared, kept=kept)
