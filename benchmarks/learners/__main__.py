@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def measure(
 
 
 def _branches(
-    folder: Path, pool: ProcessPoolExecutor, *, seeds: Sequence[int], quick: bool, kept: Path | None
+    folder: Path, pool: Executor, *, seeds: Sequence[int], quick: bool, kept: Path | None
 ) -> list[dict[str, Any]]:
     """Return the critical batch sizes of small arms, as parts of rows that the arms have from training."""
     rows = []
@@ -120,13 +120,14 @@ def _branches(
         shared = folder / f"branches-{number}"
         shared.mkdir()
         arms = list(WAYS[name](shared, quick=quick))
-        jobs = {(arm.name, seed): (arm, seed) for seed in seeds for arm in arms}
-        futures = {
-            key: pool.submit(branch_once, arm, seed=seed, folder=shared / f"run-{at}", shared=shared, kept=kept)
-            for at, (key, (arm, seed)) in enumerate(jobs.items())
-        }
-        for arm in arms:
-            found = [futures[arm.name, seed].result() for seed in seeds]
+        # Seed by seed, as runs are. By number: arms of two tasks have one name.
+        futures = [
+            pool.submit(branch_once, arm, seed=seed, folder=shared / f"run-{at}-{seed}", shared=shared, kept=kept)
+            for seed in seeds
+            for at, arm in enumerate(arms)
+        ]
+        for at, arm in enumerate(arms):
+            found = [future.result() for future in futures[at :: len(arms)]]
             stamps = {f"branches {result['measured']} ({result['source']})" for result in found}
             rows.append(
                 {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,22 @@ def test_branches_of_an_arm_stand_in_its_row(tmp_path):
     findings = harness.Findings(figures={}, rows=[new], columns={}, note="A note.")
     (merged,) = page.with_earlier(findings, [tmp_path / "earlier"]).rows
     assert (merged["loss"], merged["critical_text"], merged["measured"]) == (1.0, "64", "then; now")
+
+
+def test_arms_of_one_name_in_two_ways_have_branches_of_their_own(tmp_path, monkeypatch):
+    """Each row has the results of its own arm, in the order of the seeds."""
+    arms = [learners.Arm(way=way, name="dense") for way in ("digits", "mnist1d")]
+    monkeypatch.setattr(learners, "WAYS", {"sparsity": lambda *_, **__: arms, "fine-tuning": lambda *_, **__: []})
+
+    def once(arm, *, seed, **_):
+        base = {"digits": 100, "mnist1d": 200}[arm.way]
+        stamp = {"losses": {}, "measured": "now", "source": "0"}
+        return {"largest": base + seed, "below": 1000, "only_below": False, **stamp}
+
+    monkeypatch.setattr(learners, "branch_once", once)
+    with ThreadPoolExecutor(1) as pool:
+        rows = learners._branches(tmp_path, pool, seeds=(0, 1, 2), quick=True, kept=None)
+    assert {row["way"]: row["critical_text"] for row in rows} == {"digits": "100, 101, 102", "mnist1d": "200, 201, 202"}
 
 
 def test_branches_go_from_the_middle_of_a_run(tmp_path):
