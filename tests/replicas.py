@@ -10,7 +10,18 @@ import traceback
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "dptrain", "dptrain.train"])
+# What DDP and an interval import takes a replica 3 s of CPU time, and most tests start several.
+_context.set_forkserver_preload(
+    [
+        "torch",
+        "torch.distributed",
+        "torch._dynamo",
+        "torch.distributed.tensor",
+        "scipy.special",
+        "dptrain",
+        "dptrain.train",
+    ]
+)
 
 
 def run_replicas(function, *, world_size, args=(), timeout_s=280.0):

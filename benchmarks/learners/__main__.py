@@ -11,14 +11,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.learners.expert_gradients import experts_gradient_error
+from benchmarks.learners.branches import branch_once, critical_text
+from benchmarks.learners.expert_gradients import expert_parallel_error, experts_gradient_error
 from benchmarks.learners.kept_runs import train_once
-from benchmarks.learners.page import draw, page, with_earlier
+from benchmarks.learners.page import UNKNOWN, draw, page, with_earlier
 from benchmarks.learners.pictures import check_installed, import_torchvision_first
 from benchmarks.learners.runs import REPLICAS, Arm
 from benchmarks.learners.ways import WAYS
@@ -33,7 +34,10 @@ PARTS = (
     "experts",
     "mixture",
     "small-batches",
+    "branches",
 )
+_BRANCHED = ("sparsity", "fine-tuning")
+"""Ways whose arms take seconds, so that their critical batch sizes can be measured by branches."""
 _UNRESOLVED = "not resolved"
 
 
@@ -57,6 +61,8 @@ def measure(
     # First, for it needs no training.
     sizes = (1, 2) if quick else (1, 2, 4)
     errors = [experts_gradient_error(world_size) for world_size in sizes] if "experts" in parts else []
+    layouts = [(2, 2)] if quick else [(2, 2), (4, 2), (4, 4)]
+    shared = [expert_parallel_error(number, size=size) for number, size in layouts] if "experts" in parts else []
     with (
         tempfile.TemporaryDirectory() as name,
         ProcessPoolExecutor(
@@ -80,8 +86,12 @@ def measure(
                 rows.append(_row(arm, found[at :: len(arms)]))
                 print(rows[-1], file=sys.stderr)
             _compare(rows, arms)
+        rows += _branches(Path(name), pool, seeds=seeds, quick=quick, kept=kept) if "branches" in parts else []
     return harness.Findings(
-        figures={**_figures(rows), **({"experts_gradient_error": max(errors)} if errors else {})},
+        figures={
+            **_figures(rows),
+            **({"experts_gradient_error": max(errors), "expert_parallel_error": max(shared)} if errors else {}),
+        },
         rows=rows,
         columns={
             "way": "{way}",
@@ -93,11 +103,43 @@ def measure(
             "gradients": "{gradients_text}",
             "noise scale early": "{noise_early}",
             "late": "{noise_late}",
+            "critical batch by `branch`": "{critical_text}",
             **{f"{number} replicas": f"{{speed_up_{number}}}" for number in REPLICAS},
             "against its control": "{verdict}",
         },
         note=f"Means over {len(seeds)} seeds ± their standard deviation; noise scales are medians. One replica each.",
     )
+
+
+def _branches(
+    folder: Path, pool: Executor, *, seeds: Sequence[int], quick: bool, kept: Path | None
+) -> list[dict[str, Any]]:
+    """Return the critical batch sizes of small arms, as parts of rows that the arms have from training."""
+    rows = []
+    for number, name in enumerate(_BRANCHED):
+        shared = folder / f"branches-{number}"
+        shared.mkdir()
+        arms = list(WAYS[name](shared, quick=quick))
+        # Seed by seed, as runs are. By number: arms of two tasks have one name.
+        futures = [
+            pool.submit(branch_once, arm, seed=seed, folder=shared / f"run-{at}-{seed}", shared=shared, kept=kept)
+            for seed in seeds
+            for at, arm in enumerate(arms)
+        ]
+        for at, arm in enumerate(arms):
+            found = [future.result() for future in futures[at :: len(arms)]]
+            stamps = {f"branches {result['measured']} ({result['source']})" for result in found}
+            rows.append(
+                {
+                    "way": arm.way,
+                    "arm": arm.name,
+                    "critical_text": critical_text(found),
+                    "branches": [result["losses"] for result in found],
+                    "measured": "; ".join(sorted(stamps)),
+                }
+            )
+            print(rows[-1], file=sys.stderr)
+    return rows
 
 
 def _row(arm: Arm, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -120,6 +162,7 @@ def _row(arm: Arm, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **{f"speed_up_{number}": _speed_up(results, number) for number in REPLICAS},
         "measured": "; ".join(sorted({f"{result['measured']} ({result['source']})" for result in results})),
         "losses": " ".join(f"{loss:.5f}" for loss in losses),
+        "critical_text": UNKNOWN,
         "verdict": "–",
     }
 
@@ -196,6 +239,8 @@ def main() -> None:
     began_s = time.monotonic()
     findings = measure(options.quick, parts=parts, num_processes=options.processes, kept=options.keep)
     findings = with_earlier(findings, earlier)
+    if "branches" in parts and (lone := [row["arm"] for row in findings.rows if "loss" not in row]):
+        parser.error(f"branches of {lone[0]} have no row to stand in: add its part, or --earlier with its result")
     assert all(math.isfinite(value) for value in findings.figures.values()), findings.figures
     name = "learners" if tuple(parts) == PARTS else f"learners --parts {','.join(parts)}"
     name += f" --earlier {options.earlier}" if earlier else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,24 @@ def train_once(arm: Arm, *, seed: int, folder: Path, shared: Path, kept: Path | 
         "seed": seed,
         "settings": plain(arm.settings, shared=shared),
     }
+    return kept_or_made(known, lambda: train(arm, seed=seed, folder=folder), kept=kept)
+
+
+def kept_or_made(known: Mapping[str, Any], make: Callable[[], dict[str, Any]], *, kept: Path | None) -> dict[str, Any]:
+    """Return figures that are kept under what is known of them, or made and kept; with when and by which version.
+
+    Args:
+        known: what tells them from others, as JSON.
+        make: trains, and returns them.
+        kept: folder of figures; None keeps none.
+    """
     name = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
     path = None if kept is None else kept / f"{name}.json"
     if path is not None and path.is_file():
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         assert found["run"] == known, f"{path} is of another run"
         return {**found["figures"], "measured": found["measured"], "source": found["source"]}
-    figures = train(arm, seed=seed, folder=folder)
+    figures = make()
     stamp = {"measured": f"{dt.datetime.now(tz=dt.UTC):%Y-%m-%d}", "source": source_digest()}
     if path is not None:
         entry = {"run": known, **stamp, "environment": harness.environment(device="cpu"), "figures": figures}

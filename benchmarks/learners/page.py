@@ -16,7 +16,7 @@ from benchmarks.result_tables import figures_table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_UNKNOWN = "not measured"
+UNKNOWN = "not measured"
 _HOW_TO_READ = (
     "A margin is the control's loss less the arm's, in units of the larger of their two standard deviations over "
     "seeds. With three seeds such a deviation is itself off by half: a margin below 2 is weak evidence. FLOPs are "
@@ -24,7 +24,9 @@ _HOW_TO_READ = (
     "Gradients are those of the trained parameters, in float32: what a replica sends in a step. For 8 and 64 replicas "
     "there is the time to the run's lowest loss on one replica over that on so many, as `dptrain plan` predicts it "
     'from the run; "not planned" where it refuses, because the noise scale is not resolved or the data set is too '
-    "small. The all-reduce is assumed to take no time, for one replica has none. Other work ran on the machine, so "
+    "small. The critical batch is the largest with a held-out loss at most 0.01 nats above that of the run's own "
+    "batch, a quarter of the run's samples after its middle, seed by seed; it is known to a factor of two at best. The "
+    "all-reduce is assumed to take no time, for one replica has none. Other work ran on the machine, so "
     "seconds say little."
 )
 
@@ -32,7 +34,8 @@ _HOW_TO_READ = (
 def with_earlier(findings: harness.Findings, files: Iterable[Path]) -> harness.Findings:
     """Return findings with the rows and figures of earlier results of the same command before their own.
 
-    Of an arm that is in several, and of a figure, the last one counts: this run's, then that of the last file.
+    Of an arm that is in several, and of a figure, the last one counts: this run's, then that of the last file. A row of
+    branches stands in the row of its arm.
     """
     rows: dict[tuple[Any, Any], dict[str, Any]] = {}
     figures: dict[str, float] = {}
@@ -43,12 +46,14 @@ def with_earlier(findings: harness.Findings, files: Iterable[Path]) -> harness.F
         figures |= found["figures"]
         for row in found["rows"]:
             rows[row["way"], row["arm"]] = {
-                **dict.fromkeys(("gradients_text", "speed_up_8", "speed_up_64"), _UNKNOWN),
+                **dict.fromkeys(("gradients_text", "speed_up_8", "speed_up_64", "critical_text"), UNKNOWN),
                 "measured": stamp,
                 **row,
             }
     for row in findings.rows:
-        rows[row["way"], row["arm"]] = dict(row)
+        before = rows.get((row["way"], row["arm"]), {}) if "branches" in row else {}
+        measured = "; ".join(str(found["measured"]) for found in (before, row) if "measured" in found)
+        rows[row["way"], row["arm"]] = {**before, **row, "measured": measured}
     return replace(findings, rows=list(rows.values()), figures={**figures, **findings.figures})
 
 

@@ -97,7 +97,17 @@ def run(settings: Mapping[str, Any], *, seed: int, folder: Path) -> dict[str, An
     """Train in this process; a folder that is there already is another seed's, and goes."""
     if folder.exists():
         shutil.rmtree(folder)
-    config = TrainConfig(
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = Trainer(config_of(settings, seed=seed, folder=folder))
+        trainer.run()
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    model = trainer._bare_model  # noqa: SLF001 - nothing else tells what is trained
+    return {**found, "num_trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+
+
+def config_of(settings: Mapping[str, Any], *, seed: int, folder: Path) -> TrainConfig:
+    """Return the settings of a run that measures each second step, at a constant batch."""
+    return TrainConfig(
         **{
             "run_dir": str(folder),
             "seed": seed,
@@ -110,9 +120,3 @@ def run(settings: Mapping[str, Any], *, seed: int, folder: Path) -> dict[str, An
             **settings,
         }
     )
-    with contextlib.redirect_stdout(io.StringIO()):
-        trainer = Trainer(config)
-        trainer.run()
-    found: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    model = trainer._bare_model  # noqa: SLF001 - nothing else tells what is trained
-    return {**found, "num_trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}

@@ -10,6 +10,7 @@ Unpacking is no collective: each rank takes its shard of the whole.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -28,8 +29,16 @@ if TYPE_CHECKING:
 
 _MAX_DIFFERENCES = 20
 
+Placed = Callable[[str, Tensor], Tensor]
+"""(name of a parameter, itself or state of it) → the same memory as a distributed tensor, where this rank has a part of
+it in a plain tensor; else the tensor as it is."""
 
-def pack_model(model: nn.Module, *, gather: bool = True) -> dict[str, Tensor]:
+
+def _whole(name: str, tensor: Tensor) -> Tensor:  # noqa: ARG001 - the form of `Placed`
+    return tensor
+
+
+def pack_model(model: nn.Module, *, gather: bool = True, placed: Placed = _whole) -> dict[str, Tensor]:
     """Return the model's state dict, buffers included, in tensors that share no memory with one another.
 
     Tied weights (names of one and the same tensor) stand under their first name only. Views that overlap otherwise
@@ -38,22 +47,28 @@ def pack_model(model: nn.Module, *, gather: bool = True) -> dict[str, Tensor]:
     Args:
         model: not wrapped.
         gather: whether sharded entries are put together on rank 0, a collective; else they stay as they are.
+        placed: says which plain tensors are parts.
 
     Raises:
         CheckpointError: where an entry is not a dense tensor.
     """
-    live, first_names = _entries(model)
+    live, first_names = _entries(model, placed)
     return _packed({name: live[name] for name in dict.fromkeys(first_names.values())}, gather=gather)
 
 
-def unpack_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def unpack_model(model: nn.Module, tensors: Mapping[str, Tensor], *, placed: Placed = _whole) -> None:
     """Load what `pack_model` gave, bit for bit, into a model of the same structure; tied weights stay tied.
+
+    Args:
+        model: not wrapped.
+        tensors: whole.
+        placed: as for `pack_model`.
 
     Raises:
         CheckpointError: where names, shapes or dtypes differ; the text lists the differences, and the model is as it
             was.
     """
-    live, first_names = _entries(model)
+    live, first_names = _entries(model, placed)
     wanted = {name: _form(live[name].shape, live[name].dtype) for name in first_names.values()}
     saved = {name: _form(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     _refuse("model", list(_differences(live=wanted, saved=saved)))
@@ -62,8 +77,9 @@ def unpack_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             _copy_shard(live[name], whole=tensors[name])
     # Under every name, not the first alone: a module may react to its own keys, and copying a tied weight twice
     # changes nothing, nor does copying a shard onto itself.
+    own = model.state_dict()
     model.load_state_dict(
-        {name: live[name] if is_sharded(live[name]) else tensors[first] for name, first in first_names.items()}
+        {name: own[name] if is_sharded(live[name]) else tensors[first] for name, first in first_names.items()}
     )
 
 
@@ -77,7 +93,7 @@ def infinite_buffers(model: nn.Module) -> frozenset[str]:
 
 
 def pack_optimizer(
-    optimizer: Optimizer, *, names: Mapping[nn.Parameter, str], gather: bool = True
+    optimizer: Optimizer, *, names: Mapping[nn.Parameter, str], gather: bool = True, placed: Placed = _whole
 ) -> tuple[dict[str, Tensor], JSON]:
     """Return an optimizer's state as (tensors, JSON), keyed by parameter name instead of by position.
 
@@ -89,6 +105,7 @@ def pack_optimizer(
         optimizer: the optimizer itself, not a wrapper around it.
         names: the name of each parameter, as `{parameter: name for name, parameter in model.named_parameters()}`.
         gather: as for `pack_model`.
+        placed: the same.
 
     Returns:
         Tensors under `<entry>/<parameter>` (`exp_avg/layer.weight`), a group's tensor options under
@@ -115,15 +132,23 @@ def pack_optimizer(
         described.append({"parameters": list(members), "options": values, "tensors": list(found)})
         for name, parameter in members.items():
             found, values = _split(optimizer.state.get(parameter, {}))
-            tensors |= {f"{key}/{name}": _dense(f"{key}/{name}", tensor, of=parameter) for key, tensor in found.items()}
-            form = _form(parameter.shape, parameter.dtype)
+            of = placed(name, parameter)
+            tensors |= {
+                f"{key}/{name}": _dense(f"{key}/{name}", placed(name, tensor), of=of) for key, tensor in found.items()
+            }
+            form = _form(of.shape, of.dtype)
             parameters[name] = {"form": form, "values": values, "tensors": list(found)}
     state: JSON = {"class": type(optimizer).__qualname__, "groups": described, "parameters": parameters}
     return _packed(tensors, gather=gather), state
 
 
 def unpack_optimizer(
-    optimizer: Optimizer, *, names: Mapping[nn.Parameter, str], tensors: Mapping[str, Tensor], state: JSON
+    optimizer: Optimizer,
+    *,
+    names: Mapping[nn.Parameter, str],
+    tensors: Mapping[str, Tensor],
+    state: JSON,
+    placed: Placed = _whole,
 ) -> None:
     """Load what `pack_optimizer` gave into an optimizer of the same class over the same parameters.
 
@@ -138,7 +163,8 @@ def unpack_optimizer(
     groups = _named_groups(optimizer, names=names)
     saved = cast("dict[str, Any]", state)
     try:
-        differences = list(_optimizer_differences(optimizer, groups=groups, saved=saved, tensors=tensors))
+        wanted = [{name: placed(name, parameter) for name, parameter in group.items()} for group in groups]
+        differences = list(_optimizer_differences(optimizer, groups=wanted, saved=saved, tensors=tensors))
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"this is not the state of an optimizer as dptrain packs it: {error!r}") from error
     _refuse("optimizer", differences)
@@ -154,8 +180,10 @@ def unpack_optimizer(
             restored = dict(entry["values"])
             for key in entry["tensors"]:
                 # Torch's own rule: the step counter is on the host unless the kernel itself increments it.
-                like = parameter if key != "step" or on_device else torch.empty((), device="cpu")
-                restored[key] = _placed(tensors[f"{key}/{name}"], like=like)
+                like = placed(name, parameter) if key != "step" or on_device else torch.empty((), device="cpu")
+                found = _laid_out(tensors[f"{key}/{name}"], like=like)
+                is_part = is_sharded(found) and not is_sharded(parameter)
+                restored[key] = cast("Any", found).to_local() if is_part else found
             if restored:
                 optimizer.state[parameter] = restored
 
@@ -189,7 +217,7 @@ def _option(live: object, *, saved: Tensor) -> Tensor:
     return saved.clone()
 
 
-def _placed(saved: Tensor, *, like: Tensor) -> Tensor:
+def _laid_out(saved: Tensor, *, like: Tensor) -> Tensor:
     """Copy state to where `like` is, in its own dtype; with strides and shards of `like` where it has its shape."""
     if saved.shape != like.shape:
         return saved.to(device=like.device, copy=True)
@@ -207,9 +235,10 @@ def _dense(name: str, value: object, *, of: Tensor | None = None) -> Tensor:
         raise CheckpointError(
             f"{name!r} is a {type(value).__name__}, and a checkpoint holds dense tensors only: convert it first"
         )
-    if of is not None and is_sharded(value) and value.shape != of.shape:
+    # A single number, such as the count of steps, is the same on all ranks.
+    if of is not None and is_sharded(of) and value.numel() > 1 and value.shape != of.shape:
         raise CheckpointError(
-            f"{name!r} is sharded and of shape {tuple(value.shape)}, its parameter of shape {tuple(of.shape)}, so that "
+            f"{name!r} is of shape {tuple(value.shape)}, its sharded parameter of shape {tuple(of.shape)}, so that "
             f"nothing would say how to shard it again: use an optimizer whose state has the parameter's shape"
         )
     return value.detach()
@@ -258,10 +287,10 @@ def _copy_shard(sharded: Tensor, *, whole: Tensor) -> None:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def _entries(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _entries(model: nn.Module, placed: Placed) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state dict, and for each of its names the first name of the same tensor: itself, unless weights are tied."""
     # The state dict first: it makes FSDP put the shards back into the modules, where they are looked for next.
-    live = {name: _dense(name, value) for name, value in model.state_dict().items()}
+    live = {name: placed(name, _dense(name, value)) for name, value in model.state_dict().items()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     firsts: dict[object, str] = {}
     return live, {
@@ -296,7 +325,7 @@ def _form(shape: torch.Size, dtype: torch.dtype) -> str:
 def _optimizer_differences(
     optimizer: Optimizer,
     *,
-    groups: list[dict[str, nn.Parameter]],
+    groups: list[dict[str, Tensor]],
     saved: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
 ) -> Iterator[str]:

@@ -43,7 +43,7 @@ _UNUSED = ("ratio", "samples_per_step", "schedule")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Trunk:
+class Trunk:
     """A moment of the run from which branches go.
 
     Attributes:
@@ -71,11 +71,11 @@ def branch(arguments: Sequence[str]) -> int:
         CheckpointError: where a checkpoint cannot be trusted.
     """
     options = _parser().parse_args(arguments)
-    trunks = _trunks(options.run, steps=options.at)
+    moments = trunks(options.run, steps=options.at)
     out = options.out or options.run / "branches"
     site = Site.here(num_parallel=1, num_replicas=options.replicas, cpu=options.cpu)
     found = []
-    for trunk in trunks:
+    for trunk in moments:
         losses = {}
         for multiple in sorted(options.multipliers):
             loss = _train(trunk, multiple=multiple, options=options, out=out, site=site)
@@ -121,7 +121,12 @@ def _counts(text: str) -> list[int]:
     return [_count(part) for part in text.split(",")]
 
 
-def _trunks(run: Path, *, steps: Sequence[int] | None) -> list[_Trunk]:
+def trunks(run: Path, *, steps: Sequence[int] | None) -> list[Trunk]:
+    """Return the moments of a run from which branches can go: those asked for, or that of the newest checkpoint.
+
+    Raises:
+        ConfigError: where there is no run, or no such checkpoint.
+    """
     if not holds_run(run):
         raise ConfigError(f"{run} is not a run folder: give one that `dptrain train` made")
     folder = checkpoints_in(run)
@@ -137,12 +142,12 @@ def _trunks(run: Path, *, steps: Sequence[int] | None) -> list[_Trunk]:
     return [_trunk(there[step], row=rows.get(step, {}), config=config) for step in steps or [max(there)]]
 
 
-def _trunk(path: Path, *, row: Mapping[str, Any], config: TrainConfig) -> _Trunk:
+def _trunk(path: Path, *, row: Mapping[str, Any], config: TrainConfig) -> Trunk:
     checkpoint = load_checkpoint(path)
     progress: Any = checkpoint.state["progress"]
     position, batch = progress["position"], progress["global_batch_size"]
     rate = given(config.optimizer.learning_rate) * learning_rate_schedule(config).factor(position + batch)
-    return _Trunk(
+    return Trunk(
         path=path,
         step=checkpoint.step,
         position=position,
@@ -152,7 +157,7 @@ def _trunk(path: Path, *, row: Mapping[str, Any], config: TrainConfig) -> _Trunk
     )
 
 
-def _train(trunk: _Trunk, *, multiple: int, options: argparse.Namespace, out: Path, site: Site) -> float | None:
+def _train(trunk: Trunk, *, multiple: int, options: argparse.Namespace, out: Path, site: Site) -> float | None:
     """Train one branch, if it is not there, and return its held-out loss; None where it was asked to stop."""
     folder = out / f"step-{trunk.step}" / f"x{multiple}"
     if (loss := _loss(folder)) is not None:
@@ -163,7 +168,7 @@ def _train(trunk: _Trunk, *, multiple: int, options: argparse.Namespace, out: Pa
     )
     sys.stdout.flush()
     process = RunProcess(
-        _arguments(trunk, multiple=multiple, options=options, folder=folder),
+        branch_arguments(trunk, multiple=multiple, options=options, folder=folder),
         log=folder / "output.txt",
         environment=site.environment(0),
         # This process has read checkpoints: a copy of it would wait for torch's threads, which it does not have.
@@ -181,7 +186,7 @@ def _train(trunk: _Trunk, *, multiple: int, options: argparse.Namespace, out: Pa
     return loss
 
 
-def _arguments(trunk: _Trunk, *, multiple: int, options: argparse.Namespace, folder: Path) -> list[str]:
+def branch_arguments(trunk: Trunk, *, multiple: int, options: argparse.Namespace, folder: Path) -> list[str]:
     """Return the command line of a branch: the run's settings, but for the batch, the rate and the window."""
     if holds_run(folder):
         return ["train", f"--run_dir={folder}", "--resume", f"--replicas={options.replicas}"]
@@ -235,7 +240,7 @@ def _loss(folder: Path) -> float | None:
     return None if loss is None else float(loss)
 
 
-def _tell(found: Sequence[tuple[_Trunk, Branched]], *, out: Path) -> None:
+def _tell(found: Sequence[tuple[Trunk, Branched]], *, out: Path) -> None:
     table = Table("step", "samples", "batch", "held-out loss by multiple", "critical batch", "noise scale then")
     records = []
     for trunk, result in found:

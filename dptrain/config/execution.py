@@ -21,6 +21,9 @@ class ExecutionConfig:
     (fully_shard); hsdp: sharded over the replicas of a node, and whole on each node."""
     shard_size: int | None = setting(None, AT_LEAST_1)
     """Replicas that share one copy, for wrapper=hsdp. Default: those of a node."""
+    expert_parallel_size: int = setting(1, AT_LEAST_1)
+    """Replicas that share out the experts of a mixture (task gpt with num_experts), each with an equal part of them;
+    tokens go to their experts by all-to-all, and all else is on each replica. 1: each replica has all experts."""
     activation_checkpointing: Literal["off", "blocks"] = "off"
     """blocks: keep only the inputs of each block, and run it again in the backward pass."""
     tf32: bool = False

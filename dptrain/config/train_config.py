@@ -214,6 +214,7 @@ class TrainConfig:
             precision=self.precision,
         )
         _check_wrapper(self)
+        _check_expert_parallel(self)
         Smoothing(memory=self.noise.memory, half_life_samples=self.noise.half_life_samples)
 
 
@@ -278,6 +279,38 @@ def _check_quantization(config: TrainConfig) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise ConfigError(f"model.quantize={model.quantize} does not go with it: {reason}")
+
+
+def _check_expert_parallel(config: TrainConfig) -> None:
+    """Refuse what does not know of experts that are on other replicas, or was never tried with them."""
+    size, execution = config.execution.expert_parallel_size, config.execution
+    if size == 1:
+        return
+    reasons = {
+        f"execution.wrapper={execution.wrapper} would cut the experts up once more: use ddp": (
+            execution.wrapper != "ddp"
+        ),
+        f"execution.compile={execution.compile} would have to compile the all-to-all: leave it out": (
+            execution.compile != "off"
+        ),
+        f"exchange.kind={config.exchange.kind} needs whole gradients on each replica: use all_reduce": (
+            config.exchange.kind != "all_reduce"
+        ),
+        "noise.observer=hook sees what DDP reduces, and not the experts: use parameters": (
+            config.noise.observer == "hook" and config.control.mode != "off"
+        ),
+        "precision=bf16_parameters keeps copies of whole weights: use bf16": config.precision == "bf16_parameters",
+        "optimizer.average_decay averages whole weights: leave it out": config.optimizer.average_decay is not None,
+        f"sparsity.method={config.sparsity.method} has masks for whole weights: leave it out": (
+            config.sparsity.method != "off"
+        ),
+        f"model.quantize={config.model.quantize} is not emulated in experts: leave it out": (
+            config.model.quantize is not None
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(f"execution.expert_parallel_size={size} does not go with it: {reason}")
 
 
 def _check_hidden_states(config: TrainConfig) -> None:

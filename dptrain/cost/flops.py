@@ -10,9 +10,10 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from dptrain.models.expert_parallel import own_rows_ratio
 from dptrain.tasks.base import Batch
 
 Shape = Sequence[int]
@@ -31,9 +32,15 @@ class FlopCounter:
     multiplication and an addition are two, attention is the full square, also where it is causal, and its backward pass
     is twice the forward one, whichever kernel does it. Kernels that torch does not know of are not seen, nor is a pass
     whose cost depends on more than the shape of its batch seen anew.
+
+    Of experts that ranks share out, a rank counts the work of its own samples, whichever ranks do it.
+
+    Args:
+        model: whose passes are counted, where it may have experts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._model = nn.Module() if model is None else model
         self._known: dict[Hashable, int] = {}
         self._flops = 0
         self._num_samples = 0
@@ -54,7 +61,11 @@ class FlopCounter:
     def _counted(self, shape: Hashable, num_samples: int) -> Iterator[None]:
         with uncompiled(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             yield
-        self._known[shape] = counter.get_total_flops()
+        ratio = own_rows_ratio(self._model)
+        if ratio is None:  # the next pass of this shape is counted in its place
+            return
+        of_experts = counter.get_flop_counts()["Global"].get(_aten._grouped_mm, 0)  # noqa: SLF001 - as below
+        self._known[shape] = counter.get_total_flops() + round(of_experts * (ratio - 1))
         self._add(shape, num_samples)
 
     def _add(self, shape: Hashable, num_samples: int) -> None:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from dptrain.errors import ConfigError
-from dptrain.exchange.all_reduce import AllReduce
+from dptrain.exchange.all_reduce import AllReduce, ExpertParallel
 from dptrain.exchange.base import Exchange
 from dptrain.exchange.codistillation import Codistillation
 from dptrain.exchange.compressed import Compressed
@@ -32,13 +32,16 @@ _OF_THE_LOOP: Mapping[str, tuple[str, ...]] = MappingProxyType({"codistillation"
 """Settings of a kind that the loop reads."""
 
 
-def build_exchange(config: ExchangeConfig, *, seed: int = 0, registers: bool = True) -> Exchange:
+def build_exchange(
+    config: ExchangeConfig, *, seed: int = 0, registers: bool = True, expert_parallel_size: int = 1
+) -> Exchange:
     """Return the exchange that the settings describe, for the default process group.
 
     Args:
         config: the settings.
         seed: of what a kind draws; equal on all replicas.
         registers: whether a kind registers DDP's communication hook itself.
+        expert_parallel_size: replicas that share out the experts of a mixture, for all_reduce.
 
     Raises:
         ConfigError: where a setting is out of range, or would be ignored.
@@ -50,6 +53,9 @@ def build_exchange(config: ExchangeConfig, *, seed: int = 0, registers: bool = T
         options["seed"] = seed
     if config.kind == "compressed":
         options["registers"] = registers
+    if expert_parallel_size > 1:
+        assert config.kind == "all_reduce", "refused before"
+        return ExpertParallel(expert_parallel_size)
     return make(**options)
 
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dptrain.errors import ConfigError
+from dptrain.models.expert_parallel import ExpertShare, feed_forward
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 _MAX_TOP_K = 2
 
@@ -82,13 +86,37 @@ class MixtureOfExperts(nn.Module):
         self.router = nn.Linear(width, config.num_experts, bias=False)
         self.weight_in = nn.Parameter(torch.empty(config.num_experts, width, hidden))
         self.weight_out = nn.Parameter(torch.zeros(config.num_experts, hidden, width))
+        self.share: ExpertShare | None = None
         nn.init.normal_(self.weight_in, std=width**-0.5)
         nn.init.normal_(self.router.weight, std=0.02)
 
     @property
     def num_experts(self) -> int:
-        """Experts that are stacked along the first dimension of the weights."""
+        """Experts of the layer, on all ranks together."""
         return self.config.num_experts
+
+    @property
+    def own_experts(self) -> range:
+        """Those that are stacked along the first dimension of the weights: all, unless they are shared out."""
+        return range(self.num_experts) if self.share is None else self.share.experts
+
+    def share_out(self, group: dist.ProcessGroup) -> tuple[str, ...]:
+        """Keep the experts of this rank alone; from now on tokens go to the ranks of the group that have theirs.
+
+        All ranks must have the same weights before. The parameters are new objects.
+
+        Returns:
+            The names of the parameters of which this rank has a part, along the first dimension.
+
+        Raises:
+            ConfigError: where the experts cannot be shared equally.
+        """
+        self.share = ExpertShare(group, num_experts=self.num_experts)
+        own = slice(self.share.experts.start, self.share.experts.stop)
+        for name in ("weight_in", "weight_out"):
+            whole: nn.Parameter = getattr(self, name)
+            setattr(self, name, nn.Parameter(whole.detach()[own].clone(), requires_grad=whole.requires_grad))
+        return "weight_in", "weight_out"
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Routing]:
         """Return the layer's output, shape (samples, length, width), and how tokens were routed."""
@@ -122,12 +150,12 @@ class MixtureOfExperts(nn.Module):
         """Apply to each row its expert; rows are sorted by expert, `places` are not."""
         ids = torch.arange(self.config.num_experts, device=places.device)
         # Compared, not bincount, whose output size the host would have to know first.
-        ends = (places[:, None] == ids).sum(0).cumsum(0).to(torch.int32)
+        counts = (places[:, None] == ids).sum(0)
         # Autocast does not know the grouped product.
         device = tokens.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
-        hidden = functional.grouped_mm(tokens.to(dtype), self.weight_in.to(dtype), offs=ends)
-        return functional.grouped_mm(functional.relu(hidden).square(), self.weight_out.to(dtype), offs=ends)
+        apply = feed_forward if self.share is None else self.share
+        return apply(tokens.to(dtype), counts, (self.weight_in, self.weight_out))
 
 
 def _balance_loss(shares: Tensor, chosen: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -29,7 +29,7 @@ class Groups:
         names: one for each group; empty where only the whole model is of interest.
         labels: for each trained parameter, in the order of `model.parameters()`, the number of its group.
         shares: by which each one's square is multiplied: below 1 where several ranks of one replica hold the same
-            parameter; empty where each counts once.
+            parameter, above 1 where a rank holds a part of it; empty where each counts once.
         rows: number of a trained parameter → the group of each of its rows, in place of its label; for weights of
             experts that are stacked along the first dimension.
     """
@@ -43,6 +43,16 @@ class Groups:
     def num_entries(self) -> int:
         """Squared norms that describe one gradient: one per group, or one for the whole."""
         return max(len(self.names), 1)
+
+    def counted_once(self, num_parts: Sequence[int]) -> Groups:
+        """Return the groups for a gradient of which each rank has parts, so that the mean over ranks is of the whole.
+
+        Args:
+            num_parts: of each trained parameter, each on as many ranks; 1 where a rank has it whole.
+        """
+        if not self.names or max(num_parts, default=1) == 1:  # without groups the norm of the whole is known
+            return self
+        return replace(self, shares=tuple(map(float, num_parts)))
 
     def squares(self, norms: Mapping[int, Tensor], *, zero: Tensor) -> Tensor:
         """Add up the squares of single parameters' norms by group.
@@ -131,12 +141,10 @@ def resolve_groups(groups: GroupsLike | None, *, model: nn.Module, by_rows: bool
 
 def _stacked_apart(groups: Groups, *, model: nn.Module, parameters: list[nn.Parameter]) -> Groups:
     """Return a group for each expert of a layer in place of one for the layer, where the weights say which is which."""
+    modules = {label: model.get_submodule(name) for label, name in enumerate(groups.names) if name != REST}
     counts = {
-        label: _num_stacked(
-            model.get_submodule(name), [p for p, own in zip(parameters, groups.labels, strict=True) if own == label]
-        )
-        for label, name in enumerate(groups.names)
-        if name != REST
+        label: _num_stacked(module, [p for p, own in zip(parameters, groups.labels, strict=True) if own == label])
+        for label, module in modules.items()
     }
     names: list[str] = []
     first: dict[int, int] = {}
@@ -144,7 +152,7 @@ def _stacked_apart(groups: Groups, *, model: nn.Module, parameters: list[nn.Para
         first[label] = len(names)
         names += [f"{name}.{expert}" for expert in range(counts.get(label, 0))] or [name]
     rows = {
-        index: tuple(range(first[label], first[label] + counts[label]))
+        index: tuple(first[label] + expert for expert in _own_experts(modules[label], counts[label]))
         for index, label in enumerate(groups.labels)
         if counts.get(label, 0)
     }
@@ -158,10 +166,17 @@ def _num_stacked(module: nn.Module, parameters: list[nn.Parameter]) -> int:
     other rows on each rank.
     """
     count = getattr(module, "num_experts", None)
-    stacked = isinstance(count, int) and all(
-        p.dim() > 1 and p.shape[0] == count and not hasattr(p, "placements") for p in parameters
-    )
-    return count if isinstance(count, int) and stacked else 0
+    if not isinstance(count, int):
+        return 0
+    rows = len(_own_experts(module, count))
+    stacked = all(p.dim() > 1 and p.shape[0] == rows and not hasattr(p, "placements") for p in parameters)
+    return count if stacked else 0
+
+
+def _own_experts(module: nn.Module, count: int) -> range:
+    """Return the experts that this rank has of a layer: all, unless the module says otherwise."""
+    own = getattr(module, "own_experts", None)
+    return own if isinstance(own, range) else range(count)
 
 
 def _wanted(groups: GroupsLike, *, model: nn.Module) -> Mapping[str, str | Iterable[nn.Parameter]]:

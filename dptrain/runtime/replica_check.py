@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,8 @@ from dptrain.observe.reduction import PendingSum
 
 _BITS_AS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MAX_NAMES = 3
+_ABSENT = torch.iinfo(torch.int64).min
+"""In place of the sum of what a replica does not hold; the least number, which no reduction by the largest sees."""
 
 
 def compared_tensors(model: nn.Module, *, also: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
@@ -45,6 +49,8 @@ class ReplicaCheck:
         parameters: by name, in the same order on all replicas; see `compared_tensors`.
         every_steps: steps between two comparisons; 0: never.
         may_differ: whether replicas need not be equal just now; the same answer on all of them.
+        part_of: by name, which part of a parameter this replica holds, from 0, and of how many; parts are compared
+            with the same parts elsewhere.
     """
 
     def __init__(
@@ -53,8 +59,15 @@ class ReplicaCheck:
         *,
         every_steps: int,
         may_differ: Callable[[], bool] = lambda: False,
+        part_of: Callable[[str], tuple[int, int]] = lambda _: (0, 1),
     ) -> None:
         self._parameters = dict(parameters)
+        parts = {name: part_of(name) for name in self._parameters}
+        self._slots = [
+            f"{name} (part {i + 1} of {n})" if n > 1 else name for name, (_, n) in parts.items() for i in range(n)
+        ]
+        firsts = accumulate((number for _, number in parts.values()), initial=0)
+        self._places = [first + part for first, (part, _) in zip(firsts, parts.values(), strict=False)]
         self._every_steps = every_steps if dist.is_initialized() and dist.get_world_size() > 1 else 0
         self._may_differ = may_differ
         self._pending: tuple[int, Tensor, PendingSum] | None = None
@@ -65,8 +78,12 @@ class ReplicaCheck:
             self._begin(step)
 
     def _begin(self, step: int) -> None:
-        own = torch.stack([_sum_of_bits(p) for p in self._parameters.values()])
-        self._pending = (step, own, PendingSum(torch.cat([own, -own]), op=dist.ReduceOp.MAX))
+        sums = torch.stack([_sum_of_bits(p) for p in self._parameters.values()])
+        places = torch.tensor(self._places, device=sums.device)
+        own, negative = (
+            sums.new_full((len(self._slots),), _ABSENT).index_copy_(0, places, values) for values in (sums, -sums)
+        )
+        self._pending = (step, own, PendingSum(torch.cat([own, negative]), op=dist.ReduceOp.MAX))
 
     def check(self, step: int) -> None:
         """Compare now, and wait for it: before the state after `step` is saved, or is the end. A collective.
@@ -99,10 +116,8 @@ class ReplicaCheck:
         mine = own[list(apart)]
         sums = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(sums, mine)
-        majority = torch.stack(sums).mode(dim=0).values
-        ranks = [rank for rank, found in enumerate(sums) if not torch.equal(found, majority)]
-        names = list(self._parameters)
-        shown = ", ".join(names[index] for index in apart[:_MAX_NAMES])
+        ranks = sorted({rank for found in torch.stack(sums, dim=1).tolist() for rank in _suspects(found)})
+        shown = ", ".join(self._slots[index] for index in apart[:_MAX_NAMES])
         more = f" and {len(apart) - _MAX_NAMES} more" if len(apart) > _MAX_NAMES else ""
         # With two replicas it is unknown which one is right.
         who = "both replicas" if len(sums) == 2 else f"rank {', '.join(map(str, ranks))} of {len(sums)}"  # noqa: PLR2004 - two
@@ -111,6 +126,12 @@ class ReplicaCheck:
             "checkpoint, and look for code that changes parameters or buffers on some replicas only, such as a loss "
             "that calls a method of the model instead of the model, or a buffer updated from a replica's own samples"
         )
+
+
+def _suspects(sums: Sequence[int]) -> set[int]:
+    """Return the ranks whose sum is not that of most, or all where there is no most, of those that have the tensor."""
+    (most, count), (_, next_count), *_ = Counter(found for found in sums if found != _ABSENT).most_common()
+    return {rank for rank, found in enumerate(sums) if found != _ABSENT and (found != most or count == next_count)}
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from dptrain.errors import TaskError
 from dptrain.exchange import Exchange
 from dptrain.observe import PendingSum
 from dptrain.tasks.base import Batch, Task, split_loss
+from dptrain.train.execution.wrapping import is_sharded
 from dptrain.train.hooks.weight_average import WeightAverage
 
 
@@ -138,8 +139,7 @@ def _evaluate(
     model.eval()
     try:
         with torch.no_grad():
-            # Sharded parameters are gathered in each forward pass, by all replicas.
-            in_step = any(hasattr(p, "full_tensor") for p in model.parameters())
+            in_step = is_sharded(model)
             layout = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
             for indices, counts in _shares(len(data), in_step=in_step, **layout):  # type: ignore[arg-type]
                 batch = send_to_device(_read(data, indices, collate=task.collate), device, non_blocking=True)

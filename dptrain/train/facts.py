@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from dptrain.exchange import Exchange
 from dptrain.tasks import Task
 from dptrain.tracking.run_facts import RunFacts
 
 
-def facts_of(task: Task, *, num_samples: int, world_size: int, device: torch.device) -> RunFacts:
-    """Return the facts of a run; held-out samples are counted over all sets."""
+def facts_of(task: Task, *, num_samples: int, exchange: Exchange, device: torch.device) -> RunFacts:
+    """Return the facts of a run; held-out samples are counted over all sets, parameters over all parts of them."""
     held_out = [len(data) for data in task.eval_sets.values()]  # type: ignore[arg-type]
     return RunFacts(
         task=task.name,
-        num_parameters=sum(parameter.numel() for parameter in task.model.parameters()),
+        num_parameters=sum(p.numel() * exchange.part_of(name)[1] for name, p in task.model.named_parameters()),
         num_samples=num_samples,
         num_held_out=sum(held_out) if held_out else None,
-        world_size=world_size,
+        world_size=exchange.num_replicas,
         device=device.type,
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         torch_version=torch.__version__,

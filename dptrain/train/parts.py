@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -16,10 +17,12 @@ from dptrain.cost.flop_density import flop_density
 from dptrain.cost.ledger import Ledger
 from dptrain.errors import ConfigError, ObservationError
 from dptrain.exchange import Exchange, RunningStatistics
+from dptrain.models.expert_parallel import expert_shares
 from dptrain.models.sparsity import densities, sparse_parameters
 from dptrain.observe import DdpCommHook, Meter, ParameterHook
 from dptrain.observe.groups import Groups, resolve_groups
 from dptrain.observe.hooks.base import GradientHook
+from dptrain.observe.hooks.experts import ExpertParallelHook
 from dptrain.observe.hooks.null import NullHook
 from dptrain.runtime.rendezvous import collective_timeout_s
 from dptrain.runtime.replica import num_replicas, rank_of_replica
@@ -30,7 +33,7 @@ from dptrain.train.checkpoint_schedule import Sharding
 from dptrain.train.execution.loss_scale import LossScale
 from dptrain.train.execution.master_weights import MasterWeights
 from dptrain.train.execution.update import Update
-from dptrain.train.execution.wrapping import autocast, autocast_dtype, is_sharded, num_shards
+from dptrain.train.execution.wrapping import autocast, autocast_dtype, is_distributed, num_shards
 from dptrain.train.memory import find_micro_batch_size
 from dptrain.train.optimizer import num_states
 
@@ -67,11 +70,22 @@ def build_meter(
         ConfigError: where the hook that is asked for sees nothing of such a model, or it has no experts.
     """
     groups = _groups(config, bare_model)
+    trained = (name for name, parameter in bare_model.named_parameters() if parameter.requires_grad)
+    num_parts = [exchange.part_of(name)[1] for name in trained]
+    hook = _hook(
+        config,
+        model=model,
+        bare_model=bare_model,
+        groups=groups,
+        num_parts=num_parts,
+        device=device,
+        exchange=exchange,
+    )
     return Meter(
         bare_model.parameters(),
-        hook=_hook(config, model=model, bare_model=bare_model, groups=groups, device=device, exchange=exchange),
+        hook=hook,
         loss_scale=None if loss_scale is None else loss_scale.current,
-        groups=groups,
+        groups=groups.counted_once(num_parts),
         num_shards=num_shards(bare_model),
         smoothing=smoothing(config),
         level=config.noise.level,
@@ -103,12 +117,13 @@ def _hook(
     model: nn.Module,
     bare_model: nn.Module,
     groups: Groups,
+    num_parts: Sequence[int],
     device: torch.device,
     exchange: Exchange,
 ) -> GradientHook:
     if config.control.mode == "off" or exchange.no_noise_scale is not None:
         return NullHook(device, num_entries=groups.num_entries)
-    if is_sharded(bare_model):
+    if is_distributed(bare_model):
         from dptrain.observe.hooks.fsdp import FsdpHook
 
         if config.noise.observer == "hook":
@@ -117,6 +132,9 @@ def _hook(
                 f"{config.execution.wrapper}: use noise.observer=parameters"
             )
         return FsdpHook(bare_model, groups=groups)
+    if max(num_parts, default=1) > 1:
+        shares = expert_shares(bare_model)
+        return ExpertParallelHook(bare_model.parameters(), num_parts=num_parts, shares=shares, groups=groups)
     if config.noise.observer == "parameters":
         return ParameterHook(bare_model.parameters(), groups=groups)
     if num_replicas() == 1:  # which may be wrapped all the same
@@ -163,11 +181,12 @@ def build_replica_check(
         statistics: of the model, which replicas combine.
         exchange: says when replicas may differ.
     """
-    shards = is_sharded(model)  # which differ by design
+    shards = is_distributed(model)  # which differ by design
     return ReplicaCheck(
         compared_tensors(model, also=statistics.buffer_names()),
         every_steps=config.replica_check_every_steps,
         may_differ=lambda: shards or exchange.may_differ,
+        part_of=exchange.part_of,
     )
 
 

@@ -87,7 +87,10 @@ class RunState:
         A collective where `takes_all`.
         """
         self._hook.on_save(self._run.moment(self._model))
-        optimizer_tensors, optimizer_state = pack_optimizer(self._optimizer, names=self._names, gather=False)
+        placed = self._exchange.placed
+        optimizer_tensors, optimizer_state = pack_optimizer(
+            self._optimizer, names=self._names, gather=False, placed=placed
+        )
         state: dict[str, JSON] = {
             "config": asdict(self._config),
             "world_size": self._world_size,
@@ -99,7 +102,7 @@ class RunState:
             "loss_scale": None if self._loss_scale is None else self._loss_scale.state(),
             **self._run.state(),
         }
-        tensors = {"model": pack_model(self._model, gather=False), "optimizer": optimizer_tensors}
+        tensors = {"model": pack_model(self._model, gather=False, placed=placed), "optimizer": optimizer_tensors}
         exchange = self._exchange.state_dict()
         state["exchange"] = {name: value for name, value in exchange.items() if not isinstance(value, torch.Tensor)}
         if parts := {name: value for name, value in exchange.items() if isinstance(value, torch.Tensor)}:
@@ -233,12 +236,14 @@ class RunState:
         log.note(f"branched from {other.path}, {position:,} samples seen")
 
     def _unpack(self, checkpoint: Checkpoint, *, rank: int = 0) -> None:
-        unpack_model(self._model, checkpoint.tensors(member_name("model", rank)))
+        placed = self._exchange.placed
+        unpack_model(self._model, checkpoint.tensors(member_name("model", rank)), placed=placed)
         unpack_optimizer(
             self._optimizer,
             names=self._names,
             tensors=checkpoint.tensors(member_name("optimizer", rank)),
             state=checkpoint.state["optimizer"],
+            placed=placed,
         )
         if self._masters is not None:
             self._masters.restore(checkpoint.tensors("masters"))

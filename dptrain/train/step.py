@@ -105,7 +105,7 @@ class Stepper:
             self._statistics.begin_step()
         (loss_sum, *part_sums), num_samples, halved = self._backward(record)
         self._exchange.combine()
-        grad_norm, scaled_norm = self._update.grad_norms()
+        grad_norm, scaled_norm = self._update.grad_norms(self._exchange.grad_norm)
         sums, measured = self._meter.close_step(grad_norm=scaled_norm)
         pending = send(
             record,

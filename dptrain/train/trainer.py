@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -48,7 +47,7 @@ from dptrain.train.evaluation import HeldOut
 from dptrain.train.execution.exchanging import prepare_exchange, shared_loss
 from dptrain.train.execution.loss_scale import LossScale
 from dptrain.train.execution.master_weights import MasterWeights, needs_masters
-from dptrain.train.execution.wrapping import autocast, autocast_dtype, is_sharded, wrap
+from dptrain.train.execution.wrapping import forward_precision, is_sharded, wrap
 from dptrain.train.facts import facts_of
 from dptrain.train.hooks import build_hooks, wants_end
 from dptrain.train.optimizer import build_optimizer, skips_on_device
@@ -150,8 +149,7 @@ class Trainer:
             self._masters.take_over(self._optimizer, device=self._device)
         self._loss_scale = LossScale(self._device) if precision == "fp16" else None
         self._is_sharded = is_sharded(self._bare_model)
-        # FSDP casts parameters itself, once for all passes of a step.
-        self._autocast = partial(autocast, self._device, dtype=None if self._is_sharded else autocast_dtype(precision))
+        self._autocast = forward_precision(self._bare_model, device=self._device, precision=precision)
         self._hook, average = build_hooks(self._config, self._task, model=self._bare_model, optimizer=self._optimizer)
         self._held_out = HeldOut(
             self._task,
@@ -172,7 +170,7 @@ class Trainer:
             exchange=self._exchange,
             population=self._num_samples,
         )
-        self._flops = FlopCounter()
+        self._flops = FlopCounter(self._bare_model)
         self._energy = EnergyCounter(self._device)
         self._run = RunProgress(
             self._config,
@@ -400,7 +398,7 @@ class Trainer:
         folder = RunFolder(self._run_dir, resume=self._resume, launch=self._launch)
         if saved is None and self._allow_fresh:
             set_aside(checkpoints_in(self._run_dir))
-        facts = facts_of(self._task, num_samples=self._num_samples, world_size=self._world_size, device=self._device)
+        facts = facts_of(self._task, num_samples=self._num_samples, exchange=self._exchange, device=self._device)
         return WritingLog(folder, config=self._config, up_to_step=0 if saved is None else saved.step, facts=facts)
 
     def _loader(self) -> MicroBatchLoader:

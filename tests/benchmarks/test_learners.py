@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import harness
 from benchmarks.learners import __main__ as learners
-from benchmarks.learners import expert_gradients, normalised_cnn, page, pictures, ways
+from benchmarks.learners import branches, expert_gradients, normalised_cnn, page, pictures, ways
+from tests import runs
 
 
 def result(loss, *, noise=10.0):
@@ -92,6 +95,55 @@ def test_earlier_results_stand_beside_those_of_the_run_and_say_so(tmp_path):
     assert merged.rows[0]["speed_up_64"] == merged.rows[0]["gradients_text"] == "not measured"
     assert merged.rows[0]["measured"] == "an earlier `python -m x`, dptrain 0.0.9, torch 2.0"
     assert merged.rows[2] == own
+
+
+def test_branches_of_an_arm_stand_in_its_row(tmp_path):
+    """The loss of the earlier row, the critical batch of this run, and when each was measured."""
+    row = {"way": "w", "arm": "a", "loss": 1.0, "measured": "then"}
+    found = {"command": "x", "environment": {"dptrain": "0", "torch": "2"}, "figures": {}, "rows": [row]}
+    (tmp_path / "earlier").write_text(json.dumps(found))
+    new = {"way": "w", "arm": "a", "critical_text": "64", "branches": [], "measured": "now"}
+    findings = harness.Findings(figures={}, rows=[new], columns={}, note="A note.")
+    (merged,) = page.with_earlier(findings, [tmp_path / "earlier"]).rows
+    assert (merged["loss"], merged["critical_text"], merged["measured"]) == (1.0, "64", "then; now")
+
+
+def test_arms_of_one_name_in_two_ways_have_branches_of_their_own(tmp_path, monkeypatch):
+    """Each row has the results of its own arm, in the order of the seeds."""
+    arms = [learners.Arm(way=way, name="dense") for way in ("digits", "mnist1d")]
+    monkeypatch.setattr(learners, "WAYS", {"sparsity": lambda *_, **__: arms, "fine-tuning": lambda *_, **__: []})
+
+    def once(arm, *, seed, **_):
+        base = {"digits": 100, "mnist1d": 200}[arm.way]
+        stamp = {"losses": {}, "measured": "now", "source": "0"}
+        return {"largest": base + seed, "below": 1000, "only_below": False, **stamp}
+
+    monkeypatch.setattr(learners, "branch_once", once)
+    with ThreadPoolExecutor(1) as pool:
+        rows = learners._branches(tmp_path, pool, seeds=(0, 1, 2), quick=True, kept=None)
+    assert {row["way"]: row["critical_text"] for row in rows} == {"digits": "100, 101, 102", "mnist1d": "200, 201, 202"}
+
+
+def test_branches_go_from_the_middle_of_a_run(tmp_path):
+    """A loss for each multiple, the largest batch that is no worse or the bound on it; all are forgotten afterwards."""
+    settings = {
+        "task": f"{Path(runs.__file__)}:noisy",
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "max_samples": 80,
+    }
+    arm = learners.Arm(way="w", name="a", settings=settings)
+    found = branches.critical_batch(arm, seed=0, folder=tmp_path / "run")
+    assert set(found["losses"]) == {"1", "2", "4", "8"}
+    assert all(loss > 0 for loss in found["losses"].values())
+    assert [int(path.name.removeprefix("step-")) for path in (tmp_path / "run" / "checkpoints").iterdir()] == [10]
+    assert not list((tmp_path / "run" / "branches").iterdir())
+    worse, known, open_end = (
+        {"largest": 4, "below": 8, "only_below": True},
+        {"largest": 8, "below": 16, "only_below": False},
+        {"largest": 32, "below": None, "only_below": False},
+    )
+    assert branches.critical_text([worse, known, open_end]) == "< 8, 8, ≥ 32"
 
 
 def test_a_plan_is_said_as_far_as_there_is_one():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dptrain.cli.branch import _arguments, _parser, _trunks, branch
+from dptrain.cli.branch import _parser, branch, branch_arguments, trunks
 from dptrain.errors import ConfigError
 from dptrain.tracking.jsonl import read_rows
 from dptrain.train import CheckpointConfig, ControlConfig, Trainer
@@ -61,8 +61,8 @@ def test_what_cannot_be_branched_is_refused(run, tmp_path):
 def test_the_settings_of_the_run_are_kept_but_for_batch_rate_and_window(run):
     """The command line of a branch starts from the run's own settings file."""
     options = _parser().parse_args([str(run), "--window-samples=64", "--rule=linear"])
-    (trunk,) = _trunks(run, steps=None)
-    arguments = _arguments(trunk, multiple=4, options=SimpleNamespace(**vars(options)), folder=run / "other")
+    (trunk,) = trunks(run, steps=None)
+    arguments = branch_arguments(trunk, multiple=4, options=SimpleNamespace(**vars(options)), folder=run / "other")
     assert f"--config={run / 'config.yaml'}" in arguments
     assert f"--global_batch_size={4 * trunk.global_batch_size}" in arguments
     assert f"--optimizer.learning_rate={4 * trunk.learning_rate}" in arguments

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from dptrain.exchange import AllReduce
 from dptrain.train.facts import facts_of
 from tests.runs import noisy
 
@@ -13,7 +14,7 @@ from tests.runs import noisy
 def test_held_out_samples_are_counted_over_all_sets():
     """One set, several sets, or none; the parameters are those of the model."""
     task = noisy()
-    where = {"num_samples": 90, "world_size": 2, "device": torch.device("cpu")}
+    where = {"num_samples": 90, "exchange": AllReduce(), "device": torch.device("cpu")}
     one = facts_of(task, **where)
     assert (one.num_held_out, one.num_samples, one.num_parameters) == (90, 90, 4 * 8 + 8 + 8 + 1)
     assert facts_of(replace(task, eval_data={"a": task.eval_data, "b": task.eval_data}), **where).num_held_out == 180

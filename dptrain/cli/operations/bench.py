@@ -67,6 +67,11 @@ def bench(arguments: Sequence[str]) -> int:
             raise ConfigError(
                 "--dry-run-replicas needs DDP's one communication hook for itself: use noise.observer=parameters"
             )
+        if config.execution.expert_parallel_size > 1:
+            raise ConfigError(
+                "--dry-run-replicas cannot know how many tokens other replicas would send to the experts of this one: "
+                "leave execution.expert_parallel_size out"
+            )
         if options.replicas is not None or is_replica():
             raise ConfigError("--dry-run-replicas runs in one process: leave --replicas and the launcher out")
         _dry_run(config, num_steps=own.steps, num_replicas=own.dry_run_replicas)

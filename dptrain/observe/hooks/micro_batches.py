@@ -123,6 +123,13 @@ class MicroBatchNorms:
             total = total + squares / weight
         return total
 
+    def take(self) -> list[Tensor]:
+        """Return the squares by group of each micro-batch of the step, and forget them."""
+        self._close_last()
+        seen = self._squares
+        self.forget()
+        return seen
+
     def forget(self) -> None:
         """Drop what was seen."""
         self._squares, self._last, self._current, self._overlap = [], None, None, False

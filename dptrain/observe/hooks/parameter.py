@@ -59,6 +59,10 @@ class ParameterHook(MicroBatchHook):
 
     def _put_on(self) -> None:
         for i, p in enumerate(self._watched):
-            if i not in self._handles and p.requires_grad:  # a frozen one takes no hook
+            if i not in self._handles and p.requires_grad and self._is_own(p):  # a frozen one takes no hook
                 handle = p.register_hook(functools.partial(self._norms.see, i))  # type: ignore[no-untyped-call]
                 self._handles[i] = (p, handle)
+
+    def _is_own(self, parameter: nn.Parameter) -> bool:  # noqa: ARG002 - of a hook that sees some of them otherwise
+        """Whether a parameter's gradient is of this replica's samples."""
+        return True

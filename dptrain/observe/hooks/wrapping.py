@@ -170,6 +170,12 @@ def _refuse_engines(module: nn.Module) -> None:
             raise ObservationError(f"cannot measure {type(module).__name__}: {_REFUSED[base.__name__]}")
         if base.__module__.startswith("megatron.") and base.__name__.startswith("DistributedDataParallel"):
             raise ObservationError(f"cannot measure {type(module).__name__}: {_MEGATRON}")
+    if getattr(module, "share", None) is not None and hasattr(module, "share_out"):
+        raise ObservationError(
+            f"cannot measure {type(module).__name__}: its experts are shared out over replicas, so that a gradient of "
+            "theirs holds the samples of several: leave expert parallelism out, or train by dptrain.Trainer with "
+            "execution.expert_parallel_size, which measures it"
+        )
     if any(hasattr(p, "main_grad") for p in module.parameters(recurse=False)):
         raise ObservationError(f"cannot measure {type(module).__name__}: {_MEGATRON}")
 

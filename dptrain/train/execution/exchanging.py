@@ -47,7 +47,12 @@ def prepare_exchange(
     """
     # DDP has one slot for a hook, and the meter's has this one inside where it measures there.
     takes_slot = config.noise.observer == "hook" and config.control.mode != "off"
-    exchange = build_exchange(config.exchange, seed=config.seed, registers=not takes_slot)
+    exchange = build_exchange(
+        config.exchange,
+        seed=config.seed,
+        registers=not takes_slot,
+        expert_parallel_size=config.execution.expert_parallel_size,
+    )
     if statistics and not exchange.parameters_are_equal:
         raise TaskError(
             f"the model has batch norms, whose running statistics replicas of exchange.kind={exchange.name} cannot "

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dptrain.exchange.base import total_norm
 from dptrain.runtime.step_reduction import StepRecord
 from dptrain.train.execution.loss_scale import LossScale
 from dptrain.train.execution.master_weights import MasterWeights
 from dptrain.train.optimizer import set_rate, step_if_finite
+
+Norm = Callable[[Sequence[nn.Parameter]], Tensor]
+
+
+def norm_of_whole(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Return the norm of the gradient of parameters that this replica has whole, or in shards of FSDP."""
+    return total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 class Update:
@@ -45,9 +52,13 @@ class Update:
         """Return the loss that the backward pass begins with."""
         return loss if self._loss_scale is None else loss * self._loss_scale.value
 
-    def grad_norms(self) -> tuple[Tensor, Tensor]:
-        """Return the norm of the combined gradient, and the same with the factor that float16 puts on it."""
-        scaled = total_norm([p.grad for p in self._parameters if p.grad is not None])
+    def grad_norms(self, norm: Norm = norm_of_whole) -> tuple[Tensor, Tensor]:
+        """Return the norm of the combined gradient, and the same with the factor that float16 puts on it.
+
+        Args:
+            norm: of the gradient of some parameters, for replicas that hold parts of the model.
+        """
+        scaled = norm(self._parameters)
         return scaled if self._loss_scale is None else scaled / self._loss_scale.value, scaled
 
     def step(self, grad_norm: Tensor, record: StepRecord) -> None:
@@ -75,18 +86,6 @@ class Update:
         """Forget the gradients."""
         for parameter in self._parameters:
             parameter.grad = None
-
-
-def total_norm(grads: Sequence[Tensor]) -> Tensor:
-    """Return the norm of all gradients together; a collective where they are sharded. No host sync.
-
-    `torch.nn.utils.get_total_norm` sorts the gradients by device and type first, and on a CPU takes them one by one in
-    Python: 4 µs each.
-    """
-    if not grads:
-        return torch.zeros(())
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))  # noqa: SLF001 - torch's own use
-    return cast("Tensor", cast("Any", norm).full_tensor()) if hasattr(norm, "full_tensor") else norm
 
 
 def clip(grads: Sequence[Tensor], *, norm: Tensor, largest: float) -> None:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from dptrain.config.execution import ExecutionConfig
 from dptrain.errors import ConfigError
 from dptrain.exchange import Exchange
+from dptrain.models.expert_parallel import expert_shares
 
 _COMPILED_SHAPES = 64
 """Graphs that dynamo may keep for one function. Its own limit of 8 is below the number of micro-batch sizes;
@@ -49,6 +50,15 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
 def autocast(device: torch.device, *, dtype: torch.dtype | None) -> AbstractContextManager[object]:
     """Return the context of a forward pass."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def forward_precision(
+    model: nn.Module, *, device: torch.device, precision: str
+) -> Callable[[], AbstractContextManager[object]]:
+    """Return what makes the context of a forward pass of a wrapped model, by the settings' precision."""
+    # FSDP casts parameters itself, once for all passes of a step.
+    dtype = None if is_distributed(model) else autocast_dtype(precision)
+    return functools.partial(autocast, device, dtype=dtype)
 
 
 def wrap(
@@ -171,9 +181,14 @@ def defer_combining(model: nn.Module, *, is_last: bool) -> AbstractContextManage
     return nullcontext()
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether the parameters are cut up over the replicas."""
+def is_distributed(model: nn.Module) -> bool:
+    """Whether the parameters are distributed tensors, as FSDP makes them."""
     return any(hasattr(p, "full_tensor") for p in model.parameters())
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are cut up over the replicas, so that each forward pass takes several of them."""
+    return is_distributed(model) or bool(expert_shares(model))
 
 
 def num_shards(model: nn.Module) -> int:
