@@ -23,7 +23,7 @@ from dptrain.tracking.jsonl import read_rows
 from dptrain.tracking.run_folder import newest_step, write_config
 from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, OptimizerConfig, TrainConfig
 
-_LONGEST_WAIT_S = 150.0
+_LONGEST_WAIT_S = 300.0
 _LATE_STEPS = 2  # that may be in the log after a link is cut: the outcome of a step is read during a later one
 
 
