@@ -264,8 +264,8 @@ def _latest_step(path: Path) -> int:
 def _gaps(steps: Sequence[int], *, every_steps: int, up_to: int) -> str:
     """Name the steps up to `up_to` that have no row; empty where none is missing.
 
-    Rows may have been `every_steps` apart, or otherwise in an earlier attempt: a distance that is found three times in a
-    row was a setting and is no gap. Three losses of as many rows, which lie apart, are three gaps.
+    Rows may have been `every_steps` apart, or otherwise in an earlier attempt: a distance that is found three times in
+    a row was a setting and is no gap. Three losses of as many rows, which lie apart, are three gaps.
     """
     places = sorted({0, *steps, up_to + 1})
     in_a_row = groupby(after - before for before, after in pairwise(places))
