@@ -50,7 +50,10 @@ else
     --rdzv-backend c10d
     --rdzv-id "${RUN_ID:-dptrain}"
     --rdzv-endpoint "$HEAD:${PORT:-29500}"
-    --rdzv-conf "is_host=$((NODE_RANK == 0))"
+    # torchrun drops a node after three heartbeats without an answer: 9 s in place of its default 15 s, in which all others
+    # wait. Once MIN nodes are there, it waits for more of them for 5 s in place of its default 30 s, which it also does
+    # each time a node leaves; who comes later joins by a restart from the newest checkpoint.
+    --rdzv-conf "is_host=$((NODE_RANK == 0)),keep_alive_interval=3,last_call_timeout=5"
     # torchrun's own default is 0: one lost node would end the others for good.
     --max-restarts "${MAX_RESTARTS:-3}"
   )

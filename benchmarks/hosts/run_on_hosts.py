@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from dptrain.tracking.jsonl import read_rows
 from dptrain.tracking.run_folder import newest_step, write_config
 from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, OptimizerConfig, TrainConfig
 
-_LONGEST_WAIT_S = 150.0
+_LONGEST_WAIT_S = 300.0
+_LATE_STEPS = 2  # that may be in the log after a link is cut: the outcome of a step is read during a later one
 
 
 class Run:
@@ -90,42 +92,54 @@ class Run:
         """Return what was printed since then."""
         return "".join(host.text()[length:] for host, length in zip(self.hosts, mark, strict=True))
 
-    def recovered(self, *, since_s: float, step: int) -> float:
-        """Wait until all three replicas train beyond a step; return the seconds since an event."""
-        wait(
-            lambda: self.replicas() == 3 and self.step() > step + 1, what=f"three replicas beyond step {step}", run=self
-        )
+    def recovered(self, *, since_s: float, before: list[int]) -> float:
+        """Wait until all three replicas train again after a new attempt has resumed; return the seconds since an event.
+
+        A step of the log alone does not say so: some are taken between the look at the log and the event.
+        """
+        wait(lambda: self._trains_beyond(self._resumed(before)), what="three replicas that resumed", run=self)
         return time.monotonic() - since_s
+
+    def _resumed(self, before: list[int]) -> int | None:
+        """Return the step that the newest attempt has resumed from; None where there has been none since a mark."""
+        steps = re.findall(r"resumed from step ([0-9,]+)", self.since(before))
+        return int(steps[-1].replace(",", "")) if steps else None
+
+    def _trains_beyond(self, step: int | None) -> bool:
+        return step is not None and self.replicas() == 3 and self.step() > step
 
     # Events
 
     def kill_host(self) -> tuple[str, float | None]:
         """Kill all processes of a host, and start it again."""
-        host, since_s, step, before = self._victim(), time.monotonic(), self.step(), self.mark()
+        host, since_s, before = self._victim(), time.monotonic(), self.mark()
+        name = rank_and_host(host)
         host.kill()
         time.sleep(3 * self._draw.random())
         self.start(host)
-        took_s = self.recovered(since_s=since_s, step=step)
-        return _unless(f"on {host_name(host)} of 3 did not answer" in self.since(before), "not named"), took_s
+        took_s = self.recovered(since_s=since_s, before=before)
+        return self._lost(name, before), took_s
 
     def kill_replica(self) -> tuple[str, float | None]:
         """Kill the replica of any host; its agent stays."""
-        host, since_s, step, before = self._draw.choice(self.hosts), time.monotonic(), self.step(), self.mark()
+        host, since_s, before = self._draw.choice(self.hosts), time.monotonic(), self.mark()
+        name = rank_and_host(host)
         host.signal_replicas(signal.SIGKILL)
-        took_s = self.recovered(since_s=since_s, step=step)
+        took_s = self.recovered(since_s=since_s, before=before)
         # Where the agent there starts it again at once, the other agents end their replicas before these can ask.
-        named = f"on {host_name(host)} of 3 did not answer" in self.since(before)
         by_agent = "exitcode: -9" in host.text()[before[host.number] :]
-        return _unless(named or by_agent, "not named"), took_s
+        return _unless(by_agent, "its agent has not named it") or _other_named(name, self.since(before)), took_s
 
     def freeze(self) -> tuple[str, float | None]:
-        """Freeze a replica for longer than its peers wait, until its agent ends it."""
-        host, since_s, step, before = self._victim(), time.monotonic(), self.step(), self.mark()
+        """Freeze a replica for longer than its peers wait, then start its host again."""
+        host, since_s, before = self._victim(), time.monotonic(), self.mark()
+        name = rank_and_host(host)
         host.signal_replicas(signal.SIGSTOP)
-        wait(lambda: f"on {host_name(host)} of 3 did not answer" in self.since(before), what="named", run=self)
+        wait(lambda: "of 3 did not answer" in self.since(before), what="named", run=self)
         host.kill()  # as a health check of the scheduler does
         self.start(host)
-        return "", self.recovered(since_s=since_s, step=step)
+        took_s = self.recovered(since_s=since_s, before=before)
+        return self._lost(name, before), took_s
 
     def leave(self) -> tuple[str, float | None]:
         """Ask a host to stop, go on with two, and let it join again."""
@@ -134,31 +148,36 @@ class Run:
         wait(lambda: self.replicas() == 2, what="two replicas", run=self)
         took_s = time.monotonic() - since_s
         host.wait(60)
-        step = self.step()
+        resumed_with_two, before_joining = "resumed from step" in self.since(before), self.mark()
         self.start(host)
-        self.recovered(since_s=since_s, step=step)
-        return _unless("resumed from step" in self.since(before), "not resumed"), took_s
+        self.recovered(since_s=since_s, before=before_joining)
+        return _unless(resumed_with_two, "not resumed"), took_s
 
     def cut_link(self) -> tuple[str, float | None]:
         """Cut a host's link for a few seconds, less than its peers wait."""
-        host, since_s, step, before = self._victim(), time.monotonic(), self.step(), self.mark()
+        host, since_s, before = self._victim(), time.monotonic(), self.mark()
         host.cut()
         time.sleep(1 + 3 * self._draw.random())
+        step = self.step() + _LATE_STEPS
         host.join()
-        took_s = self.recovered(since_s=since_s, step=step)
-        return _unless("did not answer" not in self.since(before), "ended by a short cut"), took_s
+        wait(lambda: self._trains_beyond(step), what=f"three replicas beyond step {step}", run=self)
+        took_s = time.monotonic() - since_s
+        gone_on = self._resumed(before) is None and "did not answer" not in self.since(before)
+        return _unless(gone_on, "ended by a short cut"), took_s
 
     def fill_disk(self) -> tuple[str, float | None]:
         """Leave no room for a checkpoint until one has failed, then make room."""
-        step, before = self.step(), self.mark()
+        before = self.mark()
         filler = self.disk / "filler"
         free_bytes = os.statvfs(self.disk)
         with filler.open("wb") as file:
             file.write(bytes(max(0, free_bytes.f_bavail * free_bytes.f_bsize - (64 << 10))))
         wait(lambda: "could not be written" in self.since(before), what="a failed save", run=self)
+        saved, since_s = newest_step(self.run_dir), time.monotonic()
         filler.unlink()
-        since_s = time.monotonic()
-        return "", self.recovered(since_s=since_s, step=step)
+        wait(lambda: newest_step(self.run_dir) > saved, what="a checkpoint", run=self)
+        took_s = time.monotonic() - since_s
+        return _unless(self._resumed(before) is None, "ended by a full disk"), took_s
 
     def damage_log(self) -> tuple[str, float | None]:
         """Stop the run, damage its log, and go on."""
@@ -185,8 +204,9 @@ class Run:
             shifted: dict[str, Any] = {SHIFT: 1.0}
             host.start("--config", settings, "--resume", nnodes="3", max_restarts=0, **shifted)
         codes = [host.wait(120) for host in self.hosts]
-        refused = all(codes) and "the data set is another one" in self.since(before)
-        return _unless(refused, "not refused"), self._go_on()[0]
+        printed = self.since(before)
+        refused = all(codes) and "the data set is another one" in printed and "exitcode: 2)" in printed
+        return _unless(refused, "not refused, or not by exit code 2"), self._go_on()[0]
 
     def stop(self) -> tuple[str, float | None]:
         """Stop the run on all hosts, and go on."""
@@ -194,6 +214,13 @@ class Run:
         step = self._stop()
         is_reported = f"stopped on request after step {step:,}" in self.since(before)
         return _unless(is_reported, "the end was not reported, or its step was not saved"), self._go_on()[0]
+
+    def _lost(self, name: str, before: list[int]) -> str:
+        """Return what the others did not say about a replica that has gone: its name, and an exit code of their own."""
+        printed = self.since(before)
+        if f"{name} of 3 did not answer" not in printed:
+            return "not named"
+        return _other_named(name, printed) or _unless("exitcode: 70)" in printed, "no exit code 70")
 
     def _stop(self) -> int:
         """Stop all hosts; return the step that is saved."""
@@ -204,9 +231,9 @@ class Run:
         return newest_step(self.run_dir)
 
     def _go_on(self) -> tuple[float, list[int]]:
-        since_s, step, before = time.monotonic(), self.step(), self.mark()
+        since_s, before = time.monotonic(), self.mark()
         self.start(*self.hosts, resume=True)
-        return self.recovered(since_s=since_s, step=step), before
+        return self.recovered(since_s=since_s, before=before), before
 
     def _victim(self) -> Host:
         return self._draw.choice(self.hosts[1:])  # the store of the agents is on the first: torchrun cannot lose that
@@ -237,9 +264,15 @@ def _order(position: int) -> Tensor:
     return torch.from_numpy(SampleStream(NUM_SAMPLES, seed=0).indices(torch.arange(position).numpy()))
 
 
-def host_name(host: Host) -> str:
-    """Return the name that a host gives itself."""
-    return f"host{host.number}"
+def rank_and_host(host: Host) -> str:
+    """Return how a message names the replica that trains on a host now."""
+    return f"rank {host.replicas()[0].environ()['RANK']} on host{host.number}"
+
+
+def _other_named(name: str, printed: str) -> str:
+    """Return which replica was blamed in the place of the one that has gone."""
+    blamed = set(re.findall(r"(rank \d+ on \S+) of \d+ did not answer", printed)) - {name}
+    return f"blamed {', '.join(sorted(blamed))}, and it was {name}" if blamed else ""
 
 
 def _unless(right: bool, wrong: str) -> str:  # noqa: FBT001 - a sentence in two words

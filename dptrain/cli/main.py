@@ -23,6 +23,7 @@ from dptrain.errors import (
     RendezvousError,
     TaskError,
 )
+from dptrain.runtime.signals import end_start_on_interrupt
 
 _USAGE = """\
 usage: dptrain [--version] COMMAND [OPTIONS]
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command and return the exit code, one of those that `dptrain --help` lists."""
     if arguments is None:
         _fix_order_of_sets(sys.argv[1:])
-        _become_program()
+        _become_program(sys.argv[1:])
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["--version"]:
         from dptrain.version import __version__
@@ -154,11 +155,12 @@ def _fix_order_of_sets(arguments: Sequence[str]) -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - our own command
 
 
-def _become_program() -> None:
+def _become_program(arguments: Sequence[str]) -> None:
     """Set up what a program has to itself: signals and standard streams."""
     # Until training handles Ctrl-C, it ends without a traceback. What was ignored on purpose, as by nohup, stays so.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        starts_replicas = arguments[:1] == ["train"] and "RANK" not in os.environ
+        signal.signal(signal.SIGINT, end_start_on_interrupt if starts_replicas else signal.SIG_DFL)
     if signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN:
         # "Save now" in the first seconds, when there is nothing to save yet, must not end the run. A handler and not
         # SIG_IGN, which the launcher would take for the wish of its starter.

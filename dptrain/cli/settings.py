@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -89,6 +90,7 @@ def _num_samples(arguments: Sequence[str]) -> tuple[str, int] | None:
         return None
 
 
+@functools.cache  # it takes 0.2 s of CPU time, and a refusal reads the arguments again for the length of the data
 def _parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("dptrain", value_in, exceptions=(yaml.YAMLError,))

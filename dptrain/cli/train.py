@@ -21,7 +21,7 @@ from dptrain.runtime.launcher import GRACE_S, count_gpus, is_replica, refuse_in_
 from dptrain.runtime.signals import EXIT_RESUMABLE, show_stacks_on_signal, was_asked_to_stop
 from dptrain.tracking.redact import printable
 from dptrain.tracking.row_text import spelled
-from dptrain.tracking.run_folder import default_run_dir, write_config
+from dptrain.tracking.run_folder import check_not_in_use, default_run_dir, write_config
 
 if TYPE_CHECKING:
     from dptrain.runtime.hosts.peer_inquiry import PeerInquiry
@@ -51,6 +51,8 @@ def train(arguments: Sequence[str]) -> int:
     config = replace(config, run_dir=config.run_dir or default_run_dir(config.task))
     if num_replicas > 0:  # else it is refused below
         _announce(config, num_replicas=num_replicas, device="cuda" if num_gpus else "cpu")
+    if options.resume:
+        check_not_in_use(Path(str(config.run_dir)))  # here as well: it takes replicas seconds to come to it
     with tempfile.TemporaryDirectory(prefix="dptrain-") as folder:
         path = Path(folder) / "config.yaml"
         write_config(path, config)

@@ -25,7 +25,7 @@ from dptrain.error_text import shown
 from dptrain.errors import ConfigError
 from dptrain.runtime.failure_report import Cause, Ending, read_failures, read_outcome, root_cause
 from dptrain.runtime.restart_policy import Attempts, RestartPolicy
-from dptrain.runtime.signals import EXIT_RESUMABLE, SHOW_STACKS, NotedSignals, show_stacks_on_signal
+from dptrain.runtime.signals import EXIT_RESUMABLE, SHOW_STACKS, NotedSignals, end_of_start, show_stacks_on_signal
 from dptrain.tracking.run_folder import holds_run, newest_step
 
 GRACE_S = 30.0
@@ -134,6 +134,7 @@ def start_replicas(
     policy, attempts = RestartPolicy(max_restarts=max_restarts), Attempts(step=newest_step(run_dir))
     if fork:
         load_for_all()
+    end_of_start()
     with _Signals() as signals:
         while True:
             with tempfile.TemporaryDirectory(prefix="dptrain-") as folder:

@@ -37,6 +37,20 @@ def was_asked_to_stop() -> bool:
     return _requested_here.is_set()
 
 
+def end_start_on_interrupt(number: int, _frame: FrameType | None) -> None:
+    """Handle Ctrl-C while a launcher loads: say that nothing is lost, and end as by the default action."""
+    signal.signal(number, signal.SIG_DFL)
+    with contextlib.suppress(OSError):  # nobody reads it; not by `sys.stderr`, which may be in the middle of a line
+        os.write(2, b"dptrain train: stopped before training began: nothing was written; start it again as before\n")
+    os.kill(os.getpid(), number)
+
+
+def end_of_start() -> None:
+    """Let Ctrl-C end this process without that sentence, which is not true any more once replicas are started."""
+    if signal.getsignal(signal.SIGINT) is end_start_on_interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def show_stacks_on_signal() -> None:
     """Answer `SHOW_STACKS` on stderr."""
     with contextlib.suppress(ValueError, OSError):  # not a file, as under a test

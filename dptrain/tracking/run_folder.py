@@ -64,7 +64,7 @@ class RunFolder:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise ConfigError(f"run folder {path} is in use by {_holder(path)}: two runs cannot share it") from None
+            raise ConfigError(_in_use(path)) from None
         self._sign()
         if launch:
             write_private(path / _LAUNCH, json.dumps(list(launch)))
@@ -131,10 +131,14 @@ def check_not_in_use(path: Path) -> None:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ConfigError(f"run folder {path} is in use by {_holder(path)}: two runs cannot share it") from None
+        raise ConfigError(_in_use(path)) from None
     except OSError:
         return  # it cannot be written: opening it reports that
     lock.release()
+
+
+def _in_use(path: Path) -> str:
+    return f"run folder {path} is in use by {_holder(path)}: wait until that has ended, or choose another --run-dir"
 
 
 def _holder(path: Path) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -265,12 +264,12 @@ def _latest_step(path: Path) -> int:
 def _gaps(steps: Sequence[int], *, every_steps: int, up_to: int) -> str:
     """Name the steps up to `up_to` that have no row; empty where none is missing.
 
-    Rows may have been `every_steps` apart, or otherwise in an earlier attempt: a distance that is found three times was
-    a setting and is no gap.
+    Rows may have been `every_steps` apart, or otherwise in an earlier attempt: a distance that is found three times in
+    a row was a setting and is no gap. Three losses of as many rows, which lie apart, are three gaps.
     """
     places = sorted({0, *steps, up_to + 1})
-    distances = Counter(after - before for before, after in pairwise(places))
-    usual = {every_steps, *(distance for distance, count in distances.items() if count >= _OFTEN)}
+    in_a_row = groupby(after - before for before, after in pairwise(places))
+    usual = {every_steps, *(distance for distance, equal in in_a_row if len(list(equal)) >= _OFTEN)}
     gaps = [(before + 1, after - 1) for before, after in pairwise(places) if after - before > max(1, *usual)]
     shown = ", ".join(f"{first:,}–{last:,}" if last > first else f"{first:,}" for first, last in gaps[:_MAX_GAPS])
     return f"{shown}{f' and {len(gaps) - _MAX_GAPS} more' if len(gaps) > _MAX_GAPS else ''}"

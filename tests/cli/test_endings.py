@@ -206,6 +206,8 @@ def test_a_signal_in_the_first_seconds(tmp_path, number, code):
     _, output = process.communicate(timeout=120)
     assert process.returncode in (code, -code + 128 if code > 128 else code), output
     assert (tmp_path / "run" / "summary.json").exists() == (code == 0)
+    said = "dptrain train: stopped before training began: nothing was written; start it again as before\n"
+    assert output == ("" if code == 0 else said)
 
 
 def catches(pid, number):

@@ -253,7 +253,7 @@ REFUSED = [
     (f"--optimizer.beta1 0.5 --resume {RUN} done", 2, ["optimizer.beta1 was 0.9 and is 0.5"]),
     (f"--task_options.num_samples 32 --resume {RUN} done", 2, ["task_options.num_samples was"]),
     (f"--resume {RUN} bare", 2, ["bare/config.yaml is missing", "--task"]),
-    (f"--resume {RUN} used", 2, ["used is in use"]),
+    (f"--resume {RUN} used", 2, ["used is in use", "or choose another --run-dir"]),
     (f"--resume {RUN} damaged", 74, ["no checkpoint", "can be trusted"]),
 ]
 

@@ -70,7 +70,7 @@ def test_two_nodes_meet_at_the_head(fake_commands, rank, is_host):
     result = _torchrun(fake_commands, NPROC="8", NNODES="2", NODE_RANK=rank, HEAD="node-a", PORT="1234", RUN_ID="7")
     assert result.stdout.splitlines()[0] == (
         "<--nnodes><2><--rdzv-backend><c10d><--rdzv-id><7><--rdzv-endpoint><node-a:1234>"
-        f"<--rdzv-conf><is_host={is_host}><--max-restarts><3><--nproc-per-node><8><-m><dptrain><train>"
+        f"<--rdzv-conf><is_host={is_host},keep_alive_interval=3,last_call_timeout=5><--max-restarts><3><--nproc-per-node><8><-m><dptrain><train>"
     )
 
 
@@ -156,7 +156,7 @@ def test_slurm_starts_one_torchrun_per_node_at_the_first_node(fake_commands):
     calls = [line for line in result.stdout.splitlines() if line.startswith("<")]
     assert len(calls) == 2
     for is_host, call in zip((1, 0), calls, strict=True):
-        assert f"<--rdzv-id><4321><--rdzv-endpoint><node-a:29821><--rdzv-conf><is_host={is_host}>" in call
+        assert f"<--rdzv-id><4321><--rdzv-endpoint><node-a:29821><--rdzv-conf><is_host={is_host},keep" in call
         assert "<--max-restarts><0>" in call  # a lost node's job is started again by SLURM
         assert call.endswith("<train><--config><my run.yaml><--run-dir><runs/slurm-4321>")
 

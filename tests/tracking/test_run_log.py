@@ -155,6 +155,7 @@ def test_settings_with_a_secret_are_not_written(tmp_path):
         ([10, 20, 30, 31, 32, 33, 34], 1, 34, ""),
         ([1, 3, 4, 8], 1, 8, "2, 5–7"),
         ([], 50, 40, ""),
+        ([1, 2, 6, 7, 11, 12, 16], 1, 16, "3–5, 8–10, 13–15"),  # as many rows lost each time
     ],
 )
 def test_steps_without_a_row_are_named(steps, every_steps, up_to, gaps):

@@ -95,7 +95,8 @@ class TaskIdentity:
         if before["train"] != self._train_digest or not same_recent:
             raise ConfigError(
                 f"the data set is another one than when {path} was saved: some of its samples have changed, or what "
-                "collate makes of them, such as a vocabulary that is built anew in another order"
+                "collate makes of them, such as a vocabulary that is built anew in another order; bring the old data "
+                f"back, or start a new run from the weights: --model.weights {path} --run-dir NEW"
             )
 
     def changes(self, saved: Mapping[str, Any]) -> Iterator[str]:

@@ -7,6 +7,8 @@ import io
 import random
 import shutil
 import signal
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -73,7 +75,26 @@ TASK_EDITS = [
 ]  # fmt: skip
 
 
-def harmless_settings(draw):
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One file, and what the command made of it.
+
+    Attributes:
+        kind: "settings", "task", or "harmless" for settings that look odd and are sound.
+        accepted: whether the command ran it to its end.
+        wrong: what was wrong with the ending; empty where nothing was.
+        content: of the file.
+        reported: the end of standard error.
+    """
+
+    kind: str
+    accepted: bool
+    wrong: str
+    content: str
+    reported: str
+
+
+def harmless_settings(draw: random.Random) -> str:
     """Settings that look odd and are sound: lines in another order, comments, blank ends, quoted names, a default written out."""
     lines = [*SOUND.format(task="quadratic").splitlines(), "exchange.kind: all_reduce"]
     draw.shuffle(lines)
@@ -81,7 +102,7 @@ def harmless_settings(draw):
     return "\n".join(line + draw.choice(["", "  ", " # :"]) for line in lines) + draw.choice(["", "\n", "\n\n"])
 
 
-def fuzzed_settings(draw):
+def fuzzed_settings(draw: random.Random) -> str:
     """Settings with one or two lines that somebody mistyped."""
     lines = SOUND.format(
         task=draw.choice(["quadratic", "quadratic", "quadratic", "task.py:build", "digit"])
@@ -112,7 +133,7 @@ def fuzzed_settings(draw):
     return "\n".join(lines) + "\n"
 
 
-def fuzzed_task(draw):
+def fuzzed_task(draw: random.Random) -> str:
     """A task file with one or two wrong parts."""
     text = TASK
     for old, new in draw.sample(TASK_EDITS, draw.randint(1, 2)):
@@ -120,20 +141,20 @@ def fuzzed_task(draw):
     return text
 
 
-def outcome(arguments):
-    """Run the command in this process; return exit code and standard error."""
+def outcome(arguments: list[str]) -> tuple[int | str, str]:
+    """Run the command in this process; return exit code, or the error that came out, and standard error."""
     stdout, stderr = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
-            code = main(arguments)
+            code: int | str = main(arguments)
         except SystemExit as ended:
-            code = ended.code
+            code = ended.code if ended.code is not None else 0
         except BaseException as error:  # noqa: BLE001 - that is what must not happen
-            return f"{type(error).__name__}: {error}", stderr.getvalue()
+            code = f"{type(error).__name__}: {error}"
     return code, stderr.getvalue()
 
 
-def complaint(code, stderr, *, run):
+def complaint(code: int | str, stderr: str, *, run: Path) -> str:
     """What is wrong with an ending; empty where it is a run that is whole, or a refusal in one sentence."""
     reported = [line for line in stderr.splitlines() if line.startswith("dptrain train:")]
     if code == 0:
@@ -147,34 +168,49 @@ def complaint(code, stderr, *, run):
     return "" if len(reported) == 1 and len(stderr.splitlines()) == 1 else f"{len(stderr.splitlines())} lines"
 
 
-def try_files(folder, *, number, seed):
-    """Try so many files; return (what was wrong, its file, what was reported) for each that was, and how many were taken."""
-    folder, draw = Path(folder), random.Random(seed)
-    found, accepted = [], 0
+def try_files(folder: Path, *, number: int, seed: int, noted: Callable[[Trial], None] = lambda _: None) -> list[Trial]:
+    """Try so many files, settings and tasks in turn.
+
+    The command runs in this process, once per file, for a start of Python takes ten times as long as a refusal. So this
+    is a process with the environment of a replica, and in a process group.
+
+    Args:
+        folder: for files and runs; a run is removed once it was looked at.
+        number: of files.
+        seed: decides what stands in them.
+        noted: called with each trial.
+    """
+    draw = random.Random(seed)  # noqa: S311 - no secret
+    trials: list[Trial] = []
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the command has it, where no Ctrl-C is a KeyboardInterrupt
     with contextlib.chdir(folder), mock.patch("torch.distributed.destroy_process_group"):
+        (folder / "task.py").write_text(TASK, encoding="utf-8")
         for index in range(number):
-            (folder / "task.py").write_text(TASK)
-            settings = folder / "run.yaml"
-            harmless = index % 20 == 0
-            if index % 2:
-                Path(f"task{index}.py").write_text(fuzzed_task(draw))
-                settings.write_text(
-                    SOUND.format(task=f"task{index}.py:build").replace(
-                        "max_samples: 24\nglobal_batch_size: 4\nmicro_batch_size: 2\n", ""
-                    )
-                )
-                content = Path(f"task{index}.py").read_text()
+            settings, run = folder / "run.yaml", folder / f"run{index}"
+            kind = "task" if index % 2 else "harmless" if index % 20 == 0 else "settings"
+            if kind == "task":
+                content = fuzzed_task(draw)
+                (folder / f"task{index}.py").write_text(content, encoding="utf-8")
+                settings.write_text(_settings_of_task(f"task{index}.py:build"), encoding="utf-8")
             else:
-                content = harmless_settings(draw) if harmless else fuzzed_settings(draw)
-                settings.write_text(content)
-            run = folder / f"run{index}"
-            code, stderr = outcome(["train", "--config", str(settings), "--run_dir", str(run)])
-            accepted += code == 0
+                content = harmless_settings(draw) if kind == "harmless" else fuzzed_settings(draw)
+                settings.write_text(content, encoding="utf-8")
+            # A report takes ten times as long as such a run; one accepted file in ten has its own drawn.
+            drawn = sum(trial.accepted for trial in trials) % 10 == 0
+            no_report = contextlib.nullcontext() if drawn else mock.patch("dptrain.explain.draw_report")
+            with no_report:
+                code, stderr = outcome(["train", "--config", str(settings), "--run_dir", str(run)])
             wrong = complaint(code, stderr, run=run)
-            if harmless and code != 0:
+            if kind == "harmless" and code != 0:
                 wrong = "refused, and nothing is wrong with it"
-            if wrong:
-                found.append((wrong, content, stderr[-1500:]))
+            trial = Trial(kind=kind, accepted=code == 0, wrong=wrong, content=content, reported=stderr[-1500:])
+            trials.append(trial)
+            noted(trial)
             shutil.rmtree(run, ignore_errors=True)
-    return found, accepted
+    return trials
+
+
+def _settings_of_task(task: str) -> str:
+    """Settings that leave the sizes to the task's suggestion, which is part of the file that is tried."""
+    sizes = "max_samples: 24\nglobal_batch_size: 4\nmicro_batch_size: 2\n"
+    return SOUND.format(task=task).replace(sizes, "")

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks.mistakes`: files with mistakes, and what the command makes of each."""
