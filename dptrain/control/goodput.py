@@ -58,7 +58,9 @@ class GoodputLaw(ProgressLaw):
         present, model = measurement.global_batch_size, _model(measurement)
         # By age and not by deviation: where times scatter no number of tries would bring that down.
         near = {b for b in gains if b not in model.recent_batches and present / 2 <= b <= 2 * present}
-        only = self._only_accumulation(model)
+        # Accumulation grows with the batch: two tell whether all have the same. On a fine grid thousands are timed.
+        timed = {self.layout(f(model.timed_batches), model.world_size)[1] for f in (min, max) if model.is_split_known}
+        only = timed.pop() if len(timed) == 1 else math.inf
         hoped, batch = max(((self._hoped(gains[b], model, only), b) for b in near), default=(-math.inf, present))
         if hoped > self.min_gain:
             why = f"not measured {'lately' if batch in model.timed_batches else 'yet'}"
@@ -66,14 +68,6 @@ class GoodputLaw(ProgressLaw):
         if batch == present or model.is_split_known:
             return None
         return batch, f"timing {batch}: only {present} was timed so far"
-
-    def _only_accumulation(self, model: StepTimeModel) -> float:
-        """Return the accumulation steps of all timed batches, where one is known to be enough; else infinity."""
-        if not model.is_split_known or not model.timed_batches:
-            return math.inf
-        # They grow with the batch, so those of the smallest and the largest are enough to compare.
-        least, most = (self.layout(find(model.timed_batches), model.world_size)[1] for find in (min, max))
-        return least if least == most else math.inf
 
     def _hoped(self, found: Gain, model: StepTimeModel, only: float) -> float:
         """Return the gain by a step time that is as short as may well be; `only`: accumulation of all timed batches."""
