@@ -235,10 +235,11 @@ def _dense(name: str, value: object, *, of: Tensor | None = None) -> Tensor:
         raise CheckpointError(
             f"{name!r} is a {type(value).__name__}, and a checkpoint holds dense tensors only: convert it first"
         )
-    # A single number, such as the count of steps, is the same on all ranks.
-    if of is not None and is_sharded(of) and value.numel() > 1 and value.shape != of.shape:
+    # A single plain number, such as the count of steps, is the same on all ranks.
+    depends = is_sharded(value) or value.numel() > 1
+    if of is not None and is_sharded(of) and depends and value.shape != of.shape:
         raise CheckpointError(
-            f"{name!r} is of shape {tuple(value.shape)}, its sharded parameter of shape {tuple(of.shape)}, so that "
+            f"{name!r} is sharded and of shape {tuple(value.shape)}, its parameter of shape {tuple(of.shape)}, so that "
             f"nothing would say how to shard it again: use an optimizer whose state has the parameter's shape"
         )
     return value.detach()
