@@ -1,5 +1,5 @@
 """What does local parallelism cost in loss, and how much faster than 1F1B are its stages?"""
-# python -m benchmarks.local_parallelism [--json PATH|-] [--page] [--parts NAME,…] [--earlier JSON,…] [--quick]
+# python -m benchmarks.local_parallelism [--json PATH|-] [--page] [--parts NAME,…] [--rate RATE] [--earlier JSON,…]
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def measure(
     quick: bool,  # noqa: FBT001 - the harness's own signature
     *,
     parts: Sequence[str] = PARTS,
+    rate: float | None = None,
     earlier: Sequence[Mapping[str, Any]] = (),
 ) -> harness.Findings:
     """Train the arms, three seeds each, and time two processes by both ways, in turns.
@@ -36,13 +37,14 @@ def measure(
     Args:
         quick: shorter runs of one seed, and fewer rounds.
         parts: which.
+        rate: learning rate of all arms; None for the one that the task suggests.
         earlier: rows of earlier results, which stand before those of this run.
     """
     rows: list[dict[str, Any]] = []
     torch.set_num_threads(1)  # two that wait for one another on a busy machine take longer than one
     if "losses" in parts:
         with tempfile.TemporaryDirectory() as folder:
-            rows += losses.losses(Path(folder), quick=quick)
+            rows += losses.losses(Path(folder), quick=quick, rate=rate)
     if "devices" in parts or "cores" in parts:
         rows.append({"part": "equality", "error": equality_error()})
     for part, pass_s in (("devices", _DEVICE_PASS_S), ("cores", 0.0)):
@@ -109,6 +111,9 @@ def main() -> None:
     """Run from the command line."""
     parser: argparse.ArgumentParser = harness.command_line(question=__doc__, name="local_parallelism")
     parser.add_argument("--parts", metavar="NAME,…", default=",".join(PARTS), help="what to measure; all by default")
+    parser.add_argument(
+        "--rate", metavar="RATE", type=float, help="learning rate of all arms; the task's where not given"
+    )
     parser.add_argument("--earlier", metavar="JSON,…", default="", help="earlier results whose rows stand beside these")
     parser.add_argument("--page", action="store_true", help="write the page beside the JSON")
     options = parser.parse_args()
@@ -119,8 +124,9 @@ def main() -> None:
         parser.error("--page is written beside a JSON file: give --json PATH as well")
     paths = [Path(text.strip()) for text in options.earlier.split(",") if text.strip()]
     earlier = [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
-    findings = measure(options.quick, parts=parts, earlier=earlier)
+    findings = measure(options.quick, parts=parts, rate=options.rate, earlier=earlier)
     name = "local_parallelism" if tuple(parts) == PARTS else f"local_parallelism --parts {','.join(parts)}"
+    name += f" --rate {options.rate}" if options.rate is not None else ""
     name += f" --earlier {options.earlier}" if paths else ""
     harness.tell(findings, options, question=__doc__, name=name, device="cpu")
     if options.page:

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.learners.runs import run
 from benchmarks.learners.ways import source_tokens
-from dptrain.train import NoiseConfig
+from dptrain.train import NoiseConfig, OptimizerConfig
 
 DEPTH = 4
 SEEDS = (0, 1, 2)
@@ -28,12 +28,13 @@ ARMS: Mapping[str, Mapping[str, int]] = {
 }
 
 
-def losses(folder: Path, *, quick: bool, num_processes: int = 2) -> list[dict[str, Any]]:
+def losses(folder: Path, *, quick: bool, rate: float | None = None, num_processes: int = 2) -> list[dict[str, Any]]:
     """Return a row for each arm, runs of a seed side by side.
 
     Args:
         folder: for what runs write.
         quick: shorter runs of one seed.
+        rate: learning rate of all arms; None for the one that the task suggests.
         num_processes: runs at a time, of one thread each; what they learn does not depend on it.
     """
     data = source_tokens(folder / "data")
@@ -45,7 +46,7 @@ def losses(folder: Path, *, quick: bool, num_processes: int = 2) -> list[dict[st
         futures = [
             pool.submit(
                 run,
-                _settings(data, ARMS[name], quick=quick),
+                _settings(data, ARMS[name], quick=quick, rate=rate),
                 seed=seed,
                 folder=folder / f"{name.replace(',', '')} {seed}",
             )
@@ -58,7 +59,7 @@ def losses(folder: Path, *, quick: bool, num_processes: int = 2) -> list[dict[st
     return [_row(name, summaries[place :: len(ARMS)]) for place, name in enumerate(ARMS)]
 
 
-def _settings(data: Path, options: Mapping[str, int], *, quick: bool) -> dict[str, Any]:
+def _settings(data: Path, options: Mapping[str, int], *, quick: bool, rate: float | None) -> dict[str, Any]:
     shape = {"vocab_size": 256, "context": 32, "width": 64, "depth": DEPTH, **options}
     return {
         "task": "gpt",
@@ -66,6 +67,7 @@ def _settings(data: Path, options: Mapping[str, int], *, quick: bool) -> dict[st
         "max_samples": 640 if quick else 6_400,
         "global_batch_size": 32,
         "micro_batch_size": 16,
+        "optimizer": OptimizerConfig(learning_rate=rate),
         "noise": NoiseConfig(every=2, groups="local_blocks" if "local_blocks" in options else False),
     }
 
