@@ -271,7 +271,8 @@ def rank_and_host(host: Host) -> str:
 
 def _other_named(name: str, printed: str) -> str:
     """Return which replica was blamed in the place of the one that has gone."""
-    blamed = set(re.findall(r"(rank \d+ on \S+) of \d+ did not answer", printed)) - {name}
+    # "Rank 0 did not answer rank 1" is another sentence: its store is gone, and it names who may be the cause as well.
+    blamed = set(re.findall(r"(rank \d+ on \S+) of \d+ did not answer:", printed)) - {name}
     return f"blamed {', '.join(sorted(blamed))}, and it was {name}" if blamed else ""
 
 

@@ -59,7 +59,7 @@ def measure(*, num_files: int, seed: int) -> harness.Findings:
     figures = {"files": len(trials), "accepted": sum(trial.accepted for trial in trials), "wrong": wrong}
     note_below = (
         f"bound {'held' if not wrong else 'BROKEN'}: a refusal is exit code 2 and one line, what is accepted runs to "
-        "its end (or diverges, which is said), and harmless oddities are accepted"
+        "its end (or until it is stopped, or diverges, which is said), and harmless oddities are accepted"
     )
     return harness.Findings(figures=figures, rows=rows, columns=_COLUMNS, note=note_below)
 

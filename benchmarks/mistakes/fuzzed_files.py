@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import random
 import shutil
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -73,6 +75,9 @@ TASK_EDITS = [
         "    Task(", "    return Task(collate=lambda samples: None, ", "    return Task(collate=3, ", "    return Task(eval_metrics={'x': 3}, ", "    return Task(unknown=1, "]),
     ("import torch\n", ["import torsch\n", "", "import torch  \x00\n", "import torch\nraise SystemExit\n", "import torch\n\tx = 1\n", "# -*- coding: nonsense -*-\nimport torch\n"]),
 ]  # fmt: skip
+
+
+_MANY_STEPS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +162,9 @@ def outcome(arguments: list[str]) -> tuple[int | str, str]:
 def complaint(code: int | str, stderr: str, *, run: Path) -> str:
     """What is wrong with an ending; empty where it is a run that is whole, or a refusal in one sentence."""
     reported = [line for line in stderr.splitlines() if line.startswith("dptrain train:")]
-    if code == 0:
-        return "" if (run / "summary.json").exists() else "accepted, and nothing came of it"
+    if code in (0, 75):  # 75: a length was mistyped, or lost, and the run was stopped
+        left = "summary.json" if code == 0 else "checkpoints"
+        return "" if (run / left).exists() else "accepted, and nothing came of it"
     if "Traceback" in stderr:
         return "a traceback"
     if code == 65 and len(reported) == 1:  # diverged: the settings can run, and lead nowhere
@@ -182,6 +188,7 @@ def try_files(folder: Path, *, number: int, seed: int, noted: Callable[[Trial], 
     """
     draw = random.Random(seed)  # noqa: S311 - no secret
     trials: list[Trial] = []
+    signal.signal(signal.SIGTERM, lambda *_: None)  # one that comes when a run has just ended must not end this process
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the command has it, where no Ctrl-C is a KeyboardInterrupt
     with contextlib.chdir(folder), mock.patch("torch.distributed.destroy_process_group"):
         (folder / "task.py").write_text(TASK, encoding="utf-8")
@@ -198,16 +205,37 @@ def try_files(folder: Path, *, number: int, seed: int, noted: Callable[[Trial], 
             # A report takes ten times as long as such a run; one accepted file in ten has its own drawn.
             drawn = sum(trial.accepted for trial in trials) % 10 == 0
             no_report = contextlib.nullcontext() if drawn else mock.patch("dptrain.explain.draw_report")
-            with no_report:
+            with no_report, _stopped_when_long(run):
                 code, stderr = outcome(["train", "--config", str(settings), "--run_dir", str(run)])
             wrong = complaint(code, stderr, run=run)
-            if kind == "harmless" and code != 0:
+            accepted = code in (0, 75)
+            if kind == "harmless" and not accepted:
                 wrong = "refused, and nothing is wrong with it"
-            trial = Trial(kind=kind, accepted=code == 0, wrong=wrong, content=content, reported=stderr[-1500:])
+            trial = Trial(kind=kind, accepted=accepted, wrong=wrong, content=content, reported=stderr[-1500:])
             trials.append(trial)
             noted(trial)
             shutil.rmtree(run, ignore_errors=True)
     return trials
+
+
+@contextlib.contextmanager
+def _stopped_when_long(run: Path) -> Iterator[None]:
+    """Ask a run to stop, once it has logged many more steps than the files ask for: it runs, and that is all it has to do."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        log = run / "metrics.jsonl"
+        while not ended.wait(0.5):
+            if log.exists() and log.read_bytes().count(b"\n") > _MANY_STEPS:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watching.join()
 
 
 def _settings_of_task(task: str) -> str:

@@ -87,9 +87,11 @@ class PeerInquiry:
         try:
             verdict = self._ask()
         except RuntimeError:
+            # The store is gone, and with it who was lost: where a replica dies, the agents of the others end theirs,
+            # and rank 0, which serves the store, may go before this one has asked.
             verdict = self._verdict or (
                 f"rank 0 on {self._host_of_store} of {self._world_size} did not answer rank {self._rank} on "
-                f"{platform.node()}: killed, or behind a cut link"
+                f"{platform.node()}: killed, behind a cut link, or ended since another rank was lost (see its log)"
             )
         return verdict
 

@@ -88,7 +88,10 @@ def test_a_store_that_is_gone_is_said(replicas, monkeypatch):
 
     peer_inquiry_timeout = dt.timedelta(seconds=0.2)
     monkeypatch.setattr(peer_inquiry, "open_group_store", unreachable)
-    assert asker.sentence() == "rank 0 on h of 3 did not answer rank 1 on h: killed, or behind a cut link"
+    assert asker.sentence() == (
+        "rank 0 on h of 3 did not answer rank 1 on h: killed, behind a cut link, or ended since another rank was lost "
+        "(see its log)"
+    )
 
 
 def test_who_fails_later_says_what_was_found_first(replicas, monkeypatch):
