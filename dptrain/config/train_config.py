@@ -173,9 +173,10 @@ class TrainConfig:
     micro-batches and decisions stay the same. Default: the number that starts the run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device. auto: GPUs if there are any; cuda: an error without a GPU."""
-    precision: Literal["no", "bf16", "bf16_parameters", "fp16"] = "no"
+    precision: Literal["no", "bf16", "bf16_parameters", "fp16", "fp8"] = "no"
     """Precision of forward and backward. no: that of the parameters; bf16: autocast; bf16_parameters: parameters and
-    gradients in bfloat16, with float32 copies for the optimizer; fp16: autocast with a dynamic loss scale."""
+    gradients in bfloat16, with float32 copies for the optimizer; fp16: autocast with a dynamic loss scale; fp8: bf16
+    with products of linear layers in float8, by torchao (H100 or newer)."""
     find_unused_parameters: bool | None = None
     """Whether DDP looks, in each step, for parameters that the loss did not use, which costs some time. Default: where
     the first samples leave some unused."""
@@ -214,6 +215,7 @@ class TrainConfig:
             precision=self.precision,
         )
         _check_wrapper(self)
+        _check_float8(self)
         _check_expert_parallel(self)
         Smoothing(memory=self.noise.memory, half_life_samples=self.noise.half_life_samples)
 
@@ -255,6 +257,26 @@ def _check_sparsity(config: TrainConfig) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise ConfigError(f"sparsity.method={config.sparsity.method} does not go with it: {reason}")
+
+
+def _check_float8(config: TrainConfig) -> None:
+    """Refuse what float8 layers were never tried with."""
+    if config.precision != "fp8":
+        return
+    reasons = {
+        f"execution.wrapper={config.execution.wrapper} gathers weights in a precision of its own: use ddp": (
+            config.execution.wrapper != "ddp"
+        ),
+        "model.lora_rank puts the linear layers into layers of its own: leave it out": (
+            config.model.lora_rank is not None
+        ),
+        f"sparsity.method={config.sparsity.method} has masks for the linear layers: leave it out": (
+            config.sparsity.method != "off"
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(f"precision=fp8 does not go with it: {reason}; or use precision=bf16")
 
 
 def _check_quantization(config: TrainConfig) -> None:

@@ -253,4 +253,5 @@ def matmul_precision(device: torch.device, *, mixed_precision: str) -> str:
     if mixed_precision == "no":
         # Not allow_tf32, which raises where a user has set the newer switch.
         return "tf32" if device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
-    return {"bf16": "bfloat16", "bf16_parameters": "bfloat16", "fp16": "float16"}[mixed_precision]
+    # MFU under fp8 is by convention that of bfloat16, in which all but some layers compute.
+    return "float16" if mixed_precision == "fp16" else "bfloat16"

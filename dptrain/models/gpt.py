@@ -203,6 +203,12 @@ class LocalHead(nn.Module):
         return logits
 
 
+def output_layers(model: nn.Module) -> list[nn.Linear]:
+    """Return the linear layers of any model whose outputs are logits: the last one, and the heads of local blocks."""
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    return last + [module.output for module in model.modules() if isinstance(module, LocalHead)]
+
+
 class Block(nn.Module):
     """Attention and feed-forward, each added to the residual stream.
 

@@ -14,7 +14,7 @@ from torch.optim import LBFGS, SGD, AdamW, Muon, Optimizer, SparseAdam
 from dptrain.config.filled_in import given
 from dptrain.config.train_config import OptimizerConfig
 from dptrain.errors import ConfigError
-from dptrain.models.gpt import LocalHead
+from dptrain.models.gpt import output_layers
 from dptrain.tasks.base import ParameterGroups
 from dptrain.tasks.check import reported
 from dptrain.tasks.resolve import load_object
@@ -110,8 +110,7 @@ def _groups(kind: type[Optimizer], config: OptimizerConfig, model: nn.Module) ->
 def _not_for_muon(model: nn.Module) -> set[nn.Parameter]:
     """Return embeddings, output layers and tensors that are no matrices (Jordan et al. 2024, "Muon")."""
     embeddings: list[Any] = [m.weight for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-    last: list[Any] = [m.weight for m in model.modules() if isinstance(m, nn.Linear)][-1:]
-    last += [m.output.weight for m in model.modules() if isinstance(m, LocalHead)]
+    last = [layer.weight for layer in output_layers(model)]
     return {*embeddings, *last, *(p for p in model.parameters() if p.dim() > 2)}  # noqa: PLR2004 - matrices
 
 

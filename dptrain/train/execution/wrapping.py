@@ -19,6 +19,7 @@ from dptrain.config.execution import ExecutionConfig
 from dptrain.errors import ConfigError
 from dptrain.exchange import Exchange
 from dptrain.models.expert_parallel import expert_shares
+from dptrain.models.float8 import use_float8
 
 _COMPILED_SHAPES = 64
 """Graphs that dynamo may keep for one function. Its own limit of 8 is below the number of micro-batch sizes;
@@ -44,7 +45,8 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
     """Return the type that forward passes run in, or None for that of the parameters."""
-    return {"bf16": torch.bfloat16, "bf16_parameters": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    half = dict.fromkeys(("bf16", "bf16_parameters", "fp8"), torch.bfloat16)
+    return {**half, "fp16": torch.float16}.get(precision)
 
 
 def autocast(device: torch.device, *, dtype: torch.dtype | None) -> AbstractContextManager[object]:
@@ -86,12 +88,14 @@ def wrap(
         ignored_buffers: those that DDP need not copy from rank 0.
 
     Raises:
-        ConfigError: where the replicas do not make up the shards.
+        ConfigError: where the replicas do not make up the shards, or fp8 cannot be had.
     """
     if execution.tf32:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         torch.backends.cudnn.fp32_precision = "tf32"
     model.to(device)
+    if precision == "fp8":
+        use_float8(model, device=device)
     blocks = find_blocks(model)
     if execution.activation_checkpointing == "blocks":
         for block in blocks:

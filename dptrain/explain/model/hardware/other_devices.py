@@ -46,7 +46,7 @@ _MOVED_IN_PASS, _MOVED_IN_STEP = 3, 7
 _LARGER_MICRO_BATCHES = 64
 """Times the largest micro-batch that a CPU timed: GPUs are planned with larger ones."""
 _PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
-_PRECISION_OF_RUN = {"bf16": "bfloat16", "bf16_parameters": "bfloat16", "fp16": "float16"}
+_PRECISION_OF_RUN = {"bf16": "bfloat16", "bf16_parameters": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True)
