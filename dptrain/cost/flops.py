@@ -64,7 +64,8 @@ class FlopCounter:
         ratio = own_rows_ratio(self._model)
         if ratio is None:  # the next pass of this shape is counted in its place
             return
-        of_experts = counter.get_flop_counts()["Global"].get(_aten._grouped_mm, 0)  # noqa: SLF001 - as below
+        # Where nothing was counted there is no such entry.
+        of_experts = counter.get_flop_counts().get("Global", {}).get(_aten._grouped_mm, 0)  # noqa: SLF001 - as below
         self._known[shape] = counter.get_total_flops() + round(of_experts * (ratio - 1))
         self._add(shape, num_samples)
 

@@ -186,7 +186,7 @@ def next_token_loss(model: nn.Module, windows: Tensor, *, balance_weight: float 
     found = model(windows[:, :-1])
     logits, routing, local_logits = found if isinstance(found, tuple) else Predictions(found)
     loss = _cross_entropy(logits, windows)
-    if not model.training or (routing is None and not local_logits):
+    if (routing is None and not local_logits) or not model.training:
         return loss
     local = {f"cross_entropy/local_blocks.{at}": _cross_entropy(own, windows) for at, own in enumerate(local_logits)}
     parts = {"loss": sum(local.values(), start=loss), "cross_entropy": loss, **local}
