@@ -26,7 +26,7 @@ def pytest_xdist_auto_num_workers():
 
 @pytest.fixture(autouse=True, scope="module")
 def _state_of_accelerate():
-    """Leave none to the next file of this process: a loader at its end made each micro-batch there the last of a step."""
+    """Leave none to the next file: a loader at its end made each micro-batch there the last of a step."""
     yield
     state = sys.modules.get("accelerate.state")
     if state is not None:
