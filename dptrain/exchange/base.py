@@ -100,7 +100,7 @@ class Exchange(ABC):
         Args:
             parameters: those that are trained.
         """
-        return total_norm([p.grad for p in parameters if p.grad is not None])
+        return norm_of_whole(parameters)
 
     def part_of(self, name: str) -> tuple[int, int]:  # noqa: ARG002 - of a kind that cuts parameters up
         """Return which part of a parameter this replica holds, from 0, and of how many."""
@@ -192,6 +192,11 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
         return torch.zeros(())
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))  # noqa: SLF001 - torch's own use
     return cast("Tensor", cast("Any", norm).full_tensor()) if hasattr(norm, "full_tensor") else norm
+
+
+def norm_of_whole(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Return the norm of the gradient of parameters that this replica has whole, or in shards of FSDP."""
+    return total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def all_reduce_bytes(num_bytes: float, *, num_replicas: int) -> float:

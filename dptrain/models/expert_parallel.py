@@ -55,7 +55,8 @@ class ExpertShare:
         self.num_ranks = dist.get_world_size(group)
         if num_experts % self.num_ranks:
             raise ConfigError(
-                f"execution.expert_parallel_size {self.num_ranks} does not divide num_experts {num_experts}"
+                f"execution.expert_parallel_size {self.num_ranks} does not divide num_experts {num_experts}: choose a "
+                f"number of experts that is a multiple of it"
             )
         each = num_experts // self.num_ranks
         first = each * dist.get_rank(group)

@@ -131,7 +131,7 @@ def test_the_wheel_can_be_built_from_the_sdist(sdist, wheel, tmp_path):
 
 
 def test_every_extra_is_part_of_the_development_environment():
-    """`make env` brings all extras (vision with its weights, and fp8, into folders apart), so that no test lacks one."""
+    """`make env` brings all extras (vision, its weights and fp8 into folders apart), so that no test lacks one."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     (all_of_them,) = re.findall(r"dptrain\[(.*?)\]", " ".join(extras["dev"]))
     assert set(all_of_them.split(",")) == set(extras) - {"dev", "vision", "efficientnet", "fp8"}

@@ -8,18 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dptrain.exchange.base import total_norm
+from dptrain.exchange.base import norm_of_whole
 from dptrain.runtime.step_reduction import StepRecord
 from dptrain.train.execution.loss_scale import LossScale
 from dptrain.train.execution.master_weights import MasterWeights
 from dptrain.train.optimizer import set_rate, step_if_finite
 
 Norm = Callable[[Sequence[nn.Parameter]], Tensor]
-
-
-def norm_of_whole(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Return the norm of the gradient of parameters that this replica has whole, or in shards of FSDP."""
-    return total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 class Update:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from dptrain.exchange.base import total_norm
 from dptrain.runtime.step_reduction import StepRecord
 from dptrain.train.execution.loss_scale import LossScale
 from dptrain.train.execution.master_weights import MasterWeights
-from dptrain.train.execution.update import Update, clip, total_norm
+from dptrain.train.execution.update import Update, clip
 
 
 def record_of(learning_rate):
