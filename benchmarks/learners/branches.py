@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import shutil
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learners.kept_runs import kept_or_made, plain
+from benchmarks.learners.kept_runs import kept_or_made, known_of
 from benchmarks.learners.runs import Arm, config_of
 from dptrain.cli.branch import branch_arguments, trunks
 from dptrain.cli.settings import parse
@@ -32,14 +31,15 @@ def branch_once(arm: Arm, *, seed: int, folder: Path, shared: Path, kept: Path |
     The arguments are those of `train_once`.
     """
     known = {
-        "branch": {"multiples": MULTIPLES, "window": _WINDOW, "tolerance": TOLERANCE},
-        "way": arm.way,
-        "arm": arm.name,
-        "seed": seed,
-        "settings": plain(arm.settings, shared=shared),
+        "branch": {"multiples": list(MULTIPLES), "window": _WINDOW, "tolerance": TOLERANCE},
+        **known_of(arm, seed=seed, shared=shared),
     }
-    known = json.loads(json.dumps(known))
     return kept_or_made(known, lambda: critical_batch(arm, seed=seed, folder=folder), kept=kept)
+
+
+def has_samples_for_branches(arm: Arm) -> bool:
+    """Return whether a branch has samples for a step of the largest batch."""
+    return round(_WINDOW * arm.settings["max_samples"]) >= MULTIPLES[-1] * arm.settings["global_batch_size"]
 
 
 def critical_batch(arm: Arm, *, seed: int, folder: Path) -> dict[str, Any]:

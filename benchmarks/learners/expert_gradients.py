@@ -23,6 +23,16 @@ from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, OptimizerC
 _BATCH = 16
 
 
+def expert_errors(*, quick: bool) -> dict[str, float]:
+    """Return the largest error of experts on several replicas, and of experts that replicas share out, as figures."""
+    sizes = (1, 2) if quick else (1, 2, 4)
+    layouts = [(2, 2)] if quick else [(2, 2), (4, 2), (4, 4)]
+    return {
+        "experts_gradient_error": max(experts_gradient_error(world_size) for world_size in sizes),
+        "expert_parallel_error": max(expert_parallel_error(world_size, size=size) for world_size, size in layouts),
+    }
+
+
 def experts_gradient_error(world_size: int) -> float:
     """Return the largest error of the replicas' mean gradient of a GPT of experts, over its largest component.
 

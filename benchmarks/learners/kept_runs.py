@@ -25,13 +25,16 @@ def train_once(arm: Arm, *, seed: int, folder: Path, shared: Path, kept: Path | 
         shared: folder of what all runs of a way start from; its place does not matter for whether runs are the same.
         kept: folder of figures; None keeps none.
     """
-    known: dict[str, Any] = {
-        "way": arm.way,
-        "arm": arm.name,
-        "seed": seed,
-        "settings": plain(arm.settings, shared=shared),
-    }
+    known = known_of(arm, seed=seed, shared=shared)
     return kept_or_made(known, lambda: train(arm, seed=seed, folder=folder), kept=kept)
+
+
+def known_of(arm: Arm, *, seed: int, shared: Path) -> dict[str, Any]:
+    """Return what tells a run of an arm from others, as JSON: the same wherever the code and the shared folder lie."""
+    settings = json.dumps(arm.settings, sort_keys=True, default=_as_mapping)
+    for place in (shared, Path(__file__).parent):
+        settings = settings.replace(str(place), "…")
+    return {"way": arm.way, "arm": arm.name, "seed": seed, "settings": json.loads(settings)}
 
 
 def kept_or_made(known: Mapping[str, Any], make: Callable[[], dict[str, Any]], *, kept: Path | None) -> dict[str, Any]:
@@ -56,12 +59,6 @@ def kept_or_made(known: Mapping[str, Any], make: Callable[[], dict[str, Any]], *
         whole.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
         whole.replace(path)
     return {**figures, **stamp}
-
-
-def plain(settings: Mapping[str, Any], *, shared: Path) -> Any:  # noqa: ANN401 - as JSON
-    """Return settings as plain values, in which paths of the shared folder are relative to it."""
-    text = json.dumps(settings, sort_keys=True, default=_as_mapping)
-    return json.loads(text.replace(str(shared), "…"))
 
 
 def _as_mapping(value: object) -> dict[str, Any]:

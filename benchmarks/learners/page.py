@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks import harness
+from benchmarks.learners.table import UNKNOWN
 from benchmarks.result_tables import figures_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-UNKNOWN = "not measured"
 _HOW_TO_READ = (
     "A margin is the control's loss less the arm's, in units of the larger of their two standard deviations over "
     "seeds. With three seeds such a deviation is itself off by half: a margin below 2 is weak evidence. FLOPs are "
@@ -25,7 +25,8 @@ _HOW_TO_READ = (
     "there is the time to the run's lowest loss on one replica over that on so many, as `dptrain plan` predicts it "
     'from the run; "not planned" where it refuses, because the noise scale is not resolved or the data set is too '
     "small. The critical batch is the largest with a held-out loss at most 0.01 nats above that of the run's own "
-    "batch, a quarter of the run's samples after its middle, seed by seed; it is known to a factor of two at best. The "
+    "batch, a quarter of the run's samples after its middle, seed by seed; it is known to a factor of two at best, and "
+    '"too short" says that a quarter of the run is less than a step of eight times the batch. The '
     "all-reduce is assumed to take no time, for one replica has none. Other work ran on the machine, so "
     "seconds say little."
 )
@@ -51,10 +52,25 @@ def with_earlier(findings: harness.Findings, files: Iterable[Path]) -> harness.F
                 **row,
             }
     for row in findings.rows:
-        before = rows.get((row["way"], row["arm"]), {}) if "branches" in row else {}
-        measured = "; ".join(str(found["measured"]) for found in (before, row) if "measured" in found)
-        rows[row["way"], row["arm"]] = {**before, **row, "measured": measured}
-    return replace(findings, rows=list(rows.values()), figures={**figures, **findings.figures})
+        key = row["way"], row["arm"]
+        if "branches" in row:
+            stamps = [*_trained_stamps(rows.get(key, {})), *([row["measured"]] if "measured" in row else [])]
+            rows[key] = {**rows.get(key, {}), **row, "measured": "; ".join(stamps)}
+        else:
+            rows[key] = row
+    return replace(findings, rows=_in_order(rows, findings.rows), figures={**figures, **findings.figures})
+
+
+def _trained_stamps(row: Mapping[str, Any]) -> list[str]:
+    """Return the stamps of a row without those of branches, which newer ones take the place of."""
+    return [stamp for stamp in row.get("measured", "").split("; ") if stamp and not stamp.startswith("branches ")]
+
+
+def _in_order(rows: Mapping[tuple[Any, Any], dict[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a way beside one another, those of this run first and in its order."""
+    ways = list(dict.fromkeys(way for way, _ in rows))
+    arms = list(dict.fromkeys([*((row["way"], row["arm"]) for row in new), *rows]))
+    return [rows[key] for key in sorted(arms, key=lambda key: ways.index(key[0]))]
 
 
 def page(findings: harness.Findings, *, command: str, figure: str | None = None) -> str:

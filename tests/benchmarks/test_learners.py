@@ -11,7 +11,8 @@ import torch
 
 from benchmarks import harness
 from benchmarks.learners import __main__ as learners
-from benchmarks.learners import branches, expert_gradients, normalised_cnn, page, pictures, ways
+from benchmarks.learners import branches, expert_gradients, normalised_cnn, page, pictures, table, ways
+from benchmarks.learners.runs import Arm
 from tests import runs
 
 
@@ -32,15 +33,15 @@ def result(loss, *, noise=10.0):
 
 
 def rows_of(*arms):
-    rows = [learners._row(arm, [result(loss) for loss in losses]) for arm, losses in arms]
-    learners._compare(rows, [arm for arm, _ in arms])
+    rows = [table.trained_row(arm, [result(loss) for loss in losses]) for arm, losses in arms]
+    table.compare(rows, [arm for arm, _ in arms])
     return rows
 
 
 def test_a_margin_is_in_units_of_the_larger_spread():
     """1.0 ± 0.1 and 0.7 ± 0.05 are three spreads apart; within one spread there is no gain; above it a loss."""
-    control = learners.Arm(way="w", name="control")
-    arms = [learners.Arm(way="w", name=name, control="control") for name in ("better", "equal", "worse")]
+    control = Arm(way="w", name="control")
+    arms = [Arm(way="w", name=name, control="control") for name in ("better", "equal", "worse")]
     rows = rows_of(
         (control, (0.9, 1.0, 1.1)),
         (arms[0], (0.65, 0.7, 0.75)),
@@ -62,14 +63,14 @@ def test_figures_and_page_are_of_the_rows():
         ("a", ("rigl",)),
         ("b", ("rigl",)),
     ):
-        pairs.append((learners.Arm(way=way, name="control"), (1.0, 1.1)))
-        pairs += [(learners.Arm(way=way, name=name, control="control"), (0.5, 0.6)) for name in names]
+        pairs.append((Arm(way=way, name="control"), (1.0, 1.1)))
+        pairs += [(Arm(way=way, name=name, control="control"), (0.5, 0.6)) for name in names]
     rows = rows_of(*pairs)
-    figures = learners._figures(rows)
+    figures = table.margin_figures(rows)
     assert figures["rigl_order_holds"] == 1.0
     assert figures["finetune_margin_in_spreads"] == figures["distill_margin_in_spreads"] > 1
     rows[-1]["margin"] = -0.1
-    assert learners._figures(rows)["rigl_order_holds"] == 0.0
+    assert table.margin_figures(rows)["rigl_order_holds"] == 0.0
     findings = harness.Findings(
         figures=figures, rows=rows, columns={"arm": "{arm}", "loss": "{loss:.1f}"}, note="A note."
     )
@@ -87,31 +88,51 @@ def test_earlier_results_stand_beside_those_of_the_run_and_say_so(tmp_path):
         rows = [{"way": "w", "arm": arm, "loss": loss} for arm, loss in losses.items()]
         found = {"command": "python -m x", "environment": environment, "figures": {"f": 1.0, name: 2.0}, "rows": rows}
         (tmp_path / name).write_text(json.dumps(found))
-    (own,) = rows_of((learners.Arm(way="w", name="c"), (0.1, 0.2)))
+    (own,) = rows_of((Arm(way="w", name="c"), (0.1, 0.2)))
     findings = harness.Findings(figures={"f": 3.0}, rows=[own], columns={}, note="A note.")
     merged = page.with_earlier(findings, [tmp_path / "first", tmp_path / "second"])
-    assert [row["loss"] for row in merged.rows] == pytest.approx([1.0, 2.5, 0.15])
+    a, b, c = sorted(merged.rows, key=lambda row: row["arm"])
+    assert [row["loss"] for row in (a, b, c)] == pytest.approx([1.0, 2.5, 0.15])
     assert merged.figures == {"f": 3.0, "first": 2.0, "second": 2.0}
-    assert merged.rows[0]["speed_up_64"] == merged.rows[0]["gradients_text"] == "not measured"
-    assert merged.rows[0]["measured"] == "an earlier `python -m x`, dptrain 0.0.9, torch 2.0"
-    assert merged.rows[2] == own
+    assert a["speed_up_64"] == a["gradients_text"] == "not measured"
+    assert a["measured"] == "an earlier `python -m x`, dptrain 0.0.9, torch 2.0"
+    assert c == own
 
 
 def test_branches_of_an_arm_stand_in_its_row(tmp_path):
     """The loss of the earlier row, the critical batch of this run, and when each was measured."""
-    row = {"way": "w", "arm": "a", "loss": 1.0, "measured": "then"}
+    row = {"way": "w", "arm": "a", "loss": 1.0, "measured": "then; branches before", "critical_text": "32"}
     found = {"command": "x", "environment": {"dptrain": "0", "torch": "2"}, "figures": {}, "rows": [row]}
     (tmp_path / "earlier").write_text(json.dumps(found))
-    new = {"way": "w", "arm": "a", "critical_text": "64", "branches": [], "measured": "now"}
+    new = {"way": "w", "arm": "a", "critical_text": "64", "branches": [{}], "measured": "branches now"}
     findings = harness.Findings(figures={}, rows=[new], columns={}, note="A note.")
     (merged,) = page.with_earlier(findings, [tmp_path / "earlier"]).rows
-    assert (merged["loss"], merged["critical_text"], merged["measured"]) == (1.0, "64", "then; now")
+    assert (merged["loss"], merged["critical_text"], merged["measured"]) == (1.0, "64", "then; branches now")
 
 
-def test_arms_of_one_name_in_two_ways_have_branches_of_their_own(tmp_path, monkeypatch):
-    """Each row has the results of its own arm, in the order of the seeds."""
-    arms = [learners.Arm(way=way, name="dense") for way in ("digits", "mnist1d")]
-    monkeypatch.setattr(learners, "WAYS", {"sparsity": lambda *_, **__: arms, "fine-tuning": lambda *_, **__: []})
+def test_rows_of_a_way_stand_together_in_the_order_of_the_run(tmp_path):
+    """A new arm comes between those that were there before; arms that this run does not have come last."""
+    old = [{"way": way, "arm": arm, "loss": 1.0} for way, arm in (("w", "a"), ("w", "c"), ("w", "gone"), ("v", "a"))]
+    found = {"command": "x", "environment": {"dptrain": "0", "torch": "2"}, "figures": {}, "rows": old}
+    (tmp_path / "earlier").write_text(json.dumps(found))
+    new = rows_of(*((Arm(way="w", name=name), (0.1, 0.2)) for name in ("a", "b", "c")))
+    findings = harness.Findings(figures={}, rows=new, columns={}, note="A note.")
+    merged = page.with_earlier(findings, [tmp_path / "earlier"]).rows
+    assert [(row["way"], row["arm"]) for row in merged] == [
+        ("w", "a"),
+        ("w", "b"),
+        ("w", "c"),
+        ("w", "gone"),
+        ("v", "a"),
+    ]
+
+
+def test_each_arm_has_its_own_branches(tmp_path, monkeypatch):
+    """Arms of two tasks may have one name; each row has its own arm's results, in the order of the seeds."""
+    settings = {"max_samples": 4 * 8 * 32, "global_batch_size": 32}
+    short = {**settings, "max_samples": 4 * 8 * 32 - 4}
+    ways_and_settings = (("digits", settings), ("brief", short), ("mnist1d", settings))
+    arms = [Arm(way=way, name="dense", settings=choice) for way, choice in ways_and_settings]
 
     def once(arm, *, seed, **_):
         base = {"digits": 100, "mnist1d": 200}[arm.way]
@@ -120,8 +141,36 @@ def test_arms_of_one_name_in_two_ways_have_branches_of_their_own(tmp_path, monke
 
     monkeypatch.setattr(learners, "branch_once", once)
     with ThreadPoolExecutor(1) as pool:
-        rows = learners._branches(tmp_path, pool, seeds=(0, 1, 2), quick=True, kept=None)
-    assert {row["way"]: row["critical_text"] for row in rows} == {"digits": "100, 101, 102", "mnist1d": "200, 201, 202"}
+        rows = learners._branched(arms, learners._Runs(seeds=(0, 1, 2), folder=tmp_path, pool=pool, kept=None))
+    assert [(row["way"], row["critical_text"], row.get("measured")) for row in rows] == [
+        ("digits", "100, 101, 102", "branches now (0)"),
+        ("brief", "too short", None),
+        ("mnist1d", "200, 201, 202", "branches now (0)"),
+    ]
+
+
+def test_parts_and_branches_are_of_the_ways_that_are_named(monkeypatch):
+    """A way's arms are made once for both; a way that is in neither is not touched, nor are experts."""
+    made = []
+
+    def way(name):
+        def arms(folder, *, quick):
+            assert folder.is_dir()
+            made.append(name)
+            return [Arm(way=name, name="dense", settings={"max_samples": 800, "global_batch_size": 1})]
+
+        return arms
+
+    stamp = {"measured": "now", "source": "0"}
+    branch = {"losses": {}, "largest": 8, "below": None, "only_below": False, **stamp}
+    monkeypatch.setattr(learners, "WAYS", {name: way(name) for name in ("a", "b", "c")})
+    monkeypatch.setattr(learners, "train_once", lambda *_, **__: {**result(1.0), **stamp})
+    monkeypatch.setattr(learners, "branch_once", lambda *_, **__: branch)
+    monkeypatch.setattr(learners, "ProcessPoolExecutor", lambda number, **_: ThreadPoolExecutor(number))
+    found = learners.measure(quick=False, parts=("a", "b", "branches"), branches_of=("b", "c"))
+    assert made == ["a", "b", "c"]
+    assert [(row["way"], "loss" in row) for row in found.rows] == [("a", True), ("b", True), ("b", False), ("c", False)]
+    assert found.figures == {}
 
 
 def test_branches_go_from_the_middle_of_a_run(tmp_path):
@@ -132,7 +181,7 @@ def test_branches_go_from_the_middle_of_a_run(tmp_path):
         "micro_batch_size": 2,
         "max_samples": 80,
     }
-    arm = learners.Arm(way="w", name="a", settings=settings)
+    arm = Arm(way="w", name="a", settings=settings)
     found = branches.critical_batch(arm, seed=0, folder=tmp_path / "run")
     assert set(found["losses"]) == {"1", "2", "4", "8"}
     assert all(loss > 0 for loss in found["losses"].values())
@@ -149,9 +198,9 @@ def test_branches_go_from_the_middle_of_a_run(tmp_path):
 def test_a_plan_is_said_as_far_as_there_is_one():
     """The median over the seeds, how many of them where some are refused, and that there is none."""
     plans = [{"speed_up": {"8": value}} for value in (4.0, 6.0, "the noise scale is not resolved")]
-    assert learners._speed_up(plans, 8) == "5× (2 of 3 seeds)"
-    assert learners._speed_up(plans[:2], 8) == "5×"
-    assert learners._speed_up(plans[2:], 8) == "not planned"
+    assert table.speed_up_text(plans, 8) == "5× (2 of 3 seeds)"
+    assert table.speed_up_text(plans[:2], 8) == "5×"
+    assert table.speed_up_text(plans[2:], 8) == "not planned"
 
 
 def test_gradients_of_experts_are_those_of_one_process():

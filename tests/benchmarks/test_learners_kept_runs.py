@@ -38,4 +38,8 @@ def test_a_run_is_trained_once_and_its_figures_say_when(tmp_path, monkeypatch):
     assert once(arm_in("a", max_samples=5))["loss"] == 3.0
     assert once(replace(arm_in("a"), name="other"))["loss"] == 4.0
     assert once(arm_in("a"), kept=None)["loss"] == 5.0
+    # A task file of the benchmark is the same one in another checkout.
+    assert kept_runs.known_of(arm_in("a", task=kept_runs.__file__), seed=0, shared=tmp_path)["settings"]["task"] == (
+        "…/kept_runs.py"
+    )
     assert len(list(kept.iterdir())) == 4
