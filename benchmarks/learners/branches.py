@@ -39,7 +39,8 @@ def branch_once(arm: Arm, *, seed: int, folder: Path, shared: Path, kept: Path |
 
 def has_samples_for_branches(arm: Arm) -> bool:
     """Return whether a branch has samples for a step of the largest batch."""
-    return round(_WINDOW * arm.settings["max_samples"]) >= MULTIPLES[-1] * arm.settings["global_batch_size"]
+    samples, batch = int(arm.settings["max_samples"]), int(arm.settings["global_batch_size"])
+    return round(_WINDOW * samples) >= MULTIPLES[-1] * batch
 
 
 def critical_batch(arm: Arm, *, seed: int, folder: Path) -> dict[str, Any]:

@@ -53,17 +53,15 @@ def with_earlier(findings: harness.Findings, files: Iterable[Path]) -> harness.F
             }
     for row in findings.rows:
         key = row["way"], row["arm"]
-        if "branches" in row:
-            stamps = [*_trained_stamps(rows.get(key, {})), *([row["measured"]] if "measured" in row else [])]
-            rows[key] = {**rows.get(key, {}), **row, "measured": "; ".join(stamps)}
-        else:
-            rows[key] = row
+        rows[key] = _with_branches(rows.get(key, {}), row) if "branches" in row else dict(row)
     return replace(findings, rows=_in_order(rows, findings.rows), figures={**figures, **findings.figures})
 
 
-def _trained_stamps(row: Mapping[str, Any]) -> list[str]:
-    """Return the stamps of a row without those of branches, which newer ones take the place of."""
-    return [stamp for stamp in row.get("measured", "").split("; ") if stamp and not stamp.startswith("branches ")]
+def _with_branches(row: Mapping[str, Any], branches: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of an arm with what branches found, and without the stamps of those before."""
+    stamps = [stamp for stamp in row.get("measured", "").split("; ") if stamp and not stamp.startswith("branches ")]
+    stamps += [branches["measured"]] if "measured" in branches else []
+    return {**row, **branches, "measured": "; ".join(stamps)}
 
 
 def _in_order(rows: Mapping[tuple[Any, Any], dict[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
