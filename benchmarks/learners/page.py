@@ -96,12 +96,24 @@ def page(findings: harness.Findings, *, command: str, figure: str | None = None)
         *([figures_table(findings.figures)] if findings.figures else []),
         _HOW_TO_READ,
         "",
+        *_what_is_lacking(findings),
         "When each way was measured, and the digest of the package's source by which it was:",
         "",
         *(f"- {way}: {', '.join(sorted(stamps))}" for way, stamps in _stamps(findings.rows).items()),
         "",
     ]
     return "\n".join(lines)
+
+
+def _what_is_lacking(findings: harness.Findings) -> list[str]:
+    """Return a paragraph on what was not measured of which way; none where nothing is lacking."""
+    lacking = [
+        f"{head} of {', '.join(ways)}"
+        for head, template in findings.columns.items()
+        if (ways := dict.fromkeys(row["way"] for row in findings.rows if template.format_map(row) == UNKNOWN))
+    ]
+    why = "[why](../../docs/what-replicas-learn.md#what-is-not-here)"
+    return [f"Not measured, and {why}: {'; '.join(lacking)}.", ""] if lacking else []
 
 
 def _stamps(rows: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:

@@ -110,6 +110,23 @@ def test_branches_of_an_arm_stand_in_its_row(tmp_path):
     assert (merged["loss"], merged["critical_text"], merged["measured"]) == (1.0, "64", "then; branches now")
 
 
+def test_the_page_says_what_was_not_measured():
+    """By column, the ways that lack it; nothing where nothing is lacking."""
+    rows = [
+        {"way": "w", "plan": "2", "critical": "64", "measured": "now"},
+        {"way": "v", "plan": "not measured", "critical": "not measured", "measured": "now"},
+        {"way": "u", "plan": "3", "critical": "not measured", "measured": "now"},
+    ]
+    columns = {"way": "{way}", "8 replicas": "{plan}", "critical batch": "{critical}"}
+
+    def text(rows):
+        findings = harness.Findings(figures={}, rows=rows, columns=columns, note="A note.")
+        return page.page(findings, command="python -m benchmarks.learners")
+
+    assert "/what-replicas-learn.md#what-is-not-here): 8 replicas of v; critical batch of v, u.\n" in text(rows)
+    assert "Not measured" not in text(rows[:1])
+
+
 def test_rows_of_a_way_stand_together_in_the_order_of_the_run(tmp_path):
     """A new arm comes between those that were there before; arms that this run does not have come last."""
     old = [{"way": way, "arm": arm, "loss": 1.0} for way, arm in (("w", "a"), ("w", "c"), ("w", "gone"), ("v", "a"))]
