@@ -75,7 +75,8 @@ class Reason(StrEnum):
     EMPTY_BATCH = "a micro-batch had no samples: skip it, or announce it by meter.begin(num_samples=1, weight=0)"
     SAME_SAMPLES = (
         "the micro-batches of each step have the same gradients but for rounding: they hold the same samples, so there "
-        "is no noise to see; draw samples for each micro-batch"
+        "is no noise to see; draw samples for each micro-batch, or call meter.discard_step() where the gradients of a "
+        "first pass are thrown away (SAM)"
     )
     RESTARTED = "the gradients were cleared in the middle of the step, which began anew (no misuse)"
     UNFROZEN = (

@@ -67,8 +67,8 @@ class _Announcer:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Announce a pass whose gradients are seen one by one."""
-        if not torch.is_grad_enabled():
-            return
+        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():  # noqa: SLF001 - no public form
+            return  # under vmap or torch.func.grad the tensors are those of one sample, and no .grad comes of them
         check_model(getattr(self._model, "_orig_mod", self._model), meter=self._meter)
         if self._meter.by_hand:
             return

@@ -154,7 +154,8 @@ def output_is_in_doubt(
     inputs = list(_dense([list(args), dict(kwargs)]))
     if not outputs or not inputs or _say_the_batch(args, kwargs):
         return False
-    if any(tensor.dim() == 0 for tensor in outputs):
+    # Of several inputs that agree, one element is the loss too; of a single input it may be what one sample gives.
+    if any(tensor.dim() == 0 or (tensor.shape == (1,) and len(inputs) > 1) for tensor in outputs):
         # The loss, and what comes with it is about it. Of a single vector nobody knows whether it is one sample.
         return all(tensor.dim() <= 1 and tensor.is_floating_point() for tensor in inputs)
     rows = {tensor.size(0) for tensor in outputs}

@@ -146,6 +146,27 @@ def test_a_pass_whose_output_is_in_doubt_without_a_backward_pass_is_none():
     assert measured(beside)[0] == measured(plain)[0]
 
 
+def with_gradients_of_each_sample(model, x):
+    def loss_of(parameters, sample):
+        return torch.func.functional_call(model, parameters, sample).square().mean()
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    torch.func.vmap(torch.func.grad(loss_of), (None, 0))(parameters, x)
+    return plain(model, x)
+
+
+def test_gradients_of_single_samples_by_torch_func_are_no_passes():
+    """They call the model with one sample and without a batch dimension, beside the training."""
+    assert measured(with_gradients_of_each_sample)[:2] == measured(plain)[:2]
+
+
+def test_a_model_that_is_called_under_vmap_is_asked_about():
+    """There each call has one sample as its whole input, whose first dimension is none of samples."""
+    _, reported, scale = measured(lambda model, x: torch.vmap(model)(x).square().mean())
+    assert scale.num_steps == 0
+    assert "meter.begin(num_samples=...)" in reported[0]
+
+
 def pairs_under_the_hook(rank, world_size):
     wrapped = nn.parallel.DistributedDataParallel
     options = {"wrapped": wrapped, "accumulation_steps": 1, "method": "hook", "seed": rank}

@@ -99,6 +99,7 @@ def test_an_output_with_other_rows_leaves_the_batch_in_doubt(inputs, output):
     [
         ((torch.ones(8, 6),), [torch.ones(8, 1)]),
         ((torch.ones(8, 6), torch.ones(8, 1)), [torch.ones(())]),
+        ((torch.ones(8, 6), torch.ones(8, 1)), [torch.ones(1)]),
         ((TOKENS,), [torch.ones(128, 50)]),
         ((TOKENS,), [torch.ones(19, 50)]),
         ((TOKENS,), [torch.ones(()), torch.ones(4)]),
@@ -111,6 +112,7 @@ def test_an_output_with_other_rows_leaves_the_batch_in_doubt(inputs, output):
     ids=[
         "as many",
         "a loss",
+        "a loss of one element",
         "all tokens",
         "masked tokens",
         "a loss and the load of experts",
