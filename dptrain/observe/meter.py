@@ -195,6 +195,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
         """
         self._sizes = MicroBatchSizes()
         self._passes.clear()
+        self._reductions.discarded()
         self._hook.discard()
         if self._check is not None:
             self._check.forget()
