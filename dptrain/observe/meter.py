@@ -304,6 +304,8 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
     def step(self, *, grad_norm: Tensor | None = None) -> Reading:
         """Close an optimizer step: call it after the last backward pass, before clipping. A collective; no wait.
 
+        Only the first measured step waits, for the hosts of the other ranks: one that goes on without it is an error.
+
         After clipping or unscaling it is right too, for the factor between `.grad` and what the backward passes brought
         is measured and divided out. With attach(..., optimizer=) the optimizer's step closes it, and a call that
         follows only returns the reading.
