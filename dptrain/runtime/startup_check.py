@@ -62,7 +62,7 @@ def check_same_loss(loss: float | None, *, device: torch.device) -> None:
     """Refuse to start where the replicas' losses of the same samples and parameters differ. A collective; waits.
 
     Args:
-        loss: see `loss_of_two_samples`; None for one that cannot be compared.
+        loss: one of `losses_of_two_samples`; None for one that cannot be compared.
         device: where the collective runs.
 
     Raises:
@@ -79,7 +79,7 @@ def check_same_loss(loss: float | None, *, device: torch.device) -> None:
         raise ConfigError(
             f"the replicas do not agree on the loss of the same two samples ({smallest:.4g} on one, {largest:.4g} on "
             "another): the loss must not depend on the rank, nor on what each process builds for itself, such as class "
-            "weights: seed that, or compute it from the whole data set"
+            "weights or a dropout rate: seed that, or compute it from the whole data set"
         )
 
 
@@ -95,7 +95,9 @@ def model_digests(model: nn.Module) -> dict[str, object]:
     buffers = list(dict(model.named_buffers()))
     forms = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in entries if not is_lazy(tensor)]
     values = [(name, _checksum(tensor)) for name, tensor in entries if not is_lazy(tensor)]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     return {
+        "which of the model's parameters require a gradient": sorted(trained),
         "the names, order and shapes of the model's parameters and buffers": (forms, buffers),
         "the model's initial values": sorted(values),
     }

@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset, default_collate
 
 from dptrain.data.iterable import StreamedSamples
 from dptrain.errors import DptrainError, TaskError
-from dptrain.tasks.base import Batch, Suggestion, Task, split_loss
+from dptrain.tasks.base import Batch, LossFunction, Suggestion, Task, split_loss
 
 _NUM_CHECKED_SAMPLES = 2
 _MAX_NAMES = 5
@@ -90,29 +90,41 @@ def _is_finite(task: Task, model: nn.Module, collate: Callable[[list[Any]], Batc
         return False
 
 
-def loss_of_two_samples(task: Task) -> float | None:
-    """Return the loss of the first two training samples, by a copy of the model in evaluation mode.
+def losses_of_two_samples(task: Task) -> tuple[float | None, float | None, float | None]:
+    """Return losses by a copy of the model: of two training samples in training and in evaluation mode, and held out.
 
-    Replicas compare it: a loss that differs between them, by a sign or by class weights that each process computed for
-    itself, trains all of them on something that nobody asked for.
+    Replicas compare them: a loss that differs between them, by a sign, by class weights that each process computed for
+    itself, or by a dropout rate, trains all of them on something that nobody asked for. Random numbers are the same on
+    all replicas here, so that dropout is compared, too.
 
     Args:
-        task: one that `check_task` has accepted.
+        task: one that `check_task` and `check_evaluation` have accepted.
 
     Returns:
-        None where a second call gives another number (noise of its own), or none that is finite.
+        None for a loss where a second call gives another number (noise of its own), or none that is finite; and for the
+        held-out one where the task has none apart.
     """
     with random_state_kept(), torch.enable_grad():
-        model = copy.deepcopy(task.model).eval()
-        batch = (task.collate or default_collate)(_first_samples(task))
-        found = []
-        for _ in range(2):
-            torch.manual_seed(0)
-            try:
-                result = task.loss(_Wrapped(model).eval(), batch)
-            except Exception:  # noqa: BLE001 - in training mode it ran, which is what counts
-                return None
-            found.append(split_loss(result)[0].item())
+        model = copy.deepcopy(task.model)
+        wrapped, collate = _Wrapped(model), task.collate or default_collate
+        batch = collate(_first_samples(task))
+        evaluated = _repeated_loss(task.loss, wrapped.eval(), batch)
+        held_out = None
+        if task.eval_loss is not None and task.eval_sets:
+            data: Any = next(iter(task.eval_sets.values()))
+            samples = [data[index] for index in range(min(2, len(data)))]
+            held_out = _repeated_loss(task.eval_loss, model, collate(samples))
+        return _repeated_loss(task.loss, wrapped.train(), batch), evaluated, held_out
+
+
+def _repeated_loss(loss: LossFunction, model: nn.Module, batch: Batch) -> float | None:
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        try:
+            found.append(split_loss(loss(model, batch))[0].item())
+        except Exception:  # noqa: BLE001 - in the mode that counts it ran
+            return None
     return found[0] if found[0] == found[1] and math.isfinite(found[0]) else None
 
 

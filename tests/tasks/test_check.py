@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dptrain.errors import TaskError
-from dptrain.tasks import check_evaluation, check_task, fewest_samples, loss_of_two_samples, resolve_task
+from dptrain.tasks import check_evaluation, check_task, fewest_samples, losses_of_two_samples, resolve_task
 from dptrain.tasks.base import split_training_loss
 from tests.tasks.made_tasks import small_task
 
@@ -102,13 +102,36 @@ def test_infinite_loss_passes():
     check_task(small_task(loss=lambda model, batch: model(batch).mean() / 0))
 
 
-def test_the_loss_of_two_samples_is_what_replicas_compare():
-    """It is the same at each call, or None: for a loss with noise of its own, and for one that is not finite."""
+def test_the_losses_of_two_samples_are_what_replicas_compare():
+    """They are the same at each call, or None: for a loss with noise of its own, and for one that is not finite."""
     noise = torch.Generator().manual_seed(1)
     task = small_task(loss=lambda model, batch: model(batch).mean() + torch.rand(()))
-    assert loss_of_two_samples(task) == loss_of_two_samples(task) is not None
-    assert loss_of_two_samples(small_task(loss=lambda m, b: m(b).mean() + torch.rand((), generator=noise))) is None
-    assert loss_of_two_samples(small_task(loss=lambda m, b: m(b).mean() / 0)) is None
+    trained, evaluated, held_out = losses_of_two_samples(task)
+    assert losses_of_two_samples(task) == (trained, evaluated, None)
+    assert trained is not None
+    assert evaluated is not None
+    assert held_out is None
+    noisy = small_task(loss=lambda m, b: m(b).mean() + torch.rand((), generator=noise))
+    assert losses_of_two_samples(noisy) == (None, None, None)
+    assert losses_of_two_samples(small_task(loss=lambda m, b: m(b).mean() / 0)) == (None, None, None)
+
+
+def test_a_dropout_rate_and_a_held_out_loss_of_its_own_change_what_replicas_compare():
+    """A rate acts in training mode alone, and a held-out loss has class weights of its own."""
+
+    def losses(rate, weight):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(2, 64), nn.Dropout(rate), nn.Linear(64, 1))
+        loss = small_task().loss
+        return losses_of_two_samples(
+            small_task(model=model, eval_data=[torch.ones(2)], eval_loss=lambda m, b: weight * loss(m, b))
+        )
+
+    first, other = losses(0.1, 1.0), losses(0.5, 2.0)
+    assert first[0] != other[0]
+    assert first[1] == other[1]
+    assert first[2] != other[2]
+    assert None not in first + other
 
 
 WEIGHT = torch.ones((), requires_grad=True)

@@ -9,7 +9,7 @@ from dptrain.checkpoint.opened import Checkpoint
 from dptrain.config.train_config import TrainConfig
 from dptrain.runtime.hosts.task_identity import TaskIdentity
 from dptrain.runtime.startup_check import check_same_loss, check_same_run, model_digests
-from dptrain.tasks import Task, loss_of_two_samples
+from dptrain.tasks import Task, losses_of_two_samples
 
 
 def check_same_training(
@@ -48,4 +48,5 @@ def check_same_training(
         device=device,
     )
     is_alone = not dist.is_initialized() or dist.get_world_size() == 1
-    check_same_loss(None if is_alone else loss_of_two_samples(task), device=device)
+    for loss in () if is_alone else losses_of_two_samples(task):
+        check_same_loss(loss, device=device)
