@@ -56,7 +56,7 @@ def check_task(task: Task) -> frozenset[str]:
         with _explained(wrapped, name=task.name):
             found = task.loss(wrapped, batch)
         refuse_coroutine(found, f"what the loss of task {task.name!r} returns")
-        unused = _check_loss(found, model=model, name=task.name)
+        unused = _check_loss(found, model=model, kept=task.model, name=task.name)
     if not wrapped.was_called:
         raise TaskError(
             f"the loss of task {task.name!r} does not call model(…), the one call that replicas synchronise by: call "
@@ -251,7 +251,7 @@ def _is_lazy(model: nn.Module) -> bool:
     return any(isinstance(tensor, (UninitializedParameter, UninitializedBuffer)) for tensor in tensors)
 
 
-def _check_loss(found: Any, *, model: nn.Module, name: str) -> frozenset[str]:  # noqa: ANN401 - whatever a user's loss returned
+def _check_loss(found: Any, *, model: nn.Module, kept: nn.Module, name: str) -> frozenset[str]:  # noqa: ANN401 - whatever a user's loss returned
     parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
     if not any(p.numel() for p in parameters.values()):
         raise TaskError(f"the model of task {name!r} has no parameter that requires a gradient")
@@ -265,11 +265,20 @@ def _check_loss(found: Any, *, model: nn.Module, name: str) -> frozenset[str]:  
     if not loss.requires_grad:
         raise TaskError(f"the loss of task {name!r} returned no graph: is there a .detach(), .item() or no_grad in it?")
     with reported(f"the loss of task {name!r} cannot be differentiated"):
-        gradients = torch.autograd.grad(loss, tuple(parameters.values()), allow_unused=True)
+        own = {key: p for key, p in kept.named_parameters() if p.requires_grad}
+        found = torch.autograd.grad(loss, (*parameters.values(), *own.values()), allow_unused=True)
+    gradients, past = found[: len(parameters)], found[len(parameters) :]
     by_name = dict(zip(parameters, gradients, strict=True))
     if all(gradient is None for gradient in gradients):
         raise TaskError(
             f"the loss of task {name!r} reaches no parameter of the model that it is given: does it use another one?"
+        )
+    # What the given model reaches as well is combined with its gradients, in the same backward pass.
+    missed = [key for key, gradient in zip(own, past, strict=True) if gradient is not None and by_name[key] is None]
+    if missed:
+        raise TaskError(
+            f"the loss of task {name!r} uses {_listed(missed)} by a model that it kept, past the one that it is given, "
+            "so that replicas would not combine their gradients: call the given model, and put that work into forward()"
         )
     _check_gradients({key: gradient for key, gradient in by_name.items() if gradient is not None}, name=name)
     return frozenset(key for key, gradient in by_name.items() if gradient is None)

@@ -102,6 +102,24 @@ def test_infinite_loss_passes():
     check_task(small_task(loss=lambda model, batch: model(batch).mean() / 0))
 
 
+def test_a_part_that_the_loss_uses_past_the_given_model_is_refused():
+    """Replicas would not combine its gradients; one that the given model reaches as well is combined with those."""
+
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(2, 1), nn.Linear(2, 1)
+
+        def forward(self, x):
+            return self.first(x)
+
+    kept = Halves()
+    past = small_task(model=kept, loss=lambda model, batch: (model(batch) + kept.second(batch)).mean())
+    with pytest.raises(TaskError, match=r"uses second\.weight, second\.bias by a model that it kept"):
+        check_task(past)
+    check_task(small_task(model=kept, loss=lambda model, batch: (model(batch) + kept.first(batch)).mean()))
+
+
 def test_the_losses_of_two_samples_are_what_replicas_compare():
     """They are the same at each call, or None: for a loss with noise of its own, and for one that is not finite."""
     noise = torch.Generator().manual_seed(1)
