@@ -1,7 +1,7 @@
 """Problems that are ready to train, and problems whose answer is known exactly."""
 
 from dptrain.tasks.base import Batch, Loss, LossFunction, Moment, Suggestion, Task, TrainHook
-from dptrain.tasks.check import check_task, fewest_samples, losses_of_two_samples
+from dptrain.tasks.check import check_task, fewest_samples, losses_of_two_samples, warn_unless_mean
 from dptrain.tasks.digits import digits
 from dptrain.tasks.evaluation_check import check_evaluation
 from dptrain.tasks.gpt import gpt
@@ -41,4 +41,5 @@ __all__ = [
     "pysource",
     "quadratic",
     "resolve_task",
+    "warn_unless_mean",
 ]

@@ -90,6 +90,38 @@ def _is_finite(task: Task, model: nn.Module, collate: Callable[[list[Any]], Batc
         return False
 
 
+def warn_unless_mean(task: Task) -> None:
+    """Warn of a loss that is not the mean of what it is of each sample alone; of the first two, in evaluation mode.
+
+    A sum, and a mean over tokens, weights or boxes that differ in number from sample to sample, depend on how a step is
+    cut into micro-batches, and the noise scale of such a loss does not count samples. What draws random numbers, or
+    takes no single sample, is not compared.
+
+    Args:
+        task: one that `check_task` has accepted.
+    """
+    with random_state_kept(), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a single sample
+        wrapped, collate = _Wrapped(copy.deepcopy(task.model)).eval(), task.collate or default_collate
+        samples, state = _first_samples(task), torch.get_rng_state()
+        try:
+            together, first, second = (
+                split_loss(task.loss(wrapped, collate(part)))[0].item() for part in (samples, samples[:1], samples[1:])
+            )
+        except Exception:  # noqa: BLE001 - it needs more samples, or training mode
+            return
+        draws = not torch.equal(torch.get_rng_state(), state)
+    mean = (first + second) / 2
+    if draws or not math.isfinite(together + mean) or math.isclose(together, mean, rel_tol=0.01, abs_tol=1e-4):
+        return
+    warnings.warn(
+        f"the loss of task {task.name!r} is not a mean over samples: it is {together:.4g} for the first two together, "
+        f"{first:.4g} and {second:.4g} for each alone, so that what is trained depends on micro_batch_size, and the "
+        "noise scale is not in samples: average within each sample first (over its tokens, say), then over the samples",
+        stacklevel=1,
+    )
+
+
 def losses_of_two_samples(task: Task) -> tuple[float | None, float | None, float | None]:
     """Return losses by a copy of the model: of two training samples in training and in evaluation mode, and held out.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import random
+import warnings
 from unittest import mock
 
 import pytest
@@ -12,7 +13,14 @@ import torch
 from torch import nn
 
 from dptrain.errors import TaskError
-from dptrain.tasks import check_evaluation, check_task, fewest_samples, losses_of_two_samples, resolve_task
+from dptrain.tasks import (
+    check_evaluation,
+    check_task,
+    fewest_samples,
+    losses_of_two_samples,
+    resolve_task,
+    warn_unless_mean,
+)
 from dptrain.tasks.base import split_training_loss
 from tests.tasks.made_tasks import small_task
 
@@ -100,6 +108,44 @@ def test_loss_that_uses_its_own_model_is_refused():
 def test_infinite_loss_passes():
     """Whether the first loss is finite is the trainer's matter."""
     check_task(small_task(loss=lambda model, batch: model(batch).mean() / 0))
+
+
+WORDS = [(torch.ones(3), torch.tensor([1.0, 0.0, 0.0])), (torch.zeros(3) - 1, torch.tensor([1.0, 1.0, 1.0]))]
+"""Two samples of three tokens: what is read, and which of them count."""
+
+
+def per_token(model, batch):
+    tokens, counts = batch
+    return (model(tokens.unsqueeze(-1)).squeeze(-1) * counts).sum() / counts.sum()
+
+
+def per_sample(model, batch):
+    tokens, counts = batch
+    return ((model(tokens.unsqueeze(-1)).squeeze(-1) * counts).sum(1) / counts.sum(1)).mean()
+
+
+def noisy_mean(model, batch):
+    return per_sample(model, batch) + torch.rand(())
+
+
+@pytest.mark.parametrize(
+    ("loss", "warned"),
+    [
+        (per_sample, False),
+        (per_token, True),
+        (lambda model, batch: 2 * len(batch[0]) * per_sample(model, batch), True),
+        (noisy_mean, False),
+        (lambda model, batch: batch[0].std(0).mean() * per_token(model, batch), False),
+    ],
+)
+def test_a_loss_that_is_no_mean_over_samples_is_warned_of(loss, warned):
+    """A mean over tokens and a sum are; a mean over samples, a noisy loss, and one that needs two samples are not."""
+    torch.manual_seed(1)
+    task = small_task(model=nn.Linear(1, 1), train_data=WORDS, loss=loss)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        warn_unless_mean(task)
+    assert ["not a mean over samples" in str(warning.message) for warning in found] == [True] * warned
 
 
 def test_a_part_that_the_loss_uses_past_the_given_model_is_refused():

@@ -26,6 +26,8 @@ _INSTALLED = tuple(
 )
 _OWN = str(Path(__file__).resolve().parents[1])
 _MAX_NAMED = 5
+_NUM_ORDERED = 1024
+"""Positions whose samples are compared: weights that differ by a few percent draw another sample at one of them."""
 
 
 class TaskIdentity:
@@ -47,6 +49,8 @@ class TaskIdentity:
         )
         self._sources = source_digests(task)
         self._digests = dict(task.digests)
+        order = stream.indices(range(_NUM_ORDERED)).tolist()
+        self._order = hashlib.sha256(repr(order).encode()).hexdigest()[:16]
         self.losses = losses_of_two_samples(task)
         self._initial = hashlib.sha256(repr(model_digests(task.model)[INITIAL_VALUES]).encode()).hexdigest()[:16]
 
@@ -55,6 +59,7 @@ class TaskIdentity:
         return {
             "the number of samples": self._train.num_samples,
             "the data": self._train_digest,
+            "the order of samples, such as by sample_weights": self._order,
             "the held-out data": self._held_out_digest,
             "the source of the task": self._sources,
             **self._digests,
@@ -72,6 +77,7 @@ class TaskIdentity:
             "recent": self._train.recent(position),
             "sources": self._sources,
             "digests": self._digests,
+            "order": self._order,
             "losses": list(self.losses),
             "initial": self._initial,
         }
@@ -101,6 +107,11 @@ class TaskIdentity:
             return
         recent = self._train.recent(position)
         same_recent = not (recent and before["recent"]) or recent == before["recent"]
+        if before["train"] == self._train_digest and before.get("order", self._order) != self._order:
+            raise ConfigError(
+                f"samples come in another order than when {path} was saved, such as by other sample_weights: bring them "
+                f"back, or start a new run from the weights: --model.weights {path} --run-dir NEW"
+            )
         if before["train"] != self._train_digest or not same_recent:
             raise ConfigError(
                 f"the data set is another one than when {path} was saved: some of its samples have changed, or what "

@@ -30,6 +30,19 @@ def resumed(before, after):
     return list(identity.changes(saved))
 
 
+def test_other_sample_weights_are_refused():
+    """On resume, and among replicas: the same samples would be drawn in another order, or as often as others."""
+    weights = torch.ones(len(noisy().train_data))
+    even, odd = (
+        TaskIdentity(replace(noisy(), sample_weights=w), stream=replace(noisy(), sample_weights=w).order(seed=0))
+        for w in (weights, weights + torch.linspace(0, 0.2, len(weights)))
+    )
+    name = "the order of samples, such as by sample_weights"
+    assert even.subjects()[name] != odd.subjects()[name]
+    with pytest.raises(ConfigError, match=r"another order than when step-7 was saved.*sample_weights"):
+        odd.check({"data": even.state(position=POSITION)}, position=POSITION, path=Path("step-7"))
+
+
 FACTOR = {"value": 1.0}
 """A setting that stands in no file of a task."""
 
