@@ -109,8 +109,8 @@ class TaskIdentity:
         same_recent = not (recent and before["recent"]) or recent == before["recent"]
         if before["train"] == self._train_digest and before.get("order", self._order) != self._order:
             raise ConfigError(
-                f"samples come in another order than when {path} was saved, such as by other sample_weights: bring them "
-                f"back, or start a new run from the weights: --model.weights {path} --run-dir NEW"
+                f"samples come in another order than when {path} was saved, such as by other sample_weights: bring "
+                f"them back, or start a new run from the weights: --model.weights {path} --run-dir NEW"
             )
         if before["train"] != self._train_digest or not same_recent:
             raise ConfigError(
