@@ -324,6 +324,7 @@ class Trainer:
             # All compare themselves before one is saved, and rank 0 alone has a clock for it.
             save=stop.take_save() or (checkpoint_manager is not None and checkpoint_manager.is_due()),
             failed_saves=0 if checkpoint_manager is None else checkpoint_manager.failed_saves(),
+            folder_removed=checkpoint_manager is not None and checkpoint_manager.folder_removed(),
             slowness=self._run.stragglers.slowness,
             busy_s=busy_s,
             step_s=self._run.step_timer.interval_s,
