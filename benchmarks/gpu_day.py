@@ -37,25 +37,23 @@ class Part:
         module: of `benchmarks.gpu`.
         function: of it, called with a report.
         question: head of its section.
-        limit_s: seconds after which it is killed, on a GPU and on a CPU.
+        limit_s: seconds on a GPU after which it is killed; on a CPU the time for all parts is the only limit.
     """
 
     module: str
     function: str = "measure"
     question: str
-    limit_s: tuple[float, float]
+    limit_s: float
 
 
 PARTS: Mapping[str, Part] = {
-    "waits": Part(module="synchronisation", question="Does a step make the host wait?", limit_s=(60, 120)),
-    "wrappers": Part(module="wrappers", question="Is the meter right in each wrapper?", limit_s=(90, 120)),
-    "replicas": Part(module="replicas", question="Do two replicas equal one?", limit_s=(60, 120)),
-    "speed": Part(module="speed", question="How fast is a GPT?", limit_s=(240, 120)),
-    "run": Part(module="whole_run", question="Does a whole run hold?", limit_s=(90, 120)),
-    "hooks": Part(module="hook_cost", question="What does every=1 cost by parameters?", limit_s=(30, 120)),
-    "adapt": Part(
-        module="whole_run", function="adapt", question="Does the batch adapt by default?", limit_s=(140, 120)
-    ),
+    "waits": Part(module="synchronisation", question="Does a step make the host wait?", limit_s=60),
+    "wrappers": Part(module="wrappers", question="Is the meter right in each wrapper?", limit_s=90),
+    "replicas": Part(module="replicas", question="Do two replicas equal one?", limit_s=60),
+    "speed": Part(module="speed", question="How fast is a GPT?", limit_s=240),
+    "run": Part(module="whole_run", question="Does a whole run hold?", limit_s=90),
+    "hooks": Part(module="hook_cost", question="What does every=1 cost by parameters?", limit_s=30),
+    "adapt": Part(module="whole_run", function="adapt", question="Does the batch adapt by default?", limit_s=140),
 }
 """Most valuable first: what the time does not suffice for is left out from the end."""
 
@@ -87,7 +85,7 @@ def main(folder: Path, *, names: list[str], minutes: float) -> int:
         environment = _environment_of_parts(Path(site))
         for name in names:
             left_s = 60 * minutes - (time.monotonic() - began_s)
-            _run(name, record, limit_s=min(PARTS[name].limit_s[0 if ON_GPU else 1], left_s), environment=environment)
+            _run(name, record, limit_s=min(PARTS[name].limit_s, left_s) if ON_GPU else left_s, environment=environment)
             _write(folder, record, seconds=time.monotonic() - began_s)
     return sum(not row["ok"] for row in read_rows(record))
 

@@ -13,6 +13,10 @@ class CheckpointError(DptrainError):
     """A checkpoint that cannot be written, or cannot be trusted when read."""
 
 
+class MismatchError(CheckpointError, ConfigError):
+    """A sound checkpoint of another model or optimizer than the one that is to go on from it."""
+
+
 class TaskError(DptrainError):
     """A task (model, data, loss) that does not do what the trainer needs of it."""
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # A core for each worker, and for each process that a test starts. And a copy of a process that has used torch's pool of
 # threads waits for that pool for ever, so nothing could be forked from a worker.
@@ -16,6 +17,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # here: tests that send them would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# Nor does hypothesis judge by the clock: on a busy machine an example takes many times its time.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.hookimpl(optionalhook=True)  # without xdist there is no such hook

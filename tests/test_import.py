@@ -6,11 +6,8 @@ import json
 import subprocess
 import sys
 
-import pytest
-
 HEAVY = {"wandb", "transformers", "lightning", "accelerate", "matplotlib", "scipy", "jsonargparse", "sklearn"}
 
-pytestmark = pytest.mark.timeout(600)  # a dozen interpreters that load torch, each some seconds on a busy machine
 _RUNS = 3
 _REPORT = """
 import json, sys, time

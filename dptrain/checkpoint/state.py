@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dptrain.errors import CheckpointError
+from dptrain.errors import CheckpointError, MismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -364,7 +364,7 @@ def _refuse(what: str, differences: list[str]) -> None:
     if differences:
         shown = "; ".join(differences[:_MAX_DIFFERENCES])
         more = len(differences) - _MAX_DIFFERENCES
-        raise CheckpointError(
+        raise MismatchError(
             f"the checkpoint does not fit this {what}: {shown}{f'; and {more} more' if more > 0 else ''}. "
             f"Build the {what} as it was when the checkpoint was written"
         )

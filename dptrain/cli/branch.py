@@ -39,7 +39,6 @@ _RULES: Mapping[str, Callable[[float], float]] = {
     "linear": lambda multiple: multiple,
     "none": lambda _multiple: 1.0,
 }
-_UNUSED = ("ratio", "samples_per_step", "schedule")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +197,7 @@ def branch_arguments(trunk: Trunk, *, multiple: int, options: argparse.Namespace
         "global_batch_size": trunk.global_batch_size * multiple,
         "control.law": "constant",
         "control.mode": "off",
-        **{f"control.{name}": "null" for name in _UNUSED},
+        "control.schedule": "null",
         "control.law_options": "{}",
         "optimizer.reference_batch_size": "null",
         "optimizer.learning_rate": trunk.learning_rate * _RULES[options.rule](multiple),

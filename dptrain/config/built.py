@@ -77,8 +77,7 @@ def _law(config: TrainConfig, *, world_size: int) -> Controller:
         return KaplanLaw(**control.law_options)
     if control.law == "noise":
         return NoiseLaw(
-            ratio=control.ratio or 1.0,
-            samples_per_step=control.samples_per_step,
+            **control.law_options,
             min_gain=control.min_gain,
             no_decrease_samples=given(config.optimizer.warmup_samples),
         )

@@ -14,6 +14,7 @@ from dptrain.config.scaling_rules import DEFAULT_RATE_RULE, PER_SAMPLE, check_sc
 from dptrain.config.tokens import check_units
 from dptrain.config.validation import check_ranges, check_types
 from dptrain.control.settings import ControlConfig
+from dptrain.error_text import shown
 from dptrain.errors import ConfigError
 from dptrain.exchange.settings import ExchangeConfig
 from dptrain.models.settings import DistillationConfig, ModelConfig, SparsityConfig
@@ -364,13 +365,15 @@ def _check_length(config: TrainConfig) -> None:
 
 
 _ONLY_FOR: Mapping[str, tuple[str, ...]] = {
-    "ratio": ("noise",),
-    "samples_per_step": ("noise",),
     "schedule": ("schedule",),
     "schedule_tokens": ("schedule",),
 }
 """The laws that have a use for a setting; others refuse it."""
-_LAW_OPTIONS: Mapping[str, tuple[str, ...]] = {"pollux": ("overlap",), "kaplan": ("tokens_per_sample", "ratio")}
+_LAW_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "noise": ("ratio", "samples_per_step"),
+    "pollux": ("overlap",),
+    "kaplan": ("tokens_per_sample", "ratio"),
+}
 """What `control.law_options` may hold, by the law."""
 
 
@@ -381,8 +384,6 @@ def _check_law(config: TrainConfig) -> None:
             raise ConfigError(f"control.{name} is given, but control.law is {control.law}: it would be ignored")
     if control.law == "schedule" and control.schedule is None and control.schedule_tokens is None:
         raise ConfigError("control.law=schedule needs control.schedule")
-    if control.ratio is not None and control.samples_per_step is not None:
-        raise ConfigError("control.ratio and control.samples_per_step exclude each other: leave one out")
     _check_law_options(control)
     if control.law == "seesaw" and optimizer.schedule == "constant":
         raise ConfigError("control.law=seesaw needs an optimizer.schedule that falls: it doubles where that halves")
@@ -406,6 +407,11 @@ def _check_law_options(control: ControlConfig) -> None:
     if unknown := sorted(set(control.law_options) - set(known)):
         taken = ", ".join(known) or "none"
         raise ConfigError(f"control.law_options of {control.law} has no option {', '.join(unknown)}; it takes {taken}")
+    for name, value in control.law_options.items():
+        if type(value) not in (int, float) or value <= 0:
+            raise ConfigError(f"control.law_options.{name} must be a positive number, got {shown(value)}")
+    if control.law == "noise" and len(control.law_options) > 1:
+        raise ConfigError("ratio and samples_per_step of control.law_options exclude each other: leave one out")
     if control.law == "kaplan" and "tokens_per_sample" not in control.law_options:
         raise ConfigError("control.law=kaplan needs control.law_options.tokens_per_sample")
 

@@ -19,13 +19,11 @@ class ControlConfig:
     """goodput: most progress per second; noise: in a fixed relation to the noise scale; schedule: as given; constant.
     For comparison: pollux, seesaw, kaplan (docs/batch-control.md)."""
     law_options: dict[str, Any] = field(default_factory=dict)
-    """Options of a law for comparison: overlap of pollux; tokens_per_sample and ratio of kaplan."""
+    """Numbers of one law. noise: ratio (batch over noise scale, default 1; 1/η² is the norm test of tolerance η) or
+    samples_per_step (what a step fewer is worth: batch √(samples_per_step × noise scale)); pollux: overlap; kaplan:
+    tokens_per_sample, ratio."""
     critical_ratio: float | None = setting(None, POSITIVE)
     """Critical batch size over noise scale, for law=goodput, plans and reports. Default: 1."""
-    ratio: float | None = setting(None, POSITIVE)
-    """Batch over noise scale, for law=noise; 1/η² is the norm test of tolerance η. Default: 1."""
-    samples_per_step: float | None = setting(None, POSITIVE)
-    """Samples that one step fewer is worth, for law=noise: batch √(samples_per_step × noise scale)."""
     schedule: str | None = None
     """Batches by position in samples, for law=schedule: "0:64 100000:128", or "0:64..512 100K:512" for a ramp."""
     schedule_tokens: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
@@ -28,8 +29,12 @@ class AllReduce(Exchange):
 
     def bytes_per_step(self) -> float | None:
         """Return the bytes of a ring all-reduce of the gradients; None where another wrapper reduces them."""
-        if self._model is None:
-            return None
+        return None if self._model is None else self._bytes
+
+    @cached_property
+    def _bytes(self) -> float:
+        # DDP reduces the parameters that it was given as trained: they stay the same, and to count them takes as long
+        # as a small layer.
         return all_reduce_bytes(num_bytes(self._trained()), num_replicas=self.num_replicas)
 
 

@@ -113,8 +113,10 @@ class RunRecord:
         return plain(value) if isinstance(value, str) else _number(value)
 
     def names_in(self, group: str) -> list[str]:
-        """Return the names of the settings of a group, such as those of "control"."""
-        settings = self.config.get(group)
+        """Return the names of the settings of a group, such as those of "control" or "control.law_options"."""
+        settings: Any = self.config
+        for key in group.split("."):
+            settings = settings.get(key) if isinstance(settings, dict) else None
         return [plain(name) for name in settings if isinstance(name, str)] if isinstance(settings, dict) else []
 
     def groups(self) -> dict[str, Row]:

@@ -195,6 +195,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
         """
         self._sizes = MicroBatchSizes()
         self._passes.clear()
+        self._reductions.discarded()
         self._hook.discard()
         if self._check is not None:
             self._check.forget()
@@ -202,8 +203,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
             self._dual.forget()
 
     def _cleared(self) -> bool:
-        # Sharded gradients are kept elsewhere until they are reduced; `_begin` does not ask for them.
-        return all(p.grad is None for p in self._parameters)
+        return all(p.grad is None for p in self._parameters)  # not asked of sharded ones, which are kept elsewhere
 
     def split(self, loss_of: Callable[..., Tensor], *batch: Any) -> None:  # noqa: ANN401 - whatever the loss takes
         """Give one process without accumulation two small batches to compare: the halves of the micro-batch.
@@ -301,11 +301,11 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
         return self._num_groups
 
     def step(self, *, grad_norm: Tensor | None = None) -> Reading:
-        """Close an optimizer step: call it after the last backward pass, before clipping. A collective; no wait.
+        """Close an optimizer step: call it after the last backward pass, before clipping. A collective.
 
-        After clipping or unscaling it is right too, for the factor between `.grad` and what the backward passes brought
-        is measured and divided out. With attach(..., optimizer=) the optimizer's step closes it, and a call that
-        follows only returns the reading.
+        It does not wait, but for the other ranks' hosts at the first measured step. After clipping or unscaling it is
+        right too: the factor between `.grad` and what the backward passes brought is measured and divided out. With
+        attach(..., optimizer=) the optimizer's step closes it, and a call that follows only returns the reading.
 
         Args:
             grad_norm: norm of the averaged gradient before clipping; not used where the meter checks the gradients

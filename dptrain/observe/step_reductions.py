@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dptrain.observe.checks.duplicate_data_check import DuplicateDataCheck
+from dptrain.observe.checks.first_step import FirstStepCheck
 from dptrain.observe.measurement_interval import LAG, NUM_TIMINGS, MeasurementInterval
 from dptrain.observe.reduction import PendingSum, on_device
 from dptrain.observe.stopwatch import Stopwatch
@@ -44,16 +45,25 @@ class StepReductions:
         self._interval_rule = interval_rule
         self._duplicate_data_check = duplicate_data_check
         self._stopwatch = stopwatch
+        self._first_step = FirstStepCheck(group)
         self._num_started = 0
         self._pending: deque[tuple[PendingSum, PendingSum | None]] = deque()
 
+    def discarded(self) -> None:
+        """Note that gradients were thrown away, which matters until the first reduction."""
+        self._first_step.discarded()
+
     def start(self, vector: Tensor, *, own_square: Tensor) -> None:
-        """Start the reduction of a measured step; a collective, no wait.
+        """Start the reduction of a measured step; a collective, no wait but for the ranks to meet at the first.
 
         Args:
             vector: this rank's part, float64.
             own_square: squared norm of this rank's own gradient, which the check compares.
+
+        Raises:
+            ObservationError: at the first step, where another rank went on without closing it.
         """
+        self._first_step.meet()
         cost_s = self._stopwatch.take() * UNSEEN.get(self._device.type, 1.0)
         timing = on_device(self._interval_rule.timing(cost_s), device=self._device)
         began = self._stopwatch.start()

@@ -24,6 +24,9 @@ _LOSS_FLOOR = 1e-4
 """Below it a loss may be what rounding leaves of larger terms."""
 
 
+INITIAL_VALUES = "the model's initial values"
+
+
 def check_agreement(subjects: Mapping[str, object], *, device: torch.device) -> None:
     """Refuse to start where replicas differ in one of `subjects`. A collective; waits.
 
@@ -62,7 +65,7 @@ def check_same_loss(loss: float | None, *, device: torch.device) -> None:
     """Refuse to start where the replicas' losses of the same samples and parameters differ. A collective; waits.
 
     Args:
-        loss: see `loss_of_two_samples`; None for one that cannot be compared.
+        loss: one of `losses_of_two_samples`; None for one that cannot be compared.
         device: where the collective runs.
 
     Raises:
@@ -71,16 +74,21 @@ def check_same_loss(loss: float | None, *, device: torch.device) -> None:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     known, value = float(loss is not None), loss or 0.0
-    extremes = torch.tensor([value, -value, -known, abs(value)], dtype=torch.float64, device=device)
+    extremes = torch.tensor([value, -value, -known], dtype=torch.float64, device=device)
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    largest, smallest, all_known, size = extremes.tolist()
+    largest, smallest, all_known = extremes.tolist()
     smallest = -smallest
-    if all_known == -1 and largest - smallest > _LOSS_TOLERANCE * max(size, _LOSS_FLOOR):
+    if all_known == -1 and not is_same_loss(smallest, largest):
         raise ConfigError(
             f"the replicas do not agree on the loss of the same two samples ({smallest:.4g} on one, {largest:.4g} on "
             "another): the loss must not depend on the rank, nor on what each process builds for itself, such as class "
-            "weights: seed that, or compute it from the whole data set"
+            "weights or a dropout rate: seed that, or compute it from the whole data set"
         )
+
+
+def is_same_loss(first: float, second: float) -> bool:
+    """Whether two losses of the same samples by the same parameters differ by no more than processors round."""
+    return abs(first - second) <= _LOSS_TOLERANCE * max(abs(first), abs(second), _LOSS_FLOOR)
 
 
 def model_digests(model: nn.Module) -> dict[str, object]:
@@ -95,9 +103,11 @@ def model_digests(model: nn.Module) -> dict[str, object]:
     buffers = list(dict(model.named_buffers()))
     forms = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in entries if not is_lazy(tensor)]
     values = [(name, _checksum(tensor)) for name, tensor in entries if not is_lazy(tensor)]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     return {
+        "which of the model's parameters require a gradient": sorted(trained),
         "the names, order and shapes of the model's parameters and buffers": (forms, buffers),
-        "the model's initial values": sorted(values),
+        INITIAL_VALUES: sorted(values),
     }
 
 

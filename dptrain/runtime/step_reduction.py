@@ -30,6 +30,7 @@ _FLAGS = (
     "stop",
     "save",
     "failed_saves",
+    "folder_removed",
     "slow_ranks",
     "slow_rank",
     "slowness",
@@ -52,6 +53,7 @@ class RankReport:
         stop: it was asked to stop.
         save: it was asked to save.
         failed_saves: checkpoints in a row that could not be written, on the replica that writes them; 0 on others.
+        folder_removed: the run folder is gone, as the replica sees that writes to it.
         slowness: busy time to the mean of all, where this replica finds itself a straggler; 0 elsewhere.
         busy_s: seconds that it was busy by itself, in an earlier step.
         step_s: seconds from the beginning of the step before to that of this one; None where something else than
@@ -62,6 +64,7 @@ class RankReport:
     stop: bool = False
     save: bool = False
     failed_saves: int = 0
+    folder_removed: bool = False
     slowness: float = 0.0
     busy_s: float = 0.0
     step_s: float | None = None
@@ -71,7 +74,7 @@ class RankReport:
         """Return what is summed over the replicas; of one slow replica the sum of numbers is its number."""
         slow = self.slowness > 0
         return [
-            *map(float, (self.stop, self.save, self.failed_saves, slow, slow * rank)),
+            *map(float, (self.stop, self.save, self.failed_saves, self.folder_removed, slow, slow * rank)),
             self.slowness,
             self.busy_s,
             float(self.step_s is not None),
@@ -132,6 +135,7 @@ class StepOutcome:
         stop: whether any replica was asked to stop.
         save: whether any was asked to save.
         failed_saves: checkpoints in a row that could not be written.
+        folder_removed: whether the run folder is gone.
         slow_rank: the one straggler, if there is one.
         slowness: its busy time to the mean of all.
         busy_s: mean seconds that a replica was busy by itself.
@@ -151,6 +155,7 @@ class StepOutcome:
     stop: bool
     save: bool
     failed_saves: int
+    folder_removed: bool
     slow_rank: int | None
     slowness: float
     busy_s: float
@@ -236,6 +241,7 @@ def receive(pending: PendingSum, record: StepRecord, *, parts: Sequence[str] = (
         stop=flags["stop"] > 0,
         save=flags["save"] > 0,
         failed_saves=round(flags["failed_saves"]),
+        folder_removed=flags["folder_removed"] > 0,
         slow_rank=round(flags["slow_rank"]) if flags["slow_ranks"] == 1 else None,
         slowness=flags["slowness"],
         busy_s=flags["busy_s"] / world_size,

@@ -1,7 +1,7 @@
 """Problems that are ready to train, and problems whose answer is known exactly."""
 
 from dptrain.tasks.base import Batch, Loss, LossFunction, Moment, Suggestion, Task, TrainHook
-from dptrain.tasks.check import check_task, fewest_samples, loss_of_two_samples
+from dptrain.tasks.check import check_task, fewest_samples, losses_of_two_samples, warn_unless_mean
 from dptrain.tasks.digits import digits
 from dptrain.tasks.evaluation_check import check_evaluation
 from dptrain.tasks.gpt import gpt
@@ -34,11 +34,12 @@ __all__ = [
     "images",
     "known_answer",
     "linear",
-    "loss_of_two_samples",
+    "losses_of_two_samples",
     "mnist1d",
     "patches",
     "pictures",
     "pysource",
     "quadratic",
     "resolve_task",
+    "warn_unless_mean",
 ]

@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset, default_collate
 
 from dptrain.data.iterable import StreamedSamples
 from dptrain.errors import DptrainError, TaskError
-from dptrain.tasks.base import Batch, Suggestion, Task, split_loss
+from dptrain.tasks.base import Batch, LossFunction, Suggestion, Task, split_loss
 
 _NUM_CHECKED_SAMPLES = 2
 _MAX_NAMES = 5
@@ -56,7 +56,7 @@ def check_task(task: Task) -> frozenset[str]:
         with _explained(wrapped, name=task.name):
             found = task.loss(wrapped, batch)
         refuse_coroutine(found, f"what the loss of task {task.name!r} returns")
-        unused = _check_loss(found, model=model, name=task.name)
+        unused = _check_loss(found, model=model, kept=task.model, name=task.name)
     if not wrapped.was_called:
         raise TaskError(
             f"the loss of task {task.name!r} does not call model(…), the one call that replicas synchronise by: call "
@@ -90,29 +90,73 @@ def _is_finite(task: Task, model: nn.Module, collate: Callable[[list[Any]], Batc
         return False
 
 
-def loss_of_two_samples(task: Task) -> float | None:
-    """Return the loss of the first two training samples, by a copy of the model in evaluation mode.
+def warn_unless_mean(task: Task) -> None:
+    """Warn of a loss that is not the mean of what it is of each sample alone; of the first two, in evaluation mode.
 
-    Replicas compare it: a loss that differs between them, by a sign or by class weights that each process computed for
-    itself, trains all of them on something that nobody asked for.
+    A sum, and a mean over tokens, weights or boxes that differ in number from sample to sample, depend on how a step is
+    cut into micro-batches, and the noise scale of such a loss does not count samples. What draws random numbers, or
+    takes no single sample, is not compared.
 
     Args:
         task: one that `check_task` has accepted.
+    """
+    with random_state_kept(), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a single sample
+        wrapped, collate = _Wrapped(copy.deepcopy(task.model)).eval(), task.collate or default_collate
+        samples, state = _first_samples(task), torch.get_rng_state()
+        try:
+            together, first, second = (
+                split_loss(task.loss(wrapped, collate(part)))[0].item() for part in (samples, samples[:1], samples[1:])
+            )
+        except Exception:  # noqa: BLE001 - it needs more samples, or training mode
+            return
+        draws = not torch.equal(torch.get_rng_state(), state)
+    mean = (first + second) / 2
+    if draws or not math.isfinite(together + mean) or math.isclose(together, mean, rel_tol=0.01, abs_tol=1e-4):
+        return
+    warnings.warn(
+        f"the loss of task {task.name!r} is not a mean over samples: it is {together:.4g} for the first two together, "
+        f"{first:.4g} and {second:.4g} for each alone, so that what is trained depends on micro_batch_size, and the "
+        "noise scale is not in samples: average within each sample first (over its tokens, say), then over the samples",
+        stacklevel=1,
+    )
+
+
+def losses_of_two_samples(task: Task) -> tuple[float | None, float | None, float | None]:
+    """Return losses by a copy of the model: of two training samples in training and in evaluation mode, and held out.
+
+    Replicas compare them: a loss that differs between them, by a sign, by class weights that each process computed for
+    itself, or by a dropout rate, trains all of them on something that nobody asked for. Random numbers are the same on
+    all replicas here, so that dropout is compared, too.
+
+    Args:
+        task: one that `check_task` and `check_evaluation` have accepted.
 
     Returns:
-        None where a second call gives another number (noise of its own), or none that is finite.
+        None for a loss where a second call gives another number (noise of its own), or none that is finite; and for the
+        held-out one where the task has none apart.
     """
     with random_state_kept(), torch.enable_grad():
-        model = copy.deepcopy(task.model).eval()
-        batch = (task.collate or default_collate)(_first_samples(task))
-        found = []
-        for _ in range(2):
-            torch.manual_seed(0)
-            try:
-                result = task.loss(_Wrapped(model).eval(), batch)
-            except Exception:  # noqa: BLE001 - in training mode it ran, which is what counts
-                return None
-            found.append(split_loss(result)[0].item())
+        model = copy.deepcopy(task.model)
+        wrapped, collate = _Wrapped(model), task.collate or default_collate
+        batch = collate(_first_samples(task))
+        evaluated = _repeated_loss(task.loss, wrapped.eval(), batch)
+        held_out = None
+        if task.eval_loss is not None and task.eval_sets:
+            data: Any = next(iter(task.eval_sets.values()))
+            samples = [data[index] for index in range(min(2, len(data)))]
+            held_out = _repeated_loss(task.eval_loss, model, collate(samples))
+        return _repeated_loss(task.loss, wrapped.train(), batch), evaluated, held_out
+
+
+def _repeated_loss(loss: LossFunction, model: nn.Module, batch: Batch) -> float | None:
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        try:
+            found.append(split_loss(loss(model, batch))[0].item())
+        except Exception:  # noqa: BLE001 - in the mode that counts it ran
+            return None
     return found[0] if found[0] == found[1] and math.isfinite(found[0]) else None
 
 
@@ -239,7 +283,7 @@ def _is_lazy(model: nn.Module) -> bool:
     return any(isinstance(tensor, (UninitializedParameter, UninitializedBuffer)) for tensor in tensors)
 
 
-def _check_loss(found: Any, *, model: nn.Module, name: str) -> frozenset[str]:  # noqa: ANN401 - whatever a user's loss returned
+def _check_loss(found: Any, *, model: nn.Module, kept: nn.Module, name: str) -> frozenset[str]:  # noqa: ANN401 - whatever a user's loss returned
     parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
     if not any(p.numel() for p in parameters.values()):
         raise TaskError(f"the model of task {name!r} has no parameter that requires a gradient")
@@ -253,11 +297,20 @@ def _check_loss(found: Any, *, model: nn.Module, name: str) -> frozenset[str]:  
     if not loss.requires_grad:
         raise TaskError(f"the loss of task {name!r} returned no graph: is there a .detach(), .item() or no_grad in it?")
     with reported(f"the loss of task {name!r} cannot be differentiated"):
-        gradients = torch.autograd.grad(loss, tuple(parameters.values()), allow_unused=True)
+        own = {key: p for key, p in kept.named_parameters() if p.requires_grad}
+        found = torch.autograd.grad(loss, (*parameters.values(), *own.values()), allow_unused=True)
+    gradients, past = found[: len(parameters)], found[len(parameters) :]
     by_name = dict(zip(parameters, gradients, strict=True))
     if all(gradient is None for gradient in gradients):
         raise TaskError(
             f"the loss of task {name!r} reaches no parameter of the model that it is given: does it use another one?"
+        )
+    # What the given model reaches as well is combined with its gradients, in the same backward pass.
+    missed = [key for key, gradient in zip(own, past, strict=True) if gradient is not None and by_name[key] is None]
+    if missed:
+        raise TaskError(
+            f"the loss of task {name!r} uses {_listed(missed)} by a model that it kept, past the one that it is given, "
+            "so that replicas would not combine their gradients: call the given model, and put that work into forward()"
         )
     _check_gradients({key: gradient for key, gradient in by_name.items() if gradient is not None}, name=name)
     return frozenset(key for key, gradient in by_name.items() if gradient is None)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from dptrain.errors import TaskError
-from dptrain.tasks.base import Task, split_loss
+from dptrain.tasks.base import Batch, Task, split_loss
 from dptrain.tasks.check import random_state_kept, refuse_coroutine, reported
 
 _NUM_SAMPLES = 2
@@ -43,23 +45,39 @@ def _dry_run(task: Task, data: Dataset[Any], *, what: str) -> float:
     with reported(f"the first samples of {what} of task {task.name!r} do not make a batch"):
         batch = (task.collate or default_collate)(samples)
     model = copy.deepcopy(task.model).eval()
-    outputs: tuple[Tensor, ...] = ()
+    state = torch.get_rng_state()
     with reported(f"the loss of task {task.name!r} does not run on the first samples of {what}"):
-        if task.metrics and task.outputs is not None:
-            found, outputs = task.outputs(model, batch)
-        else:
-            found = (task.eval_loss or task.loss)(model, batch)
+        found, outputs = held_out_loss(task, model, batch)
         refuse_coroutine(found, f"what the loss of task {task.name!r} returns for {what}")
         loss, parts = split_loss(found)
+    if any(module.training for module in model.modules()):
+        raise TaskError(
+            f"the loss of task {task.name!r} puts the model into training mode, also where held-out data is evaluated: "
+            "dropout would act there, and batch norms would learn from it; leave out .train(), which the trainer calls"
+        )
     for name, value in {"loss": loss, **parts}.items():
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             part = "" if name == "loss" else f" as part {name!r}"
             raise TaskError(f"the loss of task {task.name!r} must return one number{part} for {what}, got {got}")
+    is_first = not dist.is_initialized() or dist.get_rank() == 0  # one of all replicas says so
+    if is_first and not torch.equal(torch.get_rng_state(), state):
+        warnings.warn(
+            f"the loss of task {task.name!r} draws random numbers for {what}, so that held-out figures differ from one "
+            "evaluation to the next: dropout must depend on the mode, as functional.dropout(x, training=self.training)",
+            stacklevel=1,
+        )
     for name, metric in task.metrics.items():
         with reported(f"metrics[{name!r}] of task {task.name!r} does not take what `outputs` gives"):
             copy.deepcopy(metric).update(*outputs)
     return float(loss)
+
+
+def held_out_loss(task: Task, model: nn.Module, batch: Batch) -> tuple[Any, tuple[Tensor, ...]]:
+    """Return the loss of a held-out batch, and what metrics are updated with."""
+    if task.metrics and task.outputs is not None:
+        return task.outputs(model, batch)
+    return (task.eval_loss or task.loss)(model, batch), ()
 
 
 def _check_metric(name: str, metric: Any, loss: float, *, task_name: str) -> None:  # noqa: ANN401 - a user's function

@@ -87,6 +87,7 @@ class JsonlLog:
     Attributes:
         steps: of the rows of training steps that `resume` has kept.
         damage: what `resume` found wrong with the log and has left out; empty for nothing.
+        last_dropped: the largest step of the rows that `resume` has dropped for lying behind its place; 0 for none.
 
     Raises:
         DptrainError: where `path` exists already and `append` is false: two runs in one log could not be separated.
@@ -94,6 +95,7 @@ class JsonlLog:
 
     steps: Sequence[int] = ()
     damage: str = ""
+    last_dropped: int = 0
 
     def __init__(self, path: Path | str, *, key: str = "step", append: bool = False) -> None:
         self._path = Path(path)
@@ -133,6 +135,7 @@ class JsonlLog:
                 os.truncate(path, kept.end)
         log = cls(path, key=key, append=True)
         log.steps = kept.steps
+        log.last_dropped = kept.last_dropped
         log.damage = _damage(kept.garbled, num_doubled=kept.num_doubled)
         return log
 
@@ -248,6 +251,7 @@ class _Kept:
         steps: of the rows of training steps that are kept.
         garbled: numbers of the lines that are no rows.
         num_doubled: rows that stand twice.
+        last_dropped: the largest place of a row that is dropped for lying too far; 0 for none.
         has_holes: whether something that is dropped lies before something that is kept.
         end: byte behind the last line that is kept.
         spans: (first byte, byte behind it) of stretches that are kept.
@@ -259,7 +263,7 @@ class _Kept:
         self._seen: set[int] = set()
         self.steps: list[int] = []
         self.garbled: list[int] = []
-        self.num_doubled = 0
+        self.num_doubled = self.last_dropped = 0
         self.spans: list[list[int]] = []
 
     @property
@@ -282,6 +286,7 @@ class _Kept:
             return
         assert isinstance(place, int | float)
         if place > self._up_to:
+            self.last_dropped = max(self.last_dropped, int(place))
             return
         if (seen := hash(line.rstrip(b"\n"))) in self._seen:
             self.num_doubled += 1

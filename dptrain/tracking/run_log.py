@@ -135,6 +135,11 @@ class WritingLog:
             stack.callback(self._view.close)
             if damage:
                 self._view.note(damage)
+            if not up_to_step and self._metrics.last_dropped:
+                self._view.note(
+                    f"no checkpoint to go on from: the run begins anew, and the rows of its log up to step "
+                    f"{self._metrics.last_dropped:,} are dropped"
+                )
             self._exports = start_exports(
                 heartbeat=folder.path / "heartbeat.json",
                 metrics_file=config.log.metrics_file,

@@ -31,8 +31,6 @@ _FIRST_S = 5.0
 _WORTH_TELLING = 2.0
 _LOOK_S = 1.0
 """Between two looks whether the run folder is still there: three stats, 10 µs on a disk and 1 ms over a network."""
-FOLDER_REMOVED = 1000
-"""Failed saves that stand for a run folder that was removed: waiting for more of them would waste what is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,23 +155,19 @@ class CheckpointManager:
         return step
 
     def failed_saves(self) -> int:
-        """Return how many saves in a row failed, on rank 0, which hears of the others' shards; tells of each once.
-
-        Where the run folder was removed, that is `FOLDER_REMOVED`.
-        """
+        """Return how many saves in a row failed, on rank 0, which hears of the others' shards; tells of each once."""
         if self._rank != 0:
             return 0
-        if self._is_removed():
-            return FOLDER_REMOVED
         status = self._writer.status()
         if status.failed > self._failed:
             self._log.note(f"{status.error}; training goes on")
         self._failed = status.failed
         return status.failed
 
-    def _is_removed(self) -> bool:
+    def folder_removed(self) -> bool:
+        """Say whether the run folder was there and is gone, on rank 0, which looks once in a second."""
         now_s = time.monotonic()
-        if now_s - self._looked_s < _LOOK_S:
+        if self._rank != 0 or now_s - self._looked_s < _LOOK_S:
             return False
         self._looked_s = now_s
         is_there = not was_removed(self._folder.parent)

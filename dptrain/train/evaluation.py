@@ -19,6 +19,7 @@ from dptrain.errors import TaskError
 from dptrain.exchange import Exchange
 from dptrain.observe import PendingSum
 from dptrain.tasks.base import Batch, Task, split_loss
+from dptrain.tasks.evaluation_check import held_out_loss
 from dptrain.train.execution.wrapping import is_sharded
 from dptrain.train.hooks.weight_average import WeightAverage
 
@@ -144,7 +145,7 @@ def _evaluate(
             for indices, counts in _shares(len(data), in_step=in_step, **layout):  # type: ignore[arg-type]
                 batch = send_to_device(_read(data, indices, collate=task.collate), device, non_blocking=True)
                 with precision():
-                    loss, outputs = _outputs(task, model, batch)
+                    loss, outputs = held_out_loss(task, model, batch)
                 total, parts = split_loss(loss)
                 weight = len(indices) if counts else 0
                 for name, mean in {"loss": total, **parts}.items():
@@ -162,12 +163,6 @@ def _evaluate(
     *totals, count_all = PendingSum(torch.stack([*sums.values(), count])).read()
     figures = {name: total / count_all for name, total in zip(sums, totals, strict=True)}
     return figures | {name: _over_replicas(name, metric) for name, metric in metrics.items()}
-
-
-def _outputs(task: Task, model: nn.Module, batch: Batch) -> tuple[Any, tuple[Tensor, ...]]:
-    if task.metrics and task.outputs is not None:
-        return task.outputs(model, batch)
-    return (task.eval_loss or task.loss)(model, batch), ()
 
 
 def _read(data: Dataset[Any], indices: range, *, collate: Callable[[list[Any]], Batch] | None) -> Batch:

@@ -27,7 +27,6 @@ from dptrain.tracking.jsonl import Value
 from dptrain.tracking.rows import noise_figures, train_row
 from dptrain.tracking.run_log import RunLog, group_columns
 from dptrain.train.batch_control import BatchControl
-from dptrain.train.checkpoint_schedule import FOLDER_REMOVED
 from dptrain.train.progress import Progress
 from dptrain.train.step_plan import StepPlan
 
@@ -206,7 +205,7 @@ class RunProgress:
                 f"{self._skipped(record, outcome)}: go on from the latest checkpoint with a lower "
                 f"optimizer.learning_rate, or repair the data"
             )
-        if outcome.failed_saves >= FOLDER_REMOVED:
+        if outcome.folder_removed:
             raise CheckpointError(
                 f"the run folder {self._config.run_dir or ''} was deleted, emptied or moved while the run trained, and "
                 f"the run ends at step {record.step:,}, for nothing of it could be continued: put the folder back and "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from dptrain.checkpoint.manifest import JSON
 from dptrain.checkpoint.opened import Checkpoint
 from dptrain.checkpoint.state import pack_model, pack_optimizer, unpack_model, unpack_optimizer
+from dptrain.checkpoint.store import load_newest
 from dptrain.config.filled_in import given
 from dptrain.config.resume_check import check_same_settings
 from dptrain.config.train_config import TrainConfig
@@ -21,6 +23,7 @@ from dptrain.exchange import Exchange
 from dptrain.exchange.members import gathered, member_name
 from dptrain.runtime.hosts.task_identity import TaskIdentity
 from dptrain.tasks.base import TrainHook
+from dptrain.tracking.run_folder import checkpoints_in
 from dptrain.tracking.run_log import RunLog
 from dptrain.train.execution.loss_scale import LossScale
 from dptrain.train.execution.master_weights import MasterWeights
@@ -270,3 +273,18 @@ def _complete(checkpoint: Checkpoint) -> Iterator[None]:
         yield
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {checkpoint.path} does not hold what this version needs: {error}") from error
+
+
+def newest_checkpoint(run_dir: Path, *, allow_fresh: bool) -> Checkpoint | None:
+    """Return the newest intact checkpoint of a run that is to go on, or None where it was ended before its first one.
+
+    Raises:
+        CheckpointError: as `load_newest`, and where the run had come to its end, so that there was one.
+    """
+    found = load_newest(checkpoints_in(run_dir), allow_fresh=allow_fresh)
+    if found is None and not allow_fresh and (run_dir / "summary.json").exists():
+        raise CheckpointError(
+            f"the run in {run_dir} has come to its end, and its checkpoints are gone: bring them back, choose another "
+            "--run-dir, or train all of it again, over its log, with --allow-fresh"
+        )
+    return found

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from dptrain.checkpoint.opened import Checkpoint
 from dptrain.checkpoint.state import infinite_buffers
-from dptrain.checkpoint.store import load_checkpoint, load_newest, set_aside
+from dptrain.checkpoint.store import load_checkpoint, set_aside
 from dptrain.config.filled_in import as_saved, filled_in
 from dptrain.config.train_config import TrainConfig
 from dptrain.cost.energy import EnergyCounter
@@ -61,7 +61,7 @@ from dptrain.train.parts import (
 )
 from dptrain.train.preparation import check_same_training, prepared, requested
 from dptrain.train.run_progress import RunProgress
-from dptrain.train.run_state import RunState
+from dptrain.train.run_state import RunState, newest_checkpoint
 from dptrain.train.step import Stepper, forward_seed
 
 
@@ -102,7 +102,7 @@ class Trainer:
         self._run_dir = Path(config.run_dir or default_run_dir(config.task))
         if resume:
             check_resumable(self._run_dir, device=self._device)
-        self._saved = load_newest(checkpoints_in(self._run_dir), allow_fresh=allow_fresh) if resume else None
+        self._saved = newest_checkpoint(self._run_dir, allow_fresh=allow_fresh) if resume else None
         if self._saved is not None:
             config = as_saved(config, saved=self._saved.state["config"])  # type: ignore[arg-type]
         self._task, self._unused = prepared(self._task, config, is_resumed=self._saved is not None)
@@ -324,6 +324,7 @@ class Trainer:
             # All compare themselves before one is saved, and rank 0 alone has a clock for it.
             save=stop.take_save() or (checkpoint_manager is not None and checkpoint_manager.is_due()),
             failed_saves=0 if checkpoint_manager is None else checkpoint_manager.failed_saves(),
+            folder_removed=checkpoint_manager is not None and checkpoint_manager.folder_removed(),
             slowness=self._run.stragglers.slowness,
             busy_s=busy_s,
             step_s=self._run.step_timer.interval_s,

@@ -62,7 +62,6 @@ def test_the_picture_is_drawn(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.timeout(300)
 def test_the_command(tmp_path):
     """Its quick form runs a variant of each kind and leaves page, picture and figures."""
     command = [

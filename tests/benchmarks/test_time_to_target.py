@@ -20,8 +20,6 @@ from benchmarks.targets.timed_run import Finish, Mark
 ROOT = Path(__file__).parents[2]
 STEPS = {64: 3_000.0, 128: 2_000.0, 256: 1_500.0}
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):

@@ -15,7 +15,6 @@ from benchmarks.targets.benchmark_case import benchmark_cases
 from benchmarks.targets.results import ADAPTIVE
 from benchmarks.targets.timed_run import Pair, StepDelay
 
-pytestmark = pytest.mark.timeout(300)
 LIGHT = ["lstm_bytes", "denoiser", "policy_gradient"]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from dptrain.checkpoint.state import pack_model, pack_optimizer, unpack_model, unpack_optimizer
 from dptrain.checkpoint.store import load_newest, save_checkpoint
-from dptrain.errors import CheckpointError
+from dptrain.errors import CheckpointError, MismatchError
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, betas=(0.8, 0.97), foreach=False),
@@ -331,7 +331,7 @@ def test_a_model_that_differs_is_refused_with_every_difference():
     packed["conv.bias"] = packed["conv.bias"].double()
     packed["norm.weight"] = packed["norm.weight"][:4]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(MismatchError) as caught:
         unpack_model(model, packed)
     assert str(caught.value) == (
         "the checkpoint does not fit this model: 'unused' is not in the checkpoint; 'extra' is only in the checkpoint; "

@@ -31,7 +31,7 @@ def steps(folder):
 # --- round trip ---
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_tensors_round_trip_bit_for_bit(data):
     """Any bits in any dtype and shape come back as they were; saving them again gives equal bytes in every file."""

@@ -13,8 +13,6 @@ from dptrain.tracking.jsonl import read_rows
 from dptrain.train import CheckpointConfig, ControlConfig, Trainer
 from tests.runs import make_config, noisy
 
-pytestmark = pytest.mark.timeout(400)
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

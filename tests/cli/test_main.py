@@ -20,6 +20,7 @@ from dptrain.errors import (
     DesyncError,
     DivergedError,
     DptrainError,
+    MismatchError,
     ObservationError,
     PeerLostError,
     RendezvousError,
@@ -76,6 +77,7 @@ def test_an_unknown_command_is_refused(name, capsys):
         (RendezvousError, 69),
         (DptrainError, 70),
         (CheckpointError, 74),
+        (MismatchError, 2),
         (DesyncError, 76),
     ],
 )

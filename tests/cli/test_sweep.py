@@ -34,8 +34,6 @@ TOY = {
     "replica_check_every_steps": "0",
 }
 
-pytestmark = pytest.mark.timeout(600)  # a quarter of a minute of work, but of many processes
-
 
 class Started:
     """A sweep in a process that has all of it loaded already."""

@@ -66,7 +66,7 @@ FILES = {
     "unknown.yaml": "sede: 1\n",
     "nested.yaml": "optimizer:\n  lerning_rate: 1\n",
     "flat.yaml": "optimizer: 3\n",
-    "type.yaml": "control:\n  ratio: much\n",
+    "type.yaml": "control:\n  critical_ratio: much\n",
     "range.yaml": "max_samples: 0\n",
     "binary.yaml": b"\xff\xfe\x00",
 }
@@ -108,7 +108,7 @@ FILES = {
         ("--config=unknown.yaml", ["no setting sede, in unknown.yaml; did you mean seed?"]),
         ("--config nested.yaml", ["no setting optimizer.lerning_rate, in nested.yaml", "optimizer.learning_rate?"]),
         ("--config flat.yaml", ["optimizer in flat.yaml must be a group of settings, got 3"]),
-        ("--config type.yaml", ["control.ratio must be float", "'much'"]),
+        ("--config type.yaml", ["control.critical_ratio must be float", "'much'"]),
         ("--config range.yaml", ["max_samples must be at least 1, got 0"]),
         ("--config binary.yaml", ["binary.yaml"]),
     ],

@@ -69,7 +69,6 @@ def _digits_loss(betas, *, seed, batch=512, samples=30_000):
         return functional.cross_entropy(task.model(pixels), classes).item()
 
 
-@pytest.mark.timeout(120)
 def test_the_floors_save_a_run_at_32_times_the_batch():
     """With β₂ = 0.19 the loss ends above 0.2 in each of three seeds; with the floors it ends at 0.05 to 0.1."""
     scaled = adam_betas("half_life", (0.9, 0.95), batch=512, reference_batch=16)
@@ -121,7 +120,6 @@ def _teacher_losses(factor, *, preset, dimensions=4000, samples=38_400):
     return losses
 
 
-@pytest.mark.timeout(300)
 def test_the_preset_reproduces_the_trajectory_at_16_times_the_batch():
     """Far below the noise scale the loss over samples at 16 times the batch is that at 1 within 0.001 nats.
 

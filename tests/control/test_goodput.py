@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dptrain.batch import BatchPlan
@@ -50,7 +50,6 @@ def settled(law, phi, *, batch, step_time, largest=1 << 30):
     return batch
 
 
-@settings(deadline=None)
 @given(
     per_step=times, per_micro=times, per_sample=times, knee=st.sampled_from([0.0, 6.0, 16.0]), phi=phis,
     kappa=st.floats(0.2, 5), start=st.integers(0, 20),
@@ -68,7 +67,6 @@ def test_no_batch_of_the_grid_is_faster(per_step, per_micro, per_sample, knee, p
     assert rate[found] >= max(rate.values()) - 0.02 * 3
 
 
-@settings(deadline=None)
 @given(alpha=times, beta=times, phi=phis)
 def test_on_a_line_it_is_the_root(alpha, beta, phi):
     """With T = α + βB it ends near √(φ·α/β), or where that gains nothing."""
@@ -151,7 +149,6 @@ def test_kappa_counts_the_noise_scale():
     assert four > settled(law(), Known(64.0), batch=8, step_time=step_time)
 
 
-@settings(deadline=None)
 @given(phi=phis, start=st.integers(5, 12))
 def test_where_steps_are_free_batches_do_not_grow(phi, start):
     """Where the time is proportional to the samples, no noise scale is worth a larger batch than a full micro-batch."""

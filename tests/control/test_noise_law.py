@@ -6,7 +6,7 @@ from dataclasses import replace
 from statistics import median
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dptrain.batch import BatchPlan
@@ -193,7 +193,6 @@ def readings(draw):
     )
 
 
-@settings(deadline=None)
 @given(phi=readings(), timed=parts_of_a_run, batch=st.integers(1, 5000), seen=st.sampled_from([0, 10**6]))
 @example(phi=noise_scale(None), timed=[], batch=64, seen=0)
 def test_reasons_are_plain_and_say_what_is_done(phi, timed, batch, seen):

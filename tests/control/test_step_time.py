@@ -46,7 +46,7 @@ UNSEEN = [shape(24, 3), shape(24, 4), shape(32, 3), shape(32, 5), shape(32, 6)]
 seconds = st.floats(1e-4, 1e2)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seconds, seconds, seconds)
 def test_recovers_a_line(per_step, per_pass, per_sample):
     """Without noise the present shape and its neighbours are predicted within 6 %, whatever the three times are.
@@ -112,7 +112,6 @@ def test_a_new_shape_is_known_after_four_steps_of_which_three_are_slow():
     assert model.seconds(shape(8, 1)) == pytest.approx(1.8, rel=0.02)
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from([1e-3, 0.5, 50.0, 1e6]), max_size=7))
 def test_less_than_half_of_odd_durations_move_nothing(odd):
     """As long as they are the fewer, stragglers of any length leave the time of a shape where it was."""

@@ -31,7 +31,7 @@ def fitted(truth, shapes, *, sd=0.01, rng=None):
 WALK = [shape(4, 1), shape(8, 1), shape(16, 1), shape(32, 1), shape(32, 2), shape(32, 4)]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seconds, seconds, seconds)
 def test_recovers_a_line(per_step, per_micro_batch, per_sample):
     """From exact times trusted to 3 %, other shapes are predicted within 3 % and two deviations, whatever the parts."""
@@ -43,7 +43,7 @@ def test_recovers_a_line(per_step, per_micro_batch, per_sample):
         assert abs(mean - exact) < 0.03 + 2 * math.sqrt(variance)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     times=st.lists(st.floats(1e-6, 1e4), min_size=1, max_size=6),
     sd=st.floats(0.01, 0.5),
@@ -98,7 +98,7 @@ def test_a_knee_is_seen_only_where_there_is_one():
     assert knees.count(0) >= 16
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seconds, st.lists(st.floats(0.1, 10), min_size=6, max_size=6))
 def test_the_unit_does_not_matter(unit, times):
     """Times in another unit have the same split and the same relative deviations."""

@@ -12,8 +12,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.timeout(300)
-
 
 def train(state, *, processes):
     """The losses of one start, by step."""

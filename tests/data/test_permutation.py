@@ -23,7 +23,7 @@ def orders(num_items, *, num_epochs):
     return np.stack([KeyedPermutation(num_items, seed=5, epoch=epoch)(everything) for epoch in range(num_epochs)])
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(num_items=st.integers(1, 3000), seed=st.integers(), epoch=st.integers(0, 2**40))
 def test_every_item_appears_exactly_once(num_items, seed, epoch):
     """The images of all offsets are all items, for any size and key."""
@@ -31,7 +31,7 @@ def test_every_item_appears_exactly_once(num_items, seed, epoch):
     assert np.array_equal(np.sort(images), np.arange(num_items))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(num_items=st.integers(2**20, MAX_ITEMS), data=st.data())
 def test_large_sets_need_no_table(num_items, data):
     """At any size up to the largest, distinct offsets have distinct images, all of them in range."""
@@ -42,7 +42,7 @@ def test_large_sets_need_no_table(num_items, data):
     assert images.max() < num_items
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(num_items=st.integers(1, 500), data=st.data())
 def test_access_is_random(num_items, data):
     """An item's place does not depend on what it was asked for together with."""

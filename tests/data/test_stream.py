@@ -14,7 +14,7 @@ streams = st.builds(SampleStream, st.integers(1, 200), seed=st.integers(0, 2**64
 positions = st.integers(0, 10**12)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(stream=streams, epoch=st.integers(0, 10**9))
 def test_each_epoch_sees_each_sample_once(stream, epoch):
     """The positions of one epoch hold every index exactly once."""
@@ -24,7 +24,7 @@ def test_each_epoch_sees_each_sample_once(stream, epoch):
     assert np.array_equal(np.sort(stream.indices(everything)), np.arange(stream.num_samples))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(stream=streams, begin=positions, first=st.integers(0, 50), second=st.integers(0, 50))
 def test_reading_in_parts_is_reading_at_once(stream, begin, first, second):
     """a…b followed by b…c equals a…c, within an epoch and across epochs."""
@@ -33,7 +33,7 @@ def test_reading_in_parts_is_reading_at_once(stream, begin, first, second):
     assert np.array_equal(np.concatenate(parts), stream.indices(np.arange(begin, end)))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(stream=streams, begin=positions, swapped=st.randoms())
 def test_positions_may_come_in_any_order(stream, begin, swapped):
     """The index at a position does not depend on the positions read with it."""

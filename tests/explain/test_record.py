@@ -169,7 +169,7 @@ PLACED = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(PLACED, min_size=1, max_size=5), ROWS, ROWS)
 def test_whatever_a_folder_holds_there_is_a_report_or_one_sentence(train, more, decisions):
     """Rows of any content give findings, advice and tables, or one error that is meant for the user."""

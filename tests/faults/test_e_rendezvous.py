@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import psutil
-import pytest
 
 from dptrain.cli.main import main
 from dptrain.tracking.run_folder import newest_step, write_config
@@ -25,7 +24,6 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 DPTRAIN = ("-m", "dptrain", "train")
 
 
-@pytest.mark.timeout(300)
 def test_e8_without_the_store_all_replicas_end(tmp_path):
     """Under torchrun rank 0 serves the store: when it is killed, all are gone within seconds, and torchrun says why.
 

@@ -51,7 +51,6 @@ def test_h5_a_port_in_use_is_a_clear_error(refuse):
     assert took_s < 5
 
 
-@pytest.mark.timeout(300)
 def test_h6_a_wrong_interface_is_a_clear_error(tmp_path):
     """Also where two replicas have it: reported once, with the variable, and not tried again."""
     found = subprocess.run(

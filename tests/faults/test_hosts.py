@@ -29,7 +29,7 @@ SETTINGS = {
 }
 
 _reason = reason_to_skip()
-pytestmark = [pytest.mark.timeout(600), pytest.mark.skipif(bool(_reason), reason=_reason or "hosts can be made")]
+pytestmark = pytest.mark.skipif(bool(_reason), reason=_reason or "hosts can be made")
 
 
 def undisturbed(rank, world_size, folder, layout):

@@ -32,7 +32,7 @@ from dptrain.tasks import Suggestion
 from dptrain.train import ControlConfig, OptimizerConfig, TrainConfig
 from dptrain.train.optimizer import build_optimizer, step_if_finite
 
-EXAMPLES = settings(max_examples=300, deadline=None)
+EXAMPLES = settings(max_examples=300)
 
 any_float = st.floats(allow_nan=True, allow_infinity=True, allow_subnormal=True)
 leg = st.fixed_dictionaries(

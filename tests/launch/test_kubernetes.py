@@ -15,8 +15,6 @@ from tests.launch import short_runs
 FOLDER = short_runs.ROOT / "launch" / "kubernetes"
 IMAGE_SCRIPTS = {"dptrain-torchrun": str(short_runs.ROOT / "launch" / "torchrun.sh"), "torchrun": "torchrun"}
 
-pytestmark = pytest.mark.timeout(300)
-
 
 def documents(name):
     return list(yaml.safe_load_all((FOLDER / name).read_text()))

@@ -255,7 +255,6 @@ def start(command, **variables):
     return subprocess.Popen(command, cwd=ROOT, env=short_runs.environment(**variables), **streams)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("num_machines", [1, 2])
 def test_accelerate_starts_the_replicas(tmp_path, num_machines):
     """`accelerate launch` with the file trains one run with two replicas, on one machine and as two."""
@@ -284,7 +283,6 @@ def test_accelerate_starts_the_replicas(tmp_path, num_machines):
     assert {row["time/world_size"] for row in short_runs.train_rows(tmp_path / "run")} == {2}
 
 
-@pytest.mark.timeout(300)
 def test_skypilots_commands_train_and_resume(tmp_path):
     """`run` trains on two machines with SkyPilot's variables; taken away and started again, the run goes on."""
     script = yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text())["run"]

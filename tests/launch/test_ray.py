@@ -16,12 +16,9 @@ from tests.launch import short_runs
 
 SCRIPT = short_runs.ROOT / "launch" / "ray_train.py"
 
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("ray") is None, reason="Ray is not installed (pip install 'ray[train]')"
-    ),
-    pytest.mark.timeout(600),
-]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="Ray is not installed (pip install 'ray[train]')"
+)
 
 
 def start(run_dir, task, *, log, **variables):

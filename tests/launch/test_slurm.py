@@ -57,7 +57,7 @@ def why_not():
     return ""
 
 
-pytestmark = [pytest.mark.skipif(bool(why_not()), reason=why_not()), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 
 def free_ports(count):

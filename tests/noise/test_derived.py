@@ -22,7 +22,7 @@ BATCH = st.floats(1, 1e7)
 
 
 @given(phi=PHI, batch=BATCH, scale=st.floats(1, 1e3))
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_adascale_pollux_and_mccandlish_agree(phi, batch, scale):
     """AdaScale's gain = scale × Pollux's efficiency = the ratio of the two best learning rates, from 1 to the scale."""
     larger = scale * batch
@@ -57,7 +57,7 @@ def test_the_best_learning_rate_of_a_quadratic():
 
 
 @given(phi=PHI, batch=BATCH, factor=st.floats(1, 100))
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_a_larger_batch_buys_less_per_sample_and_more_per_step(phi, batch, factor):
     """Efficiency never rises with the batch; the share of the best step never falls."""
     larger = factor * batch

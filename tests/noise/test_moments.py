@@ -64,7 +64,7 @@ def test_the_coin_seen_by_one_rank_would_be_wrong():
     b=st.integers(1, 1000),
     large=st.floats(0, 1e3),
 )
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_equal_sizes_give_the_textbook_estimator(small, b, large):
     """F3 reduces to F2: (B·nb − b·ns)/(B − b) and (ns − nb)/(1/b − 1/B)."""
     B, ns = b * len(small), sum(small) / len(small)
@@ -78,7 +78,7 @@ def test_equal_sizes_give_the_textbook_estimator(small, b, large):
     trace=st.floats(0, 1e4),
     grad=st.floats(0, 1e4),
 )
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_expected_norms_give_back_the_truth_for_any_sizes_and_weights(shards, trace, grad):
     """|G|² + c1·tr(Σ) and |G|² + c2·tr(Σ) are inverted exactly, whatever the sizes and the weights."""
     sizes = [b for b, _ in shards]
@@ -164,7 +164,7 @@ NUMBERS = st.floats(allow_nan=True, allow_infinity=True, allow_subnormal=True)
     num_samples=NUMBERS,
     population=st.none() | st.integers(1, 10**6),
 )
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_any_numbers_give_finite_estimates_or_none(population, num_small, **numbers):
     """Nothing raises, and nothing that is not finite gets through."""
     moments = unbiased_moments(SquaredNorms(num_small=num_small, **numbers), population=population)
@@ -187,7 +187,7 @@ def test_one_small_batch_says_nothing():
 
 
 @given(exponent=st.integers(-30, 30), small=st.floats(0.1, 10), large=st.floats(0.1, 10))
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_scaled_gradients_scale_both_estimates(exponent, small, large):
     """Gradients times 2^e: both estimates times 4^e exactly."""
     scale = 4.0**exponent

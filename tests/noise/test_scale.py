@@ -123,7 +123,7 @@ PAIRS = pairs(SIGNED)
 
 
 @given(moments=pairs(POSITIVE), z=st.floats(0.1, 5), phi=st.floats(0, 1e9))
-@settings(deadline=None, derandomize=True, max_examples=400)
+@settings(derandomize=True, max_examples=400)
 def test_the_bounds_are_where_the_contrast_reaches_z(moments, z, phi):
     """Where both estimates are positive, a noise scale is within the bounds at z if its contrast is within ±z.
 
@@ -140,7 +140,7 @@ def test_the_bounds_are_where_the_contrast_reaches_z(moments, z, phi):
 
 
 @given(moments=PAIRS, z=st.floats(0, 10), wider=st.floats(0, 10))
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_more_caution_never_narrows(moments, z, wider):
     """The bounds at a larger z hold those at a smaller."""
     scale = noise_scale(moments)
@@ -150,7 +150,7 @@ def test_more_caution_never_narrows(moments, z, wider):
 
 
 @given(moments=PAIRS, level=st.floats(0.01, 0.999))
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_the_value_lies_within_its_interval(moments, level):
     """0 ≤ lower ≤ value ≤ upper, a value exactly where resolved, and the interval is `bounds` at the same level."""
     scale = noise_scale(moments, level=level)
@@ -167,7 +167,7 @@ def test_the_interval_is_the_bounds_of_its_level():
 
 
 @given(moments=PAIRS, phi=st.floats(0, 1e9))
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_the_sign_of_the_contrast_is_the_sign_of_the_difference(moments, phi):
     """Above phi: positive. Below: negative."""
     difference = moments.noise_trace - phi * moments.grad_sq_norm
@@ -176,7 +176,7 @@ def test_the_sign_of_the_contrast_is_the_sign_of_the_difference(moments, phi):
 
 
 @given(moments=PAIRS, exponent=st.integers(-40, 40), phi=st.floats(0, 1e6), z=st.floats(0.1, 5))
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_scaled_gradients_change_nothing(moments, exponent, phi, z):
     """Gradients times 2^e: the same value, interval, state and contrast, to the last bit."""
     c = 4.0**exponent
@@ -200,7 +200,7 @@ NUMBERS = st.floats(allow_nan=True, allow_infinity=True, allow_subnormal=True)
 @given(
     steps=st.lists(st.tuples(NUMBERS, NUMBERS, st.floats(1, 1e9)), max_size=6), phi=NUMBERS, z=NUMBERS, level=NUMBERS
 )
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(derandomize=True, max_examples=300)
 @example(steps=[(0.0, 1.0, 1.0), (1.0, 0.0, 1.0), (0.0, 0.0, 1.0)], phi=0.0, z=0.0, level=0.95)
 def test_no_measurement_breaks_the_reading(steps, phi, z, level):
     """Whatever was measured and asked, nothing raises, no end is NaN, and the ends do not cross."""

@@ -64,7 +64,7 @@ def test_sums_are_the_direct_ones(smoothing):
 
 
 @given(pair=st.tuples(PAIR, PAIR), batches=st.lists(st.integers(1, 10_000), min_size=2, max_size=20))
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_a_constant_comes_back(pair, batches):
     """Equal pairs give that pair without bias from the start, whatever the batches, and no variance."""
     found = smoothed(absorb([(*pair, b) for b in batches]))
@@ -82,7 +82,7 @@ def test_nothing_and_one_step():
 
 
 @given(cuts=st.lists(st.integers(1, 1000), min_size=1, max_size=10), smoothing=st.sampled_from(MEMORIES[2:]))
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_a_fixed_half_life_does_not_depend_on_how_samples_are_cut_into_steps(cuts, smoothing):
     """The past fades by the same factor over the same samples, in one step or in many."""
     start = absorb([(1.0, 1.0, 100)])
@@ -95,7 +95,7 @@ def test_a_fixed_half_life_does_not_depend_on_how_samples_are_cut_into_steps(cut
 
 
 @given(steps=STEPS, factor=st.sampled_from([2, 64, 1024]))
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_the_unit_of_samples_is_irrelevant(steps, factor):
     """All batches times a constant (tokens for sequences, say) changes no mean, variance or degree of freedom."""
     one = smoothed(absorb(steps))
@@ -104,7 +104,7 @@ def test_the_unit_of_samples_is_irrelevant(steps, factor):
 
 
 @given(steps=STEPS, exponent=st.integers(-20, 20))
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_scaled_gradients_scale_everything(steps, exponent):
     """Pairs times 4^e: means times 4^e, variances times 16^e, exactly."""
     c = 4.0**exponent
@@ -118,7 +118,7 @@ def test_scaled_gradients_scale_everything(steps, exponent):
 
 
 @given(steps=STEPS, smoothing=st.sampled_from(MEMORIES))
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_the_covariance_is_one(steps, smoothing):
     """Variances are not negative, the correlation is within ±1, and 1 ≤ degrees of freedom ≤ steps."""
     found = smoothed(absorb(steps, smoothing=smoothing))
@@ -130,7 +130,7 @@ def test_the_covariance_is_one(steps, smoothing):
 
 
 @given(steps=STEPS, more=STEPS, smoothing=st.sampled_from(MEMORIES))
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_the_record_survives_json_bit_for_bit(steps, more, smoothing):
     """A run that goes on from the written record is the run that was never interrupted."""
     sums = absorb(steps, smoothing=smoothing)
@@ -149,7 +149,7 @@ def test_a_foreign_record_is_refused(edit):
 
 
 @given(steps=st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS), max_size=8), smoothing=st.sampled_from(MEMORIES))
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(derandomize=True, max_examples=300)
 def test_no_pair_breaks_the_record(steps, smoothing):
     """Whatever floats come, nothing raises and every sum stays finite."""
     sums = absorb([(5.0, 2.0, 8), *steps, (4.0, 3.0, 8)], smoothing=smoothing)

@@ -29,7 +29,7 @@ def test_uneven_shards_are_weighted_by_their_samples():
 
 
 @given(b=st.integers(1, 10_000), K=st.integers(1, 64))
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_equal_sizes_carry_the_noise_of_one_small_and_of_the_whole_batch(b, K):
     """With K equal batches the coefficients are 1/b and 1/B."""
     norms = SquaredNorms.of([1.0] * K, sizes=[b] * K, large_sq_norm=1.0)
@@ -38,7 +38,7 @@ def test_equal_sizes_carry_the_noise_of_one_small_and_of_the_whole_batch(b, K):
 
 
 @given(shards=SHARDS)
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_a_combination_is_at_least_as_quiet_as_its_parts(shards):
     """c2 ≤ c1, and c2 = 1/B where the weights are shares of the samples."""
     norms = collected(shards)
@@ -47,7 +47,7 @@ def test_a_combination_is_at_least_as_quiet_as_its_parts(shards):
 
 
 @given(shards=SHARDS, data=st.data())
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 def test_the_order_of_small_batches_is_irrelevant(shards, data):
     """Any permutation of the shards gives the same record, up to rounding."""
     first, second = collected(shards), collected(data.draw(st.permutations(shards)))

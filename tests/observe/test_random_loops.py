@@ -18,7 +18,7 @@ from benchmarks.misuse.random_loops import (
 )
 from tests.replicas import run_replicas
 
-QUIET = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+QUIET = settings(max_examples=120, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 def loops(misuses):

@@ -13,8 +13,6 @@ import pytest
 
 from tests.project.packaging import ROOT, borrow, borrow_all, build, installed, make_environment
 
-pytestmark = pytest.mark.timeout(600)
-
 MINIMAL_LOOP = """
 import dptrain, torch
 from torch import nn

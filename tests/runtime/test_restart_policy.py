@@ -69,7 +69,7 @@ def test_the_budget_is_kept_in_spite_of_progress():
     assert not RestartPolicy(max_restarts=2).decide(Attempts(num_restarts=2), code=1, step=9).again
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     ends=st.lists(
         st.tuples(st.sampled_from(TRANSIENT * 3 + FINAL), st.integers(min_value=0, max_value=12)), max_size=60

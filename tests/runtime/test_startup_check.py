@@ -51,6 +51,8 @@ def model_that_differs(rank, how):
         model.extra = nn.Parameter(torch.zeros(1))
     if how == "another dtype" and rank == 1:
         model.layer.weight.data = model.layer.weight.data.double()
+    if how == "a frozen bias" and rank == 1:
+        model.layer.bias.requires_grad_(requires_grad=False)
     if how == "a buffer's value" and rank == 1:
         model.scale.add_(1)
     return model
@@ -58,12 +60,14 @@ def model_that_differs(rank, how):
 
 FORM = "the names, order and shapes of the model's parameters and buffers"
 VALUES = "the model's initial values"
+TRAINED = "which of the model's parameters require a gradient"
 DIFFERENCES = {
     "values": [VALUES],
     "a buffer's value": [VALUES],
     "buffers in another order": [FORM],
     "hidden buffers in another order": [FORM],
-    "one more parameter": [FORM, VALUES],
+    "one more parameter": [FORM, VALUES, TRAINED],
+    "a frozen bias": [TRAINED],
     "another dtype": [FORM, VALUES],
     "nothing": [],
 }
@@ -86,7 +90,7 @@ def test_models_that_differ_are_refused_on_all_replicas_by_what_differs():
     first, second = run_replicas(compare_models, world_size=2)
     assert first == second
     for how, differing in DIFFERENCES.items():
-        for name in (FORM, VALUES):
+        for name in (FORM, VALUES, TRAINED):
             assert (name in first[how]) == (name in differing), how
 
 

@@ -39,7 +39,7 @@ def agree_in_many_ways(rank, world_size):
         "paused": agree(RECORD, report=RankReport(energy_j=math.nan if rank else 1.0, step_s=None if rank else 0.1)),
         "stop": agree(RECORD, report=RankReport(stop=rank == 1)),
         "save": agree(RECORD, report=RankReport(save=rank == 0, failed_saves=2 * (rank == 0), busy_s=1.0 + rank)),
-        "slow": agree(RECORD, report=RankReport(slowness=1.5 * (rank == 1))),
+        "slow": agree(RECORD, report=RankReport(slowness=1.5 * (rank == 1), folder_removed=rank == 0)),
         "local": agree(RECORD, small=math.nan if rank == 1 else 1.0),
         "nan": agree(RECORD, large=math.nan if rank == 1 else 9.0),
         "inf": agree(RECORD, large=math.inf if rank == 0 else 9.0),
@@ -87,7 +87,9 @@ def test_what_one_replica_says_all_hear(results):
     """Saves that were asked for or failed, the mean busy time, and who is slow, with its number."""
     for outcomes, _ in results:
         reported, slow = outcomes["save"], outcomes["slow"]
-        assert (reported.save, reported.failed_saves, reported.busy_s, reported.slow_rank) == (True, 2, 1.5, None)
+        assert (reported.save, reported.failed_saves, reported.folder_removed) == (True, 2, False)
+        assert (reported.busy_s, reported.slow_rank) == (1.5, None)
+        assert slow.folder_removed
         assert (slow.slow_rank, slow.slowness) == (1, 1.5)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import random
+import warnings
 from unittest import mock
 
 import pytest
@@ -12,7 +13,14 @@ import torch
 from torch import nn
 
 from dptrain.errors import TaskError
-from dptrain.tasks import check_evaluation, check_task, fewest_samples, loss_of_two_samples, resolve_task
+from dptrain.tasks import (
+    check_evaluation,
+    check_task,
+    fewest_samples,
+    losses_of_two_samples,
+    resolve_task,
+    warn_unless_mean,
+)
 from dptrain.tasks.base import split_training_loss
 from tests.tasks.made_tasks import small_task
 
@@ -102,13 +110,92 @@ def test_infinite_loss_passes():
     check_task(small_task(loss=lambda model, batch: model(batch).mean() / 0))
 
 
-def test_the_loss_of_two_samples_is_what_replicas_compare():
-    """It is the same at each call, or None: for a loss with noise of its own, and for one that is not finite."""
+WORDS = [(torch.ones(3), torch.tensor([1.0, 0.0, 0.0])), (torch.zeros(3) - 1, torch.tensor([1.0, 1.0, 1.0]))]
+"""Two samples of three tokens: what is read, and which of them count."""
+
+
+def per_token(model, batch):
+    tokens, counts = batch
+    return (model(tokens.unsqueeze(-1)).squeeze(-1) * counts).sum() / counts.sum()
+
+
+def per_sample(model, batch):
+    tokens, counts = batch
+    return ((model(tokens.unsqueeze(-1)).squeeze(-1) * counts).sum(1) / counts.sum(1)).mean()
+
+
+def noisy_mean(model, batch):
+    return per_sample(model, batch) + torch.rand(())
+
+
+@pytest.mark.parametrize(
+    ("loss", "warned"),
+    [
+        (per_sample, False),
+        (per_token, True),
+        (lambda model, batch: 2 * len(batch[0]) * per_sample(model, batch), True),
+        (noisy_mean, False),
+        (lambda model, batch: batch[0].std(0).mean() * per_token(model, batch), False),
+    ],
+)
+def test_a_loss_that_is_no_mean_over_samples_is_warned_of(loss, warned):
+    """A mean over tokens and a sum are; a mean over samples, a noisy loss, and one that needs two samples are not."""
+    torch.manual_seed(1)
+    task = small_task(model=nn.Linear(1, 1), train_data=WORDS, loss=loss)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        warn_unless_mean(task)
+    assert ["not a mean over samples" in str(warning.message) for warning in found] == [True] * warned
+
+
+def test_a_part_that_the_loss_uses_past_the_given_model_is_refused():
+    """Replicas would not combine its gradients; one that the given model reaches as well is combined with those."""
+
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(2, 1), nn.Linear(2, 1)
+
+        def forward(self, x):
+            return self.first(x)
+
+    kept = Halves()
+    past = small_task(model=kept, loss=lambda model, batch: (model(batch) + kept.second(batch)).mean())
+    with pytest.raises(TaskError, match=r"uses second\.weight, second\.bias by a model that it kept"):
+        check_task(past)
+    check_task(small_task(model=kept, loss=lambda model, batch: (model(batch) + kept.first(batch)).mean()))
+
+
+def test_the_losses_of_two_samples_are_what_replicas_compare():
+    """They are the same at each call, or None: for a loss with noise of its own, and for one that is not finite."""
     noise = torch.Generator().manual_seed(1)
     task = small_task(loss=lambda model, batch: model(batch).mean() + torch.rand(()))
-    assert loss_of_two_samples(task) == loss_of_two_samples(task) is not None
-    assert loss_of_two_samples(small_task(loss=lambda m, b: m(b).mean() + torch.rand((), generator=noise))) is None
-    assert loss_of_two_samples(small_task(loss=lambda m, b: m(b).mean() / 0)) is None
+    trained, evaluated, held_out = losses_of_two_samples(task)
+    assert losses_of_two_samples(task) == (trained, evaluated, None)
+    assert trained is not None
+    assert evaluated is not None
+    assert held_out is None
+    noisy = small_task(loss=lambda m, b: m(b).mean() + torch.rand((), generator=noise))
+    assert losses_of_two_samples(noisy) == (None, None, None)
+    assert losses_of_two_samples(small_task(loss=lambda m, b: m(b).mean() / 0)) == (None, None, None)
+
+
+def test_a_dropout_rate_and_a_held_out_loss_of_its_own_change_what_replicas_compare():
+    """A rate acts in training mode alone, and a held-out loss has class weights of its own."""
+
+    def losses(rate, weight):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(2, 64), nn.Dropout(rate), nn.Linear(64, 1))
+        loss = small_task().loss
+        return losses_of_two_samples(
+            small_task(model=model, eval_data=[torch.ones(2)], eval_loss=lambda m, b: weight * loss(m, b))
+        )
+
+    first, other = losses(0.1, 1.0), losses(0.5, 2.0)
+    assert first[0] != other[0]
+    assert first[1] == other[1]
+    assert first[2] != other[2]
+    assert None not in first + other
 
 
 WEIGHT = torch.ones((), requires_grad=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -30,6 +31,18 @@ def wrong_metric(model, batch):
     """Take what metrics of other libraries take."""
 
 
+def trained_while_evaluated(model, batch):
+    """Switch dropout and batch norms on, wherever it is called."""
+    return model.train()(batch[0]).square().mean()
+
+
+def test_a_loss_that_switches_to_training_mode_is_refused():
+    """Held-out figures would have dropout in them, and batch norms would learn from held-out data."""
+    with pytest.raises(TaskError, match=r"into training mode.*leave out \.train\(\)"):
+        check_evaluation(replace(GOOD, loss=trained_while_evaluated))
+    check_evaluation(replace(GOOD, loss=trained_while_evaluated, eval_loss=GOOD.loss))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -50,6 +63,19 @@ def test_what_would_fail_later_is_found_now(changes, words):
     """With the part of the task that is wrong, and what it must be."""
     with pytest.raises(TaskError, match=words):
         check_evaluation(replace(GOOD, **changes))
+
+
+def test_dropout_that_does_not_depend_on_the_mode_is_warned_of():
+    """Held-out figures would differ from one evaluation to the next; a good task is not warned of."""
+
+    def dropped(model, batch):
+        return nn.functional.dropout(model(batch[0])).square().mean()
+
+    with pytest.warns(UserWarning, match="draws random numbers for eval_data, .*training=self.training"):
+        check_evaluation(replace(GOOD, loss=dropped))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_evaluation(GOOD)
 
 
 def test_a_good_task_stays_as_it_was():

@@ -21,9 +21,8 @@ _MOST_DECISIONS = 400
 _WINDOW = 0.2
 
 _RUN = ("task", "seed", "max_samples", "global_batch_size", "micro_batch_size", "layout_replicas", "precision")
-_GROUPS = ("control", "noise", "optimizer")
+_GROUPS = ("control", "control.law_options", "noise", "optimizer")
 _USED_BY: Mapping[str, tuple[str, ...]] = {
-    "control.ratio": ("noise",),
     "control.critical_ratio": ("goodput",),
     "control.min_gain": ("goodput", "noise"),
     "control.smallest": ("goodput", "noise", "pollux", "seesaw", "kaplan"),

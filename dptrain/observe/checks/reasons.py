@@ -67,10 +67,16 @@ class Reason(StrEnum):
         "one backward pass went through several forward passes of the model, whose samples may be parts of the same or "
         "more of them: give attach(..., micro_batch_size=), the samples that one backward pass is the mean over"
     )
+    OTHER_ROWS = (
+        "the model's output has other rows than its inputs (pooled nodes or views, one sample without a batch "
+        "dimension, features first), so that the inputs' first dimension may not be the batch: give "
+        "attach(..., micro_batch_size=), a number or a function of the model's arguments"
+    )
     EMPTY_BATCH = "a micro-batch had no samples: skip it, or announce it by meter.begin(num_samples=1, weight=0)"
     SAME_SAMPLES = (
         "the micro-batches of each step have the same gradients but for rounding: they hold the same samples, so there "
-        "is no noise to see; draw samples for each micro-batch"
+        "is no noise to see; draw samples for each micro-batch, or call meter.discard_step() where the gradients of a "
+        "first pass are thrown away (SAM)"
     )
     RESTARTED = "the gradients were cleared in the middle of the step, which began anew (no misuse)"
     UNFROZEN = (
@@ -79,7 +85,7 @@ class Reason(StrEnum):
     )
 
 
-DOUBTS = (Reason.SEVERAL_PASSES, Reason.EMPTY_BATCH)
+DOUBTS = (Reason.SEVERAL_PASSES, Reason.OTHER_ROWS, Reason.EMPTY_BATCH)
 """What the forward passes of a step tell of their sizes."""
 _HARMLESS = frozenset(
     {Reason.ONE_SMALL_BATCH, Reason.EMPTY_BATCH, Reason.NOT_FINITE, Reason.ALL_ZERO, Reason.RESTARTED}

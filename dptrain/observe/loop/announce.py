@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +15,13 @@ from torch.nn.utils.rnn import PackedSequence
 from dptrain.errors import ObservationError
 from dptrain.observe.checks.reasons import Reason
 from dptrain.observe.hooks.join import check_model
-from dptrain.observe.loop.batch_size import MicroBatchSize, batch_size, refuse_second_dimension, refuse_time_first
+from dptrain.observe.loop.batch_size import (
+    MicroBatchSize,
+    batch_size,
+    output_is_in_doubt,
+    refuse_second_dimension,
+    refuse_time_first,
+)
 from dptrain.observe.meter import Meter
 
 
@@ -60,8 +67,8 @@ class _Announcer:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Announce a pass whose gradients are seen one by one."""
-        if not torch.is_grad_enabled():
-            return
+        if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():  # noqa: SLF001 - no public form
+            return  # under vmap or torch.func.grad the tensors are those of one sample, and no .grad comes of them
         check_model(getattr(self._model, "_orig_mod", self._model), meter=self._meter)
         if self._meter.by_hand:
             return
@@ -82,8 +89,9 @@ class _Announcer:
         num_samples, self._announced = self._announced, None
         if num_samples is None:
             return
-        if self._given is None and module.training:
-            refuse_second_dimension(args, kwargs, _tensors(output), num_samples=num_samples)
+        # Not a leaf, such as a parameter that the model returns: it lives on, and its hooks would pile up.
+        differentiable = [tensor for tensor in _tensors(output) if tensor.grad_fn is not None]
+        in_doubt = self._in_doubt(args, kwargs, differentiable, num_samples=num_samples, training=module.training)
         self._num_passes += 1
         number, waiting = self._num_passes, [num_samples]
 
@@ -93,6 +101,8 @@ class _Announcer:
             if not waiting or self._meter.by_hand:
                 return
             waiting.clear()
+            if in_doubt:
+                self._meter.doubt_step(Reason.OTHER_ROWS)
             if not alone:
                 return
             if self._begins_late:
@@ -101,12 +111,26 @@ class _Announcer:
                 # The pass announced last may have been one for a metric, which has no backward pass.
                 self._meter.resize_last(num_samples=num_samples, weight=num_samples if self._summed else None)
 
-        # Not a leaf, such as a parameter that the model returns: it lives on, and its hooks would pile up.
-        differentiable = [tensor for tensor in _tensors(output) if tensor.grad_fn is not None]
         for tensor in differentiable:
             tensor.register_hook(reached)  # type: ignore[no-untyped-call]
         if self._begins_late and not differentiable:
             self._begin(num_samples)  # an object that cannot be looked into
+
+    def _in_doubt(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outputs: list[Tensor],
+        *,
+        num_samples: float,
+        training: bool,
+    ) -> bool:
+        """Whether the output leaves the batch size in doubt; an error where it begins with the second dimension."""
+        if self._given is not None:
+            return False
+        if training:
+            refuse_second_dimension(args, kwargs, outputs, num_samples=num_samples)
+        return output_is_in_doubt(args, kwargs, outputs, num_samples=num_samples)
 
     def _note(self, number: int) -> bool:
         """Note that a backward pass reached a forward pass; return whether it reached no other before."""
@@ -155,15 +179,28 @@ class _OutsideOfGraphs:
         return getattr, (nullcontext(), "__exit__")  # of the standard library, so a saved model needs no dptrain
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name, None))
+_MOST = 10_000
+"""Objects that an output is looked into for: one that refers to half of the program must not hold up the step."""
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    """Walk through an output, each tensor once: collections, and the attributes of any object (a distribution)."""
+    waiting, seen = deque([output]), {id(output)}
+    while waiting and len(seen) <= _MOST:
+        value = waiting.popleft()
+        if isinstance(value, Tensor):
+            yield value
+            continue
+        items = [item for item in _held(value) if not isinstance(item, (str, int, float)) and id(item) not in seen]
+        seen.update(map(id, items))
+        waiting.extend(items)
+
+
+def _held(value: object) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, (tuple, list, deque, set, frozenset)):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    return () if isinstance(value, (type, nn.Module)) else list(getattr(value, "__dict__", {}).values())

@@ -125,6 +125,7 @@ def refuse_second_dimension(
         ObservationError: with the remedy.
     """
     begins = {tensor.size(0) for tensor in outputs if tensor.dim() > 0}
+    begins.discard(1)  # a loss of one element begins so too, see `output_is_in_doubt`
     if not begins or num_samples in begins:
         return
     seconds = {tensor.size(1) for tensor in _dense([list(args), dict(kwargs)]) if tensor.dim() > 1}
@@ -133,6 +134,46 @@ def refuse_second_dimension(
             f"the inputs begin with {num_samples} and the output with {min(begins & seconds)}, the inputs' second "
             f"dimension, so the batch size may be either: {_REMEDY}"
         )
+
+
+def output_is_in_doubt(
+    args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Sequence[Tensor], *, num_samples: float
+) -> bool:
+    """Say whether the output speaks against the inputs' first dimension as the samples.
+
+    An output with fewer rows was pooled (nodes to graphs, views to pairs), or the first dimension is that of a single
+    sample (an image without a batch, features first). Rows of which there are more may be tokens, or places chosen by
+    a mask: only a vector of another length, or the inputs' second dimension kept in its place, is in doubt.
+
+    Args:
+        args: of the model.
+        kwargs: of the model.
+        outputs: differentiable tensors that it returned.
+        num_samples: first dimension of the inputs.
+    """
+    inputs = list(_dense([list(args), dict(kwargs)]))
+    if not outputs or not inputs or _say_the_batch(args, kwargs):
+        return False
+    # Of several inputs that agree, one element is the loss too; of a single input it may be what one sample gives.
+    if any(tensor.dim() == 0 or (tensor.shape == (1,) and len(inputs) > 1) for tensor in outputs):
+        # The loss, and what comes with it is about it. Of a single vector nobody knows whether it is one sample.
+        return all(tensor.dim() <= 1 and tensor.is_floating_point() for tensor in inputs)
+    rows = {tensor.size(0) for tensor in outputs}
+    seconds = {tensor.size(1) for tensor in inputs if tensor.dim() > 1}
+    if num_samples not in rows and (rows & seconds) - {1}:
+        return True  # time first, which is an error in training mode
+    if any(count % num_samples == 0 for count in rows):
+        return False
+    transposed = any(tensor.dim() > 1 and tensor.size(1) in seconds for tensor in outputs)
+    return max(rows) < num_samples or transposed or all(tensor.dim() == 1 for tensor in outputs)
+
+
+def _say_the_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the inputs are of a kind whose batch size is known, however the output looks."""
+    if any(key in _SEQUENCE_NAMES for key, _ in _named(args, kwargs)):
+        return True
+    values = (*args, *kwargs.values())
+    return any(isinstance(x, PackedSequence) or (isinstance(x, Tensor) and x.is_nested) for x in values)
 
 
 def _dense(value: object) -> Iterator[Tensor]:

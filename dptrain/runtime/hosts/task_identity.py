@@ -6,7 +6,7 @@ import functools
 import hashlib
 import inspect
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch.utils.data import Dataset
 from dptrain.data import SampleStream
 from dptrain.data.digest import DataDigest
 from dptrain.errors import ConfigError
+from dptrain.runtime.startup_check import INITIAL_VALUES, is_same_loss, model_digests
+from dptrain.tasks import losses_of_two_samples
 from dptrain.tasks.base import Task
 
 _INSTALLED = tuple(
@@ -24,6 +26,8 @@ _INSTALLED = tuple(
 )
 _OWN = str(Path(__file__).resolve().parents[1])
 _MAX_NAMED = 5
+_NUM_ORDERED = 1024
+"""Positions whose samples are compared: weights that differ by a few percent draw another sample at one of them."""
 
 
 class TaskIdentity:
@@ -32,6 +36,9 @@ class TaskIdentity:
     Args:
         task: the task.
         stream: the order of its training samples.
+
+    Attributes:
+        losses: of the first samples by the model as it is now; see `losses_of_two_samples`.
     """
 
     def __init__(self, task: Task, *, stream: SampleStream) -> None:
@@ -42,12 +49,17 @@ class TaskIdentity:
         )
         self._sources = source_digests(task)
         self._digests = dict(task.digests)
+        order = stream.indices(range(_NUM_ORDERED)).tolist()
+        self._order = hashlib.sha256(repr(order).encode()).hexdigest()[:16]
+        self.losses = losses_of_two_samples(task)
+        self._initial = hashlib.sha256(repr(model_digests(task.model)[INITIAL_VALUES]).encode()).hexdigest()[:16]
 
     def subjects(self) -> dict[str, object]:
         """Return what must be the same on all replicas, by its name in an error."""
         return {
             "the number of samples": self._train.num_samples,
             "the data": self._train_digest,
+            "the order of samples, such as by sample_weights": self._order,
             "the held-out data": self._held_out_digest,
             "the source of the task": self._sources,
             **self._digests,
@@ -65,6 +77,9 @@ class TaskIdentity:
             "recent": self._train.recent(position),
             "sources": self._sources,
             "digests": self._digests,
+            "order": self._order,
+            "losses": list(self.losses),
+            "initial": self._initial,
         }
 
     def check_digests(self, saved: Mapping[str, Any], *, path: Path) -> None:
@@ -92,6 +107,11 @@ class TaskIdentity:
             return
         recent = self._train.recent(position)
         same_recent = not (recent and before["recent"]) or recent == before["recent"]
+        if before["train"] == self._train_digest and before.get("order", self._order) != self._order:
+            raise ConfigError(
+                f"samples come in another order than when {path} was saved, such as by other sample_weights: bring "
+                f"them back, or start a new run from the weights: --model.weights {path} --run-dir NEW"
+            )
         if before["train"] != self._train_digest or not same_recent:
             raise ConfigError(
                 f"the data set is another one than when {path} was saved: some of its samples have changed, or what "
@@ -113,8 +133,21 @@ class TaskIdentity:
                 f"the source of the task has changed since the checkpoint ({', '.join(changed[:_MAX_NAMED])}{more}): "
                 "the run goes on with what it says now"
             )
+        elif before.get("initial") == self._initial:  # the model starts as it did then, so that losses compare
+            yield from _changed_losses(before["losses"], self.losses)
         if not self._train.reproducible:
             yield "the data set gives other samples at each reading: whether it is still the same is not known"
+
+
+def _changed_losses(before: Sequence[float | None], now: Sequence[float | None]) -> Iterator[str]:
+    """Yield a sentence where the loss of the same samples is another one: by a setting, or code in another file."""
+    for then, value in zip(before, now, strict=True):
+        if then is not None and value is not None and not is_same_loss(then, value):
+            yield (
+                f"the task computes another loss than when the checkpoint was saved ({then:.4g} then and {value:.4g} "
+                "now, of the same samples by the same untrained model): the run goes on with what it computes now"
+            )
+            return
 
 
 def _held_out(data: Dataset[Any], *, seed: int, collate: Callable[[list[Any]], Any] | None) -> str:

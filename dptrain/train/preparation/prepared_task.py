@@ -12,7 +12,8 @@ from dptrain.errors import ConfigError
 from dptrain.models.adaptation import adapt_model
 from dptrain.models.gpt import Gpt
 from dptrain.models.settings import DistillationConfig
-from dptrain.tasks import Task, check_evaluation, check_task, resolve_task
+from dptrain.runtime.replica import rank_of_replica
+from dptrain.tasks import Task, check_evaluation, check_task, resolve_task, warn_unless_mean
 from dptrain.train.preparation.distillation import DistilledLoss, check_logits
 from dptrain.train.preparation.hidden_states import hidden_states
 from dptrain.train.preparation.layer_rates import with_layer_rates
@@ -62,6 +63,8 @@ def prepared(task: Task, config: TrainConfig, *, is_resumed: bool = False) -> tu
     if config.model.quantize is not None:
         check_quantized_layers(task)
     check_evaluation(task)
+    if rank_of_replica() == 0:
+        warn_unless_mean(task)
     return task, unused
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from dptrain.checkpoint.opened import Checkpoint
 from dptrain.config.train_config import TrainConfig
 from dptrain.runtime.hosts.task_identity import TaskIdentity
 from dptrain.runtime.startup_check import check_same_loss, check_same_run, model_digests
-from dptrain.tasks import Task, loss_of_two_samples
+from dptrain.tasks import Task
 
 
 def check_same_training(
@@ -47,5 +46,5 @@ def check_same_training(
         },
         device=device,
     )
-    is_alone = not dist.is_initialized() or dist.get_world_size() == 1
-    check_same_loss(None if is_alone else loss_of_two_samples(task), device=device)
+    for loss in identity.losses:
+        check_same_loss(loss, device=device)

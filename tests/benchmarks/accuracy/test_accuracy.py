@@ -29,8 +29,6 @@ WRAPPERS = {
 MIXED = {"quadratic", "linear", "digits"}
 COPIES = 16
 
-pytestmark = pytest.mark.timeout(600)  # half a minute of work, but of twelve processes in turn
-
 
 @pytest.fixture(scope="module")
 def result():

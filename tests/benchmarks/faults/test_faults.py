@@ -14,8 +14,6 @@ from benchmarks.faults.chaos import SAMPLES_PER_EVENT, Chaos, random_kills, resi
 
 ROOT = Path(__file__).parents[3]
 
-pytestmark = pytest.mark.timeout(600)
-
 
 @pytest.fixture(scope="module")
 def figures():

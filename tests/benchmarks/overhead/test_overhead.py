@@ -24,8 +24,6 @@ FIGURES = {
     "every_step_hook_ratio",
 }
 
-pytestmark = pytest.mark.timeout(600)  # ten seconds of work, but of many short turns of two processes
-
 
 @pytest.fixture(scope="module")
 def result():

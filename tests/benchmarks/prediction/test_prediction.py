@@ -24,8 +24,6 @@ from dptrain.noise import SquaredNorms, unbiased_moments
 
 ROOT = Path(__file__).parents[3]
 
-pytestmark = pytest.mark.timeout(600)  # twenty seconds of work, on a machine that others may be using
-
 
 # The whole
 

@@ -19,8 +19,6 @@ from dptrain.cli.main import main
 ROOT = Path(__file__).parents[3]
 LIMIT_S = 30.0
 
-pytestmark = pytest.mark.timeout(300)
-
 
 def free_port():
     with contextlib.closing(socket.socket()) as probe:

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dptrain.control import BatchSizeGrid, Measurement, OnGrid, StepTimeModel
@@ -38,7 +38,6 @@ def asked(law, phi, *, batch, step_time):
     return control.update(control.init(), measured(phi, batch=batch, step_time=step_time))[1].global_batch_size
 
 
-@settings(deadline=None)
 @given(times, times, times, st.integers(1, 12), st.integers(1, 12))
 def test_without_overlap_it_is_the_goodput_law(per_step, per_micro_batch, per_sample, present, other):
     """With γ = 1 a batch costs what it costs the goodput law."""

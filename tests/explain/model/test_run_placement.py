@@ -43,7 +43,7 @@ def following(ratio, *, ideal_steps=2000):
     return run(phi[at], batch[at])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.floats(1.0, 1e5), min_size=1, max_size=30), st.integers(1, 4096))
 def test_a_fixed_batch_lies_on_its_own_curve(phi, batch):
     """Whatever the noise scale did, a run of one batch took what the curve says of that batch, and saved nothing."""

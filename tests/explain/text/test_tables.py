@@ -92,14 +92,14 @@ def test_runs_stand_side_by_side_with_what_differs(tmp_path):
 @pytest.mark.parametrize(
     ("law", "shown", "hidden"),
     [
-        ("goodput", {"control.critical_ratio", "control.min_gain", "optimizer.beta1"}, {"control.ratio"}),
-        ("noise", {"control.ratio", "control.min_gain"}, {"control.critical_ratio"}),
-        ("constant", {"control.law"}, {"control.largest", "control.ratio"}),
+        ("goodput", {"control.critical_ratio", "control.min_gain", "optimizer.beta1"}, set()),
+        ("noise", {"control.law_options.ratio", "control.min_gain"}, {"control.critical_ratio"}),
+        ("constant", {"control.law"}, {"control.largest", "control.critical_ratio"}),
     ],
 )
 def test_settings_that_the_law_ignores_are_not_shown(tmp_path, law, shown, hidden):
     """Those that decide are, whatever their names are; defaults are filled in by the run."""
-    control = {"law": law, "ratio": 1.0, "critical_ratio": 1.0, "min_gain": 0.02, "largest": 64}
+    control = {"law": law, "law_options": {"ratio": 1.0}, "critical_ratio": 1.0, "min_gain": 0.02, "largest": 64}
     record = replace(run(tmp_path), config={"control": control, "optimizer": {"beta1": 0.9}})
     names = {row[0] for row in tables.settings(record).rows}
     assert shown <= names

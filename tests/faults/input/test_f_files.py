@@ -1,7 +1,5 @@
 """F of the faults, whole files: settings and tasks with mistakes, as the command itself answers to each."""
 
-import pytest
-
 from benchmarks.mistakes.fuzzed_files import try_files
 from tests.replicas import run_replicas
 
@@ -13,7 +11,6 @@ def try_all(rank, world_size, folder, seed):
     return try_files(folder, number=NUMBER, seed=seed)
 
 
-@pytest.mark.timeout(600)
 def test_each_mistake_is_one_sentence_and_what_is_accepted_runs(tmp_path):
     """Values, names, punctuation and lines of settings; parts of a task: exit code 2 with one line, or a whole run.
 

@@ -22,8 +22,6 @@ POINTS = (*strikes.INSIDE_A_STEP, *strikes.BETWEEN_STEPS)
 CALLS = {"data": 90, "forward": 8, "backward": 8, "reduction": 5, "update": 3, "evaluation": 8, "save": 1, "rename": 1}
 """How often a replica comes by a point until it is struck there: the checks before the first step come by some, too."""
 
-pytestmark = pytest.mark.timeout(300)
-
 
 SAMPLES = 2100
 

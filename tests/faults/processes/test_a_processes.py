@@ -21,9 +21,6 @@ from dptrain.tracking.run_folder import newest_step
 from tests.faults.processes.launched import assert_undisturbed, gone, running, settings_file
 from tests.runs import Noisy, noisy, slow_loss
 
-pytestmark = pytest.mark.timeout(300)
-
-
 # Replicas that are killed: one run with six of them
 
 

@@ -79,7 +79,6 @@ def send_noise(address):
         stranger.sendall(secrets.token_bytes(NOISE_BYTES))
 
 
-@pytest.mark.timeout(300)
 def test_g8_one_node_listens_on_loopback_alone(visited):
     """Launcher, replicas, loading processes: no store has a port, and those of the replicas face inwards."""
     assert len(visited.family) == 5

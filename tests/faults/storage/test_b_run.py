@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import threading
 import time
@@ -92,6 +93,27 @@ def test_b7_a_run_without_one_good_checkpoint_begins_anew_only_where_that_is_all
     assert steps == list(range(1, len(steps) + 1))
     names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert all(name.startswith(("step-", ".bad-")) for name in names)
+
+
+def test_b7_a_run_that_has_ended_and_lost_its_checkpoints_does_not_begin_anew_over_its_log(tmp_path):
+    """Refused with the way out, and the log stays; where it never ended, what is dropped of the log is said."""
+    attempt(tmp_path)
+    log = (tmp_path / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"checkpoints are gone.*--allow-fresh"):
+        Trainer(make_config(tmp_path), task=noisy, resume=True)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == log
+
+
+def test_rows_that_are_dropped_for_want_of_a_checkpoint_are_named(tmp_path, capsys):
+    """Killed, and its checkpoints deleted: the run begins anew, and says up to which step its log is dropped."""
+    with pytest.raises(Killed):
+        attempt(tmp_path, kill_at=12, kill=kill)
+    last = windows(tmp_path)[-1][0]
+    shutil.rmtree(tmp_path / "checkpoints")
+    attempt(tmp_path)
+    assert f"the run begins anew, and the rows of its log up to step {last} are dropped" in capsys.readouterr().out
+    assert [step for step, *_ in windows(tmp_path)] == list(range(1, windows(tmp_path)[-1][0] + 1))
 
 
 def test_a17_the_end_of_a_run_is_saved_wherever_it_is(tmp_path):

@@ -26,7 +26,7 @@ from dptrain.tracking.jsonl import JsonlLog, read_rows
 
 # In memory where there is such a place: 300 examples sync thousands of files.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 -- every name in it is made by tempfile
-EXAMPLES = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 class Killed(BaseException):
@@ -249,7 +249,7 @@ class Run(RuleBasedStateMachine):
 class TestRun(Run.TestCase):
     """Invariant 4: resuming changes nothing, whatever happened before."""
 
-    settings = settings(max_examples=300, stateful_step_count=12, deadline=None)
+    settings = settings(max_examples=300, stateful_step_count=12)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +74,97 @@ def test_several_passes_in_one_backward_are_asked_about():
     assert "micro_batch_size=" in reported[0]
     _, reported, scale = measured(pair, micro_batch_size=6)
     assert (reported, scale.num_steps, scale.num_samples) == ([], STEPS, STEPS * 12)
+
+
+class Result:
+    """An output that is no collection."""
+
+    def __init__(self, out):
+        self.out, self.parent = out, self
+
+
+class ReturnsAnObject(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.net, self.kind = make_model(), kind
+
+    def forward(self, x):
+        return self.kind(self.net(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "read"),
+    [
+        (Result, lambda result: result.out),
+        (lambda out: SimpleNamespace(inner=[{"out": out}]), lambda result: result.inner[0]["out"]),
+        (lambda out: torch.distributions.Normal(out, 1.0), lambda policy: policy.loc),
+    ],
+    ids=["object", "namespace", "distribution"],
+)
+def test_several_passes_are_noticed_in_outputs_of_any_kind(kind, read):
+    """Two passes of 6 samples and one backward pass are not one micro-batch of 6 because of what the model returns."""
+
+    def two(model, x):
+        return (read(model(x)).square().mean() + read(model(-x)).square().mean()) / 2
+
+    _, reported, scale = measured(two, model=ReturnsAnObject(kind))
+    assert scale.num_steps == 0
+    assert "micro_batch_size=" in reported[0]
+    _, reported, scale = measured(lambda model, x: read(model(x)).square().mean(), model=ReturnsAnObject(kind))
+    assert (reported, scale.num_steps) == ([], STEPS)
+
+
+class Pools(nn.Module):
+    """Means over three rows, as of a graph's nodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = make_model()
+
+    def forward(self, x):
+        return self.net(x).unflatten(0, (-1, 3)).mean(1)
+
+
+def test_an_output_with_fewer_rows_than_inputs_is_asked_about():
+    """Six nodes are two graphs: the steps are dropped with one warning, and count by the function that is given."""
+    _, reported, scale = measured(plain, model=Pools())
+    assert scale.num_steps == 0
+    assert len(reported) == 1
+    assert "micro_batch_size=" in reported[0]
+    _, reported, scale = measured(plain, model=Pools(), micro_batch_size=lambda x: len(x) // 3)
+    assert (reported, scale.num_steps, scale.num_samples) == ([], STEPS, STEPS * 4)
+
+
+def test_a_pass_whose_output_is_in_doubt_without_a_backward_pass_is_none():
+    """A metric on another part of the model, or on one vector, is not what is trained on."""
+
+    def beside(model, x):
+        loss = plain(model, x)
+        model(torch.ones(4))
+        return loss
+
+    assert measured(beside)[0] == measured(plain)[0]
+
+
+def with_gradients_of_each_sample(model, x):
+    def loss_of(parameters, sample):
+        return torch.func.functional_call(model, parameters, sample).square().mean()
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    torch.func.vmap(torch.func.grad(loss_of), (None, 0))(parameters, x)
+    return plain(model, x)
+
+
+def test_gradients_of_single_samples_by_torch_func_are_no_passes():
+    """They call the model with one sample and without a batch dimension, beside the training."""
+    assert measured(with_gradients_of_each_sample)[:2] == measured(plain)[:2]
+
+
+def test_a_model_that_is_called_under_vmap_is_asked_about():
+    """There each call has one sample as its whole input, whose first dimension is none of samples."""
+    _, reported, scale = measured(lambda model, x: torch.vmap(model)(x).square().mean())
+    assert scale.num_steps == 0
+    assert "meter.begin(num_samples=...)" in reported[0]
 
 
 def pairs_under_the_hook(rank, world_size):

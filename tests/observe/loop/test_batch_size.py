@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dptrain.errors import ObservationError
-from dptrain.observe.loop.batch_size import batch_size
+from dptrain.observe.loop.batch_size import batch_size, output_is_in_doubt
 
 IMAGE = torch.ones(3, 4, 4)
 
@@ -60,3 +60,74 @@ def test_a_function_counts_what_no_dimension_says():
     assert batch_size(len, ([IMAGE] * 8,), {}) == 8
     assert batch_size(lambda x: torch.tensor(len(x)), ([IMAGE] * 7,), {}) == 7
     assert batch_size(6, (nn.Identity(),), {}) == 6
+
+
+NODES = (torch.ones(12, 6), torch.arange(4).repeat_interleave(3))
+TOKENS = torch.ones(8, 16, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output"),
+    [
+        (NODES, torch.ones(4, 1)),
+        ((torch.ones(8, 6),), torch.ones(4, 1)),
+        ((torch.ones(6),), torch.ones(1)),
+        ((torch.ones(6),), torch.ones(())),
+        ((torch.ones(3, 8, 8),), torch.ones(10)),
+        ((torch.ones(5, dtype=torch.long),), torch.ones(1)),
+        ((torch.ones(6, 4),), torch.ones(1, 4)),
+        ((torch.ones(6, 4),), torch.ones(10, 4)),
+    ],
+    ids=[
+        "nodes to graphs",
+        "views to pairs",
+        "one vector",
+        "loss of one vector",
+        "one image",
+        "one text",
+        "features first",
+        "features first, more of them",
+    ],
+)
+def test_an_output_with_other_rows_leaves_the_batch_in_doubt(inputs, output):
+    """The inputs agree on a first dimension, and yet it is not the batch."""
+    assert output_is_in_doubt(inputs, {}, [output], num_samples=batch_size(None, inputs, {}))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    [
+        ((torch.ones(8, 6),), [torch.ones(8, 1)]),
+        ((torch.ones(8, 6), torch.ones(8, 1)), [torch.ones(())]),
+        ((torch.ones(8, 6), torch.ones(8, 1)), [torch.ones(1)]),
+        ((TOKENS,), [torch.ones(128, 50)]),
+        ((TOKENS,), [torch.ones(19, 50)]),
+        ((TOKENS,), [torch.ones(()), torch.ones(4)]),
+        ((TOKENS,), [torch.ones(4, 2), torch.ones(8, 16, 50)]),
+        ((torch.ones(8, 3, 6),), [torch.ones(24)]),
+        ((torch.ones(8),), [torch.ones(8)]),
+        ((torch.ones(8, dtype=torch.long), torch.ones(8)), [torch.ones(())]),
+        ((TOKENS,), []),
+    ],
+    ids=[
+        "as many",
+        "a loss",
+        "a loss of one element",
+        "all tokens",
+        "masked tokens",
+        "a loss and the load of experts",
+        "a memory and the batch",
+        "crops",
+        "scalars",
+        "ratings",
+        "none",
+    ],
+)
+def test_an_output_that_agrees_leaves_no_doubt(inputs, outputs):
+    """Losses, tokens and statistics say nothing against the batch."""
+    assert not output_is_in_doubt(inputs, {}, outputs, num_samples=batch_size(None, inputs, {}))
+
+
+def test_inputs_that_name_the_batch_are_believed():
+    """Of a transformers model the batch is known, however few rows come out."""
+    assert not output_is_in_doubt((), {"input_ids": TOKENS}, [torch.ones(3)], num_samples=8)

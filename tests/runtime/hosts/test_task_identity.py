@@ -30,6 +30,44 @@ def resumed(before, after):
     return list(identity.changes(saved))
 
 
+def test_other_sample_weights_are_refused():
+    """On resume, and among replicas: the same samples would be drawn in another order, or as often as others."""
+    weights = torch.ones(len(noisy().train_data))
+    even, odd = (
+        TaskIdentity(replace(noisy(), sample_weights=w), stream=replace(noisy(), sample_weights=w).order(seed=0))
+        for w in (weights, weights + torch.linspace(0, 0.2, len(weights)))
+    )
+    name = "the order of samples, such as by sample_weights"
+    assert even.subjects()[name] != odd.subjects()[name]
+    with pytest.raises(ConfigError, match=r"another order than when step-7 was saved.*sample_weights"):
+        odd.check({"data": even.state(position=POSITION)}, position=POSITION, path=Path("step-7"))
+
+
+FACTOR = {"value": 1.0}
+"""A setting that stands in no file of a task."""
+
+
+def scaled_mean(model, batch):
+    """Return what the factor makes of the loss."""
+    return FACTOR["value"] * model(batch[0]).square().mean()
+
+
+def test_a_loss_that_computes_something_else_is_noted(monkeypatch):
+    """Also where no file of the task has changed; from another untrained model nothing can be compared."""
+
+    def built(seed):
+        torch.manual_seed(seed)
+        return replace(noisy(), model=torch.nn.Linear(4, 1), loss=scaled_mean)
+
+    before, again, elsewhere = built(1), built(1), built(2)
+    assert resumed(before, again) == []
+    saved = {"data": identity_of(before).state(position=POSITION)}
+    monkeypatch.setitem(FACTOR, "value", 3.0)
+    (note,) = identity_of(again).changes(saved)
+    assert "another loss than when the checkpoint was saved" in note
+    assert list(identity_of(elsewhere).changes(saved)) == []
+
+
 def labelled(labels):
     return TensorDataset(torch.arange(len(labels)), torch.tensor(labels))
 

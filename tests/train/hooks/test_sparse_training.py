@@ -175,7 +175,6 @@ def train(rank, world_size, folder):
     Trainer(settings(Path(folder) / str(world_size), max_samples=192, sparsity=often), task="digits").run()
 
 
-@pytest.mark.timeout(120)
 def test_masks_are_equal_on_any_number_of_replicas(tmp_path):
     """1, 2 and 4 replicas end with the same masks, which are not the first ones; parameters agree to rounding."""
     train(0, 1, tmp_path)

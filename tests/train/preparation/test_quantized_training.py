@@ -147,7 +147,6 @@ def first_step(folder):
     return row["train/loss"], row["train/grad_norm"]
 
 
-@pytest.mark.timeout(120)
 def test_two_replicas_draw_what_one_draws(tmp_path):
     """With equal micro-batches the first step has the loss and the gradient norm of one replica, to rounding.
 

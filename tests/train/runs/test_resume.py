@@ -98,7 +98,6 @@ def start(folder, *more):
     )
 
 
-@pytest.mark.timeout(300)
 def test_the_command_survives_kill_and_obeys_signals(whole, tmp_path):
     """SIGKILL of all processes, SIGTERM to the command, Ctrl-C: each time resumed, the run ends the same."""
     folder, settings = tmp_path / "run", tmp_path / "settings.yaml"
