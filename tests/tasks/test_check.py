@@ -14,6 +14,7 @@ from torch import nn
 
 from dptrain.errors import TaskError
 from dptrain.tasks import (
+    check,
     check_evaluation,
     check_task,
     fewest_samples,
@@ -196,6 +197,17 @@ def test_a_dropout_rate_and_a_held_out_loss_of_its_own_change_what_replicas_comp
     assert first[1] == other[1]
     assert first[2] != other[2]
     assert None not in first + other
+
+
+def test_a_large_model_runs_once_more_and_no_oftener(monkeypatch):
+    """Each pass of it on the CPU takes long: one way of computing the loss is compared, and none is warned of."""
+    monkeypatch.setattr(check, "_MOST_PARAMETERS", 1)
+    summed = small_task(loss=lambda model, batch: model(batch).sum())
+    trained, evaluated, held_out = losses_of_two_samples(summed)
+    assert (trained, evaluated is None, held_out) == (None, False, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_unless_mean(summed)
 
 
 WEIGHT = torch.ones((), requires_grad=True)
