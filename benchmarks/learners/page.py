@@ -110,7 +110,7 @@ def _what_is_lacking(findings: harness.Findings) -> list[str]:
     lacking = [
         f"{head} of {', '.join(ways)}"
         for head, template in findings.columns.items()
-        if (ways := dict.fromkeys(row["way"] for row in findings.rows if template.format_map(row) == UNKNOWN))
+        if (ways := dict.fromkeys(str(row["way"]) for row in findings.rows if template.format_map(row) == UNKNOWN))
     ]
     why = "[why](../../docs/what-replicas-learn.md#what-is-not-here)"
     return [f"Not measured, and {why}: {'; '.join(lacking)}.", ""] if lacking else []
