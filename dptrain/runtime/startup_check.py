@@ -82,7 +82,7 @@ def check_same_loss(loss: float | None, *, device: torch.device) -> None:
         raise ConfigError(
             f"the replicas do not agree on the loss of the same two samples ({smallest:.4g} on one, {largest:.4g} on "
             "another): the loss must not depend on the rank, nor on what each process builds for itself, such as class "
-            "weights or a dropout rate: seed that, or compute it from the whole data set"
+            "weights: seed that, or compute it from the whole data set"
         )
 
 
@@ -104,7 +104,13 @@ def model_digests(model: nn.Module) -> dict[str, object]:
     forms = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in entries if not is_lazy(tensor)]
     values = [(name, _checksum(tensor)) for name, tensor in entries if not is_lazy(tensor)]
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    # Those of torch's own modules alone: others may write anything into theirs.
+    modules = [
+        (name, module) for name, module in model.named_modules() if type(module).__module__.startswith("torch.nn.")
+    ]
+    own = [(name, type(module).__name__, module.extra_repr()) for name, module in modules]
     return {
+        "the settings of the model's modules, such as a dropout rate": own,
         "which of the model's parameters require a gradient": sorted(trained),
         "the names, order and shapes of the model's parameters and buffers": (forms, buffers),
         INITIAL_VALUES: sorted(values),

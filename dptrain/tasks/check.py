@@ -127,34 +127,29 @@ def warn_unless_mean(task: Task) -> None:
     )
 
 
-def losses_of_two_samples(task: Task) -> tuple[float | None, float | None, float | None]:
-    """Return losses by a copy of the model: of two training samples in training and in evaluation mode, and held out.
+def losses_of_two_samples(task: Task) -> tuple[float | None, float | None]:
+    """Return losses by a copy of the model in evaluation mode: of two training samples, and of two held-out ones.
 
-    Replicas compare them: a loss that differs between them, by a sign, by class weights that each process computed for
-    itself, or by a dropout rate, trains all of them on something that nobody asked for. Random numbers are the same on
-    all replicas here, so that dropout is compared, too.
+    Replicas compare them: a loss that differs between them, by a sign or by class weights that each process computed
+    for itself, trains all of them on something that nobody asked for. None is computed in training mode, in which a
+    loss may count what it sees.
 
     Args:
         task: one that `check_task` and `check_evaluation` have accepted.
 
     Returns:
-        None for a loss where a second call gives another number (noise of its own), or none that is finite; for the
-        held-out one where the task has none apart; and for all but the second where a model has more than 200 million
-        parameters.
+        None for a loss where a second call gives another number (noise of its own), or none that is finite; and for the
+        held-out one where the task has none apart, or a model of more than 200 million parameters.
     """
     with random_state_kept(), torch.enable_grad():
-        model = copy.deepcopy(task.model)
-        wrapped, collate = _Wrapped(model), task.collate or default_collate
-        batch = collate(_first_samples(task))
-        evaluated = _repeated_loss(task.loss, wrapped.eval(), batch)
-        if _is_large(model):
-            return None, evaluated, None
-        held_out = None
-        if task.eval_loss is not None and task.eval_sets:
-            data: Any = next(iter(task.eval_sets.values()))
-            samples = [data[index] for index in range(min(2, len(data)))]
-            held_out = _repeated_loss(task.eval_loss, model, collate(samples))
-        return _repeated_loss(task.loss, wrapped.train(), batch), evaluated, held_out
+        model = copy.deepcopy(task.model).eval()
+        collate = task.collate or default_collate
+        trained = _repeated_loss(task.loss, _Wrapped(model).eval(), collate(_first_samples(task)))
+        if task.eval_loss is None or not task.eval_sets or _is_large(model):
+            return trained, None
+        data: Any = next(iter(task.eval_sets.values()))
+        samples = [data[index] for index in range(min(2, len(data)))]
+        return trained, _repeated_loss(task.eval_loss, model, collate(samples))
 
 
 def _is_large(model: nn.Module) -> bool:
@@ -167,7 +162,7 @@ def _repeated_loss(loss: LossFunction, model: nn.Module, batch: Batch) -> float 
         torch.manual_seed(0)
         try:
             found.append(split_loss(loss(model, batch))[0].item())
-        except Exception:  # noqa: BLE001 - in the mode that counts it ran
+        except Exception:  # noqa: BLE001 - in training mode it ran, which is what counts
             return None
     return found[0] if found[0] == found[1] and math.isfinite(found[0]) else None
 

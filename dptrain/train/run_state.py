@@ -202,6 +202,7 @@ class RunState:
             log.note(f"{saved.steps_lost:,} steps are taken again for it")
         for change in self._identity.changes(state):
             log.note(change)
+        self._identity.go_on(state)
         with _complete(saved):
             self._unpack(saved, rank=0 if self._exchange.parameters_are_equal else self._exchange.rank)
             self._unpack_exchange(saved)

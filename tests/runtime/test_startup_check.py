@@ -53,6 +53,8 @@ def model_that_differs(rank, how):
         model.layer.weight.data = model.layer.weight.data.double()
     if how == "a frozen bias" and rank == 1:
         model.layer.bias.requires_grad_(requires_grad=False)
+    if how == "a dropout rate":
+        model.dropout = nn.Dropout(0.1 + 0.1 * rank)
     if how == "a buffer's value" and rank == 1:
         model.scale.add_(1)
     return model
@@ -61,6 +63,7 @@ def model_that_differs(rank, how):
 FORM = "the names, order and shapes of the model's parameters and buffers"
 VALUES = "the model's initial values"
 TRAINED = "which of the model's parameters require a gradient"
+MODULES = "the settings of the model's modules, such as a dropout rate"
 DIFFERENCES = {
     "values": [VALUES],
     "a buffer's value": [VALUES],
@@ -68,6 +71,7 @@ DIFFERENCES = {
     "hidden buffers in another order": [FORM],
     "one more parameter": [FORM, VALUES, TRAINED],
     "a frozen bias": [TRAINED],
+    "a dropout rate": [MODULES],
     "another dtype": [FORM, VALUES],
     "nothing": [],
 }
@@ -90,7 +94,7 @@ def test_models_that_differ_are_refused_on_all_replicas_by_what_differs():
     first, second = run_replicas(compare_models, world_size=2)
     assert first == second
     for how, differing in DIFFERENCES.items():
-        for name in (FORM, VALUES, TRAINED):
+        for name in (FORM, VALUES, TRAINED, MODULES):
             assert (name in first[how]) == (name in differing), how
 
 

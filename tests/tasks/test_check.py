@@ -171,40 +171,43 @@ def test_the_losses_of_two_samples_are_what_replicas_compare():
     """They are the same at each call, or None: for a loss with noise of its own, and for one that is not finite."""
     noise = torch.Generator().manual_seed(1)
     task = small_task(loss=lambda model, batch: model(batch).mean() + torch.rand(()))
-    trained, evaluated, held_out = losses_of_two_samples(task)
-    assert losses_of_two_samples(task) == (trained, evaluated, None)
+    trained, held_out = losses_of_two_samples(task)
+    assert losses_of_two_samples(task) == (trained, None)
     assert trained is not None
-    assert evaluated is not None
     assert held_out is None
     noisy = small_task(loss=lambda m, b: m(b).mean() + torch.rand((), generator=noise))
-    assert losses_of_two_samples(noisy) == (None, None, None)
-    assert losses_of_two_samples(small_task(loss=lambda m, b: m(b).mean() / 0)) == (None, None, None)
+    assert losses_of_two_samples(noisy) == (None, None)
+    assert losses_of_two_samples(small_task(loss=lambda m, b: m(b).mean() / 0)) == (None, None)
 
 
-def test_a_dropout_rate_and_a_held_out_loss_of_its_own_change_what_replicas_compare():
-    """A rate acts in training mode alone, and a held-out loss has class weights of its own."""
+def test_a_held_out_loss_of_its_own_is_compared_and_none_in_training_mode():
+    """A held-out loss has class weights of its own; what a loss counts in training mode are the samples of the run."""
+    modes = []
 
-    def losses(rate, weight):
-        torch.manual_seed(1)
-        model = nn.Sequential(nn.Linear(2, 64), nn.Dropout(rate), nn.Linear(64, 1))
-        loss = small_task().loss
-        return losses_of_two_samples(
-            small_task(model=model, eval_data=[torch.ones(2)], eval_loss=lambda m, b: weight * loss(m, b))
-        )
+    def losses(weight):
+        def loss(model, batch):
+            modes.append(model.training)
+            return small_task().loss(model, batch)
 
-    first, other = losses(0.1, 1.0), losses(0.5, 2.0)
-    assert first[0] != other[0]
-    assert first[1] == other[1]
-    assert first[2] != other[2]
+        held_out = {"eval_data": [torch.ones(2)], "eval_loss": lambda m, b: weight * loss(m, b)}
+        return losses_of_two_samples(small_task(loss=loss, **held_out))
+
+    torch.manual_seed(1)
+    first = losses(1.0)
+    torch.manual_seed(1)
+    other = losses(2.0)
+    assert first[0] == other[0]
+    assert first[1] != other[1]
     assert None not in first + other
+    assert not any(modes)
 
 
 def test_a_large_model_runs_once_more_and_no_oftener(monkeypatch):
     """Each pass of it on the CPU takes long: one way of computing the loss is compared, and none is warned of."""
     monkeypatch.setattr(check, "_MOST_PARAMETERS", 1)
     summed = small_task(loss=lambda model, batch: model(batch).sum())
-    trained, evaluated, held_out = losses_of_two_samples(summed)
-    assert (trained, evaluated is None, held_out) == (None, False, None)
+    trained, held_out = losses_of_two_samples(summed)
+    assert (trained is None, held_out) == (False, None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_unless_mean(summed)

@@ -51,8 +51,9 @@ class TaskIdentity:
         self._digests = dict(task.digests)
         order = stream.indices(range(_NUM_ORDERED)).tolist()
         self._order = hashlib.sha256(repr(order).encode()).hexdigest()[:16]
-        self.losses = losses_of_two_samples(task)
-        self._initial = hashlib.sha256(repr(model_digests(task.model)[INITIAL_VALUES]).encode()).hexdigest()[:16]
+        self.losses = self._first_losses = losses_of_two_samples(task)
+        initial = repr(model_digests(task.model)[INITIAL_VALUES])
+        self._initial = self._first_initial = hashlib.sha256(initial.encode()).hexdigest()[:16]
 
     def subjects(self) -> dict[str, object]:
         """Return what must be the same on all replicas, by its name in an error."""
@@ -78,8 +79,8 @@ class TaskIdentity:
             "sources": self._sources,
             "digests": self._digests,
             "order": self._order,
-            "losses": list(self.losses),
-            "initial": self._initial,
+            "losses": list(self._first_losses),
+            "initial": self._first_initial,
         }
 
     def check_digests(self, saved: Mapping[str, Any], *, path: Path) -> None:
@@ -137,6 +138,15 @@ class TaskIdentity:
             yield from _changed_losses(before["losses"], self.losses)
         if not self._train.reproducible:
             yield "the data set gives other samples at each reading: whether it is still the same is not known"
+
+    def go_on(self, saved: Mapping[str, Any]) -> None:
+        """Keep the losses that the run began with, so that its checkpoints are those of a run that was not disturbed.
+
+        A model that is resumed is not built from the weights that the run may have started from.
+        """
+        before = saved["data"]
+        if not isinstance(before, str) and "initial" in before:
+            self._first_losses, self._first_initial = before["losses"], before["initial"]
 
 
 def _changed_losses(before: Sequence[float | None], now: Sequence[float | None]) -> Iterator[str]:
