@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from benchmarks.throughput.turns import FRAMEWORKS, GPTS, MLP, measure_case
 from dptrain.data import MicroBatchLoader, SampleStream
 from dptrain.data.token_files import TokenWindows, token_file
 
+ROOT = Path(__file__).parents[2]
 _REPLICAS = 2
 _SECONDS = {MLP: 60.0, "gpt tiny": 120.0, "gpt 12M": 180.0, "gpt 50M": 420.0}
 _QUICK_SECONDS = 8.0
@@ -101,7 +103,11 @@ def startup_ratio(*, repetitions: int) -> float:
 
 def _first_step_s(command: list[str]) -> float:
     began_s = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    # A script finds what lies beside it, and not the folder that torchrun was started in.
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as process:
         assert process.stdout is not None
         taken_s = 0.0
         for line in process.stdout:
