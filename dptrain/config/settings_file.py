@@ -24,6 +24,11 @@ from dptrain.errors import ConfigError
 LARGEST_BYTES = 2**20
 """Of a settings file. One with every setting in it has 2 KiB."""
 
+_MOVED: Mapping[str, str] = {
+    "control.ratio": "control.law_options.ratio",
+    "control.samples_per_step": "control.law_options.samples_per_step",
+}
+"""Settings of earlier versions, by where they are now."""
 _SURE = 0.7  # likeness of two names of one part; below it they have but some letters in common
 
 
@@ -43,7 +48,7 @@ def read_settings(path: Path) -> dict[str, Any]:
             content = file.read(LARGEST_BYTES + 1)
     except (OSError, ValueError) as error:  # a path with a NUL in it is a ValueError
         raise ConfigError(f"cannot read settings file {path}: {getattr(error, 'strerror', None) or error}") from None
-    settings = _nested(_loaded(content, path), path)
+    settings = _without_moved(_nested(_loaded(content, path), path))
     _check_names(settings, file=path)
     settings = with_counts(TrainConfig, settings)
     check_types(TrainConfig, settings)
@@ -90,12 +95,24 @@ def setting_names() -> list[str]:
 
 def nearest(name: str, known: Sequence[str], *, prefix: str = "") -> str:
     """Return "; did you mean …?", by the whole name or by its last part; nothing where no name is near."""
+    if name in _MOVED:
+        return f"; it is {prefix}{_MOVED[name]} now"
     leaf = _leaf(name)
     leaves = difflib.get_close_matches(leaf, dict.fromkeys(map(_leaf, known)), n=1, cutoff=_SURE)
     close = [setting for setting in known if _leaf(setting) in leaves]
     close = close or [setting for setting in known if _letters(leaf) in _letters(setting)]
     best = difflib.get_close_matches(name, close, n=1, cutoff=0)
     return f"; did you mean {prefix}{best[0]}?" if best else ""
+
+
+def _without_moved(settings: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what an earlier version wrote for a setting that was not given."""
+    return {
+        group: {name: value for name, value in within.items() if value is not None or f"{group}.{name}" not in _MOVED}
+        if isinstance(within, dict)
+        else within
+        for group, within in settings.items()
+    }
 
 
 def _leaf(name: str) -> str:

@@ -110,3 +110,12 @@ def test_dotted_names_that_mean_nothing_are_refused(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(ConfigError, match=words):
         read_settings(path)
+
+
+def test_what_an_earlier_version_left_open_is_passed_over_and_what_it_set_has_a_place(tmp_path):
+    """A run folder of before goes on; a value that would be lost is refused with the setting that takes it now."""
+    (tmp_path / "config.yaml").write_text("control: {law: noise, ratio: null, samples_per_step: null}\n")
+    assert read_settings(tmp_path / "config.yaml") == {"control": {"law": "noise"}}
+    (tmp_path / "config.yaml").write_text("control: {law: noise, ratio: 2}\n")
+    with pytest.raises(ConfigError, match=r"no setting control\.ratio.*; it is control\.law_options\.ratio now"):
+        read_settings(tmp_path / "config.yaml")
