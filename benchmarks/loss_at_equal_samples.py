@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from benchmarks import harness
+from benchmarks.result_tables import figures_table
 from benchmarks.targets.benchmark_case import BenchmarkCase, Run, Search, benchmark_cases, search_rate
-from benchmarks.targets.page import ABOUT_TASKS, figures_table, joined, table
+from benchmarks.targets.page import ABOUT_TASKS, joined, table
 from benchmarks.targets.timed_run import Finish, Mark, Pair, TimedRun
 
 _SAMPLES = {"pysource": 40_000, "digits": 300_000}
@@ -278,7 +279,7 @@ def page(found: harness.Findings, *, task: str, samples: int, num_seeds: int) ->
         f"# {__doc__}",
         f"    python -m benchmarks.loss_at_equal_samples --task {task} --results benchmarks/results",
         f"On `{task}`: {verdict(found.figures)}.",
-        figures_table(found.figures),
+        figures_table(found.figures).rstrip(),
         _RUNS.format(
             **harness.environment(device="cpu"),
             task=task,

@@ -1,5 +1,5 @@
 """The tables of a result page, written from the JSON beside it, so that the two are of one run."""
-# python -m benchmarks.result_tables PATH.json: writes the table of figures into PATH.md, where it has one
+# python -m benchmarks.result_tables PATH.json: writes PATH.md, or only the table of figures into it where there is one
 
 from __future__ import annotations
 
@@ -49,12 +49,37 @@ def _rounded(value: float, *, like: str) -> float:
     return float(f"{value:.{max(len(digits), 1)}g}")
 
 
+def plain_page(found: Mapping[str, Any], *, name: str) -> str:
+    """Return a page with all that a benchmark wrote as JSON and nothing else.
+
+    Args:
+        found: the object.
+        name: of its file.
+    """
+    of = found["environment"]
+    versions = f"dptrain {of['dptrain']} on torch {of['torch']} and Python {of['python']}"
+    paragraphs = [
+        f"# {found['question']}",
+        f"`{found['command']}`; the figures are those of [{name}]({name}).",
+        f"{versions}, {of['cpu_count']} cores ({of['processor']}).",
+        figures_table(found["figures"]).rstrip(),
+        found["note"],
+        rows_table(found["rows"], found["columns"]),
+    ]
+    return "\n\n".join(paragraphs)
+
+
 def main() -> None:
-    """Write the table of figures of one result into its page."""
+    """Write one result's page, or the table of figures into the page that it has."""
     path = Path(sys.argv[1])
+    found = json.loads(path.read_text(encoding="utf-8"))
     page = path.with_suffix(".md")
-    table = figures_table(json.loads(path.read_text(encoding="utf-8"))["figures"])
-    page.write_text(_TABLE.sub(lambda _: table, page.read_text(encoding="utf-8"), count=1), encoding="utf-8")
+    if page.exists():
+        table = figures_table(found["figures"])
+        text = _TABLE.sub(lambda _: table, page.read_text(encoding="utf-8"), count=1)
+    else:
+        text = plain_page(found, name=path.name)
+    page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import harness
+from benchmarks.result_tables import figures_table
 from benchmarks.targets import results
 from benchmarks.targets.results import ADAPTDL, ADAPTIVE, RULES_COMPARED, Outcome, fixed_name, rule_name
 from benchmarks.targets.theory import Theory
@@ -65,7 +66,7 @@ def of_comparison(outcome: Outcome, figures: Mapping[str, float], *, task: str) 
         f"# {QUESTION}",
         f"    python -m benchmarks.time_to_target --task {task} --results benchmarks/results",
         f"On `{task}`: {note(outcome, figures)}.",
-        figures_table(figures),
+        figures_table(figures).rstrip(),
         "## What was run",
         _about_the_runs(outcome, task=task),
         *_other_far_starts(outcome),
@@ -193,7 +194,7 @@ def of_quadratic(theory: Theory) -> str:
         f"# {QUESTION}",
         "    python -m benchmarks.time_to_target --task quadratic --results benchmarks/results",
         f"On problems whose answer is known: {theory.findings.note}.",
-        figures_table(theory.findings.figures),
+        figures_table(theory.findings.figures).rstrip(),
         "## What was run",
         _PROBLEMS,
         table(list(columns), [[cell.format_map(row) for cell in columns.values()] for row in rows]),
@@ -230,11 +231,6 @@ _NOT_SHOWN_BY_THEORY = """\
 def joined(*parts: str) -> str:
     """Return a page of these paragraphs."""
     return "\n\n".join(parts) + "\n"
-
-
-def figures_table(figures: Mapping[str, float]) -> str:
-    """Return the figures as a table in Markdown."""
-    return table(["figure", "value"], [[f"`{name}`", f"{value:.4g}"] for name, value in figures.items()])
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -36,7 +36,7 @@ def test_json_on_stdout_is_alone_there(monkeypatch, capsys):
     run(monkeypatch, "--json", "-", "--quick")
     shown = capsys.readouterr()
     result = json.loads(shown.out)
-    assert list(result) == ["question", "command", "environment", "figures", "rows"]
+    assert list(result) == ["question", "command", "environment", "figures", "columns", "rows", "note"]
     assert result["command"] == "python -m benchmarks.example --quick"
     assert result["figures"] == {"ratio": 1.25}
     assert "2.00 s" in shown.err

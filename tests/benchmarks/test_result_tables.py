@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.result_tables import differences, figures_table, rows_table
+from benchmarks.result_tables import differences, figures_table, main, rows_table
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 PAGES = sorted(
@@ -48,3 +49,21 @@ def test_rows_are_those_of_the_templates():
     assert (
         rows_table([{"a": 1.5, "b": "x"}], {"A": "{a:.2f}", "B": "{b}"}) == "| A | B |\n| --- | --- |\n| 1.50 | x |\n"
     )
+
+
+def test_a_page_is_written_where_there_is_none_and_else_keeps_its_words(monkeypatch, tmp_path):
+    """From the JSON alone, rows and note too; on a page that somebody has written only the table is new."""
+    path, page = tmp_path / "example.json", tmp_path / "example.md"
+    environment = {"dptrain": "1", "torch": "2", "python": "3", "cpu_count": 2, "processor": "X", "device": "cpu"}
+    found = {"question": "Is it?", "command": "python -m it", "environment": environment, "figures": {"ratio": 1.25}}
+    found |= {"columns": {"time": "{seconds:.2f} s"}, "rows": [{"seconds": 2.0}], "note": "A note."}
+    monkeypatch.setattr(sys, "argv", ["x", str(path)])
+    path.write_text(json.dumps(found))
+    main()
+    written = page.read_text()
+    for text in ("# Is it?", "`python -m it`", "| `ratio` | 1.25 |", "| 2.00 s |", "A note."):
+        assert text in written
+    page.write_text(written.replace("A note.", "Words."))
+    path.write_text(json.dumps({**found, "figures": {"ratio": 2.5}}))
+    main()
+    assert page.read_text() == written.replace("A note.", "Words.").replace("| 1.25 |", "| 2.5 |")
