@@ -282,28 +282,29 @@ def _may_mount():
 
 
 @pytest.mark.skipif(not _may_mount(), reason="the kernel allows no private /dev/shm")
-def test_h8_shared_memory_that_is_full_is_a_clear_error(tmp_path):
+def test_h8_shared_memory_that_is_full_is_a_clear_error(on_disk):
     """Workers that cannot hand their samples over end the run with the reason."""
     small = f'mount -t tmpfs -o size=1m none {SHARED_MEMORY} && exec "$@"'
     prefix = ["unshare", "-Urm", "bash", "-c", small, "bash"]
-    done = train(tmp_path, "--num_workers", "1", "--device", "cpu", prefix=prefix, TEST_SIZE="1000000")
+    variables = {"TMPDIR": str(on_disk), "TEST_SIZE": "1000000"}
+    done = train(on_disk, "--num_workers", "1", "--device", "cpu", prefix=prefix, **variables)
     assert done.returncode > 0
     assert "shared memory" in done.stderr or "shm" in done.stderr, done.stderr
 
 
 @pytest.mark.skipif(not _may_mount(), reason="the kernel allows no private /dev/shm")
 @pytest.mark.parametrize(("size", "num_workers", "num_replicas"), [("256k", "1", "2"), ("1m", "2", "1")])
-def test_h8_the_launcher_names_shared_memory(tmp_path, size, num_workers, num_replicas):
+def test_h8_the_launcher_names_shared_memory(on_disk, size, num_workers, num_replicas):
     """The last line of the command, as in a container with a small /dev/shm: exit code 1, and its name."""
-    (tmp_path / "its_task.py").write_text(TASK)
+    (on_disk / "its_task.py").write_text(TASK)
     small = f'mount -t tmpfs -o size={size} none {SHARED_MEMORY} && exec "$@"'
     command = ["unshare", "-Urm", "bash", "-c", small, "bash", sys.executable, "-m", "dptrain", "train"]
     command += ["--task", "its_task.py:points", "--run_dir", "run", "--device", "cpu", "--log.tracker", "none"]
     command += ["--replicas", num_replicas, "--num_workers", num_workers, "--max-restarts", "0"]
     done = subprocess.run(
         command,
-        cwd=tmp_path,
-        env=bare_environment(tmp_path, TEST_SIZE="500000"),
+        cwd=on_disk,
+        env=bare_environment(on_disk, TMPDIR=str(on_disk), TEST_SIZE="500000"),
         capture_output=True,
         text=True,
         timeout=150,

@@ -24,8 +24,6 @@ from dptrain.checkpoint.store import load_checkpoint, load_newest, save_checkpoi
 from dptrain.errors import CheckpointError
 from dptrain.tracking.jsonl import JsonlLog, read_rows
 
-# In memory where there is such a place: 300 examples sync thousands of files.
-MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 -- every name in it is made by tempfile
 EXAMPLES = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
@@ -147,7 +145,7 @@ class Run(RuleBasedStateMachine):
 
     @initialize()
     def begin(self):
-        self.place = tempfile.TemporaryDirectory(dir=MEMORY)
+        self.place = tempfile.TemporaryDirectory()
         self.folder = Path(self.place.name) / "checkpoints"
         self.state, self.step = UNINTERRUPTED[0], 0
         self.good = {}  # step → files, of every checkpoint that was acknowledged and not spoilt since
@@ -255,7 +253,7 @@ class TestRun(Run.TestCase):
 @pytest.fixture(scope="module")
 def four():
     """A folder with checkpoints of steps 1 to 4."""
-    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         for step in range(1, 5):
             save_toy(Path(folder), step, UNINTERRUPTED[step], keep=4)
         yield Path(folder)
@@ -289,7 +287,7 @@ def test_invariant_5_the_newest_verified_wins(four, spoilt):
 )
 def test_invariant_6_retention_keeps_one_and_bounds_the_disk(saves):
     """After any saves and deaths the newest acknowledged step, or a later one, is intact; disk ≤ (keep + 1) × size."""
-    with tempfile.TemporaryDirectory(dir=MEMORY) as place:
+    with tempfile.TemporaryDirectory() as place:
         folder, step, acknowledged, largest_keep = Path(place), 0, None, 0
         for ahead, keep, point in saves:
             step += ahead
@@ -320,7 +318,7 @@ def test_invariant_6_a_save_needs_room_for_one_more_than_it_keeps(tmp_path):
 @pytest.fixture(scope="module")
 def one():
     """A checkpoint that the examples damage and put right again."""
-    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         yield save_toy(Path(folder), 7, UNINTERRUPTED[7])
 
 
