@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +24,7 @@ from dptrain.observe.groups import Groups, GroupsLike, resolve_groups
 from dptrain.observe.hooks.base import GradientHook
 from dptrain.observe.hooks.ddp import CommHook, DdpCommHook
 from dptrain.observe.hooks.parameter import ParameterHook
-from dptrain.observe.hooks.wrapping import Wrapping, over_stages
+from dptrain.observe.hooks.wrapping import Wrapping, over_stages, reduction_formats
 from dptrain.observe.loop.arguments import LossScale
 from dptrain.observe.loop.halves import HalfBatches
 from dptrain.observe.measurement_interval import MeasurementInterval
@@ -35,7 +36,8 @@ Method = Literal["auto", "parameters", "hook"]
 _DUAL: tuple[DualName, ...] = ("sign", "spectral")
 _LOSSY = ("powerSGD_hook", "quantization_hooks", "dptrain.exchange.compressed")
 """Modules whose communication hooks lose information on purpose."""
-_HALF = ("fp16_compress_hook", "bf16_compress_hook", "fp16_compress_wrapper", "bf16_compress_wrapper")
+_HALF = {"fp16_compress": torch.float16, "bf16_compress": torch.bfloat16}
+"""How the names of torch's hooks begin that send gradients in 16 bits, by themselves or round another hook."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +147,11 @@ def _check(
     hooks = [hook for _, hook in _comm_hooks(wrapping.model)]
     if options.comm_hook is not None:
         hooks.append(options.comm_hook[0])
-    hooks = [hook.func if isinstance(hook, functools.partial) else hook for hook in hooks]
-    checksum.half_precision = any(getattr(hook, "__name__", "") in _HALF for hook in hooks)
+    hooks = [inside for hook in hooks for inside in _with_those_inside(hook)]
+    names = [str(getattr(hook, "__name__", "")) for hook in hooks]
+    formats = [dtype for start, dtype in _HALF.items() if any(name.startswith(start) for name in names)]
+    for dtype in (*formats, *reduction_formats(wrapping.model)):
+        checksum.expect_reduction_in(dtype)
     return StepCheck(
         checksum,
         parameters=parameters,
@@ -156,6 +161,20 @@ def _check(
         whole=wrapping.reduction == "wrapper" and wrapping.num_shards == 1 and wrapping.ranks_per_replica == 1,
         exact=not any(str(getattr(hook, "__module__", "")).endswith(_LOSSY) for hook in hooks),
     )
+
+
+def _with_those_inside(hook: Any) -> list[Any]:  # noqa: ANN401 - a communication hook
+    """Return a communication hook and those that it calls: in a partial, or a wrapper's closure."""
+    found, waiting = [], [hook]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, functools.partial):
+            waiting.append(one.func)
+            continue
+        found.append(one)
+        cells = [cell.cell_contents for cell in getattr(one, "__closure__", None) or ()]
+        waiting += [inside for inside in cells if callable(inside) and not any(inside is known for known in found)]
+    return found
 
 
 def _comm_hooks(model: nn.Module) -> list[tuple[Any, Any]]:

@@ -284,7 +284,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
         checks, dual = checks[:NUM_CHECK_VALUES], checks[NUM_CHECK_VALUES:]
         verdict = self._check.judge(checks, norms, ranks=sums[-2], divisor=self._divisor_of(sums))
         reason = verdict.reason
-        if reason is None and self._dual is not None and verdict.factor != 1:
+        if reason is None and self._dual is not None and verdict.rescaled:
             reason = Reason.RESCALED
         if reason is not None:
             self._estimate.drop()

@@ -17,16 +17,20 @@ NUM_CHECKED = 4
 NUM_FUNCTIONALS = 2
 """Per parameter: two, so that a factor found by one can be contradicted by the other."""
 NUM_CHECKS = NUM_CHECKED * NUM_FUNCTIONALS
-NUM_CHECKSUM_VALUES = 4 * NUM_CHECKS
+NUM_CHECKSUM_VALUES = 5 * NUM_CHECKS
 
 _SIDE = 8
-"""Rows and columns of the strided elements: at most 64 of a parameter, or five small kernels per micro-batch."""
-_TOLERANCE, _TOLERANCE_HALF = 1e-4, 1e-2
-"""Of the sum of magnitudes. Rounding stays below 1e-6 in single precision and 1e-3 in bfloat16, in loops of 16
-micro-batches on 4 ranks."""
-_FACTOR_SIGNAL, _FACTOR_EACH = 20.0, 5.0
-"""Checks in units of what rounding explains, together and in each of two, from which on a factor is divided out. The
-unit is ten times the rounding seen, so a factor is known to 0.5 % at least."""
+"""Rows and columns of the strided elements: at most 64 of a parameter, or two small kernels per micro-batch."""
+_SMALLEST_ROUNDOFF = 1e-13
+"""The checksums themselves are computed in double precision, to about this."""
+_SPARSE, _SPARSE_HALF = 2e-5, 2e-3
+"""Standard deviation of the rounding of a sparse gradient, of the sum of magnitudes: a bound, for its duplicate rows
+are added up in an order that is not known here."""
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Return the largest relative error of rounding to a floating-point format."""
+    return torch.finfo(dtype).eps / 2
 
 
 class GradientChecksum:
@@ -56,20 +60,29 @@ class GradientChecksum:
         self._num_rows = num_rows
         self._eligible = [i for i, p in enumerate(parameters) if eligible(p)]
         self._device = parameters[0].device
-        self._coefficients: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._coefficients: dict[int, Tensor] = {}
         self._num_opened = 0
         self._slots: dict[int, int] = {}
         self._invalid: set[int] = set()
         self._sparse: set[int] = set()
         self._row_factors = torch.tensor([[1.0], [0.37], [0.11], [0.53]], dtype=torch.float64, device=self._device)
         self._parts: dict[int, list[tuple[int, Tensor]]] = {}
+        self._accumulated: dict[int, Tensor] = {}
+        self._seen_in: dict[int, torch.dtype] = {}
         self._watching = False
         self._handles: list[tuple[nn.Parameter, RemovableHandle]] = []
         self._accumulation_handles: list[RemovableHandle] = []
         self._arrived: dict[int, Tensor] = {}
         self._reduced: set[int] = set()
         self.added_late = False
-        self.half_precision = False
+        self.roundoff = _SMALLEST_ROUNDOFF
+        self._reduced_in: torch.dtype | None = None
+
+    def expect_reduction_in(self, dtype: torch.dtype) -> None:
+        """Know that gradients are reduced over the ranks in this format, whatever they are computed in."""
+        if self._reduced_in is None or unit_roundoff(dtype) > unit_roundoff(self._reduced_in):
+            self._reduced_in = dtype
+        self.roundoff = max(self.roundoff, unit_roundoff(dtype))
 
     def open(self) -> None:
         """Choose the parameters of the step that begins; equal on all ranks that measure the same steps."""
@@ -126,7 +139,7 @@ class GradientChecksum:
 
     def forget(self) -> None:
         """Drop what was seen in this step."""
-        self._parts, self._invalid, self._sparse = {}, set(), set()
+        self._parts, self._accumulated, self._invalid, self._sparse = {}, {}, set(), set()
         self._reduced, self.added_late = set(), False
 
     def note(self, index: int, grad: Tensor, *, place: int = 0) -> None:
@@ -134,21 +147,26 @@ class GradientChecksum:
         if index not in self._slots:
             return
         known = self._parts.setdefault(index, [])
+        self._seen_in[index] = grad.dtype.to_real()
         if known and grad.is_sparse is not (index in self._sparse):
             self._invalid.add(index)
             return
         if grad.is_sparse:
             self._sparse.add(index)
-        values = self._sparse_values(grad) if grad.is_sparse else self._values(index, grad, first_row=0)
-        known.append((place, values))
+            known.append((place, self._sparse_values(grad)))
+            return
+        part = self._part(index, grad, first_row=0)[1]
+        known.append((place, part.to(torch.float64, copy=True)))
+        if index in self._accumulated:
+            self._accumulated[index] += part
+        else:
+            self._accumulated[index] = part.clone()
 
-    def _values(self, index: int, grad: Tensor, *, first_row: int) -> Tensor:
-        """Return (combinations, sums of their magnitudes) of the elements of this piece, as float64 of 2·2."""
+    def _part(self, index: int, grad: Tensor, *, first_row: int) -> tuple[Tensor, Tensor]:
+        """Return (coefficients, elements) of this piece: float64 of (NUM_FUNCTIONALS, rows, columns), and a view."""
         grad = grad.detach()
         if grad.is_complex():
             grad = torch.view_as_real(grad)
-        if grad.dtype in (torch.float16, torch.bfloat16):
-            self.half_precision = True
         part = grad.reshape(1) if grad.dim() == 0 else grad
         stride = max(math.ceil(self._num_rows(self._parameters[index]) / _SIDE), 1)
         start = -first_row % stride
@@ -156,11 +174,49 @@ class GradientChecksum:
         while part.dim() > 2:  # noqa: PLR2004 - views all the way: reshaping could copy the whole gradient
             part = part[:, :, part.shape[2] // 2]
         part = part[:, :: max(math.ceil(part.shape[1] / _SIDE), 1)] if part.dim() > 1 else part[:, None]
-        dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
         first = (first_row + start) // stride
-        coefficients = self._coefficients_of(index, dtype)[:, first : first + part.shape[0], : part.shape[1]]
-        products = coefficients * part.to(dtype)
-        return torch.stack([products.sum((1, 2)), products.abs().sum((1, 2))]).double()
+        return self._coefficients_of(index)[:, first : first + part.shape[0], : part.shape[1]], part
+
+    def _seen(self, index: int, *, num_ranks: int) -> Tensor:
+        """Return (combinations, their magnitudes, variance of their rounding) of what was seen; float64 of 3·2.
+
+        The model of rounding: each time that a format with unit roundoff u holds a number x, it is off by an error
+        that is uniform within ±u·max(|x|, smallest normal number), and independent of all others. With partial sums
+        s_1 … s_n of this rank's gradients g_k of an element, over R ranks, that makes the variance u²/3 times
+
+        * Σ_j s_j² for the accumulation;
+        * (R+1)·s_n² for reduction, division and clipping: R summands of which each is independent, one after another,
+          have R·s_n²/2 for each rank. What equal summands have beyond that is in `with_reduction`;
+        * (R+1)·Σ_k g_k² where each micro-batch is reduced by itself.
+
+        Where g_k hardly differs from one micro-batch to the next, errors of the accumulation repeat, and add up
+        linearly. So these elements are accumulated here in the gradients' own format too, and the square of the error
+        that is found is added. Rounding that takes the same share from all elements (summands too small to move the
+        sum) is a factor, and found as one. The checks' errors are then those of many elements with independent signs.
+        """
+        values = torch.stack([values for _, values in self._parts[index]])
+        roundoff = self._roundoff_of(index)
+        if index in self._sparse:
+            combinations, magnitudes = values.sum(0)
+            deviation = _SPARSE_HALF if roundoff > unit_roundoff(torch.float32) else _SPARSE
+            return torch.stack([combinations, magnitudes, (deviation * magnitudes) ** 2])
+        coefficients = self._coefficients_of(index)[:, : values.shape[1], : values.shape[2]]
+        sums, accumulated = values.cumsum(0), self._accumulated[index]
+        tiny = torch.finfo(accumulated.dtype if self._reduced_in is None else self._reduced_in).smallest_normal
+        held = sums.square().sum(0)
+        reduced = sums[-1].square() + (values.square() + tiny**2).sum(0)
+        # Where only the copy overflows, gradients are accumulated in a wider format.
+        error = (accumulated.double() - sums[-1]).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        variance = error.square() + roundoff**2 / 3 * (held + (num_ranks + 1) * reduced)
+        combinations = (coefficients * sums[-1]).sum((1, 2))
+        magnitudes = (coefficients.abs() * values.abs().sum(0)).sum((1, 2))
+        return torch.stack([combinations, magnitudes, (coefficients.square() * variance).sum((1, 2))])
+
+    def _roundoff_of(self, index: int) -> float:
+        """Return the unit roundoff of the coarsest format that a parameter's gradient passes through."""
+        grad = self._parameters[index].grad
+        formats = [self._reduced_in, self._seen_in.get(index), None if grad is None else grad.dtype.to_real()]
+        return max([_SMALLEST_ROUNDOFF, *(unit_roundoff(dtype) for dtype in formats if dtype is not None)])
 
     def _sparse_values(self, grad: Tensor) -> Tensor:
         """Return the same of a sparse gradient: of all its elements, coalesced or not, for few rows have any."""
@@ -168,8 +224,6 @@ class GradientChecksum:
         places, values = grad._indices(), grad._values()  # noqa: SLF001 - the public ones ask for a coalesced tensor
         values = values.reshape(values.shape[0], -1)
         values = torch.view_as_real(values).flatten(1) if values.is_complex() else values
-        if values.dtype in (torch.float16, torch.bfloat16):
-            self.half_precision = True
         columns = torch.arange(values.shape[1], dtype=torch.float64, device=values.device)
         rows = (places.double() * self._row_factors[: places.shape[0]]).sum(0)
         # Smooth functions of the place: fixed, of either sign, and alike in no two neighbours.
@@ -177,20 +231,26 @@ class GradientChecksum:
         products = torch.stack(weights) * values.double()
         return torch.stack([products.sum((1, 2)), products.abs().sum((1, 2))])
 
-    def _coefficients_of(self, index: int, dtype: torch.dtype) -> Tensor:
-        key = index, dtype
-        if key not in self._coefficients:
+    def _coefficients_of(self, index: int) -> Tensor:
+        if index not in self._coefficients:
             generator = torch.Generator().manual_seed(index)
             shape = (NUM_FUNCTIONALS, _SIDE, _SIDE)
-            self._coefficients[key] = torch.randn(shape, generator=generator).to(self._device, dtype)
-        return self._coefficients[key]
+            self._coefficients[index] = torch.randn(shape, generator=generator).to(self._device, torch.float64)
+        return self._coefficients[index]
 
     @torch.no_grad()
-    def vector(self) -> Tensor:
-        """Return this rank's (seen, magnitudes, combined, combined²), to be summed over the ranks; a float64 vector."""
+    def vector(self, *, num_ranks: int = 1) -> Tensor:
+        """Return this rank's part, to be summed over the ranks: `NUM_CHECKSUM_VALUES` float64.
+
+        They are (seen, magnitudes, variance of rounding, combined, combined²) of all checks, see `_seen`.
+
+        Args:
+            num_ranks: over which gradients are reduced.
+        """
         self.let_go()
+        self.roundoff = max([self.roundoff, *map(self._roundoff_of, self._slots)])
         number, count = self._shard
-        seen = torch.zeros(2, NUM_CHECKED, NUM_FUNCTIONALS, dtype=torch.float64, device=self._device)
+        seen = torch.zeros(3, NUM_CHECKED, NUM_FUNCTIONALS, dtype=torch.float64, device=self._device)
         combined = torch.zeros(NUM_CHECKED, NUM_FUNCTIONALS, dtype=torch.float64, device=self._device)
         for index, slot in self._slots.items():
             parameter = self._parameters[index]
@@ -200,7 +260,7 @@ class GradientChecksum:
             ):
                 continue
             if index in self._parts:
-                seen[:, slot] = torch.stack([values for _, values in self._parts[index]]).sum(0)
+                seen[:, slot] = self._seen(index, num_ranks=num_ranks)
             if grad is not None and grad.is_sparse:
                 combined[slot] = self._sparse_values(grad)[0] * count
             elif grad is not None:
@@ -209,7 +269,8 @@ class GradientChecksum:
                 piece = math.ceil(rows / count)  # as torch.chunk cuts
                 first_row = min(number * piece, rows)
                 if local.numel():
-                    combined[slot] = self._values(index, local, first_row=first_row)[0] * count
+                    coefficients, part = self._part(index, local, first_row=first_row)
+                    combined[slot] = (coefficients * part.double()).sum((1, 2)) * count
         self.forget()
         return torch.cat([seen.flatten(), combined.flatten(), combined.square().flatten()])
 
@@ -226,56 +287,13 @@ class GradientChecksum:
         for index, slot in self._slots.items():
             parts = self._parts.get(index, ())
             for places, sign in ((first, 1.0), (second, -1.0)):
-                if chosen := [values[0] for place, values in parts if place in places]:
-                    found[slot] += sign * torch.stack(chosen).sum(0)
+                chosen = [values for place, values in parts if place in places]
+                if not chosen:
+                    continue
+                total = torch.stack(chosen).sum(0)
+                if index in self._sparse:
+                    found[slot] += sign * total[0]
+                else:
+                    coefficients = self._coefficients_of(index)[:, : total.shape[0], : total.shape[1]]
+                    found[slot] += sign * (coefficients * total).sum((1, 2))
         return found.flatten()
-
-    def tolerance(self) -> float:
-        """Return the relative difference that rounding explains."""
-        return _TOLERANCE_HALF if self.half_precision else _TOLERANCE
-
-
-def common_factor(
-    seen: Sequence[float], magnitudes: Sequence[float], combined: Sequence[float], *, tolerance: float
-) -> float | None:
-    """Return the factor between `combined` and `seen`: 1 where they agree, None where there is no one factor.
-
-    Args:
-        seen: checksums of what the backward passes brought, averaged as the wrapper does.
-        magnitudes: sums of magnitudes, in the same unit.
-        combined: checksums of `.grad`.
-        tolerance: relative to the magnitudes.
-    """
-    checks = [(s, c, m * tolerance) for s, m, c in zip(seen, magnitudes, combined, strict=True)]
-    if all(abs(s - c) <= margin for s, c, margin in checks):
-        return 1.0
-    # In units of what rounding explains; a check without magnitude has no gradient, and then .grad must have none.
-    if any(margin == 0 and c != 0 for _, c, margin in checks):
-        return None
-    scaled = [(s / margin, c / margin) for s, c, margin in checks if margin > 0]
-    signal = sum(s * s for s, _ in scaled)
-    if signal == 0:
-        return None
-    factor = sum(s * c for s, c in scaled) / signal
-    # Rounding is relative to what `.grad` holds, so a small factor does not excuse a large difference.
-    alike = all(abs(c - factor * s) <= abs(factor) for s, c in scaled)
-    told_apart = signal > _FACTOR_SIGNAL**2 and sum(abs(s) > _FACTOR_EACH for s, _ in scaled) > 1
-    # Negated gradients, of a loop that ascends, have the factor −1; cleared ones have none.
-    return factor if alike and told_apart and factor != 0 else None
-
-
-def combined_differs(
-    combined: Sequence[float], squares: Sequence[float], magnitudes: Sequence[float], *, tolerance: float
-) -> bool:
-    """Say whether `.grad` is not the same on all ranks.
-
-    Args:
-        combined: mean over the ranks of their checksums.
-        squares: mean over the ranks of the squared checksums.
-        magnitudes: sums of magnitudes, in the same unit.
-        tolerance: relative to the magnitudes.
-    """
-    return any(
-        math.sqrt(max(square - mean * mean, 0.0)) > tolerance * size + 1e-7 * abs(mean)
-        for mean, square, size in zip(combined, squares, magnitudes, strict=True)
-    )

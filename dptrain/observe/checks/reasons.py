@@ -63,6 +63,11 @@ class Reason(StrEnum):
         "the gradients were clipped or unscaled before the step was closed, which the sign and spectral geometries "
         "cannot take out: call meter.step() right after the last backward()"
     )
+    UNRESOLVED = (
+        "the gradients were clipped or unscaled before the step was closed, by a factor that rounding hides (many "
+        "micro-batches or ranks added up in 16 bits, or parameters of which none of those looked at had a gradient): "
+        "call meter.step() right after the last backward()"
+    )
     SEVERAL_PASSES = (
         "one backward pass went through several forward passes of the model, whose samples may be parts of the same or "
         "more of them: give attach(..., micro_batch_size=), the samples that one backward pass is the mean over"

@@ -11,14 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dptrain.noise import SquaredNorms
+from dptrain.observe.checks.common_factor import combined_differs, common_factor, with_reduction
 from dptrain.observe.checks.exchangeability import MIXED, Exchangeability, halves
-from dptrain.observe.checks.gradient_checksum import (
-    NUM_CHECKS,
-    NUM_CHECKSUM_VALUES,
-    GradientChecksum,
-    combined_differs,
-    common_factor,
-)
+from dptrain.observe.checks.gradient_checksum import NUM_CHECKS, NUM_CHECKSUM_VALUES, GradientChecksum
 from dptrain.observe.checks.reasons import DOUBTS, DropLog, Reason
 from dptrain.observe.geometry.dual import DualGeometry
 from dptrain.observe.reduction import on_device
@@ -38,7 +33,13 @@ _NUM_CONTRASTS = 2 + NUM_CHECKS
 NUM_CHECK_VALUES = _NUM_BEFORE + NUM_CHECKSUM_VALUES + _NUM_CONTRASTS
 
 _JENSEN_TOLERANCE = 1e-3
-"""Rounding of two norms in single precision is 1e-6 at most; in bfloat16 that of equal micro-batches is 4e-3."""
+"""Rounding of two norms in single precision is 1e-6 at most."""
+_JENSEN_TOLERANCE_HALF = 1e-2
+"""In bfloat16 that of equal micro-batches is 4e-3."""
+_SINGLE = 1e-6
+"""Unit roundoff from which on a format has less than single precision."""
+_JENSEN_ERRORS = 8.0
+"""Standard errors of the factor that is divided out."""
 _ALIKE = 2e-6
 """Relative difference of squared norms below which micro-batches hold the same samples, in whatever order."""
 _ALIKE_IN_A_ROW = 5
@@ -54,10 +55,12 @@ class Verdict:
     Attributes:
         reason: why it is dropped; None where it is consistent.
         factor: by which `.grad` differed from the average, 1 where it did not.
+        rescaled: whether that is more than rounding explains.
     """
 
     reason: Reason | None = None
     factor: float = 1.0
+    rescaled: bool = False
 
 
 class StepCheck:
@@ -94,6 +97,8 @@ class StepCheck:
         self.doubts: set[Reason] = set()
         self._whole = whole
         self._exact = exact
+        self._group = group
+        self._rescales = False
         self._device = parameters[0].device
         self._smallest_samples = math.inf
         self._exchangeability = Exchangeability()
@@ -129,8 +134,9 @@ class StepCheck:
         self.doubts.clear()
         squares, are_equal = several
         contrasts = self._contrasts(squares if are_equal else None)
-        checks = self.checksum.vector()
-        values = (*flags, float(self.checksum.half_precision))
+        ranks = dist.get_world_size(self._group) if dist.is_available() and dist.is_initialized() else 1
+        checks = self.checksum.vector(num_ranks=ranks)
+        values = (*flags, self.checksum.roundoff)
         alike = checks.new_zeros(1) if squares is None else _are_alike(squares)
         return torch.cat([on_device(values, device=self._device), alike, checks, contrasts])
 
@@ -194,7 +200,7 @@ class StepCheck:
         uninformative = self._uninformative(checks, norms, alike=alike >= ranks)
         if uninformative is not None:
             return Verdict(reason=uninformative)
-        verdict = self._compared(checks, norms, half=values[len(_FLAGS)] > 0, ranks=ranks, divisor=divisor)
+        verdict = self._compared(checks, norms, roundoff=values[len(_FLAGS)] / ranks, ranks=ranks, divisor=divisor)
         if verdict.reason is None:
             self._smallest_samples = min(self._smallest_samples, norms.num_samples)
             return verdict
@@ -230,23 +236,29 @@ class StepCheck:
         return Verdict(reason=reason)
 
     def _compared(
-        self, checks: Sequence[float], norms: SquaredNorms, *, half: bool, ranks: float, divisor: float
+        self, checks: Sequence[float], norms: SquaredNorms, *, roundoff: float, ranks: float, divisor: float
     ) -> Verdict:
         if not self._exact:
             return Verdict()
-        self.checksum.half_precision = self.checksum.half_precision or half
-        tolerance = self.checksum.tolerance()
-        seen, magnitudes, combined, squares = (checks[i * NUM_CHECKS : (i + 1) * NUM_CHECKS] for i in range(4))
-        seen, magnitudes = [x / divisor for x in seen], [x / divisor for x in magnitudes]
+        parts = (checks[i * NUM_CHECKS : (i + 1) * NUM_CHECKS] for i in range(5))
+        seen, _, variances, combined, squares = parts
+        seen, variances = [x / divisor for x in seen], [x / divisor**2 for x in variances]
+        variances = with_reduction(seen, variances, roundoff=roundoff, ranks=ranks)
         combined, squares = [x / ranks for x in combined], [x / ranks for x in squares]
-        if self._whole and combined_differs(combined, squares, magnitudes, tolerance=tolerance):
+        if self._whole and combined_differs(combined, squares, seen, variances):
             return Verdict(reason=Reason.NOT_AVERAGED)
-        factor = common_factor(seen, magnitudes, combined, tolerance=tolerance)
-        if factor is None:
+        found = common_factor(seen, variances, combined)
+        if found is None:
             return Verdict(reason=Reason.CHANGED)
-        if norms.large > norms.small * factor**2 * (1 + _JENSEN_TOLERANCE + (tolerance if half else 0)):
+        self._rescales = self._rescales or found.rescales
+        # Where other steps of the loop were rescaled this one was too, though none of its checks can tell.
+        if not found.resolved and (self._rescales or not found.agrees):
+            return Verdict(reason=Reason.UNRESOLVED)
+        factor, error = (found.value, found.error) if found.resolved else (1.0, 0.0)
+        tolerance = _JENSEN_TOLERANCE + (_JENSEN_TOLERANCE_HALF if roundoff > _SINGLE else 0) + _JENSEN_ERRORS * error
+        if norms.large > norms.small * factor**2 * (1 + tolerance):
             return Verdict(reason=Reason.JENSEN)
-        return Verdict(factor=factor)
+        return Verdict(factor=factor, rescaled=found.rescales)
 
 
 def _are_alike(squares: Tensor) -> Tensor:

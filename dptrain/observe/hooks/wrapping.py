@@ -271,6 +271,15 @@ def _divide_factor(managers: list[Any]) -> float | None:
     return factors.pop() if factors else None
 
 
+def reduction_formats(model: nn.Module) -> set[torch.dtype]:
+    """Return the formats that a wrapper was told to reduce gradients in; none where it takes those of the gradients."""
+    if isinstance(model, DistributedDataParallel):
+        told = [getattr(model, "mixed_precision", None)]
+    else:
+        told = [getattr(group, "mp_policy", None) for module in _fsdp_modules(model) for group in _param_groups(module)]
+    return {policy.reduce_dtype for policy in told if policy is not None and policy.reduce_dtype is not None}
+
+
 def _fsdp_modules(model: nn.Module) -> list[Any]:
     # A module that is wrapped has imported this already; no other should wait for it.
     fsdp = sys.modules.get("torch.distributed.fsdp")

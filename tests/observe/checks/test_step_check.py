@@ -91,3 +91,70 @@ def test_equal_samples_now_and_then_are_chance():
         return torch.randn(1, 4, generator=torch.Generator().manual_seed(step if step % 3 else 10 * step + micro_step))
 
     assert trained(draw=sometimes)[:2] == (STEPS, [])
+
+
+def clipped(dtype, *, factor, num_micro_batches, closed_before, steps=8):
+    """Return (tr(Σ), |G|²) and steps of a loop whose gradients are multiplied by `factor`, closed before or after."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2)).to(dtype)
+    generator = torch.Generator().manual_seed(2)
+    with warnings.catch_warnings(), dptrain.attach(model, every=1) as meter:
+        warnings.simplefilter("error")
+        for _ in range(steps):
+            model.zero_grad()
+            for _ in range(num_micro_batches):
+                x = torch.randn(4, 8, generator=generator)
+                loss = (model(x.to(dtype)).float() - x[:, :2] - torch.randn(4, 2, generator=generator)).square().mean()
+                (loss / num_micro_batches).backward()
+            if closed_before:
+                meter.step()
+            for p in model.parameters():
+                p.grad *= factor
+            if not closed_before:
+                meter.step()
+        scale = meter.read()
+    return [scale.noise_trace, scale.grad_sq_norm], scale.num_steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clipping_shows_through_the_rounding_of_many_micro_batches(dtype):
+    """64 micro-batches, clipped by 4 % and by half: closed after it a step reads as closed before it."""
+    expected, num_steps = clipped(dtype, factor=1.0, num_micro_batches=64, closed_before=True)
+    assert num_steps == 8
+    for factor in (0.96, 0.5):
+        found, num_steps = clipped(dtype, factor=factor, num_micro_batches=64, closed_before=False)
+        assert found == pytest.approx(expected, rel=0.01 if dtype == torch.bfloat16 else 1e-4)
+        assert num_steps == 8
+
+
+class Branches(nn.Module):
+    """Of twelve layers each third one is used; the others' gradients are zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(12)])
+
+    def forward(self, x):
+        return sum(layer(x) * (number % 3 == 0) for number, layer in enumerate(self.layers))
+
+
+def test_a_factor_that_no_check_of_a_step_can_tell_is_not_taken_for_one():
+    """In two steps of three the parameters looked at have no gradient: they are dropped where others were clipped."""
+    found = {}
+    for factor in (1.0, 0.5):
+        torch.manual_seed(1)
+        model = Branches()
+        with warnings.catch_warnings(record=True) as seen, dptrain.attach(model, every=1) as meter:
+            warnings.simplefilter("always")
+            for _ in range(STEPS):
+                model.zero_grad()
+                for _ in range(2):
+                    (model(torch.randn(6, 4)).square().mean() / 2).backward()
+                for p in model.parameters():
+                    p.grad *= factor
+                meter.step()
+            found[factor] = meter.read().num_steps, [str(w.message) for w in seen if "noise scale" in str(w.message)]
+    assert found[1.0] == (STEPS, [])
+    assert found[0.5][0] == STEPS // 3
+    assert len(found[0.5][1]) == 1
+    assert "right after the last backward" in found[0.5][1][0]

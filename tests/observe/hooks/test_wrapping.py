@@ -93,6 +93,10 @@ def fp16(model):
     model.register_comm_hook(None, default_hooks.fp16_compress_hook)
 
 
+def fp16_wrapper(model):
+    model.register_comm_hook(None, default_hooks.fp16_compress_wrapper(default_hooks.allreduce_hook))
+
+
 ALONE = {
     "one process": one_process,
     "one process, compiled": functools.partial(one_process, finish=whole_compiled),
@@ -112,6 +116,7 @@ DDP = {
     "ddp, compiled per block": functools.partial(ddp, prepare=compile_blocks),
     "ddp, PowerSGD in the hook": functools.partial(ddp, hook=power_sgd),
     "ddp, fp16 in the hook": functools.partial(ddp, hook=fp16),
+    "ddp, fp16 round another hook": functools.partial(ddp, hook=fp16_wrapper),
 }
 SHARDED = {
     "fully_shard": fully_sharded,
