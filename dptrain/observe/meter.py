@@ -213,7 +213,7 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
         time, which counts towards the budget, so that few are measured. Call it anywhere between two steps.
 
         Args:
-            loss_of: returns the mean loss over the samples that it is given; it must call the model.
+            loss_of: returns the mean loss over the samples that it is given, without a loss scale; it calls the model.
             batch: its arguments: tensors that begin with the samples, alone or nested; anything else is passed on.
 
         Raises:
@@ -248,13 +248,13 @@ class Meter(OwnReduction, MeterResults, JoinableMeter):
             sizes, squares = self._halves.take()
         else:
             small = self._hook.collect(sizes.resolved_weights())
-            squares = torch.cat([small, self._averaged.squares(grad_norm=grad_norm)])
-        if self._loss_scale is not None:
-            scale = self._loss_scale()
-            if isinstance(scale, Tensor):
-                scale = scale.to(self._device, torch.float64, non_blocking=True)
-            squares = squares / scale**2
+            squares = torch.cat([small, self._averaged.squares(grad_norm=grad_norm)]) / self._scale_of_loss() ** 2
         return torch.cat([squares, self._size_vectors.of(sizes)])
+
+    def _scale_of_loss(self) -> float | Tensor:
+        """Return the factor on the loss whose backward pass the loop runs; the loss given to `split` has none."""
+        scale = 1.0 if self._loss_scale is None else self._loss_scale()
+        return scale.to(self._device, torch.float64, non_blocking=True) if isinstance(scale, Tensor) else scale
 
     def absorb(self, sums: list[float]) -> SquaredNorms | None:
         """Take in the sum over all replicas of one step's `local_sums`.

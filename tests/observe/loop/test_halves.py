@@ -27,6 +27,19 @@ def test_the_halves_are_two_small_batches():
     assert meter.read().num_samples == 9
 
 
+def test_a_loss_scale_is_none_of_the_halves():
+    """The loss given to split has no scale, whatever factor the loop's own backward pass has."""
+    pairs = []
+    for scale in (1.0, 512.0):
+        model, (x, y) = make_model(), micro_batch(0, 0, 0, size=8)
+        with dptrain.attach(model, every=1, loss_scale=lambda scale=scale: scale) as meter:
+            (scale * mean_loss(model, x, y)).backward()
+            meter.split(lambda x, y, model=model: mean_loss(model, x, y), x, y)
+            meter.step()
+        pairs.append(pair(meter.read()))
+    assert pairs[1] == pytest.approx(pairs[0], rel=1e-6)
+
+
 class Restless(nn.Module):
     """Has dropout and running statistics."""
 
