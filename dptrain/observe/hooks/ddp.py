@@ -68,7 +68,7 @@ class DdpCommHook:
         self._listening = True
         self._checksum: GradientChecksum | None = None
         self.outside = False
-        device = next(model.parameters()).device
+        device = next(p for p in model.parameters() if p.requires_grad).device
         self.stopwatch = Stopwatch(device)
         self._zero = torch.zeros((), dtype=torch.float64, device=device)
         try:

@@ -35,7 +35,8 @@ class FsdpHook(MicroBatchHook):
     name = "unsharded parameters"
 
     def __init__(self, model: nn.Module, *, groups: Groups | None = None, geometry: Geometry | None = None) -> None:
-        super().__init__(next(model.parameters()).device, groups=groups, geometry=geometry)
+        device = next(p for p in model.parameters() if p.requires_grad).device
+        super().__init__(device, groups=groups, geometry=geometry)
         self._listening = True
         self._handles: dict[int, tuple[nn.Parameter, RemovableHandle]] = {}
         self._module_handles: list[RemovableHandle] = []

@@ -118,6 +118,8 @@ def identify(model: nn.Module, *, reduction: Reduction = "wrapper") -> Wrapping:
         raise ObservationError(f"there is no noise scale here: {_without_noise_scale[model]}")
     for module in model.modules():
         _refuse_engines(module)
+    refuse_context_parallelism(model)
+    _refuse_devices(model)
     # A sharded parameter is known by its mesh: importing DTensor to ask for its type would double the import time.
     sharded = [hasattr(p, "device_mesh") for p in model.parameters() if p.requires_grad]
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -240,14 +242,68 @@ def _data_mesh(managers: list[Any]) -> tuple[Any, int, int]:
             "gradient of all: wrap all of them with one mesh; on an expert-parallel mesh an expert's gradient holds "
             "the tokens of its whole group"
         )
-    names = "_".join(meshes[0].mesh_dim_names or ()).lower().split("_")
-    if "cp" in names or "context" in names:
-        raise ObservationError(
-            f"the mesh dimension {meshes[0].mesh_dim_names} contains context parallelism, where a rank's gradient is "
-            "that of a part of each sequence and no sample's: measure without context parallelism"
-        )
+    if _has_context_dimension(meshes[0]):
+        raise ObservationError(_CONTEXT.format(f"the mesh dimension {meshes[0].mesh_dim_names}"))
     number, count = getattr(infos[0], "shard_mesh_rank", 0), getattr(infos[0], "shard_mesh_size", 1)
     return meshes[0], number, count
+
+
+_CONTEXT = (
+    "{} contains context parallelism, where a rank's gradient is that of a part of each sequence and no sample's: "
+    "measure without context parallelism"
+)
+
+
+def _has_context_dimension(mesh: Any) -> bool:  # noqa: ANN401 - a DeviceMesh
+    """Say whether sequences are cut up over a dimension of the mesh that a mesh was sliced and flattened from."""
+    root = mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh  # noqa: SLF001 - no public form
+    sizes = dict(zip(root.mesh_dim_names or (), root.shape, strict=False))
+    known = [size for name, size in sizes.items() if name.lower() in ("cp", "context", "context_parallel")]
+    if known or root != mesh:
+        return any(size > 1 for size in known)  # a flattened mesh is called "dp_shard_cp" without any context, too
+    parts = "_".join(mesh.mesh_dim_names or ()).lower().split("_")
+    return "cp" in parts or "context" in parts
+
+
+def refuse_context_parallelism(model: nn.Module) -> None:
+    """Raise inside of torch's context parallelism, whatever the mesh is called that gradients are averaged over.
+
+    Torchtitan's mesh for `fully_shard` is one dimension "fsdp", with and without it. What is asked is torch's own: the
+    attention function that it has replaced, and the hooks that it has put on attention modules.
+
+    Raises:
+        ObservationError: with the remedy.
+    """
+    attention = sys.modules.get("torch.distributed.tensor.experimental._context_parallel._attention")
+    if attention is None:
+        return
+    present = torch.nn.functional.scaled_dot_product_attention
+    meshes = []
+    if present in getattr(attention, "_replaced_functions", ()):
+        meshes += [cell.cell_contents for cell in getattr(present, "__closure__", None) or ()]
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():  # noqa: SLF001 - no public form
+            style = getattr(getattr(hook, "func", None), "__self__", None)
+            if type(style).__name__ == "_ContextParallel":
+                meshes.append(getattr(hook, "keywords", {}).get("mesh"))
+    if any(hasattr(mesh, "mesh_dim_names") and mesh.size() > 1 for mesh in meshes):
+        raise ObservationError(_CONTEXT.format("the forward pass"))
+
+
+def _refuse_devices(model: nn.Module) -> None:
+    """Raise where gradients are on several devices, or elsewhere than what is computed from them."""
+    devices = sorted({str(p.device) for p in model.parameters() if p.requires_grad})
+    if len(devices) > 1:
+        raise ObservationError(
+            f"trained parameters are on several devices ({', '.join(devices)}), whose norms nobody adds up: measure a "
+            "model that is on one device in each process, such as one sharded by fully_shard"
+        )
+    policies = [getattr(group, "offload_policy", None) for m in _fsdp_modules(model) for group in _param_groups(m)]
+    if any(type(policy).__name__ == "CPUOffloadPolicy" for policy in policies):
+        raise ObservationError(
+            "fully_shard offloads the averaged gradient to the host (CPUOffloadPolicy), away from the gradients that "
+            "it is compared with: leave offload_policy out"
+        )
 
 
 def _refuse_meshes(parameters: list[Any], data_mesh: Any) -> None:  # noqa: ANN401 - a DeviceMesh

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from dptrain.errors import ObservationError
 from dptrain.observe.checks.reasons import Reason
 from dptrain.observe.hooks.join import check_model
+from dptrain.observe.hooks.wrapping import refuse_context_parallelism
 from dptrain.observe.loop.batch_size import (
     MicroBatchSize,
     batch_size,
@@ -60,6 +61,7 @@ class _Announcer:
         self._summed = summed
         self._begins_late = meter.accumulated or interleaved
         self._time_first_refused = given is not None
+        self._looked_for_context_parallelism = False
         self._announced: float | None = None
         self._num_passes = 0
         self._backward = -1
@@ -69,18 +71,22 @@ class _Announcer:
         """Announce a pass whose gradients are seen one by one."""
         if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():  # noqa: SLF001 - no public form
             return  # under vmap or torch.func.grad the tensors are those of one sample, and no .grad comes of them
+        if not self._looked_for_context_parallelism:
+            refuse_context_parallelism(self._model)
+            self._looked_for_context_parallelism = True
         check_model(getattr(self._model, "_orig_mod", self._model), meter=self._meter)
+        if not self._meter.measuring:
+            # Also for a loop that announces its micro-batches itself: in steps that are measured, alone, it may.
+            self._meter.count_forward(training=module.training)
+            return
         if self._meter.by_hand:
             return
-        if not self._meter.measuring:
-            self._meter.count_forward(training=module.training)
-        else:
-            size = self._num_samples(module, args, kwargs)
-            self._announced = 1 if size == 0 else size
-            if not self._begins_late:
-                self._begin(self._announced, training=module.training)
-            if size == 0:
-                self._meter.doubt_step(Reason.EMPTY_BATCH)
+        size = self._num_samples(module, args, kwargs)
+        self._announced = 1 if size == 0 else size
+        if not self._begins_late:
+            self._begin(self._announced, training=module.training)
+        if size == 0:
+            self._meter.doubt_step(Reason.EMPTY_BATCH)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         """Have the pass known once its backward pass begins, which no other hook would tell of."""

@@ -381,3 +381,63 @@ def test_refuses_where_it_cannot_be_right():
     assert all(run_replicas(refusals, world_size=2))
     with pytest.raises(ObservationError, match="DataParallel adds up"):
         dptrain.attach(nn.DataParallel(make_model()))
+
+
+def context_meshes(rank, world_size):
+    """Attach where the mesh for fully_shard has been flattened from others, and inside of torch's context_parallel."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.experimental import context_parallel
+
+    def sharded(shape, name):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp_shard", "cp"))
+        return fully_shard(nn.Linear(4, 4), mesh=mesh[("dp_shard", "cp")]._flatten(name))
+
+    dptrain.attach(sharded((2, 1), "dp_shard_cp")).remove()
+    with pytest.raises(ObservationError, match="without context parallelism"):
+        dptrain.attach(sharded((1, 2), "fsdp"))
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+    buffers = {"buffers": [torch.zeros(8, 4)], "buffer_seq_dims": [0]}
+    alone = init_device_mesh("cpu", (2, 1), mesh_dim_names=("rest", "cp"))["cp"]
+    model = fully_shard(nn.Linear(4, 4), mesh=mesh)
+    with dptrain.attach(model, every=1), context_parallel(alone, **buffers):
+        model(torch.randn(2, 4))
+    model = fully_shard(nn.Linear(4, 4), mesh=mesh)
+    told = pytest.raises(ObservationError, match="without context parallelism")
+    with dptrain.attach(model, every=1), context_parallel(mesh, **buffers), told:
+        model(torch.randn(2, 4))
+    styled = fully_shard(nn.Sequential(nn.Linear(4, 4)), mesh=mesh)
+    put_context_style_on(styled[0], mesh)
+    with pytest.raises(ObservationError, match="without context parallelism"):
+        dptrain.attach(styled)
+    return True
+
+
+def put_context_style_on(module, mesh):
+    from torch.distributed.tensor.experimental._context_parallel._attention import _ContextParallel
+
+    kind = _ContextParallel.AttentionType.SDPA
+    _ContextParallel(seq_dim=2, attention_type=kind)._apply(module, mesh)
+
+
+def test_context_parallelism_is_told_by_its_size_whatever_its_mesh_is_called():
+    """A flattened mesh's name says nothing: torch's own state and the mesh that it was flattened from do."""
+    assert all(run_replicas(context_meshes, world_size=2))
+
+
+def offloaded(rank, world_size):
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    with pytest.raises(ObservationError, match="offload_policy"):
+        dptrain.attach(fully_shard(nn.Linear(4, 4), offload_policy=CPUOffloadPolicy(pin_memory=False)))
+    return True
+
+
+def test_gradients_on_several_devices_are_refused():
+    """Also those that fully_shard offloads to the host; a frozen parameter may be anywhere."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
+    with pytest.raises(ObservationError, match="several devices"):
+        dptrain.attach(model)
+    model[1].requires_grad_(False)
+    dptrain.attach(model).remove()
+    assert all(run_replicas(offloaded, world_size=1))
