@@ -76,6 +76,9 @@ class GradientChecksum:
         self._reduced: set[int] = set()
         self.added_late = False
         self.roundoff = _SMALLEST_ROUNDOFF
+        self._from_reduced = False
+        self._held: dict[int, Tensor] = {}
+        self._waits_for_end = False
         self._reduced_in: torch.dtype | None = None
 
     def expect_reduction_in(self, dtype: torch.dtype) -> None:
@@ -83,6 +86,14 @@ class GradientChecksum:
         if self._reduced_in is None or unit_roundoff(dtype) > unit_roundoff(self._reduced_in):
             self._reduced_in = dtype
         self.roundoff = max(self.roundoff, unit_roundoff(dtype))
+
+    def compare_with_reduced(self) -> None:
+        """Compare `.grad` with what it was at the end of the last backward pass, not with what that brought.
+
+        For communication hooks that lose information on purpose: what they hand on is not the average of what came, but
+        a factor on it afterwards shows all the same.
+        """
+        self._from_reduced = True
 
     def open(self) -> None:
         """Choose the parameters of the step that begins; equal on all ranks that measure the same steps."""
@@ -141,11 +152,15 @@ class GradientChecksum:
         """Drop what was seen in this step."""
         self._parts, self._accumulated, self._invalid, self._sparse = {}, {}, set(), set()
         self._reduced, self.added_late = set(), False
+        self._held, self._waits_for_end = {}, False
 
     def note(self, index: int, grad: Tensor, *, place: int = 0) -> None:
         """Add the gradient of parameter `index`, as the backward pass of the micro-batch at `place` brings it."""
         if index not in self._slots:
             return
+        if self._from_reduced and not self._waits_for_end:
+            self._waits_for_end = True
+            self._at_end(lambda: self._at_end(lambda: self._at_end(self._hold)))
         known = self._parts.setdefault(index, [])
         self._seen_in[index] = grad.dtype.to_real()
         if known and grad.is_sparse is not (index in self._sparse):
@@ -161,6 +176,30 @@ class GradientChecksum:
             self._accumulated[index] += part
         else:
             self._accumulated[index] = part.clone()
+
+    @staticmethod
+    def _at_end(call: Callable[[], None]) -> None:
+        """Have `call` run at the end of the backward pass under way, after what is to run there by now.
+
+        DDP waits there for its reductions; under a static graph it first asks, there, to do so.
+        """
+        torch.autograd.Variable._execution_engine.queue_callback(call)  # noqa: SLF001 - what DDP and FSDP2 use
+
+    @torch.no_grad()
+    def _hold(self) -> None:
+        self._waits_for_end = False
+        for index in self._slots:
+            grad = self._parameters[index].grad
+            if grad is not None and not grad.is_sparse:
+                self._held[index] = self._part(index, grad, first_row=0)[1].to(torch.float64, copy=True)
+
+    def _seen_reduced(self, index: int) -> Tensor:
+        """Return the same as `_seen` for what `.grad` was at the end of the last backward pass."""
+        held = self._held[index]
+        coefficients = self._coefficients_of(index)[:, : held.shape[0], : held.shape[1]]
+        products = coefficients * held
+        variance = self._roundoff_of(index) ** 2 * products.square().sum((1, 2))  # of division and clipping
+        return torch.stack([products.sum((1, 2)), products.abs().sum((1, 2)), variance])
 
     def _part(self, index: int, grad: Tensor, *, first_row: int) -> tuple[Tensor, Tensor]:
         """Return (coefficients, elements) of this piece: float64 of (NUM_FUNCTIONALS, rows, columns), and a view."""
@@ -259,7 +298,11 @@ class GradientChecksum:
                 grad is not None and index in self._parts and grad.is_sparse is not (index in self._sparse)
             ):
                 continue
-            if index in self._parts:
+            if self._from_reduced and (index not in self._held or (grad is not None and grad.is_sparse)):
+                continue
+            if self._from_reduced:
+                seen[:, slot] = self._seen_reduced(index)
+            elif index in self._parts:
                 seen[:, slot] = self._seen(index, num_ranks=num_ranks)
             if grad is not None and grad.is_sparse:
                 combined[slot] = self._sparse_values(grad)[0] * count

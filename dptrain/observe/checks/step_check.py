@@ -97,6 +97,8 @@ class StepCheck:
         self.doubts: set[Reason] = set()
         self._whole = whole
         self._exact = exact
+        if not exact:
+            checksum.compare_with_reduced()
         self._group = group
         self._rescales = False
         self._device = parameters[0].device
@@ -238,14 +240,12 @@ class StepCheck:
     def _compared(
         self, checks: Sequence[float], norms: SquaredNorms, *, roundoff: float, ranks: float, divisor: float
     ) -> Verdict:
-        if not self._exact:
-            return Verdict()
         parts = (checks[i * NUM_CHECKS : (i + 1) * NUM_CHECKS] for i in range(5))
         seen, _, variances, combined, squares = parts
         seen, variances = [x / divisor for x in seen], [x / divisor**2 for x in variances]
         variances = with_reduction(seen, variances, roundoff=roundoff, ranks=ranks)
         combined, squares = [x / ranks for x in combined], [x / ranks for x in squares]
-        if self._whole and combined_differs(combined, squares, seen, variances):
+        if self._exact and self._whole and combined_differs(combined, squares, seen, variances):
             return Verdict(reason=Reason.NOT_AVERAGED)
         found = common_factor(seen, variances, combined)
         if found is None:
@@ -256,7 +256,7 @@ class StepCheck:
             return Verdict(reason=Reason.UNRESOLVED)
         factor, error = (found.value, found.error) if found.resolved else (1.0, 0.0)
         tolerance = _JENSEN_TOLERANCE + (_JENSEN_TOLERANCE_HALF if roundoff > _SINGLE else 0) + _JENSEN_ERRORS * error
-        if norms.large > norms.small * factor**2 * (1 + tolerance):
+        if self._exact and norms.large > norms.small * factor**2 * (1 + tolerance):
             return Verdict(reason=Reason.JENSEN)
         return Verdict(factor=factor, rescaled=found.rescales)
 

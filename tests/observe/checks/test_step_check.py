@@ -97,6 +97,8 @@ def clipped(dtype, *, factor, num_micro_batches, closed_before, steps=8):
     """Return (tr(Σ), |G|²) and steps of a loop whose gradients are multiplied by `factor`, closed before or after."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2)).to(dtype)
+    with torch.no_grad():
+        model[2].weight.mul_(0.1)
     generator = torch.Generator().manual_seed(2)
     with warnings.catch_warnings(), dptrain.attach(model, every=1) as meter:
         warnings.simplefilter("error")
@@ -104,7 +106,8 @@ def clipped(dtype, *, factor, num_micro_batches, closed_before, steps=8):
             model.zero_grad()
             for _ in range(num_micro_batches):
                 x = torch.randn(4, 8, generator=generator)
-                loss = (model(x.to(dtype)).float() - x[:, :2] - torch.randn(4, 2, generator=generator)).square().mean()
+                target = 0.1 * x[:, :2] + torch.randn(4, 2, generator=generator)
+                loss = (model(x.to(dtype)).float() - target).square().mean()
                 (loss / num_micro_batches).backward()
             if closed_before:
                 meter.step()
@@ -123,7 +126,7 @@ def test_clipping_shows_through_the_rounding_of_many_micro_batches(dtype):
     assert num_steps == 8
     for factor in (0.96, 0.5):
         found, num_steps = clipped(dtype, factor=factor, num_micro_batches=64, closed_before=False)
-        assert found == pytest.approx(expected, rel=0.01 if dtype == torch.bfloat16 else 1e-4)
+        assert found == pytest.approx(expected, rel=0.02 if dtype == torch.bfloat16 else 1e-4)
         assert num_steps == 8
 
 

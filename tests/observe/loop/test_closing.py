@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import dptrain
@@ -58,6 +61,56 @@ def test_timms_order_needs_one_line():
     for found, expected, same, dropped in run_replicas(timm, world_size=2):
         assert found == pytest.approx(expected, rel=1e-4)
         assert (same, dropped) == (True, 0)
+
+
+def lossy_loop(rank, *, late, scale=1.0):
+    """Return the pair under PowerSGD, closed before or after unscaling and clipping, and the steps that count."""
+    model = DistributedDataParallel(make_model())
+    model.register_comm_hook(powerSGD_hook.PowerSGDState(None, start_powerSGD_iter=2), powerSGD_hook.powerSGD_hook)
+    optimizer = torch.optim.SGD(trained(model), lr=RATE)
+    meter = dptrain.attach(model, optimizer=optimizer if late else None, every=1, loss_scale=lambda: scale)
+    for step in range(STEPS):
+        for micro_step in range(ACCUMULATION):
+            with model.no_sync() if micro_step == 0 else contextlib.nullcontext():
+                (scale * mean_loss(model, *micro_batch(step, micro_step, rank)) / ACCUMULATION).backward()
+        if not late:
+            meter.step()
+        for p in trained(model):
+            p.grad /= scale
+        nn.utils.clip_grad_norm_(trained(model), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+    return pair(meter.read()), meter.read().num_steps
+
+
+def lossy(rank, world_size):
+    return lossy_loop(rank, late=False), lossy_loop(rank, late=True), lossy_loop(rank, late=True, scale=SCALE)
+
+
+def test_clipping_is_divided_out_behind_a_hook_that_loses_information():
+    """What PowerSGD hands on is not what came, but a factor on it afterwards shows."""
+    for early, late, scaled in run_replicas(lossy, world_size=2):
+        assert early[1] == late[1] == scaled[1] == STEPS
+        assert late[0] == pytest.approx(early[0], rel=1e-4)
+        assert scaled[0] == pytest.approx(early[0], rel=1e-3)  # PowerSGD's own matrices are rounded otherwise
+
+
+@pytest.mark.parametrize("by_optimizer", [True, False])
+def test_a_loop_that_announces_in_measured_steps_alone_is_measured_on(by_optimizer):
+    """`if meter.measuring: meter.begin(…)`: the steps between are closed by the optimizer all the same."""
+    model = make_model()
+    optimizer = torch.optim.SGD(trained(model), lr=0.0)
+    with dptrain.attach(model, optimizer=optimizer if by_optimizer else None, every=3) as meter:
+        for step in range(9):
+            for micro_step in range(2):
+                if meter.measuring:
+                    meter.begin(num_samples=5)
+                (mean_loss(model, *micro_batch(step, micro_step, 0)) / 2).backward()
+            if not by_optimizer:
+                meter.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert (meter.read().num_steps, meter.steps_dropped) == (3, 0)
 
 
 def test_a_step_is_closed_once_by_any_caller():
