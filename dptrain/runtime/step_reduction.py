@@ -96,6 +96,7 @@ class StepRecord:
         wall_s: seconds of training when its work was handed to the device.
         betas: Adam's, where they follow the batch.
         weight_decay: where it follows the batch.
+        learning_rate_factor: that the rule of the learning rate has in it.
     """
 
     step: int
@@ -106,6 +107,7 @@ class StepRecord:
     wall_s: float
     betas: tuple[float, float] | None = None
     weight_decay: float | None = None
+    learning_rate_factor: float = 1.0
 
     @property
     def end(self) -> int:

@@ -316,6 +316,7 @@ class RunProgress:
             "time/step_s": self.step_timer.interval_of(record),
             "time/world_size": self._world_size,
             **self._ledger.columns(),
+            "batch/lr_factor": record.learning_rate_factor,
         }
         return train_row(columns, noise_scale=scale, groups=self._groups(record))
 
