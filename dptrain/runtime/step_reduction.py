@@ -286,6 +286,12 @@ def broadcast_from_rank_0(values: Sequence[int], *, device: torch.device) -> lis
     return [round(value) for value in PendingSum(vector).read()] if length else []
 
 
+def summed(value: float, *, device: torch.device) -> float:
+    """Return the sum of what each replica gives. A collective; waits."""
+    (total,) = PendingSum(torch.tensor([value], dtype=torch.float64, device=device)).read()
+    return total
+
+
 @contextmanager
 def translate_peer_errors(step: Callable[[], int]) -> Iterator[None]:
     """Turn what torch raises where a peer is gone, or does not answer, into one sentence.

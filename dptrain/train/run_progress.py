@@ -144,6 +144,10 @@ class RunProgress:
         self._clock = (self._progress.position, wall_s)
 
     @property
+    def spent(self, *, energy_j: float) -> None:
+        """Note the energy that all devices drew up to now and that no step has reported."""
+        self._ledger.pause(seconds=0.0, energy_j=energy_j)
+
     def largest_micro_batch_size(self) -> int:
         """The largest micro-batch that is allowed and known to fit."""
         return largest_micro_batch_size(self._plan.config)

@@ -35,6 +35,7 @@ from dptrain.runtime.step_reduction import (
     StepRecord,
     broadcast_from_rank_0,
     on_rank_0,
+    summed,
     translate_peer_errors,
 )
 from dptrain.runtime.watchdog import Watchdog
@@ -95,6 +96,7 @@ class Trainer:
         self._device = replica_device(config)
         if is_replica():
             rendezvous(device=config.device, share_devices=config.execution.share_devices)
+        self._rank, self._world_size = rank_of_replica(), num_replicas()
         self._is_main = self._rank == 0
         wait_for_everyone(self._device)  # one that fails in what follows must not tear connections still being made
         seed_everything(config.seed)  # a split that the task draws is then the same on all replicas, and on resume
@@ -207,14 +209,6 @@ class Trainer:
     def run_dir(self) -> Path:
         """The run folder."""
         return self._run_dir
-
-    @property
-    def _world_size(self) -> int:
-        return num_replicas()
-
-    @property
-    def _rank(self) -> int:
-        return rank_of_replica()
 
     @property
     def _num_samples(self) -> int:
@@ -349,6 +343,8 @@ class Trainer:
             ends = ends or run.at_end
         if ends or saves:
             self._drift.check(record.step)
+        if ends:  # what the last step and the evaluation drew; the report of a step is of what was before it
+            run.spent(energy_j=summed(self._energy.take_j(at_once=True), device=self._device))
         if (ends or saves) and self._state.takes_all and checkpoint_manager is None:
             self._state.pack()  # rank 0 alone keeps what comes of it
         if ends and checkpoint_manager is not None and not self._is_main:
