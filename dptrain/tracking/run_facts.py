@@ -21,6 +21,8 @@ class RunFacts:
     Attributes:
         task: name.
         num_parameters: of the model.
+        num_trained_parameters: those of them that get a gradient.
+        gradient_bytes: of their gradients, in the types that they are in.
         num_samples: training samples.
         num_held_out: held-out samples; None without evaluation.
         world_size: replicas.
@@ -34,6 +36,8 @@ class RunFacts:
     num_parameters: int
     num_samples: int
     num_held_out: int | None
+    num_trained_parameters: int
+    gradient_bytes: int
     world_size: int
     device: str
     device_name: str | None
@@ -66,4 +70,6 @@ class RunFacts:
             "num_samples": self.num_samples,
             "num_held_out": self.num_held_out,
             "tokens_per_sample": self.tokens_per_sample,
+            "num_trained_parameters": self.num_trained_parameters,
+            "gradient_bytes": self.gradient_bytes,
         }

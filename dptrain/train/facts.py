@@ -14,7 +14,9 @@ def facts_of(task: Task, *, num_samples: int, exchange: Exchange, device: torch.
     held_out = [len(data) for data in task.eval_sets.values()]  # type: ignore[arg-type]
     return RunFacts(
         task=task.name,
-        num_parameters=sum(p.numel() * exchange.part_of(name)[1] for name, p in task.model.named_parameters()),
+        num_parameters=sum(p.numel() * number for p, number in parts),
+        num_trained_parameters=sum(p.numel() * number for p, number in trained),
+        gradient_bytes=sum(p.numel() * p.element_size() for p, _ in trained),
         num_samples=num_samples,
         num_held_out=sum(held_out) if held_out else None,
         world_size=exchange.num_replicas,
