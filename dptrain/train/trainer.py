@@ -243,7 +243,7 @@ class Trainer:
         """
         saved = self._saved
         self._state.check(saved, self._branch)  # before the log is opened, which writes the settings and cuts rows
-        log = self._open_log(saved)
+        log = self._on_rank_0(lambda: self._writing_log(saved)) or SilentLog()
         with ExitStack() as stack:
             stack.callback(log.close)
             check_shared_folder(self._run_dir, device=self._device)
@@ -375,27 +375,28 @@ class Trainer:
             log.note(f"ended early after step {run.progress.step:,}, as a hook or early stopping asked for")
 
     def _summary(self) -> dict[str, Value]:
-        figures = self._run.progress.eval_figures
         return {
             "task": self._task.name,
             "world_size": self._world_size,
             "backend": str(dist.get_backend()) if dist.is_initialized() else "none",
             "device": str(self._device.type),
             **self._run.figures(),
-            "bits_per_byte": None,
-            **{name: value for name, value in figures.items() if name != "loss"},
         }
 
     # Parts
-
-    def _open_log(self, saved: Checkpoint | None) -> RunLog:
-        return self._on_rank_0(lambda: self._writing_log(saved)) or SilentLog()
 
     def _writing_log(self, saved: Checkpoint | None) -> RunLog:
         folder = RunFolder(self._run_dir, resume=self._resume, launch=self._launch)
         if saved is None and self._allow_fresh:
             set_aside(checkpoints_in(self._run_dir))
-        facts = facts_of(self._task, num_samples=self._num_samples, exchange=self._exchange, device=self._device)
+        facts = facts_of(
+            self._task,
+            num_samples=self._num_samples,
+            exchange=self._exchange,
+            device=self._device,
+            saved=saved,
+            branch=self._branch,
+        )
         return WritingLog(folder, config=self._config, up_to_step=0 if saved is None else saved.step, facts=facts)
 
     def _loader(self) -> MicroBatchLoader:

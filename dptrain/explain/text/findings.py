@@ -193,7 +193,8 @@ def about_run(record: RunRecord) -> str:
         task(record) or record.name,
         *([f"{count(replicas, 'replica')}{backend}"] if (replicas := num_replicas(record)) else []),
         *_about_facts(record),
-        f"{samples:,.0f} samples" + (f" in {wall:,.0f} s" if wall else ""),
+        *([f"branched off at sample {record.start:,.0f}"] if record.start else []),
+        f"{max(samples - record.start, 0):,.0f} samples" + (f" in {wall:,.0f} s" if wall else ""),
         *([] if record.summary else ["not finished (no summary.json)"]),
     ]
     return " · ".join(parts)

@@ -9,7 +9,6 @@ from dptrain.cost.device_peaks import DEVICES, DeviceSpec, device_of
 from dptrain.errors import ConfigError
 from dptrain.explain.model.compute import UTILISATION
 from dptrain.explain.model.hardware.devices import LATENCY_S, AllReduce, Devices
-from dptrain.explain.record import SAMPLES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -289,7 +288,7 @@ def _assumed(
         Speed(
             step_s=max(min(host_s, most_step_s), _MOVED_IN_STEP * trained_s),
             pass_s=0.0,
-            floor_s=max(min(host_s, most_pass_s), _MOVED_IN_PASS * moved_s),
+            floor_s=max(min(host_s, most_pass_s), pass_s),
             sample_s=per_sample / (peak * share),
             host_gb_per_s=link * spec.link_gb_per_s,
             network_gb_per_s=network,
@@ -365,8 +364,8 @@ def _sizes(record: RunRecord) -> _Sizes:
 
 def _refuse_too_large(sizes: _Sizes, spec: DeviceSpec, *, name: str) -> None:
     needed_gb = _BYTES * (sizes.num_all + _TRAINED_COPIES * sizes.num_trained) / 1e9
-        frozen = f", {sizes.num_trained:,.0f} of them trained," if sizes.num_trained < sizes.num_all else ""
     if needed_gb > spec.memory_gb:
+        frozen = f", {sizes.num_trained:,.0f} of them trained," if sizes.num_trained < sizes.num_all else ""
         raise ConfigError(
             f"a replica needs at least {needed_gb:,.0f} GB for weights, gradients and two moments of "
             f"{sizes.num_all:,.0f} parameters{frozen} in float32, and the {name} has {spec.memory_gb:g} GB: choose a "
