@@ -15,7 +15,7 @@ GROUPS = (
 
 
 def test_help_fits_a_screen():
-    """At most 45 lines of at most 110 columns, the ten common settings first; also where something was parsed before."""
+    """At most 45 lines of at most 110 columns, the ten common settings first; also after a parse."""
     parse(["--task=digits"])
     code, stdout, stderr = outcome(["train", "--help"])
     lines = stdout.splitlines()
