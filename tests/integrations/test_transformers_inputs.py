@@ -1,4 +1,4 @@
-"""What a sample is, and what a micro-batch weighs, in a transformers Trainer of one process whose rows are no samples."""
+"""What a sample is, and what a micro-batch weighs, in a transformers Trainer whose rows are no samples."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_rows_that_are_no_samples_are_refused(tmp_path, kind, collator, rows):
 
 
 def test_given_samples_are_believed(tmp_path):
-    """With `micro_batch_size` a pair of rows is one sample: tr(Σ) per sample is that of as many single rows, doubled."""
+    """With `micro_batch_size` a pair of rows is one sample: tr(Σ) per sample is half of that per row."""
     given = pair(train(tmp_path, collator=pairs, monitor=NoiseScaleMonitor(every=1, micro_batch_size=MICRO)))
     twice = pair(train(tmp_path, collator=pairs, monitor=NoiseScaleMonitor(every=1, micro_batch_size=2 * MICRO)))
     assert given[0] == pytest.approx(twice[0] / 2)
@@ -131,7 +131,7 @@ def test_batch_and_noise_scale_are_counted_in_the_same_samples(tmp_path):
     """The law compares the two: packs whose sequences are counted, or another number by hand, are refused."""
     arguments = {"per_device_train_batch_size": 1}
     packed = Packed()
-    with pytest.raises(ObservationError, match="2 sequences, packed into 1 samples.*'micro_batch_size': 1"):
+    with pytest.raises(ObservationError, match=r"2 sequences, packed into 1 samples.*'micro_batch_size': 1"):
         train(tmp_path, kind=AdaptiveTrainer, data=packed, arguments=arguments)
     with pytest.raises(ConfigError, match="micro_batch_size=2"):
         train(tmp_path, kind=AdaptiveTrainer, data=packed, arguments=arguments, noise={"micro_batch_size": 2})

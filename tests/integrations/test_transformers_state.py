@@ -75,8 +75,8 @@ def test_several_monitors_are_told_apart(tmp_path):
     settings = [{"every": 1}, {"every": 1, "groups": "module"}, {"every": 2}]
     whole = [NoiseScaleMonitor(**one) for one in settings]
     trainer_of(tmp_path, monitors=whole).train()
-    with open(tmp_path / f"checkpoint-{STEPS}" / "trainer_state.json") as file:
-        entries = json.load(file)["stateful_callbacks"]["NoiseScaleMonitor"]
+    saved = json.loads((tmp_path / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    entries = saved["stateful_callbacks"]["NoiseScaleMonitor"]
     assert [entry["args"]["every"] for entry in entries] == [1, 1, 2] * 2
     checkpoint = str(tmp_path / "checkpoint-2")
     resumed = [NoiseScaleMonitor(**one) for one in settings]

@@ -64,8 +64,8 @@ class WindowCallback(NoiseScaleMonitor):
         if num_samples > self._loaded:
             raise ObservationError(
                 f"a micro-batch has {num_samples} sequences, packed into {self._loaded} samples of the data set, in "
-                f"which the batch is counted: give noise={{'micro_batch_size': {self._loaded}}}, so that the noise scale "
-                "is counted in them too"
+                f"which the batch is counted: give noise={{'micro_batch_size': {self._loaded}}}, so that the noise "
+                "scale is counted in them too"
             )
         return num_samples
 

@@ -191,5 +191,5 @@ def test_packed_sequences_speak_for_themselves():
 
 def test_the_remedy_is_that_of_the_caller():
     """A monitor of a framework has another argument than `attach`."""
-    with pytest.raises(ObservationError, match="dimensions .* ambiguous: give a number$"):
+    with pytest.raises(ObservationError, match=r"dimensions .* ambiguous: give a number$"):
         batch_size(None, (torch.ones(3), torch.ones(4)), {}, remedy="give a number")
