@@ -171,7 +171,7 @@ def test_a_step_for_several_micro_batches_is_refused(kind, num_batches):
 
 
 def test_micro_batches_that_are_left_out_are_no_reason():
-    """A loop may skip some, accumulate none, or have data for one: no error, and a step is dropped only where it has one small batch."""
+    """A loop may skip some, accumulate none, or have data for one; only a step of one small batch is dropped."""
     pytest.importorskip("accelerate")
     assert loop("measure", num_batches=12, accumulation=4, left_out=[5]).meter.steps_dropped == 0
     assert loop("measure", num_batches=6, accumulation=1, left_out=[2, 3], last_only=True).meter.steps_dropped == 4
