@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +20,7 @@ from dptrain.cli import main as command
 from dptrain.cli import settings as settings_of
 from dptrain.cli import train as train_command
 from dptrain.cli.main import main
+from dptrain.config.tokens import IN_SAMPLES
 from dptrain.train import TrainConfig
 from tests.replicas import run_replicas
 
@@ -178,6 +180,37 @@ def test_a_run_is_resumed_with_its_own_settings(tmp_path, start, form):
     ((settings, resume, _),) = start
     assert resume
     assert (settings["seed"], settings["log"]["tracker"], settings["log"]["every_steps"]) == (9, "none", 5)
+
+
+@pytest.mark.parametrize("earlier", [None, 4000])
+@pytest.mark.parametrize(("tokens", "samples"), [*IN_SAMPLES.items(), ("max_steps", "max_samples")])
+@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize("is_file", [False, True])
+def test_a_later_setting_replaces_the_same_in_another_unit(tmp_path, tokens, samples, is_turned, is_file, earlier):
+    """A run's own config.yaml has all settings in samples; tokens that are said later win over it, and the reverse."""
+    before, after = (tokens, samples) if is_turned else (samples, tokens)
+    schedule = "schedule" in before
+    value = earlier and ("0:8 100:16" if schedule else earlier)
+    law = {"law": "schedule" if schedule else "constant"}
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump({"control": law, before: value}))
+    later = "0:16 200:32" if schedule else 5000
+    arguments = ["--config", str(tmp_path / "first.yaml")]
+    if is_file:
+        (tmp_path / "later.yaml").write_text(yaml.safe_dump({after: later, before: None}))
+        arguments += ["--config", str(tmp_path / "later.yaml")]
+    else:
+        arguments += [f"--{after}", str(later)]
+    config, _ = settings_of.parse(arguments)
+    found = attrgetter(before, after)(config)
+    assert found == (None, later)
+
+
+def test_a_length_in_steps_and_its_samples_stay_together(tmp_path):
+    """A run's own config.yaml says both, and neither drops the other."""
+    own = {"global_batch_size": 4, "max_steps": 3, "max_samples": 12, "control": {"law": "constant"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(own))
+    config, _ = settings_of.parse(["--config", str(tmp_path / "config.yaml"), "--seed", "1"])
+    assert (config.max_steps, config.max_samples) == (3, 12)
 
 
 def test_print_config_is_a_settings_file(tmp_path, start):
