@@ -129,13 +129,18 @@ def test_settings_that_are_wrong_are_reported_in_one_sentence(tmp_path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
 
 
-def test_replicas_are_not_started_by_a_replica(monkeypatch):
-    """--replicas under a launcher would start replicas of replicas."""
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [("--replicas", "--nproc-per-node"), ("--max-restarts", "MAX_RESTARTS"), ("--grace", "DPTRAIN_GRACE_S")],
+)
+def test_a_replica_refuses_what_its_launcher_decides(monkeypatch, option, instead):
+    """Options of dptrain's own launcher would be ignored under torchrun; the sentence says what to use there."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, stderr = outcome(["train", "--replicas", "2"])
+    monkeypatch.setattr(train_command, "_train_here", lambda *_, **__: pytest.fail("it trains"))
+    code, _, stderr = outcome(["train", option, "2"])
     assert code == 2
-    assert_one_sentence(stderr, "--replicas has no meaning under a launcher")
+    assert_one_sentence(stderr, f"{option} has no meaning under a launcher", instead)
 
 
 # What reaches the replicas
