@@ -8,9 +8,10 @@ from typing import Any, cast
 from dptrain.config.batch_schedule import batch_schedule
 from dptrain.config.filled_in import given, largest_micro_batch_size
 from dptrain.config.learning_rate_schedule import FunctionSchedule, LearningRateSchedule, StaircaseSchedule
+from dptrain.config.scaling_rules import BetaScaling
 from dptrain.config.train_config import TrainConfig
 from dptrain.control import BatchSizeGrid, Controller, CriticalRatio, OnGrid
-from dptrain.control.batch_scaling import BetaScaling, weight_decay_factor
+from dptrain.control.batch_scaling import weight_decay_factor
 from dptrain.control.contrib.kaplan import KaplanLaw
 from dptrain.control.contrib.pollux import PolluxLaw
 from dptrain.control.contrib.seesaw import SeesawLaw

@@ -59,25 +59,6 @@ def adam_betas(rule: BetaRuleName, betas: tuple[float, float], *, batch: float, 
     return Betas(beta1=beta1, beta2=beta2, is_floored=beta1 > asked[0] + 1e-12 or beta2 > asked[1] + 1e-12)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BetaScaling:
-    """A beta rule at the batch in force; each parameter group has the betas that it was tuned with.
-
-    Attributes:
-        rule: which one.
-        batch: in force, in samples.
-        reference_batch: that the betas were tuned at, in samples.
-    """
-
-    rule: BetaRuleName
-    batch: int
-    reference_batch: int
-
-    def scaled(self, tuned: tuple[float, float]) -> Betas:
-        """Return the betas in force for a pair that was tuned at the reference batch."""
-        return adam_betas(self.rule, tuned, batch=self.batch, reference_batch=self.reference_batch)
-
-
 def weight_decay_factor(rule: DecayRuleName, *, batch: float, reference_batch: float, rate_factor: float) -> float:
     """Return the factor on the weight decay for a batch.
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dptrain.control.batch_scaling import BetaScaling
+from dptrain.config.scaling_rules import BetaScaling
 from dptrain.errors import AbortedError, DesyncError, DptrainError, PeerLostError
 from dptrain.observe import NUM_SIZES, PendingSum
 from dptrain.observe.measurement_interval import NUM_TIMINGS

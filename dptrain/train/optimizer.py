@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW, Muon, Optimizer, SparseAdam
 
 from dptrain.config.filled_in import given
+from dptrain.config.scaling_rules import BetaScaling
 from dptrain.config.train_config import OptimizerConfig
-from dptrain.control.batch_scaling import BetaScaling
 from dptrain.errors import ConfigError
 from dptrain.models.gpt import output_layers
 from dptrain.tasks.base import ParameterGroups

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from dptrain.checkpoint.state import pack_optimizer, unpack_optimizer
-from dptrain.control.batch_scaling import BetaScaling, adam_betas
+from dptrain.config.scaling_rules import BetaScaling
+from dptrain.control.batch_scaling import adam_betas
 from dptrain.errors import ConfigError, TaskError
 from dptrain.models.gpt import Gpt, GptConfig
 from dptrain.train import OptimizerConfig
