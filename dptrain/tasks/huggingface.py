@@ -317,7 +317,7 @@ def _num_positions(model: nn.Module, config: Foreign) -> int | None:
     if not isinstance(longest, int) or longest < 1:
         return None
     # RoBERTa and its kin number positions from that of padding on, plus one: a table of 514 rows is for 512 tokens.
-    left = [
+    left: list[int] = [
         len(module.weight) - 1 - module.padding_idx
         for name, module in model.named_modules()
         if name.endswith(_POSITIONS)
