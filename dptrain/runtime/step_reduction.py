@@ -97,6 +97,7 @@ class StepRecord:
         wall_s: seconds of training when its work was handed to the device.
         beta_scaling: of Adam's betas, where they follow the batch.
         decay_factor: on the weight decay of each parameter group, where it follows the batch.
+        learning_rate_factor: that the rule of the learning rate has in it.
     """
 
     step: int
@@ -107,6 +108,7 @@ class StepRecord:
     wall_s: float
     beta_scaling: BetaScaling | None = None
     decay_factor: float | None = None
+    learning_rate_factor: float = 1.0
 
     @property
     def end(self) -> int:
@@ -283,6 +285,12 @@ def broadcast_from_rank_0(values: Sequence[int], *, device: torch.device) -> lis
     (length,) = PendingSum(torch.tensor([float(len(values))], dtype=torch.float64, device=device)).read()
     vector = torch.tensor(list(values) or [0.0] * round(length), dtype=torch.float64, device=device)
     return [round(value) for value in PendingSum(vector).read()] if length else []
+
+
+def summed(value: float, *, device: torch.device) -> float:
+    """Return the sum of what each replica gives. A collective; waits."""
+    (total,) = PendingSum(torch.tensor([value], dtype=torch.float64, device=device)).read()
+    return total
 
 
 @contextmanager

@@ -66,6 +66,7 @@ class StepPlan:
             wall_s=wall_s,
             beta_scaling=beta_scaling(self.config, batch=progress.global_batch_size),
             decay_factor=decay_factor(self.config, batch=progress.global_batch_size, rate_factor=factor),
+            learning_rate_factor=factor,
         )
 
     def limit_micro_batch(self, limit: int) -> None:
