@@ -59,7 +59,7 @@ class Ended:
 
 def main() -> None:
     """Read the command line, measure, and tell."""
-    parser = harness.command_line(question=__doc__, name="equal_samples")
+    parser = harness.command_line(question=__doc__, name="loss_at_equal_samples")
     parser.add_argument("--task", choices=sorted(_SAMPLES), required=True, help="what is trained")
     parser.add_argument(
         "--seeds", type=int, default=None, help="of each variant, beside three of its search (8; quick 1)"
@@ -72,7 +72,7 @@ def main() -> None:
     samples = round(_SAMPLES[options.task] * (_QUICK if options.quick else 1))
     variants = measure(options.task, samples=samples, quick=options.quick, num_seeds=num_seeds)
     found = findings(variants, samples=samples)
-    name = f"equal_samples --task {options.task}" + (f" --seeds {options.seeds}" if options.seeds else "")
+    name = f"loss_at_equal_samples --task {options.task}" + (f" --seeds {options.seeds}" if options.seeds else "")
     if options.results is not None:
         path = options.results / f"equal_samples_{options.task}"
         draw(variants, title=f"{options.task}: {samples:,} samples on two replicas", path=path.with_suffix(".png"))

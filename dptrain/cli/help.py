@@ -28,11 +28,11 @@ _COMMON = (
     "log.tracker",
 )
 _GROUPS: Mapping[str, str] = {
-    "run": "seed, length in steps, device, branching, data loading",
+    "run": "seed, length in steps, device, precision, branching, data loading",
     "model": "weights to start from (--from), head, frozen parts, adapters, rates by layer",
     "distillation": "a teacher (--teacher), its temperature and its weight in the loss",
     "sparsity": "weights kept at zero, by a mask that stays or that moves while training",
-    "execution": "precision, compilation and wrapping of the model",
+    "execution": "compilation, wrapping, tf32, activation checkpointing",
     "exchange": "what replicas send one another, fully or seldom",
     "optimizer": "name, learning-rate schedule and rule, betas, clipping",
     "early_stopping": "when a run ends before its length",

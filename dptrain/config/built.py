@@ -137,11 +137,21 @@ def measurement_interval(config: TrainConfig) -> MeasurementInterval:
     control, noise = config.control, config.noise
     if control.mode == "off" or no_noise_scale(config.exchange) is not None:
         return NeverMeasured()
-    # An interval that is chosen by the clock makes two runs of a seed differ where decisions rest on the noise scale
-    # alone. Under laws that read step times they differ anyway, and decisions are followed from the record.
-    acts_on_noise_alone = control.mode == "adapt" and control.law in ("noise", "kaplan")
-    every = 1 if noise.every is None and acts_on_noise_alone else noise.every
+    # An interval that is chosen by the clock makes two runs of a seed differ where the batch or the rate rests on the
+    # noise scale. Under laws that read step times they differ anyway, and decisions are followed from the record.
+    reads_clock = control.law in ("goodput", "pollux")
+    acts_on_noise = control.law in ("noise", "kaplan") or _rate_follows_noise(config)
+    by_seed = control.mode == "adapt" and acts_on_noise and not reads_clock
+    every = 1 if noise.every is None and by_seed else noise.every
     return MeasurementInterval(every=every, budget=noise.budget)
+
+
+def _rate_follows_noise(config: TrainConfig) -> bool:
+    """Whether the learning rate of some step depends on the noise scale."""
+    rule = config.optimizer.rule
+    is_tuned_batch = given(config.global_batch_size) == given(config.optimizer.reference_batch_size)
+    at_one_batch = config.control.law == "constant" and is_tuned_batch  # where all rules but `noise` give 1
+    return rule == "noise" or (rule in ("gain", "root_gain", "surge") and not at_one_batch)
 
 
 def smoothing(config: TrainConfig) -> Smoothing:

@@ -64,7 +64,7 @@ class NoiseScale:
         value: the ratio, in samples; None unless resolved.
         lower: lower end, in samples; 0 where nothing is known.
         upper: upper end, in samples; infinite where open.
-        window_mean: the same ratio of the means over the window, about the last 20 % of the run, where this is the
+        window_mean: the ratio of the running means, whose half-life is 20 % of the run, where this is the
             present; None where it is not known.
         warnings: what makes the number doubtful, a sentence each.
     """

@@ -17,8 +17,8 @@ class NoiseConfig:
     memory: float = setting(0.2, POSITIVE)
     """Half-life of the running means, as a fraction of the run so far, in samples or in steps: the faster counts."""
     every: int | None = setting(None, AT_LEAST_1)
-    """Steps between two that are measured. Default: what the budget allows; 1 where control.mode=adapt acts by a law
-    that reads no clock, so that a seed decides the run."""
+    """Steps between two that are measured. Default: what the budget allows; 1 where control.mode=adapt, the law reads
+    no clock, and batch or learning rate follow the noise scale, so that a seed decides the run."""
     budget: float = setting(0.01, POSITIVE)
     """Share of the step time that measuring may take, where `every` is not given."""
     half_life_samples: float | None = setting(None, POSITIVE)

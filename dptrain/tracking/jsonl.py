@@ -20,12 +20,12 @@ kind="train", one per logged optimizer step
     batch/global, batch/micro, batch/accumulation
                                 samples per step; samples per forward–backward; micro-batches per replica and step
     batch/tokens                tokens per step, where the task says how many a sample has
-    noise_scale/state                   "resolved", "at least" or "not resolved yet"
+    noise_scale/state                   "resolved", "at least", "not resolved yet" or "inconsistent"
     noise_scale/value                   now (last 1 % of the steps, 20 at least), in samples; null unless resolved
     noise_scale/lower, noise_scale/upper        its interval; upper null = unbounded
     noise_scale/grad_sq, noise_scale/trace      |G|² and tr(Σ) per sample, now; may be negative
     noise_scale/effective_steps         steps of equal weight that |G|² now is worth
-    noise_scale/window_mean             the same ratio over the window, about the last 20 % of the run
+    noise_scale/window_mean             the ratio of the running means, half-life 20 % of the run
     noise_scale/<group>/value, noise_scale/<group>/lower, noise_scale/<group>/upper
                                 the same of a part of the model, with noise.groups
     throughput/samples_per_sec  samples per second since the last logged step

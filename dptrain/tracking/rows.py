@@ -21,7 +21,7 @@ def noise_scale_text(scale: NoiseScale) -> str:
     if scale.num_steps == 0:
         return "noise scale not measured"
     window = "not resolved" if scale.window_mean is None else f"{scale.window_mean:.3g}"
-    return f"noise scale now {scale}; mean of last 20 %: {window}"
+    return f"noise scale now {scale}; running mean: {window}"
 
 
 def noise_figures(scale: NoiseScale) -> dict[str, Value]:

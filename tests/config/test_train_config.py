@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, asdict, replace
 
 import pytest
 
-from dptrain.config.built import controller, learning_rate_schedule, micro_batch_size
+from dptrain.config.built import controller, learning_rate_schedule, measurement_interval, micro_batch_size
 from dptrain.config.filled_in import as_saved, filled_in
 from dptrain.control import Measurement
 from dptrain.control.goodput import GoodputLaw
@@ -275,3 +275,35 @@ def test_every_schedule_of_the_rate_can_be_chosen_alone(kind):
     schedule = learning_rate_schedule(filled(optimizer=OptimizerConfig(schedule=kind)))
     assert schedule.factor(10_000) == pytest.approx(1.0 if kind == "constant" else 0.1)
     assert schedule.factor(100) == pytest.approx(0.5)
+
+
+def interval_when_measuring_is_dear(config):
+    """Steps between two measured ones, where each measurement takes half of a step."""
+    rule = measurement_interval(config)
+    for _ in range(30):
+        rule.note([0.5, 1.5, 1.0])
+        rule.close()
+    return rule.every
+
+
+@pytest.mark.parametrize(
+    ("law", "rule", "reference", "by_seed"),
+    [
+        ("noise", "none", 16, True),
+        ("schedule", "root_gain", 16, True),
+        ("schedule", "square_root", 16, False),
+        ("constant", "root_gain", 64, True),
+        ("constant", "noise", 16, True),
+        ("constant", "root_gain", 16, False),
+        ("goodput", "root_gain", 16, False),
+    ],
+)
+def test_a_seed_decides_a_run_whose_law_reads_no_clock(law, rule, reference, by_seed):
+    """Each step is measured where batch or rate follow the noise scale; else the clock may choose the steps."""
+    control = ControlConfig(law=law, schedule="0:16 1000:32" if law == "schedule" else None)
+    optimizer = OptimizerConfig(rule=rule, reference_batch_size=reference)
+    config = filled(control=control, optimizer=optimizer)
+    assert (interval_when_measuring_is_dear(config) == 1) == by_seed
+    only_advised = replace(config, control=replace(config.control, mode="advise"))
+    assert interval_when_measuring_is_dear(only_advised) > 1
+    assert interval_when_measuring_is_dear(replace(config, noise=NoiseConfig(every=4))) == 4

@@ -18,4 +18,4 @@ def test_a_measured_run_names_now_and_the_window():
     """Each under its own name, also where neither is resolved."""
     moments = Moments(noise_trace=1.0, grad_sq_norm=1.0, num_samples=8, num_small=2)
     scale = noise_scale(present_moments(present_updated(PresentState(), moments)))
-    assert noise_scale_text(scale) == "noise scale now not resolved yet; mean of last 20 %: not resolved"
+    assert noise_scale_text(scale) == "noise scale now not resolved yet; running mean: not resolved"

@@ -183,7 +183,7 @@ def _found(record: RunRecord, target: compare.Target | None) -> dict[str, str]:
         "Loss": findings.about_loss(record),
         "Batch": findings.about_batch(record),
         "Noise scale now (at the end)": findings.noise_scale_text(known[1]) if known else "not resolved",
-        "Noise scale, mean of the last 20 %": _window_mean(record),
+        "Noise scale, running mean (half-life 20 % of the run)": _window_mean(record),
         "Noise scale over the progress": short(found.implied.noise_scale, digits=2) if found else "not resolved",
     }
     if target is not None:

@@ -26,8 +26,8 @@ class DuplicateDataCheck:
 
     Two ranks with the same data, or the same seed of the sampler, are one small batch counted twice: tr(Σ) then
     comes out too small, and the noise scale with it. At the measured steps 1, 2, 10, 100, 1000, … all ranks tell one
-    another the squared norm of their own gradients. Ranks that agree in two such steps in a row are reported: one
-    agreement may be chance where a gradient has few values.
+    another the squared norm of their own gradients. Ranks that agree to the last bit in two such steps in a row, or but
+    for rounding in three, are reported: one agreement may be chance where a gradient has few values.
 
     It does not see samples that overlap only partly, nor equal samples under different dropout.
 
