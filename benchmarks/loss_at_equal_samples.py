@@ -27,7 +27,7 @@ _SAMPLES = {"pysource": 40_000, "digits": 300_000}
 _BATCHES = {"pysource": [2**k for k in range(4, 10)], "digits": [2**k for k in range(6, 12)]}
 _STARTS = {"": 1, ", from four times as large": 4}
 """Where adaptive runs begin: at the task's default batch, or at a multiple of it."""
-_QUICK = 0.05
+_QUICK = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,9 +57,7 @@ class CharacterModel(nn.Module):
 
 model = DistributedDataParallel(CharacterModel().to(device))
 optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-adapter = dptrain.BatchAdapter(
-    dptrain.attach(model), optimizer, micro_batch_size=batch_size, accumulation_steps=gradient_accumulation_steps
-)
+adapter = dptrain.BatchAdapter(dptrain.attach(model), optimizer, micro_batch_size=batch_size, accumulation_steps=2)
 
 for iteration in range(1, max_iters + 1):
     gradient_accumulation_steps = adapter.accumulation_steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from dptrain.explain.record import RunRecord
 
@@ -91,3 +92,12 @@ def ideal_record(*, edit=None, summary=SUMMARY, **options):
     if edit:
         edit(rows, evals)
     return RunRecord(name="ideal", train=rows, evals=evals, decisions=[], summary=summary, config={})
+
+
+def branch_of(record, *, at):
+    """Return what is behind a row of a run, as the record of a run of its own that began there."""
+    used = ("step", "ledger/flops", "ledger/device_s", "ledger/energy_j")
+    before = record.train[at - 1]
+    rows = [{**row, **{name: row[name] - before[name] for name in used}} for row in record.train[at:]]
+    evals = [row for row in record.evals if row["progress/samples"] > before["progress/samples"]]
+    return replace(record, train=rows, evals=evals, facts={**record.facts, "start_samples": before["progress/samples"]})

@@ -16,10 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from dptrain.checkpoint.store import load_checkpoint
-from dptrain.config.built import learning_rate_schedule
-from dptrain.config.filled_in import given
+from dptrain.cli.settings import parse
+from dptrain.config.built import betas, learning_rate_schedule, weight_decay
+from dptrain.config.filled_in import as_saved, given
+from dptrain.config.resume_check import UNTRAINED
 from dptrain.config.settings_file import build_config, read_settings
 from dptrain.config.train_config import TrainConfig
+from dptrain.config.validation import leaves
+from dptrain.error_text import shown
 from dptrain.errors import CheckpointError, ConfigError
 from dptrain.explain.model.branching import Branched, branched
 from dptrain.runtime.launcher import GRACE_S
@@ -30,7 +34,8 @@ from dptrain.tracking.run_folder import checkpoints_in, holds_run
 
 _DESCRIPTION = """Find the critical batch size at a moment of a run by trying it: from its checkpoints, train on for a
 window of samples with multiples of the batch, and compare the held-out losses. The largest batch that is no worse is
-the ground truth that the noise scale stands in for. Each branch is a run folder, and is not trained again."""
+the ground truth that the noise scale stands in for. Each branch is a run folder, and is not trained again with the same
+settings."""
 
 _POLL_S = 0.05
 _EXIT_DIVERGED = 65
@@ -51,6 +56,8 @@ class Trunk:
         position: samples seen.
         global_batch_size: in force.
         learning_rate: in force.
+        betas: of Adam, in force.
+        weight_decay: in force.
         noise_scale: columns of the log at that step.
     """
 
@@ -59,6 +66,8 @@ class Trunk:
     position: int
     global_batch_size: int
     learning_rate: float
+    betas: tuple[float, float]
+    weight_decay: float
     noise_scale: Mapping[str, Any]
 
 
@@ -145,13 +154,18 @@ def _trunk(path: Path, *, row: Mapping[str, Any], config: TrainConfig) -> Trunk:
     checkpoint = load_checkpoint(path)
     progress: Any = checkpoint.state["progress"]
     position, batch = progress["position"], progress["global_batch_size"]
-    rate = given(config.optimizer.learning_rate) * learning_rate_schedule(config).factor(position + batch)
+    optimizer, factor = config.optimizer, progress["learning_rate_factor"]
+    rate = given(optimizer.learning_rate) * learning_rate_schedule(config).factor(position + batch)
+    scaled = betas(config, batch=batch)
+    decay = weight_decay(config, batch=batch, rate_factor=factor)
     return Trunk(
         path=path,
         step=checkpoint.step,
         position=position,
         global_batch_size=batch,
-        learning_rate=rate * progress["learning_rate_factor"],
+        learning_rate=rate * factor,
+        betas=(optimizer.beta1, optimizer.beta2) if scaled is None else (scaled.beta1, scaled.beta2),
+        weight_decay=optimizer.weight_decay if decay is None else decay,
         noise_scale={name: row.get(f"noise_scale/{name}") for name in ("value", "lower", "upper")},
     )
 
@@ -159,6 +173,10 @@ def _trunk(path: Path, *, row: Mapping[str, Any], config: TrainConfig) -> Trunk:
 def _train(trunk: Trunk, *, multiple: int, options: argparse.Namespace, out: Path, site: Site) -> float | None:
     """Train one branch, if it is not there, and return its held-out loss; None where it was asked to stop."""
     folder = out / f"step-{trunk.step}" / f"x{multiple}"
+    arguments = branch_arguments(trunk, multiple=multiple, options=options, folder=folder)
+    if holds_run(folder):
+        _refuse_another(arguments, folder=folder)
+        arguments = ["train", f"--run_dir={folder}", "--resume", *_place(options)]
     if (loss := _loss(folder)) is not None:
         return loss
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +185,7 @@ def _train(trunk: Trunk, *, multiple: int, options: argparse.Namespace, out: Pat
     )
     sys.stdout.flush()
     process = RunProcess(
-        branch_arguments(trunk, multiple=multiple, options=options, folder=folder),
+        arguments,
         log=folder / "output.txt",
         environment=site.environment(0),
         # This process has read checkpoints: a copy of it would wait for torch's threads, which it does not have.
@@ -186,12 +204,11 @@ def _train(trunk: Trunk, *, multiple: int, options: argparse.Namespace, out: Pat
 
 
 def branch_arguments(trunk: Trunk, *, multiple: int, options: argparse.Namespace, folder: Path) -> list[str]:
-    """Return the command line of a branch: the run's settings, but for the batch, the rate and the window."""
-    if holds_run(folder):
-        return ["train", f"--run_dir={folder}", "--resume", f"--replicas={options.replicas}"]
+    """Return the command line of a new branch: the run's settings, but for the batch, the rate and the window."""
     settings = {
         "run_dir": folder,
-        "branch_from": trunk.path,
+        # As it is from anywhere: the same branch may be asked for from another folder.
+        "branch_from": trunk.path.resolve(),
         "max_samples": trunk.position + options.window_samples,
         "max_steps": "null",
         "global_batch_size": trunk.global_batch_size * multiple,
@@ -201,18 +218,50 @@ def branch_arguments(trunk: Trunk, *, multiple: int, options: argparse.Namespace
         "control.law_options": "{}",
         "optimizer.reference_batch_size": "null",
         "optimizer.learning_rate": trunk.learning_rate * _RULES[options.rule](multiple),
-        # The rate in force is held: a schedule would end elsewhere, and a warm-up begin anew.
+        # What is in force is held. A schedule would end elsewhere, a warm-up begin anew, and rules of rate, betas and
+        # decay would go by a noise scale that a branch does not measure, or back to what was tuned.
         "optimizer.schedule": "constant",
         "optimizer.warmup_samples": 0,
         "optimizer.final_fraction": 0,
         "optimizer.decay_fraction": "null",
+        "optimizer.preset": "null",
+        "optimizer.rule": "none",
         "optimizer.beta_rule": "none",
+        "optimizer.decay_rule": "none",
+        "optimizer.beta1": trunk.betas[0],
+        "optimizer.beta2": trunk.betas[1],
+        "optimizer.weight_decay": trunk.weight_decay,
         "log.tracker": "none",
         "log.eval_every_samples": 2**40,
     }
     source = options.run / "config.yaml"
     given = [f"--{name}={value}" for name, value in settings.items()]
-    return ["train", f"--config={source}", f"--replicas={options.replicas}", *given]
+    return ["train", f"--config={source}", *_place(options), *given]
+
+
+def _place(options: argparse.Namespace) -> list[str]:
+    """Return where a branch trains; without the device, it would take a GPU that is to be left alone."""
+    return [f"--replicas={options.replicas}", *(["--device=cpu"] if options.cpu else [])]
+
+
+def _refuse_another(arguments: Sequence[str], *, folder: Path) -> None:
+    """Refuse a branch that is there and has other settings than are asked for: its loss is no answer to the question.
+
+    Raises:
+        ConfigError: with those that differ.
+    """
+    there = asdict(build_config(read_settings(folder / "config.yaml")))
+    asked = leaves(asdict(as_saved(parse(arguments[1:])[0], saved=there)))
+    before = leaves(there)
+    differing = [
+        f"{name} {shown(before.get(name))} and not {shown(asked.get(name))}"
+        for name in sorted(before.keys() | asked.keys())
+        if before.get(name) != asked.get(name) and name.split(".")[0] not in UNTRAINED
+    ]
+    if differing:
+        raise ConfigError(
+            f"the branch in {folder} was trained with {', '.join(differing)}: give another --out, or remove that folder"
+        )
 
 
 def _wait(process: RunProcess) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from argparse import Action
+from argparse import SUPPRESS, Action
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
@@ -74,7 +74,9 @@ def show_help(arguments: Sequence[str], parser: ArgumentParser) -> None:
 
 
 def _help(group: str, parser: ArgumentParser) -> Iterator[str]:
-    actions = {action.dest: action for action in parser._actions}  # noqa: SLF001 - argparse has no other way
+    # The parser gets a hidden action of its library's when it parses.
+    all_actions = parser._actions  # noqa: SLF001 - argparse has no other way
+    actions = {action.dest: action for action in all_actions if action.help != SUPPRESS}
     names = list(setting_types())
     if not group:
         yield from _overview(actions, names)

@@ -215,7 +215,7 @@ def _prices(options: argparse.Namespace, names: Sequence[str | None]) -> _Priced
 
 
 def _plan(options: argparse.Namespace, record: RunRecord, *, name: str | None, priced: _Priced | None) -> Plan:
-    gradient_bytes = _gradient_bytes(options.run)
+    gradient_bytes = _gradient_bytes(record, options.run)
     all_reduce = {"gb_per_s": options.allreduce_gb_per_s, "latency_s": 1e-6 * options.allreduce_latency_us}
     here: Devices | OtherDevices
     if name is None:
@@ -433,8 +433,14 @@ def _positive(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
 
 
-def _gradient_bytes(run_dir: Path) -> float | None:
-    """Return the size of a run's gradients, as that of the weights in its newest checkpoint; None without one."""
+def _gradient_bytes(record: RunRecord, run_dir: Path) -> float | None:
+    """Return the size of a run's gradients; None where nothing tells.
+
+    Where an earlier version did not note it, it is that of the weights in the newest checkpoint, with the frozen ones.
+    """
+    known = record.facts.get("gradient_bytes")
+    if isinstance(known, int | float) and known > 0:
+        return float(known)
     newest = max((run_dir / "checkpoints").glob("step-*"), default=None)
     files = [] if newest is None else [newest / "model.safetensors", *newest.glob("model-shard-*.safetensors")]
     return float(sum(path.stat().st_size for path in files)) if files and files[0].exists() else None

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -143,12 +143,23 @@ def _values(option: str, arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def _merged(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tree in which the later one wins, name by name."""
+def _merged(
+    before: Mapping[str, Any], after: Mapping[str, Any], *, groups: Collection[str] | None = None
+) -> dict[str, Any]:
+    """Return a tree in which the later one wins, name by name.
+
+    An empty mapping empties a setting that is one, such as `control.law_options`; an empty group of settings changes
+    none of them.
+    """
+    if groups is None:
+        groups = {name.partition(".")[0] for name in setting_types() if "." in name}
     merged = dict(before)
     for name, value in after.items():
         earlier = merged.get(name)
-        merged[name] = _merged(earlier, value) if isinstance(earlier, dict) and isinstance(value, dict) else value
+        if isinstance(earlier, dict) and isinstance(value, dict) and (value or name in groups):
+            merged[name] = _merged(earlier, value, groups=())
+        else:
+            merged[name] = value
     return merged
 
 

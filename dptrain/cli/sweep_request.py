@@ -26,8 +26,8 @@ from dptrain.tracking.run_folder import default_run_dir
 
 _DESCRIPTION = """Train a grid of global batches, each with the learning rate that is best for it, and fit the frontier
 of steps against samples to each target. Every setting of `dptrain train` is taken as well, as an option or in a
---config file; those of control are not used, and the learning rate stays as it is. Interrupted or killed, the sweep
-goes on with --out alone; so can it be given further batches, targets and seeds."""
+--config file; those of control are not used, and within a run learning rate, betas and weight decay stay as they are.
+Interrupted or killed, the sweep goes on with --out alone; so can it be given further batches, targets and seeds."""
 
 _EVALUATIONS = 4
 """How many times as often as its task suggests a run is evaluated: a target is looked for between two evaluations."""
@@ -176,7 +176,17 @@ def _from_settings(
         layout_replicas=1 if num_replicas is None else num_replicas,
         control=ControlConfig(mode="off" if control.mode == "off" else "measure", law="constant"),
         # A rate that falls towards the end of a run would make the steps to a target depend on the run's length.
-        optimizer=replace(optimizer, rule="none", schedule="constant", decay_fraction=None, final_fraction=None),
+        # The batch of a run is constant, so that no rule has anything to follow; a preset stands for rules.
+        optimizer=replace(
+            optimizer,
+            preset=None,
+            rule="none",
+            beta_rule=None,
+            decay_rule=None,
+            schedule="constant",
+            decay_fraction=None,
+            final_fraction=None,
+        ),
     )
     suggestion = _suggestion(config)
     filled = _filled(config, suggestion)

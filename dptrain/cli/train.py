@@ -219,9 +219,12 @@ def _findings(summary: Mapping[str, Any]) -> Iterable[str]:
     if summary["bits_per_byte"] is not None:
         held_out += f" ({summary['bits_per_byte']:.3f} bits per byte)"
     held_out += "".join(f", {name} {summary[name]:.4g}" for name in ("perplexity", "accuracy") if name in summary)
+    seen, start, speed = (summary[name] for name in ("samples_seen", "start_samples", "samples_per_s"))
+    own = f" ({seen - start:,} of this run)" if start else ""
+    per_s = "" if speed is None else f" ({speed:,.0f} samples/s)"
     yield (
-        f"{held_out or 'done'} after {summary['samples_seen']:,} samples in {summary['steps']:,} steps and "
-        f"{minutes}:{seconds:02d} min ({summary['samples_per_s']:,.0f} samples/s)"
+        f"{held_out or 'done'} after {seen:,} samples{own} in {summary['steps']:,} steps and "
+        f"{minutes}:{seconds:02d} min{per_s}"
     )
     changes = summary["num_batch_changes"]
     times = {0: "the batch never moved from", 1: "the batch moved once, from"}.get(

@@ -11,9 +11,9 @@ from dptrain.config.train_config import TrainConfig
 from dptrain.config.validation import leaves
 from dptrain.errors import ConfigError
 
-_FREE = ("run_dir", "log", "checkpoint", "num_workers", "device", "replica_check_every_steps", "micro_batch_size")
-"""They change what is recorded, not what is trained. The size of micro-batches changes the last bits of a sum; it is
-free because memory may leave no choice."""
+UNTRAINED = ("run_dir", "log", "checkpoint", "num_workers", "device", "replica_check_every_steps", "micro_batch_size")
+"""Settings that change what is recorded, not what is trained. The size of micro-batches changes the last bits of a
+sum; it is among them because memory may leave no choice."""
 
 LENGTHS = ("max_samples", "max_steps", "max_tokens")
 """Settings of which each gives the length of a run."""
@@ -36,7 +36,7 @@ def check_same_settings(config: TrainConfig, *, saved: Mapping[str, Any], positi
     differing = [
         f"{name} was {before.get(name)!r} and is {current.get(name)!r}"
         for name in sorted(before.keys() | current.keys())
-        if before.get(name) != current.get(name) and name.split(".")[0] not in (*_FREE, *LENGTHS)
+        if before.get(name) != current.get(name) and name.split(".")[0] not in (*UNTRAINED, *LENGTHS)
     ]
     if differing:
         raise ConfigError(f"cannot resume with other settings: {'; '.join(differing)}")

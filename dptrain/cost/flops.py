@@ -33,6 +33,10 @@ class FlopCounter:
     is twice the forward one, whichever kernel does it. Kernels that torch does not know of are not seen, nor is a pass
     whose cost depends on more than the shape of its batch seen anew.
 
+    A block that runs again in the backward pass, because its activations were not kept, counts once: the FLOPs are
+    those that the model needs, of which the utilisation is a share (arXiv 2204.02311). What a task computes again by
+    itself counts as often as it is computed.
+
     Of experts that ranks share out, a rank counts the work of its own samples, whichever ranks do it.
 
     Args:
@@ -60,7 +64,11 @@ class FlopCounter:
     @contextmanager
     def _counted(self, shape: Hashable, num_samples: int) -> Iterator[None]:
         with uncompiled(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-            yield
+            _active.append(counter)
+            try:
+                yield
+            finally:
+                _active.remove(counter)
         ratio = own_rows_ratio(self._model)
         if ratio is None:  # the next pass of this shape is counted in its place
             return
@@ -104,6 +112,33 @@ class _KnownPass:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self._add()
+
+
+_active: list[FlopCounterMode] = []
+"""The counters that look on."""
+
+
+def is_counting() -> bool:
+    """Whether FLOPs are being counted."""
+    return bool(_active)
+
+
+def recomputation() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of a forward pass and of its repetition, a `context_fn` of `checkpoint`: one counts."""
+    return nullcontext(), _not_counted()
+
+
+@contextmanager
+def _not_counted() -> Iterator[None]:
+    """Set the counters back to what they were, also where the repetition ends early, which it does by an error."""
+    before = [(counter, counter.get_flop_counts()) for counter in _active]
+    try:
+        yield
+    finally:
+        for counter, counts in before:
+            counter.flop_counts.clear()
+            for module, of_module in counts.items():
+                counter.flop_counts[module].update(of_module)
 
 
 def uncompiled() -> AbstractContextManager[object]:

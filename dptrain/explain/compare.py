@@ -41,12 +41,14 @@ class Effort:
     """What a run needed to reach a target for the first time.
 
     Attributes:
-        samples: samples seen.
+        samples: position at which it was there.
+        trained: samples of the run itself, without those of a run that it branched off from.
         steps: optimizer steps.
         wall_s: seconds of training; None where they were not logged.
     """
 
     samples: float
+    trained: float
     steps: float
     wall_s: float | None
 
@@ -73,7 +75,10 @@ def effort(record: RunRecord, target: Target) -> Effort:
     part = (losses[before] - target.loss) / fall if fall > 0 else 1.0
     at = float(samples[before] + part * (samples[reached] - samples[before]))
     return Effort(
-        samples=at, steps=_at(record, "step", samples=at) or 0.0, wall_s=_at(record, "progress/wall_s", samples=at)
+        samples=at,
+        trained=max(at - record.start, 0.0),
+        steps=_at(record, "step", samples=at) or 0.0,
+        wall_s=_at(record, "progress/wall_s", samples=at),
     )
 
 
@@ -112,7 +117,7 @@ def about_efforts(records: Sequence[RunRecord], target: Target | None) -> str:
     if target is None:
         return "The runs have no loss in common: each is shown at its end"
     needed = [effort(record, target) for record in records]
-    return f"To {target}: {listed([f'{each.steps:,.0f} steps, {each.samples:,.0f} samples' for each in needed])}"
+    return f"To {target}: {listed([f'{each.steps:,.0f} steps, {each.trained:,.0f} samples' for each in needed])}"
 
 
 def about_batches(records: Sequence[RunRecord]) -> str:

@@ -95,7 +95,23 @@ class RunRecord:
     @property
     def window(self) -> float:
         """How many samples a point of a smoothed line averages over."""
-        return SMOOTHING_SHARE * float(self.train[-1][SAMPLES])
+        return SMOOTHING_SHARE * self.samples_trained
+
+    @property
+    def start(self) -> float:
+        """Position in samples at which the run began: where the run that it branched off from was, else 0."""
+        first = self.train[0]
+        known = self.facts.get("start_samples")
+        if not isinstance(known, int | float):
+            # Of an earlier version, whose branches did not note it: what lies before the first row.
+            steps = max(first.get("step") or 1, 1)
+            known = 0 if self.setting("branch_from") is None else first[SAMPLES] - steps * first["batch/global"]
+        return float(min(max(known, 0), max(first[SAMPLES] - first["batch/global"], 0)))
+
+    @property
+    def samples_trained(self) -> float:
+        """Samples of this run alone, which its steps, its time and its cost belong to."""
+        return float(self.train[-1][SAMPLES]) - self.start
 
     def smoothed(self, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return where the training rows have a figure, in samples, and its mean over `window` there."""

@@ -61,6 +61,8 @@ class NoiseScaleMonitor:
             )
         self._accelerator = accelerator
         self._micro_steps = 0
+        self._called_between = False
+        self._accelerator_step = accelerator.step
         self.meter = attach(model, loss_scale=self._loss_scale, **options)
         if checkpointed:
             accelerator.register_for_checkpointing(self)
@@ -77,13 +79,35 @@ class NoiseScaleMonitor:
 
         Returns:
             The reading, where the gradients were synchronised.
+
+        Raises:
+            ObservationError: where it is called only after the last micro-batch of a window.
         """
         self._micro_steps += 1
         if not self._accelerator.sync_gradients:
+            self._called_between = True
             return None
+        self._refuse_last_only()
         reading = self.meter.step()
         self._micro_steps = 0
         return reading
+
+    def _refuse_last_only(self) -> None:
+        """Raise where the window that ends had other micro-batches, and no call followed any of them.
+
+        Accelerate counts micro-batches in `step`, and starts anew at the end of the data. One whose backward pass the
+        loop leaves out (a loss that is not finite) has no call either, and is no reason.
+        """
+        step, began = self._accelerator.step, self._accelerator_step
+        self._accelerator_step = step
+        at_end = step == 0 and self._accelerator.gradient_state.end_of_dataloader
+        several = step > began + 1 or (at_end and self.meter.num_passes > 1)
+        if self._called_between or self._accelerator.gradient_accumulation_steps == 1 or not several:
+            return
+        raise ObservationError(
+            "step() was called once for several micro-batches, so that nobody knows how many the step has: call it "
+            "after each accelerator.backward(), outside of `if accelerator.sync_gradients`"
+        )
 
     def as_metrics(self) -> dict[str, float]:
         """Return flat floats under `noise_scale/…` for `accelerator.log` (synchronises the device)."""
@@ -156,6 +180,7 @@ class BatchAdapter(NoiseScaleMonitor):
         """Call it after each `accelerator.backward`, before clipping; where gradients were synchronised, decides."""
         if not self._accelerator.sync_gradients:
             return super().step()
+        self._refuse_last_only()
         micro_steps = self._micro_steps + 1
         self._schedule.follow(self._accelerator._schedulers)  # noqa: SLF001 - those that it prepared
         self._schedule.note(self.adapter.samples_per_micro_step * micro_steps)
@@ -182,6 +207,9 @@ class BatchAdapter(NoiseScaleMonitor):
     def load_state_dict(self, record: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
         super().load_state_dict(record)
-        self.adapter.load_state_dict(record["adapter"])
-        self._schedule.restore(record.get("schedule", ()))
+        if "adapter" in record:
+            self.adapter.load_state_dict(record["adapter"])
+            self._schedule.restore(record.get("schedule", ()))
+        else:
+            warnings.warn("the checkpoint has no adaptive batch: the batch begins with its first window", stacklevel=1)
         self._apply()

@@ -101,6 +101,7 @@ class StepRecord:
         wall_s: seconds of training when its work was handed to the device.
         betas: Adam's, where they follow the batch.
         weight_decay: where it follows the batch.
+        learning_rate_factor: that the rule of the learning rate has in it.
     """
 
     step: int
@@ -111,6 +112,7 @@ class StepRecord:
     wall_s: float
     betas: tuple[float, float] | None = None
     weight_decay: float | None = None
+    learning_rate_factor: float = 1.0
 
     @property
     def end(self) -> int:
@@ -305,6 +307,12 @@ def broadcast_from_rank_0(values: Sequence[int], *, device: torch.device) -> lis
     (length,) = PendingSum(torch.tensor([float(len(values))], dtype=torch.float64, device=device)).read()
     vector = torch.tensor(list(values) or [0.0] * round(length), dtype=torch.float64, device=device)
     return [round(value) for value in PendingSum(vector).read()] if length else []
+
+
+def summed(value: float, *, device: torch.device) -> float:
+    """Return the sum of what each replica gives. A collective; waits."""
+    (total,) = PendingSum(torch.tensor([value], dtype=torch.float64, device=device)).read()
+    return total
 
 
 @contextmanager

@@ -19,6 +19,7 @@ kind="train", one per logged optimizer step
     train/steps_dropped         steps skipped so far, on all replicas together, for a gradient that was not finite
     batch/global, batch/micro, batch/accumulation
                                 samples per step; samples per forward–backward; micro-batches per replica and step
+    batch/lr_factor             factor of its rule on the scheduled learning rate, at this batch and noise scale
     batch/tokens                tokens per step, where the task says how many a sample has
     noise_scale/state                   "resolved", "at least", "not resolved yet" or "inconsistent"
     noise_scale/value                   now (last 1 % of the steps, 20 at least), in samples; null unless resolved
@@ -40,8 +41,8 @@ kind="eval", one per evaluation
     eval/loss                   mean held-out loss per sample
     eval/<metric>               each further figure of the task, such as eval/bits_per_byte
 
-`decisions.jsonl` holds one row per decision on the batch that differs from the one before, and one where, at a batch
-that stays, the rule of the learning rate has moved it by a tenth since the latest row:
+`decisions.jsonl` holds one row per decision on the batch that differs from the one before; where the batch stays, the
+rule of the learning rate may move it with the noise scale all the same, and batch/lr_factor tells:
     step, progress/samples      when it was taken
     batch/before, batch/after   global batch in samples
     lr_factor/before, lr_factor/after

@@ -21,6 +21,8 @@ class RunFacts:
     Attributes:
         task: name.
         num_parameters: of the model.
+        num_trained_parameters: those of them that get a gradient.
+        gradient_bytes: of their gradients, in the types that they are in.
         num_samples: training samples.
         num_held_out: held-out samples; None without evaluation.
         world_size: replicas.
@@ -28,10 +30,14 @@ class RunFacts:
         device_name: its name, such as "NVIDIA H200"; None on the CPU.
         torch_version: of PyTorch.
         tokens_per_sample: of a language model's task; None for others.
+        start_samples: position at which the run begins: where the run that it branches off from was, else 0; None where
+            that is not known.
     """
 
     task: str
     num_parameters: int
+    num_trained_parameters: int
+    gradient_bytes: int
     num_samples: int
     num_held_out: int | None
     world_size: int
@@ -39,6 +45,7 @@ class RunFacts:
     device_name: str | None
     torch_version: str
     tokens_per_sample: int | None = None
+    start_samples: int | None = 0
 
     def line(self, *, run_dir: object) -> str:
         """Return the facts in a line, for the console."""
@@ -63,7 +70,10 @@ class RunFacts:
             "device_type": self.device,
             "device_name": self.device_name,
             "num_parameters": self.num_parameters,
+            "num_trained_parameters": self.num_trained_parameters,
+            "gradient_bytes": self.gradient_bytes,
             "num_samples": self.num_samples,
             "num_held_out": self.num_held_out,
             "tokens_per_sample": self.tokens_per_sample,
+            "start_samples": self.start_samples,
         }

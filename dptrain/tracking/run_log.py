@@ -128,7 +128,7 @@ class WritingLog:
                 max_samples=given(config.max_samples),
                 title=facts.line(run_dir=folder.path),
                 print_every_steps=config.log.print_every_steps,
-                num_steps=_num_steps(config),
+                num_steps=_num_steps(config, start=facts.start_samples),
                 level=config.noise.level,
                 style=config.log.console,
             )
@@ -232,10 +232,12 @@ class WritingLog:
             self._view.note(f"the last rows of {file} are lost: {error.strerror or error}")
 
 
-def _num_steps(config: TrainConfig) -> int | None:
-    """Return the length of a run in steps where its batch is constant."""
+def _num_steps(config: TrainConfig, *, start: int | None) -> int | None:
+    """Return the length of a run in steps where its batch is constant, from the position that it begins at."""
     constant = config.control.law == "constant" or config.control.mode != "adapt"
-    return -(-given(config.max_samples) // given(config.global_batch_size)) if constant else None
+    if start is None or not constant:
+        return None
+    return -(-(given(config.max_samples) - start) // given(config.global_batch_size))
 
 
 def _on_record(folder: RunFolder, *, from_step: int) -> list[tuple[int, int]]:

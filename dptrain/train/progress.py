@@ -13,7 +13,9 @@ class Progress:
 
     Attributes:
         step: optimizer steps done.
-        position: samples seen.
+        position: samples seen, those before `start` included.
+        start: position at which the run began: where the run that it branched off from was, else 0; None for a branch
+            that an earlier version began.
         global_batch_size: for the next step.
         learning_rate_factor: of the rule, for the next step.
         steps_dropped: updates skipped for a gradient that was not finite.
@@ -32,6 +34,7 @@ class Progress:
 
     step: int = 0
     position: int = 0
+    start: int | None = 0
     global_batch_size: int
     learning_rate_factor: float
     steps_dropped: int = 0
@@ -54,3 +57,8 @@ class Progress:
         made = object.__new__(Progress)
         made.__dict__.update(self.__dict__, **changes)
         return made
+
+    @property
+    def samples_trained(self) -> int | None:
+        """Samples of this run alone, which its steps and its time belong to; None where its start is not known."""
+        return None if self.start is None else self.position - self.start

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from dptrain.checkpoint.manifest import JSON
+from dptrain.checkpoint.opened import Checkpoint
 from dptrain.config.filled_in import given, largest_micro_batch_size
 from dptrain.config.train_config import TrainConfig
 from dptrain.control import Measurement
@@ -114,7 +115,7 @@ class RunProgress:
 
     def begin_at(self, position: int) -> None:
         """Begin where another run has come to, as a run of its own."""
-        self._progress = replace(self._progress, position=position)
+        self._progress = replace(self._progress, position=position, start=position)
         self._clock = (position, 0.0)
 
     def next_record(self, *, wall_s: float) -> StepRecord:
@@ -142,6 +143,10 @@ class RunProgress:
         self.step_timer.disturbed()
         self._ledger.pause(seconds=wall_s - self._progress.wall_s, energy_j=0.0)  # its energy is part of the next step
         self._clock = (self._progress.position, wall_s)
+
+    def spent(self, *, energy_j: float) -> None:
+        """Note the energy that all devices drew up to now and that no step has reported."""
+        self._ledger.pause(seconds=0.0, energy_j=energy_j)
 
     @property
     def largest_micro_batch_size(self) -> int:
@@ -311,6 +316,7 @@ class RunProgress:
             "batch/global": record.global_batch_size,
             "batch/micro": record.micro_batch_size,
             "batch/accumulation": record.micro_steps(self._world_size),
+            "batch/lr_factor": record.learning_rate_factor,
             "throughput/samples_per_sec": samples / elapsed if samples and elapsed > 0 else None,
             **self._tokens(record, samples / elapsed if samples and elapsed > 0 else None),
             "time/step_s": self.step_timer.interval_of(record),
@@ -354,12 +360,14 @@ class RunProgress:
             )
         length = self._tokens_per_sample
         tokens: dict[str, Value] = {} if length is None else {"tokens_seen": length * progress.position}
+        trained = progress.samples_trained
         return {
+            "start_samples": progress.start,
             "samples_seen": progress.position,
             **tokens,
             "steps": progress.step,
             "wall_s": progress.wall_s,
-            "samples_per_s": progress.position / progress.wall_s,
+            "samples_per_s": None if trained is None else trained / progress.wall_s,
             "loss_first": progress.loss_first,
             "loss_last": progress.loss_last,
             "eval_loss": progress.eval_loss,
@@ -373,6 +381,8 @@ class RunProgress:
             **self._ledger.figures(),
             "bytes_per_step": self._bytes_per_step(),
             "step_time_error": None if (model := self.step_timer.model) is None else model.error,
+            "bits_per_byte": None,
+            **{name: value for name, value in progress.eval_figures.items() if name != "loss"},
         }
 
     def _shares(self) -> Mapping[str, float]:
@@ -396,10 +406,29 @@ class RunProgress:
         """Go on from a `state`."""
         self._meter.load_state_dict(state["meter"])
         self._batch_control.restore(state["control"])
-        self._progress = Progress(**state["progress"])
+        self._progress = Progress(**_with_start(state))
         self._meter.align(self._progress.step)
         self._apply_limit()
         self.step_timer.restore(state["step_timer"])
         self._ledger.restore(state["ledger"])
         self._undecided = None if state["undecided"] is None else StepRecord(**state["undecided"])
         self._clock = (self._progress.position, self._progress.wall_s)
+
+
+def _with_start(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the progress of a checkpoint; in one of an earlier version it does not say where a branch began."""
+    branched = state.get("config", {}).get("branch_from") is not None
+    return {"start": None if branched else 0, **state["progress"]}
+
+
+def start_of(*, saved: Checkpoint | None, branch: Checkpoint | None) -> int | None:
+    """Return the position at which a run begins, or began; None where an earlier version did not note it.
+
+    Args:
+        saved: checkpoint of its own that it goes on from.
+        branch: checkpoint of another run that it begins at.
+    """
+    if saved is not None:
+        start: int | None = _with_start(saved.state)["start"]
+        return start
+    return 0 if branch is None else int(cast("Any", branch.state)["progress"]["position"])

@@ -67,6 +67,7 @@ class StepPlan:
             wall_s=wall_s,
             betas=None if scaled is None else (scaled.beta1, scaled.beta2),
             weight_decay=weight_decay(self.config, batch=progress.global_batch_size, rate_factor=factor),
+            learning_rate_factor=factor,
         )
 
     def limit_micro_batch(self, limit: int) -> None:

@@ -36,6 +36,7 @@ from dptrain.runtime.step_reduction import (
     StepRecord,
     broadcast_from_rank_0,
     on_rank_0,
+    summed,
     translate_peer_errors,
 )
 from dptrain.runtime.watchdog import Watchdog
@@ -96,6 +97,7 @@ class Trainer:
         self._device = replica_device(config)
         if is_replica():
             rendezvous(device=config.device, share_devices=config.execution.share_devices)
+        self._rank, self._world_size = rank_of_replica(), num_replicas()
         self._is_main = self._rank == 0
         wait_for_everyone(self._device)  # one that fails in what follows must not tear connections still being made
         seed_everything(config.seed)  # a split that the task draws is then the same on all replicas, and on resume
@@ -211,14 +213,6 @@ class Trainer:
         return self._run_dir
 
     @property
-    def _world_size(self) -> int:
-        return num_replicas()
-
-    @property
-    def _rank(self) -> int:
-        return rank_of_replica()
-
-    @property
     def _num_samples(self) -> int:
         return len(self._task.train_data)  # type: ignore[arg-type]
 
@@ -251,7 +245,7 @@ class Trainer:
         """
         saved = self._saved
         self._state.check(saved, self._branch)  # before the log is opened, which writes the settings and cuts rows
-        log = self._open_log(saved)
+        log = self._on_rank_0(lambda: self._writing_log(saved)) or SilentLog()
         with ExitStack() as stack:
             stack.callback(log.close)
             check_shared_folder(self._run_dir, device=self._device)
@@ -353,6 +347,8 @@ class Trainer:
             ends = ends or run.at_end
         if ends or saves:
             self._drift.check(record.step)
+            if ends:  # what the last step and the evaluation drew; the report of a step is of what was before it
+                run.spent(energy_j=summed(self._energy.take_j(at_once=True), device=self._device))
             join = self._state.pack if self._state.takes_all else None  # rank 0 alone keeps what comes of it
             save_on_all(checkpoint_manager, is_last=ends, join=join, beat=beat, rank=self._rank, device=self._device)
         return True
@@ -377,27 +373,28 @@ class Trainer:
             log.note(f"ended early after step {run.progress.step:,}, as a hook or early stopping asked for")
 
     def _summary(self) -> dict[str, Value]:
-        figures = self._run.progress.eval_figures
         return {
             "task": self._task.name,
             "world_size": self._world_size,
             "backend": str(dist.get_backend()) if dist.is_initialized() else "none",
             "device": str(self._device.type),
             **self._run.figures(),
-            "bits_per_byte": None,
-            **{name: value for name, value in figures.items() if name != "loss"},
         }
 
     # Parts
-
-    def _open_log(self, saved: Checkpoint | None) -> RunLog:
-        return self._on_rank_0(lambda: self._writing_log(saved)) or SilentLog()
 
     def _writing_log(self, saved: Checkpoint | None) -> RunLog:
         folder = RunFolder(self._run_dir, resume=self._resume, launch=self._launch)
         if saved is None and self._allow_fresh:
             set_aside(checkpoints_in(self._run_dir))
-        facts = facts_of(self._task, num_samples=self._num_samples, exchange=self._exchange, device=self._device)
+        facts = facts_of(
+            self._task,
+            num_samples=self._num_samples,
+            exchange=self._exchange,
+            device=self._device,
+            saved=saved,
+            branch=self._branch,
+        )
         return WritingLog(folder, config=self._config, up_to_step=0 if saved is None else saved.step, facts=facts)
 
     def _loader(self) -> MicroBatchLoader:

@@ -7,9 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from dptrain.cli.branch import _parser, branch, branch_arguments, trunks
+from dptrain.checkpoint.store import load_checkpoint
+from dptrain.cli.branch import _parser, _place, _train, branch, branch_arguments, trunks
+from dptrain.cli.settings import parse
+from dptrain.config.settings_file import build_config, read_settings
+from dptrain.control.batch_scaling import adam_betas
 from dptrain.errors import ConfigError
+from dptrain.sweep.child_runs import Site
 from dptrain.tracking.jsonl import read_rows
+from dptrain.tracking.run_folder import write_config
 from dptrain.train import CheckpointConfig, ControlConfig, Trainer
 from tests.runs import make_config, noisy
 
@@ -46,6 +52,80 @@ def test_branches_are_trained_compared_and_kept(run, capsys):
     capsys.readouterr()
     assert branch(command) == 0
     assert "samples\n" not in capsys.readouterr().out, "nothing was trained again"
+
+
+def test_a_branch_with_other_settings_is_no_answer(run, tmp_path):
+    """Its loss is not taken for that of another window, rule or run, and a half-done one does not go on: a sentence."""
+    out = tmp_path / "out"
+    options = _parser().parse_args([str(run), "--window-samples=64", "--multipliers=1", f"--out={out}", "--cpu"])
+    (trunk,) = trunks(run, steps=None)
+    folder = out / f"step-{trunk.step}" / "x2"
+    folder.mkdir(parents=True)
+    config, _ = parse(branch_arguments(trunk, multiple=2, options=options, folder=folder)[1:])
+    write_config(folder / "config.yaml", config)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    (folder / "summary.json").write_text('{"eval_loss": 0.5}')
+    site = Site.here(num_parallel=1, num_replicas=1, cpu=True)
+
+    def ask(*more):
+        asked = _parser().parse_args([str(run), f"--out={out}", "--cpu", *more])
+        return _train(trunk, multiple=2, options=asked, out=out, site=site)
+
+    assert ask("--window-samples=64") == ask("--window-samples=64", "--replicas=2") == 0.5
+    last, rate = trunk.position + 64, trunk.learning_rate
+    with pytest.raises(ConfigError, match=f"max_samples {last} and not {last + 8}: give another --out"):
+        ask("--window-samples=72")
+    with pytest.raises(ConfigError, match=f"learning_rate {rate * 2**0.5} and not {rate * 2}: give"):
+        ask("--window-samples=64", "--rule=linear")
+    (folder / "summary.json").unlink()
+    with pytest.raises(ConfigError, match="give another --out"):
+        ask("--window-samples=72")
+
+
+def branch_of(run, tmp_path, *flags, **changes):
+    """Return the settings of a branch of the run, had that these settings, and the moment that it is from."""
+    config = read_settings(run / "config.yaml")
+    for name, change in changes.items():
+        config[name] = {**config[name], **change} if isinstance(change, dict) else change
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("")
+    (folder / "checkpoints").symlink_to(run / "checkpoints")
+    write_config(folder / "config.yaml", build_config(config))
+    options = _parser().parse_args([str(folder), "--window-samples=64", "--rule=none", *flags])
+    (trunk,) = trunks(folder, steps=None)
+    return parse(branch_arguments(trunk, multiple=2, options=options, folder=tmp_path / "branch")[1:])[0], trunk
+
+
+def test_a_run_whose_law_has_options_can_be_branched(run, tmp_path):
+    """The options belong to a law that the branch does not have."""
+    config, _ = branch_of(run, tmp_path, control={"law_options": {"ratio": 4.0}})
+    assert config.control.law_options == {}
+
+
+def test_a_branch_holds_what_is_in_force(run, tmp_path):
+    """Rate, betas and weight decay at the batch and the factor of that moment; no rule and no preset moves them."""
+    rules = {"rule": "root_gain", "beta_rule": "half_life", "decay_rule": "timescale"}
+    tuned = {"preset": "per_sample", "reference_batch_size": 2, **rules}
+    config, trunk = branch_of(run, tmp_path, optimizer={**tuned, "weight_decay": 0.1})
+    assert trunk.global_batch_size > 2, "the rules have something to follow"
+    state = load_checkpoint(trunk.path).state["progress"]
+    optimizer, batch = config.optimizer, trunk.global_batch_size
+    assert optimizer.preset is None
+    assert {getattr(optimizer, name) for name in rules} == {"none"}
+    expected = adam_betas("half_life", (0.9, 0.95), batch=batch, reference_batch=2)
+    assert (optimizer.beta1, optimizer.beta2) == (expected.beta1, expected.beta2) != (0.9, 0.95)
+    assert optimizer.weight_decay == pytest.approx(0.1 * batch / 2 / state["learning_rate_factor"])
+    assert optimizer.learning_rate == trunk.learning_rate
+
+
+@pytest.mark.parametrize(("flags", "device"), [(["--cpu"], "cpu"), ([], "auto")])
+def test_gpus_are_left_alone_in_the_branches_too(run, tmp_path, flags, device):
+    """They are told so, where they begin and where they go on: a branch counts the GPUs itself."""
+    config, _ = branch_of(run, tmp_path, *flags, device="auto")
+    assert config.device == device
+    options = _parser().parse_args([str(run), "--window-samples=64", *flags])
+    assert _place(options) == ["--replicas=1", *(["--device=cpu"] if flags else [])]
 
 
 def test_what_cannot_be_branched_is_refused(run, tmp_path):

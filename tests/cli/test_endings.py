@@ -98,13 +98,11 @@ def train(folder, *arguments, **environment):
 @pytest.mark.parametrize(
     ("where", "how", "code"),
     [
-        ("data", "", 1),
         ("data", "75", 1),
         ("loss", "0", 1),
         ("task", "", 2),
         ("data", "os._exit(0)", 70),
         ("loss", "interrupt", 1),
-        ("task", "interrupt", 2),
     ],
 )
 def test_a_task_that_ends_the_process_does_not_end_the_run(tmp_path, where, how, code):
@@ -114,7 +112,7 @@ def test_a_task_that_ends_the_process_does_not_end_the_run(tmp_path, where, how,
     assert not (tmp_path / "run" / "summary.json").exists()
     words = {1: "the task called sys.exit(", 2: "could not be built: SystemExit"}
     if how == "interrupt":
-        words = {1: "the task raised KeyboardInterrupt before", 2: "could not be built: KeyboardInterrupt"}
+        words = {1: "the task raised KeyboardInterrupt before"}
     words |= {70: "before its trainer had reported"}
     assert words[code] in output.splitlines()[-1]
 

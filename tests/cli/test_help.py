@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dptrain.cli.settings import parse
 from dptrain.config.settings_file import setting_types
 from tests.cli.test_train import outcome
 
@@ -14,7 +15,8 @@ GROUPS = (
 
 
 def test_help_fits_a_screen():
-    """At most 45 lines of at most 110 columns, the ten common settings first."""
+    """At most 45 lines of at most 110 columns, the ten common settings first; also after a parse."""
+    parse(["--task=digits"])
     code, stdout, stderr = outcome(["train", "--help"])
     lines = stdout.splitlines()
     assert (code, stderr) == (0, "")

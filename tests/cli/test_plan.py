@@ -54,8 +54,8 @@ def test_json_to_a_file(run, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_size_of_the_gradients_is_that_of_the_newest_checkpoint(run, capsys):
-    """Which a given bandwidth needs; without a checkpoint it says so."""
+def test_the_size_of_the_gradients_is_that_of_the_run_or_of_its_newest_checkpoint(run, capsys):
+    """Which a given bandwidth needs. A checkpoint has frozen weights too; without either it says so."""
     options = [str(run), "--gpus", "2,64", "--allreduce-gb-per-s", "1"]
     with pytest.raises(ConfigError, match="keep a checkpoint"):
         plan(options)
@@ -65,6 +65,9 @@ def test_the_size_of_the_gradients_is_that_of_the_newest_checkpoint(run, capsys)
         (folder / "model.safetensors").write_bytes(bytes(size))
     assert plan(options) == 0
     assert "2 MB at 1 GB/s, as given" in capsys.readouterr().out
+    (run / "run.json").write_text('{"gradient_bytes": 40000}')
+    assert plan(options) == 0
+    assert "0.04 MB at 1 GB/s, as given" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

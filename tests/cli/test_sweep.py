@@ -230,3 +230,11 @@ def test_what_is_unknown_is_reported_so():
         ("best learning rate at the edge of the grid", 1),
     ]
     assert all(batch in line for line, batch in zip(more[1:], ("batch 8", "batch 4", "batch 16"), strict=True))
+
+
+def test_a_preset_of_rules_is_left_out_as_the_rules_are():
+    """The batch of each run is constant, so a rule has nothing to follow; the refusal named one that nobody gave."""
+    options = ["--task=quadratic", "--global-batch-sizes=4,8,16", "--targets=1.0", "--seeds=1"]
+    plain, preset = (read_request([*options, *more]) for more in ([], ["--optimizer.preset=per_sample"]))
+    assert preset.config == plain.config
+    assert preset.spec == plain.spec

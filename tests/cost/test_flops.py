@@ -8,11 +8,14 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dptrain import attach
+from dptrain.config.execution import ExecutionConfig
 from dptrain.cost.flops import FlopCounter
+from dptrain.exchange import AllReduce
 from dptrain.models.experts import ExpertsConfig
 from dptrain.models.gpt import Gpt, GptConfig
 from dptrain.tasks.base import split_loss
 from dptrain.tasks.gpt import next_token_loss
+from dptrain.train.execution.wrapping import wrap
 
 WIDTH, DEPTH, CONTEXT, SAMPLES = 32, 2, 24, 3
 
@@ -55,6 +58,26 @@ class _Last(nn.Module):
 
     def forward(self, x):
         return self.layer(x)[0].square().mean()
+
+
+@pytest.mark.parametrize("settings", [{}, {"experts": ExpertsConfig(num_experts=4, top_k=2)}])
+def test_blocks_that_run_again_count_once(settings):
+    """The model needs them once, whatever memory leaves no room for; only utilisation of hardware counts them twice."""
+    counts = []
+    for recomputed in ("off", "blocks"):
+        torch.manual_seed(0)
+        model = Gpt(GptConfig(width=WIDTH, depth=DEPTH, heads=4, **settings))
+        execution = ExecutionConfig(activation_checkpointing=recomputed)
+        wrap(model, exchange=AllReduce(), execution=execution, precision="no", device=torch.device("cpu"))
+        counter = FlopCounter()
+        products = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        passes = []
+        products[0].register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        with counter.counting(_text(), num_samples=SAMPLES):
+            _loss(model, _text()).backward()
+        assert len(passes) == (1 if recomputed == "off" else 2)
+        counts.append(counter.take_per_sample())
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

@@ -95,6 +95,7 @@ def _rows(*, num_steps, noise, batches, groups, seed=7):
                 "batch/global": batch,
                 "batch/micro": 8,
                 "batch/accumulation": batch // 16,
+                "batch/lr_factor": math.sqrt(batch / batches[0]),
                 **_interval("noise_scale", phi, spread, state),
                 **{
                     key: value

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dptrain.control.settings import ControlConfig
+from dptrain.errors import ObservationError
 from tests.integrations.plain import Regression, Samples, follows_sgd, measured_by_hand, parameters_of, recorded
 from tests.replicas import run_replicas
 
@@ -128,3 +129,62 @@ def test_save_state_and_load_state_carry_meter_and_batch(runs):
     assert loaded["state"] == saved["state"]
     assert loaded["accumulation"] == saved["accumulation"] == 1
     assert loaded["parameters"] == saved["parameters"]
+
+
+def loop(kind, *, num_batches, accumulation, last_only=False, left_out=(), epochs=1):
+    """One process; `step` is called after each micro-batch but those left out, or only after a window's last."""
+    from accelerate import Accelerator
+
+    from dptrain.integrations.accelerate import BatchAdapter, NoiseScaleMonitor
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    model = Regression()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    loader = DataLoader(Samples(num_batches * MICRO), batch_size=MICRO)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if kind == "measure":
+        monitor = NoiseScaleMonitor(accelerator, model, every=1)
+    else:
+        control = ControlConfig(law="schedule", schedule=SCHEDULE)
+        monitor = BatchAdapter(accelerator, model, optimizer, control=control, micro_batch_size=MICRO, rule="linear")
+    for _ in range(epochs):
+        for number, batch in enumerate(loader):
+            with accelerator.accumulate(model):
+                if number in left_out:
+                    continue
+                accelerator.backward(model(**batch)["loss"])
+                if accelerator.sync_gradients or not last_only:
+                    monitor.step()
+                optimizer.step()
+                optimizer.zero_grad()
+    monitor.remove()
+    return monitor
+
+
+@pytest.mark.parametrize("kind", ["measure", "adapt"])
+@pytest.mark.parametrize("num_batches", [8, 3], ids=["whole windows", "data that ends before a window"])
+def test_a_step_for_several_micro_batches_is_refused(kind, num_batches):
+    """Where the clipping is, the number of micro-batches is unknown: |G|² and tr(Σ) would be 16 times too large."""
+    pytest.importorskip("accelerate")
+    with pytest.raises(ObservationError, match=r"after each accelerator\.backward"):
+        loop(kind, num_batches=num_batches, accumulation=4, last_only=True)
+
+
+def test_micro_batches_that_are_left_out_are_no_reason():
+    """A loop may skip some, accumulate none, or have data for one; only a step of one small batch is dropped."""
+    pytest.importorskip("accelerate")
+    assert loop("measure", num_batches=12, accumulation=4, left_out=[5]).meter.steps_dropped == 0
+    assert loop("measure", num_batches=6, accumulation=1, left_out=[2, 3], last_only=True).meter.steps_dropped == 4
+    assert loop("measure", num_batches=1, accumulation=4, epochs=3).meter.steps_dropped == 3
+    assert loop("adapt", num_batches=13, accumulation=2).as_metrics()["progress/samples"] == 13 * MICRO
+
+
+def test_adapting_goes_on_from_a_run_that_measured():
+    """What was measured is taken over, and the batch begins with its first window, with a warning."""
+    pytest.importorskip("accelerate")
+    measured = loop("measure", num_batches=8, accumulation=2)
+    adapting = loop("adapt", num_batches=0, accumulation=2)
+    with pytest.warns(UserWarning, match="no adaptive batch"):
+        adapting.load_state_dict(measured.state_dict())
+    assert adapting.state_dict()["meter"] == measured.state_dict()["meter"]
+    assert adapting.as_metrics()["batch/accumulation_steps"] == 2

@@ -57,18 +57,18 @@ def simulated(generator, *, sizes, weights):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "weights"),
-    [((4,) * 16, (1,) * 16), (UNEVEN, (1,) * 20), (UNEVEN, UNEVEN)],
+    ("sizes", "weights", "num_steps", "tolerance"),
+    [((4,) * 16, (1,) * 16, 1_500, 0.04), (UNEVEN, (1,) * 20, 1_500, 0.04), (UNEVEN, UNEVEN, 6_000, 0.02)],
 )
-def test_both_parts_are_those_of_the_bandit(sizes, weights):
-    """Equal, unequal and rollout-weighted prompts: within, between and |G|² to 2 %, by 6,000 steps."""
+def test_both_parts_are_those_of_the_bandit(sizes, weights, num_steps, tolerance):
+    """Equal, unequal and rollout-weighted prompts: within, between and |G|², the last, hardest case to 2 %."""
     generator = np.random.default_rng(0)
     found = np.zeros(3)
-    for _ in range(6_000):
+    for _ in range(num_steps):
         prompts, large = simulated(generator, sizes=sizes, weights=weights)
         moments = rollout_moments(prompts, large_sq_norm=large)
-        found += np.array([moments.within, moments.between, moments.grad_sq_norm]) / 6_000
-    assert found == pytest.approx(enumerated(), rel=0.02)
+        found += np.array([moments.within, moments.between, moments.grad_sq_norm]) / num_steps
+    assert found == pytest.approx(enumerated(), rel=tolerance)
 
 
 def test_the_parts_add_up_to_the_noise_of_prompts():

@@ -10,6 +10,8 @@ from dptrain.version import __version__
 FACTS = RunFacts(
     task="digits-mlp",
     num_parameters=4_810,
+    num_trained_parameters=4_810,
+    gradient_bytes=4 * 4_810,
     num_samples=1_497,
     num_held_out=300,
     world_size=2,

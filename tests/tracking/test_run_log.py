@@ -27,6 +27,8 @@ CONFIG = filled_in(TrainConfig(log=LogConfig(tracker="none", print_every_steps=1
 FACTS = RunFacts(
     task="t",
     num_parameters=3,
+    num_trained_parameters=3,
+    gradient_bytes=4 * 3,
     num_samples=8,
     num_held_out=2,
     world_size=1,

@@ -17,12 +17,14 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
+from dptrain.checkpoint.store import load_newest
 from dptrain.data import SampleStream
 from dptrain.tasks import Suggestion, Task
 from dptrain.tasks.known import linear
 from dptrain.tracking.jsonl import read_rows
 from dptrain.train import ControlConfig, LogConfig, NoiseConfig, OptimizerConfig, TrainConfig, Trainer
 from dptrain.train.step import Stepper
+from tests import runs
 from tests.replicas import run_replicas
 
 NUM_SAMPLES, NUM_HELD_OUT, SEED = 101, 37, 3
@@ -362,3 +364,26 @@ def test_the_batch_finds_the_noise_scale(tmp_path):
     assert all(TRUE_SCALE / 2 <= row["batch/global"] <= 2 * TRUE_SCALE for row in settled[:-1])
     assert rows[-1]["noise_scale/state"] == "resolved"
     assert rows[-1]["noise_scale/lower"] <= TRUE_SCALE <= rows[-1]["noise_scale/upper"]
+
+
+# What is used
+
+
+class Metered:
+    """An energy counter that draws a joule each time that it is asked, and tells of them when it must."""
+
+    drawn = told = 0
+
+    def take_j(self, *, at_once=False):
+        self.drawn += 1
+        new, self.told = (self.drawn - self.told, self.drawn) if at_once else (0, self.told)
+        return float(new)
+
+
+def test_the_energy_of_the_last_step_and_of_the_evaluation_is_counted(tmp_path):
+    """The report of a step is of what was before it; the end of the run has all, and so has its checkpoint."""
+    trainer = Trainer(runs.make_config(tmp_path, max_samples=40), task=runs.noisy)
+    trainer._energy = meter = Metered()
+    summary = trainer.run()
+    assert summary["energy_j"] == meter.drawn == summary["steps"] + 1
+    assert load_newest(tmp_path / "checkpoints").state["ledger"]["energy_j"] == meter.drawn

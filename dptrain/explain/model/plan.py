@@ -12,7 +12,6 @@ from dptrain.explain.model.hardware.other_devices import OtherDevices
 from dptrain.explain.model.model_sizes import OptimalSize, PaidSizes, optimal_sizes, paid_sizes
 from dptrain.explain.model.planner import Planner, Point
 from dptrain.explain.model.run_placement import critical_ratio
-from dptrain.explain.record import SAMPLES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -153,7 +152,7 @@ def make_plan(
         ceiling=ceiling,
         compute_of_run=planner.compute_of_run,
         trend=trend_place(counted) if counted else None,
-        paid_sizes=paid_sizes(record, flops=counted, num_samples=float(record.train[-1][SAMPLES])),
+        paid_sizes=paid_sizes(record, flops=counted, num_samples=record.samples_trained),
         step_time_error=devices.error,
         all_reduce=devices.all_reduce.source,
         optimal_sizes=() if flops_budget is None else optimal_sizes(flops_budget),

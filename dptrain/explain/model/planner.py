@@ -153,8 +153,8 @@ class Planner:
     def compute_of_run(self) -> Compute:
         """The FLOPs that the run took, by both methods."""
         device_s = self._record.last("ledger/device_s", in_summary="device_s")
-        samples, peak = float(self._record.train[-1][SAMPLES]), _peak_of_run(self._record)
-        return self._compute(samples=samples, device_s=device_s, peak_flops_per_s=peak)
+        peak = _peak_of_run(self._record)
+        return self._compute(samples=self._record.samples_trained, device_s=device_s, peak_flops_per_s=peak)
 
     def fastest(self, num_devices: int) -> BatchPlan:
         """Return the layout of a step that takes the least time to the target.
@@ -225,6 +225,11 @@ class Planner:
     def warnings(self) -> Iterator[str]:
         """Yield what the plan rests on that the run does not show."""
         devices = self._devices
+        if self._record.start:
+            yield (
+                f"the run began at a checkpoint of another, {self._record.start:,.0f} samples on: steps, samples, time "
+                f"and cost are those from there"
+            )
         if self.needed.samples_of_run is None:
             further = self.needed.implied.min_steps / float(course(self._record, self.curve).progress[-1])
             yield (
@@ -317,7 +322,7 @@ def _rates(record: RunRecord, devices: Devices | OtherDevices) -> _Rates:
     is_metered = not isinstance(devices, OtherDevices) and energy_j is not None
     watts = energy_j / device_s if is_metered and energy_j is not None and device_s else None
     return _Rates(
-        flops_per_sample=flops / float(record.train[-1][SAMPLES]) if flops else None,
+        flops_per_sample=flops / record.samples_trained if flops else None,
         peak_flops_per_s=devices.peak_flops_per_s if isinstance(devices, OtherDevices) else _peak_of_run(record),
         watts=watts,
     )

@@ -77,12 +77,14 @@ class Course:
     """The progress of a run, in steps of a batch without noise: a step at batch B makes 1/(1 + φ/B) of one.
 
     Attributes:
-        samples: (rows,) seen at the end of each row.
-        progress: (rows,) made by then.
+        start: position in samples at which the run began.
+        samples: (rows,) position at the end of each row.
+        progress: (rows,) made by then, since `start`.
         noise_scales: (rows,) φ in each row, in samples, times `critical_ratio`.
         growth: exponent of φ against one over the loss, for what lies beyond the run; at least 0.
     """
 
+    start: float
     samples: NDArray[np.float64]
     progress: NDArray[np.float64]
     noise_scales: NDArray[np.float64]
@@ -96,7 +98,7 @@ class Needs:
     Attributes:
         implied: S_min and E_min, from which any batch's steps and samples follow.
         error: relative standard error of both, for a loss beyond the run; 0 within it.
-        samples_of_run: after how many samples the run itself was there; None where it was not.
+        samples_of_run: after how many samples of its own the run itself was there; None where it was not.
     """
 
     implied: ImpliedFrontier
@@ -136,10 +138,10 @@ def course(record: RunRecord, curve: LossCurve, assumption: Assumption = MEASURE
         )
     samples, batches = column(record.train, SAMPLES), column(record.train, "batch/global")
     scales = assumption.factor * critical_ratio(record) * noise_scales(record, assumption.end)
-    steps = np.diff(samples, prepend=0.0) / batches
+    steps = np.diff(samples, prepend=record.start) / batches
     progress = np.cumsum(steps / (1 + scales / batches))
     growth = _growth(record, curve) if assumption.grows else 0.0
-    return Course(samples=samples, progress=progress, noise_scales=scales, growth=growth)
+    return Course(start=record.start, samples=samples, progress=progress, noise_scales=scales, growth=growth)
 
 
 def needs(course: Course, curve: LossCurve, *, target: float) -> Needs:
@@ -150,12 +152,13 @@ def needs(course: Course, curve: LossCurve, *, target: float) -> Needs:
     is not foreseen.
 
     Raises:
-        ConfigError: where the loss lies beyond the run and cannot be extrapolated.
+        ConfigError: where the loss lies beyond the run and cannot be extrapolated, as from a run that began in the
+            middle of another: the power law counts from the beginning.
     """
     reached = np.flatnonzero(curve.losses <= target)
     if len(reached):
         at = _crossing(curve, int(reached[0]), target=target)
-        return Needs(implied=_within(course, at), error=0.0, samples_of_run=at)
+        return Needs(implied=_within(course, at), error=0.0, samples_of_run=at - course.start)
     progress, error = _extrapolated(course, curve, target=target)
     growth = (curve.lowest / target) ** course.growth
     return Needs(implied=_beyond(course, progress, growth=growth), error=error, samples_of_run=None)
@@ -172,7 +175,8 @@ def _crossing(curve: LossCurve, index: int, *, target: float) -> float:
 def _within(course: Course, samples: float) -> ImpliedFrontier:
     """Return what it took to come to a position of the run."""
     parts = np.diff(course.progress, prepend=0.0)
-    lengths = np.maximum(np.diff(course.samples, prepend=0.0), 1e-9)  # a row may stand where the one before it does
+    # A row may stand where the one before it does.
+    lengths = np.maximum(np.diff(course.samples, prepend=course.start), 1e-9)
     shares = np.clip((samples - (course.samples - lengths)) / lengths, 0.0, 1.0)
     done = parts * shares
     return ImpliedFrontier(min_steps=float(done.sum()), min_samples=float((course.noise_scales * done).sum()))
@@ -194,9 +198,14 @@ def _extrapolated(course: Course, curve: LossCurve, *, target: float) -> tuple[f
     best came up to ten times too late and none at all up to half too early, so ln s is averaged over all floors, each
     by how well it fits.
     """
+    beyond = f"a {curve.name} of {target:.4g} lies beyond the run, whose lowest is {curve.lowest:.4g}"
+    if course.start:
+        raise ConfigError(
+            f"{beyond} and which began after {course.start:,.0f} samples of another: the progress up to there is not "
+            f"in it; give a --target that the run has reached, or plan from a run from the beginning on"
+        )
     settled = curve.samples >= _SETTLED * curve.samples[-1]
     losses = curve.losses[settled]
-    beyond = f"a {curve.name} of {target:.4g} lies beyond the run, whose lowest is {curve.lowest:.4g}"
     if settled.sum() < _FEWEST_POINTS or min(losses.min(), target) <= 0:
         raise ConfigError(
             f"{beyond}, and a power law needs {_FEWEST_POINTS} positive losses in its second half and a positive "

@@ -148,4 +148,4 @@ def _increments(record: RunRecord) -> tuple[NDArray[np.float64], NDArray[np.floa
     samples, batches = column(record.train, SAMPLES), column(record.train, "batch/global")
     numbers = column(record.train, "step")
     steps = np.diff(numbers, prepend=0.0) if np.isfinite(numbers).all() else np.ones_like(samples)
-    return np.maximum(steps, 1.0), np.maximum(np.diff(samples, prepend=0.0), batches)
+    return np.maximum(steps, 1.0), np.maximum(np.diff(samples, prepend=record.start), batches)

@@ -40,7 +40,9 @@ def account(record: RunRecord) -> list[Entry]:
 
 def _work(record: RunRecord) -> Entry:
     samples, steps = record.last(SAMPLES, in_summary="samples_seen") or 0, record.last("step", in_summary="steps") or 0
-    return Entry(name="Work", value=f"{samples:,.0f} samples in {steps:,.0f} optimizer steps", note="training")
+    value = f"{max(samples - record.start, 0):,.0f} samples in {steps:,.0f} optimizer steps"
+    note = f"training, from sample {record.start:,.0f} of another run on" if record.start else "training"
+    return Entry(name="Work", value=value, note=note)
 
 
 def _time(record: RunRecord) -> Entry:

@@ -145,13 +145,27 @@ def about_learning_rate(record: RunRecord) -> str:
     rates = rates[np.isfinite(rates)]
     if not len(rates):
         return "No learning rate was logged"
-    factors = column([row for row in record.decisions if is_applied(row)], "lr_factor/after")
-    factor = factors[-1] if len(factors) else 1.0
+    factor = _rate_factor(record)
     because = f" (scaling with the batch: ×{short(factor)})" if np.isfinite(factor) and factor != 1 else ""
     peak = rates.max()
     if peak > max(rates[0], rates[-1]) * 1.01:
         return f"Learning rate: peak {short(peak)}, final {short(rates[-1])}{because}"
     return f"The learning rate {_moved(rates)}{because}"
+
+
+def _rate_factor(record: RunRecord) -> float:
+    """Return the factor of the rule at the end; NaN where the log does not tell.
+
+    A rule that reads the noise scale moves it at each step. A log of an earlier version has it for the latest change of
+    the batch alone, which is the one at the end where the rule goes by the batch.
+    """
+    known = record.train[-1].get("batch/lr_factor")
+    if known is not None:
+        return float(known)
+    if record.setting("optimizer.rule") not in ("none", "linear", "square_root"):
+        return math.nan
+    factors = column([row for row in record.decisions if is_applied(row)], "lr_factor/after")
+    return float(factors[-1]) if len(factors) else 1.0
 
 
 def about_throughput(record: RunRecord) -> str:
@@ -179,7 +193,8 @@ def about_run(record: RunRecord) -> str:
         task(record) or record.name,
         *([f"{count(replicas, 'replica')}{backend}"] if (replicas := num_replicas(record)) else []),
         *_about_facts(record),
-        f"{samples:,.0f} samples" + (f" in {wall:,.0f} s" if wall else ""),
+        *([f"branched off at sample {record.start:,.0f}"] if record.start else []),
+        f"{max(samples - record.start, 0):,.0f} samples" + (f" in {wall:,.0f} s" if wall else ""),
         *([] if record.summary else ["not finished (no summary.json)"]),
     ]
     return " · ".join(parts)

@@ -108,8 +108,8 @@ def experts(record: RunRecord) -> Table | None:
 
 def _mean_of_end(record: RunRecord, key: str) -> float | None:
     """Return the mean of a column over the last fifth of the samples, about what the noise scale of a group spans."""
-    end = record.train[-1][SAMPLES]
-    known = [row[key] for row in record.train if row.get(key) is not None and row[SAMPLES] > (1 - _WINDOW) * end]
+    begin = record.train[-1][SAMPLES] - _WINDOW * record.samples_trained
+    known = [row[key] for row in record.train if row.get(key) is not None and row[SAMPLES] > begin]
     return sum(known) / len(known) if known else None
 
 
@@ -190,7 +190,7 @@ def _found(record: RunRecord, target: compare.Target | None) -> dict[str, str]:
         needed = compare.effort(record, target)
         entries |= {
             "Steps to the target": f"{needed.steps:,.0f}",
-            "Samples to the target": f"{needed.samples:,.0f}",
+            "Samples to the target": f"{needed.trained:,.0f}",
             "Time to the target": "not timed" if needed.wall_s is None else duration(needed.wall_s),
         }
     return entries

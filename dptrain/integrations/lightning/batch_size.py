@@ -13,6 +13,7 @@ from dptrain.control.settings import ControlConfig
 from dptrain.errors import ConfigError
 from dptrain.integrations import batch_adapter as adapter
 from dptrain.integrations.lightning.monitor import NoiseScaleMonitor
+from dptrain.integrations.lightning.samples import PlannedSamples
 from dptrain.integrations.sample_schedule import SampleSchedule
 
 
@@ -59,6 +60,7 @@ class BatchAdapter(NoiseScaleMonitor):
         **options: Any,  # noqa: ANN401 - those of the monitor, which names their types
     ) -> None:
         super().__init__(**{"every": 1, **options})
+        self._samples = PlannedSamples(micro_batch_size)
         self._settings: dict[str, Any] = {
             "micro_batch_size": micro_batch_size,
             "control": control,
@@ -89,6 +91,7 @@ class BatchAdapter(NoiseScaleMonitor):
         if self._saved_adapter is not None:
             self.adapter.load_state_dict(self._saved_adapter)
             self._schedule.restore(self._saved_adapter.get("schedule", ()))
+            self._saved_adapter = None  # a second fit begins anew, as its meter does
         done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         trainer.accumulate_grad_batches = _Window(self.adapter.accumulation_steps, first=done)
 

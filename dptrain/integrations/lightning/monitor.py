@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.data import extract_batch_size
 from torch.optim import Optimizer
 
 from dptrain.errors import ObservationError
+from dptrain.integrations.lightning.samples import BatchSamples
 from dptrain.observe import Meter, Reading
 from dptrain.observe.build import Options, build_meter
 from dptrain.observe.hooks.wrapping import identify
@@ -22,7 +23,8 @@ class NoiseScaleMonitor(Callback):
 
     Args:
         loss: whether the loss is the mean or the sum over the samples.
-        micro_batch_size: samples in a batch; by default what Lightning finds in it.
+        micro_batch_size: samples in a batch, or a function of the batch that returns them; by default the first
+            dimension that all its tensors share, which must not contradict the data loader's batch size.
         options: those of `dptrain.attach` that say what is measured and how: `method`, `groups`, `geometry` (with
             `optimizers`), `every`, `budget`, `comm_hook`, `smoothing`, `level`, `population`.
 
@@ -34,10 +36,10 @@ class NoiseScaleMonitor(Callback):
         self,
         *,
         loss: Literal["mean", "sum"] = "mean",
-        micro_batch_size: int | None = None,
+        micro_batch_size: int | Callable[[Any], int] | None = None,
         **options: Any,  # noqa: ANN401 - those of attach, which names their types
     ) -> None:
-        self._summed, self._micro_batch_size = loss == "sum", micro_batch_size
+        self._summed, self._samples = loss == "sum", BatchSamples(micro_batch_size)
         self._options = options
         self._saved: dict[str, Any] | None = None
         self._micro_steps = 0
@@ -53,10 +55,10 @@ class NoiseScaleMonitor(Callback):
         if self._saved is not None:
             self._restore(self._saved)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401, ARG002 - Lightning's signature
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401 - Lightning's signature
         """Announce a micro-batch."""
         assert self.meter is not None
-        num_samples = self._micro_batch_size or (extract_batch_size(batch) if self.meter.measuring else 1)
+        num_samples = self._samples.of(batch, trainer, pl_module, batch_idx) if self.meter.measuring else 1
         self.meter.begin(num_samples=num_samples, weight=num_samples if self._summed else None)
         self._micro_steps += 1
 
@@ -109,7 +111,7 @@ def _refuse(trainer: Trainer, pl_module: LightningModule) -> None:
     if not pl_module.automatic_optimization:
         raise ObservationError(
             "with manual optimization Lightning does not know which backward passes belong to a step: measure "
-            "with dptrain.attach in your training_step"
+            "with dptrain.attach(model, optimizer=self.optimizers()) in on_train_start"
         )
     # By exact type: DeepSpeed's and XLA's strategies derive from these two, and reduce gradients in their own way.
     if type(trainer.strategy) not in (DDPStrategy, SingleDeviceStrategy, ModelParallelStrategy):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,8 +11,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from dptrain.errors import ObservationError
-from dptrain.integrations.transformers.tokens import token_share
+from dptrain.errors import CheckpointError, ObservationError
+from dptrain.integrations.transformers.rows import REMEDY, RowCheck
+from dptrain.integrations.transformers.tokens import TokenShares
 from dptrain.noise import Smoothing
 from dptrain.observe import Meter, Reading
 from dptrain.observe.build import Options, build_meter
@@ -28,8 +30,8 @@ class NoiseScaleMonitor(TrainerCallback, ExportableState):
     `NoiseScaleMonitor().add_to(trainer)` instead.
 
     It measures under DDP and in one process. Where the Trainer normalises the loss by the tokens of all replicas,
-    micro-batches are weighted by theirs, and a sample is a sequence all the same. A loss from `compute_loss_func`
-    or an overridden `compute_loss` is taken to weight micro-batches equally.
+    micro-batches are weighted by theirs, and a sample is a sequence all the same, also where several are packed into
+    a row. A loss from `compute_loss_func` or an overridden `compute_loss` is taken to weight micro-batches equally.
 
     Args:
         every: measure each such step; by default the meter chooses by what measuring costs.
@@ -41,7 +43,8 @@ class NoiseScaleMonitor(TrainerCallback, ExportableState):
         loss: whether the loss is the mean or the sum over the sequences, where the Trainer does not count tokens.
         groups: see `dptrain.attach`; of the forms that JSON holds.
         geometry: the norm, see `dptrain.attach`.
-        micro_batch_size: sequences in a micro-batch; by default the first dimension of the model's inputs.
+        micro_batch_size: samples in a micro-batch; by default the first dimension of the model's inputs, or the
+            sequences that are packed into them. Needed where a sample is several rows, such as a pair of DPO.
 
     Raises:
         ObservationError: when training begins, where the meter could not be right.
@@ -74,7 +77,9 @@ class NoiseScaleMonitor(TrainerCallback, ExportableState):
             "level": level,
             "population": population,
         }
-        self._weight_factor = 1
+        self._shares = TokenShares()
+        self._rows: RowCheck | None = None
+        self._accumulation_steps = 1
         self.meter: Meter | None = None
 
     def add_to(self, trainer: Any) -> None:  # noqa: ANN401 - any Trainer
@@ -104,14 +109,26 @@ class NoiseScaleMonitor(TrainerCallback, ExportableState):
                 population=given["population"],
             ),
         )
-        self._weight_factor = args.world_size if args.average_tokens_across_devices else 1
+        self._shares = TokenShares(args)
+        self._accumulation_steps = args.gradient_accumulation_steps
+        first_is_full = state.global_step == 0 and _num_batches(kwargs["train_dataloader"]) > 1
+        self._rows = RowCheck(args, first_is_full=first_is_full)
         handle = model.register_forward_hook(self._on_forward, with_kwargs=True)
         self.meter.on_remove(handle.remove)
-        # The Trainer expects an entry of each callback's in a state that it has loaded.
         states: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]  # it lists them only at first
-        saved = states.setdefault(type(self).__name__, self.state())["attributes"]["record"]
-        if saved is not None:
+        saved = self._saved_record(states)
+        # At the first step the entry is what this object held when training began: of a run before, if any.
+        if state.global_step > 0 and saved is not None:
             self._restore(saved)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:  # noqa: ARG002 - the Trainer's signature
+        """Keep the latest entry of each of several monitors: the Trainer adds one at each checkpoint."""
+        states: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]  # as above
+        entries = states[type(self).__name__]
+        if isinstance(entries, list):
+            later = [[other["args"] for other in entries[number + 1 :]] for number in range(len(entries))]
+            kept = [entry for entry, others in zip(entries, later, strict=True) if entry["args"] not in others]
+            states[type(self).__name__] = kept
 
     def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
         """Close the step. The gradients are unscaled and clipped by now: the meter finds the factor."""
@@ -140,12 +157,29 @@ class NoiseScaleMonitor(TrainerCallback, ExportableState):
         if not self.meter.measuring:
             self.meter.count_forward()
             return
-        share = token_share(model, kwargs)
-        num_samples = self._arguments["micro_batch_size"] or batch_size(None, (), kwargs)
+        num_samples = self._num_samples(kwargs)
+        share = self._shares.of(model, kwargs, micro_steps=self._planned_micro_steps())
         if share is not None:
-            self.meter.begin(num_samples=num_samples, weight=share * self._weight_factor)
+            self.meter.begin(num_samples=num_samples, weight=share)
         else:
             self.meter.begin(num_samples=num_samples, weight=num_samples if self._arguments["loss"] == "sum" else None)
+
+    def _num_samples(self, inputs: Mapping[str, Any]) -> float:
+        """Return the samples of a micro-batch.
+
+        Raises:
+            ObservationError: where the inputs do not say them, or speak against the data loader's.
+        """
+        given: int | None = self._arguments["micro_batch_size"]
+        if given is not None:
+            return given
+        num_samples = batch_size(None, (), inputs, remedy=REMEDY)
+        assert self._rows is not None
+        self._rows.check(inputs, num_samples=num_samples)
+        return num_samples
+
+    def _planned_micro_steps(self) -> int:
+        return self._accumulation_steps
 
     # State
 
@@ -158,6 +192,28 @@ class NoiseScaleMonitor(TrainerCallback, ExportableState):
         """Return what the Trainer's checkpoint must hold."""
         return {"args": self._arguments, "attributes": {"record": self._record()}}
 
+    def _saved_record(self, states: dict[str, Any]) -> dict[str, Any] | None:
+        """Return what a loaded state holds of this object; of several monitors' entries the one with its arguments.
+
+        Raises:
+            CheckpointError: where there are several, and none is this one's.
+        """
+        # The Trainer expects an entry of each callback's when it saves; to a list it appends, one for each.
+        entries = states.setdefault(type(self).__name__, [])
+        if not isinstance(entries, list):
+            record: dict[str, Any] | None = entries["attributes"]["record"]
+            return record
+        if not entries:
+            return None
+        own = [entry for entry in entries if entry["args"] == self._arguments]
+        if not own:
+            raise CheckpointError(
+                f"the checkpoint has the states of several {type(self).__name__}, none with the arguments of this one: "
+                "give them the arguments of the run that is resumed, or take this one out"
+            )
+        record = own[-1]["attributes"]["record"]
+        return record  # noqa: RET504 - its type is known by now
+
     def _record(self) -> dict[str, Any] | None:
         return None if self.meter is None else {"meter": self.meter.state_dict()}
 
@@ -168,6 +224,13 @@ class NoiseScaleMonitor(TrainerCallback, ExportableState):
     def _remove(self) -> None:
         if self.meter is not None:
             self.meter.remove()
+
+
+def _num_batches(loader: Any) -> float:  # noqa: ANN401 - any data loader
+    try:
+        return len(loader)
+    except TypeError:  # a stream, which nobody knows the end of
+        return math.inf
 
 
 def _refuse(args: TrainingArguments, model: nn.Module) -> None:

@@ -72,6 +72,12 @@ class BatchAdapterMixin(_Trainer):
         super().__init__(*args, **kwargs)
         if self.args.restore_callback_states_from_checkpoint:
             raise ConfigError("restore_callback_states_from_checkpoint would replace the meter: set it to False")
+        measured = (noise or {}).get("micro_batch_size")
+        if measured not in (None, self.args.train_batch_size):
+            raise ConfigError(
+                f"noise gives micro_batch_size={measured}, but the batch is counted in samples of the data set, "
+                f"{self.args.train_batch_size} in a micro-batch: leave it out, or give that number"
+            )
         self._settings: dict[str, Any] = {"control": control, "rule": rule, "max_samples": max_samples}
         self._first_window = self.args.gradient_accumulation_steps
         self.args = copy.copy(self.args)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch.optim import Optimizer
 from transformers import TrainerState, TrainingArguments
 
+from dptrain.errors import ObservationError
 from dptrain.integrations.batch_adapter import BatchAdapter
 from dptrain.integrations.transformers.callback import NoiseScaleMonitor
 from dptrain.observe import Meter
@@ -38,10 +39,12 @@ class WindowCallback(NoiseScaleMonitor):
         super().__init__(**options)
         self._trainer = trainer
         self._saved: Mapping[str, Any] | None = None
+        self._loaded = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's signature
         """Put the meter on the parameters, and let the learning rate follow the batch."""
         self._saved = None
+        self._loaded = args.train_batch_size
         super().on_train_begin(args, state, **kwargs)
         assert self.meter is not None
         optimizer = kwargs["optimizer"]
@@ -55,6 +58,20 @@ class WindowCallback(NoiseScaleMonitor):
         assert self._trainer.adapter is not None
         self._trainer.adapter.note(self.meter.read())
         super().on_pre_optimizer_step()
+
+    def _num_samples(self, inputs: Mapping[str, Any]) -> float:
+        num_samples = super()._num_samples(inputs)
+        if num_samples > self._loaded:
+            raise ObservationError(
+                f"a micro-batch has {num_samples} sequences, packed into {self._loaded} samples of the data set, in "
+                f"which the batch is counted: give noise={{'micro_batch_size': {self._loaded}}}, so that the noise "
+                "scale is counted in them too"
+            )
+        return num_samples
+
+    def _planned_micro_steps(self) -> int:
+        assert self._trainer.adapter is not None
+        return self._trainer.adapter.accumulation_steps
 
     def on_step_end(self, *_: object, **__: object) -> None:
         """Hand over to the Trainer."""

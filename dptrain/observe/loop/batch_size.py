@@ -19,16 +19,25 @@ MicroBatchSize = int | Callable[..., int]
 
 _REMEDY = "give attach(..., micro_batch_size=), a number or a function of the model's arguments"
 _SEQUENCE_NAMES = ("input_ids", "inputs_embeds", "input_values", "input_features")
-"""Arguments of transformers' models whose first dimension is always the batch, whatever else they are given."""
+"""Arguments of transformers' models whose first dimension is the batch, or rows of packed sequences."""
 
 
-def batch_size(given: MicroBatchSize | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+class _DoubtError(Exception):
+    """The inputs do not say the batch size; the remedy depends on what the user called."""
+
+
+def batch_size(
+    given: MicroBatchSize | None, args: Sequence[Any], kwargs: Mapping[str, Any], *, remedy: str = _REMEDY
+) -> float:
     """Return the samples of one forward pass.
+
+    Sequences that lie one behind the other in a row (packed, padding-free) are counted one by one.
 
     Args:
         given: what the user said, or None to look at the inputs.
         args: of the model.
         kwargs: of the model.
+        remedy: what an error tells the user to give.
 
     Raises:
         ObservationError: where the inputs do not say it without doubt, or the function gives no positive number.
@@ -44,17 +53,78 @@ def batch_size(given: MicroBatchSize | None, args: Sequence[Any], kwargs: Mappin
                 "arguments and must return the samples of the micro-batch"
             ) from error
         return checked_size(size, given_by="the function micro_batch_size")
+    return packed_sequences(args, kwargs) or num_rows(args, kwargs, remedy=remedy)
+
+
+def num_rows(args: Sequence[Any], kwargs: Mapping[str, Any], *, remedy: str = _REMEDY) -> int:
+    """Return the first dimension that the inputs of one forward pass share, however many sequences a row holds.
+
+    Args:
+        args: of the model.
+        kwargs: of the model.
+        remedy: what an error tells the user to give.
+
+    Raises:
+        ObservationError: where they do not say it without doubt.
+    """
+    try:
+        return _num_rows(args, kwargs)
+    except _DoubtError as doubt:
+        raise ObservationError(f"{doubt}: {remedy}") from None
+
+
+def _num_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     named = [value for key, value in _named(args, kwargs) if key in _SEQUENCE_NAMES and isinstance(value, Tensor)]
     looked_at: list[Any] = [*named] or [list(args), dict(kwargs)]
     sizes = [size for value in looked_at for size in _sizes(value, top=True)]
     if not sizes:
-        raise ObservationError(f"the model was called without a tensor, so its batch size is unknown: {_REMEDY}")
+        raise _DoubtError("the model was called without a tensor, so its batch size is unknown")
     if len(set(sizes)) > 1:
-        raise ObservationError(
+        raise _DoubtError(
             f"the model's inputs have different first dimensions ({', '.join(map(str, sizes[:6]))}), so the batch size "
-            f"is ambiguous: {_REMEDY}"
+            "is ambiguous"
         )
     return sizes[0]
+
+
+def packed_sequences(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """Return the number of sequences in rows that hold several of them; None where each row is one sample.
+
+    Such rows come with what keeps their sequences apart: `cu_seq_lens_q` (their ends), `seq_idx` (their numbers), or
+    `position_ids` that begin anew without an attention mask. A sequence of one token is padding of the row, or
+    predicts nothing, and does not count. Where these tensors are on a device, the host waits for it.
+
+    Args:
+        args: of the model.
+        kwargs: of the model.
+    """
+    named = {key: value for key, value in _named(args, kwargs) if isinstance(value, Tensor) and value.dim() > 0}
+    if "cu_seq_lens_q" in named:
+        return max(int((named["cu_seq_lens_q"].diff() > 1).sum()), 1)
+    # A model that is given a mask takes a row for one sequence, and positions may begin anew after its padding.
+    if "position_ids" in named and "attention_mask" not in named and not named["position_ids"].is_nested:
+        positions = named["position_ids"]
+        positions = positions[0] if positions.dim() > 2 else positions.view(-1, positions.size(-1))  # noqa: PLR2004 - several axes, as of images
+        num, rows = _sequences(positions == positions.amin(dim=-1, keepdim=True)), positions.size(0)
+        if num > rows:
+            inputs = [*(named[key] for key in _SEQUENCE_NAMES if key in named), *args]
+            return num if rows > 1 else num * _first_dimension(inputs)  # one row of positions serves all
+    if "seq_idx" in named:
+        numbers = named["seq_idx"].view(-1, named["seq_idx"].size(-1))
+        num = _sequences(nn.functional.pad(numbers.diff() != 0, (1, 0)) & (numbers >= 0))
+        return num if num > numbers.size(0) else None
+    return None
+
+
+def _sequences(begins: Tensor) -> int:
+    """Return how many sequences of more than one token begin in rows of tokens; a row begins with one."""
+    begins = begins.clone()
+    begins[:, :1] = True
+    return int((begins[:, :-1] & ~begins[:, 1:]).sum())
+
+
+def _first_dimension(inputs: Iterable[object]) -> int:
+    return next((value.size(0) for value in inputs if isinstance(value, Tensor) and value.dim() > 1), 1)
 
 
 def _named(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -95,18 +165,15 @@ def _refuse_samples(value: object, items: list[Any]) -> None:
 
     That is so for tensors of one rank (a list of images), and for records of one sample each (detectron2's list of
     dicts).
-
-    Raises:
-        ObservationError: with the remedy.
     """
     tensors = [item for item in items if isinstance(item, Tensor)]
     alike = len({item.dim() for item in tensors}) == 1
     records = sum(isinstance(item, Mapping) and any(map(_holds_tensors, item.values())) for item in items)
     if (tensors and alike) or records:
         kind = "tensors" if tensors else "records"
-        raise ObservationError(
+        raise _DoubtError(
             f"the model was called with a {type(value).__name__} of {len(tensors) or records} {kind}, whose length or "
-            f"whose first dimension may be the batch size: {_REMEDY}"
+            "whose first dimension may be the batch size"
         )
 
 
@@ -126,9 +193,10 @@ def refuse_second_dimension(
     """
     begins = {tensor.size(0) for tensor in outputs if tensor.dim() > 0}
     begins.discard(1)  # a loss of one element begins so too, see `output_is_in_doubt`
-    if not begins or num_samples in begins:
+    inputs = list(_dense([list(args), dict(kwargs)]))
+    if not begins or num_samples in begins or _are_packed(inputs, num_samples=num_samples):
         return
-    seconds = {tensor.size(1) for tensor in _dense([list(args), dict(kwargs)]) if tensor.dim() > 1}
+    seconds = {tensor.size(1) for tensor in inputs if tensor.dim() > 1}
     if begins & seconds:
         raise ObservationError(
             f"the inputs begin with {num_samples} and the output with {min(begins & seconds)}, the inputs' second "
@@ -152,7 +220,7 @@ def output_is_in_doubt(
         num_samples: first dimension of the inputs.
     """
     inputs = list(_dense([list(args), dict(kwargs)]))
-    if not outputs or not inputs or _say_the_batch(args, kwargs):
+    if not outputs or not inputs or _say_the_batch(args, kwargs) or _are_packed(inputs, num_samples=num_samples):
         return False
     # Of several inputs that agree, one element is the loss too; of a single input it may be what one sample gives.
     if any(tensor.dim() == 0 or (tensor.shape == (1,) and len(inputs) > 1) for tensor in outputs):
@@ -176,6 +244,12 @@ def _say_the_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return any(isinstance(x, PackedSequence) or (isinstance(x, Tensor) and x.is_nested) for x in values)
 
 
+def _are_packed(inputs: Iterable[Tensor], *, num_samples: float) -> bool:
+    """Whether the samples were counted within rows: then they are no first dimension, of the output neither."""
+    sizes = {tensor.size(0) for tensor in inputs if tensor.dim() > 0}
+    return num_samples > 1 and num_samples not in sizes
+
+
 def _dense(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if not value.is_nested:
@@ -191,8 +265,12 @@ def _holds_tensors(value: object) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(_holds_tensors, value)))
 
 
-def refuse_time_first(model: nn.Module) -> None:
+def refuse_time_first(model: nn.Module, *, remedy: str = _REMEDY) -> None:
     """Raise where a module of the model takes time, not samples, as its first dimension.
+
+    Args:
+        model: whose modules are looked at.
+        remedy: what the error tells the user to give.
 
     Raises:
         ObservationError: with the remedy.
@@ -201,5 +279,5 @@ def refuse_time_first(model: nn.Module) -> None:
         if isinstance(module, (nn.RNNBase, nn.Transformer, nn.MultiheadAttention)) and not module.batch_first:
             raise ObservationError(
                 f"{name or 'the model'} is a {type(module).__name__} with batch_first=False, so the first dimension of "
-                f"the inputs may be time: {_REMEDY}"
+                f"the inputs may be time: {remedy}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch.optim import LBFGS
@@ -32,7 +33,8 @@ def close_with_optimizer(meter: Meter, optimizer: Any) -> None:  # noqa: ANN401 
 
     def close(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # The first argument is the optimizer itself.
-        if len(args) > 1 or kwargs.get("closure") is not None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is not None and not _does_nothing(closure):
             raise ObservationError(
                 "the optimizer's closure runs its backward passes after the meter's step is closed: call step() "
                 "without a closure, or leave `optimizer` out of attach and call meter.step() yourself"
@@ -41,3 +43,11 @@ def close_with_optimizer(meter: Meter, optimizer: Any) -> None:  # noqa: ANN401 
 
     meter.expect_optimizer()
     meter.on_remove(optimizer.register_step_pre_hook(close).remove)
+
+
+def _does_nothing(closure: object) -> bool:
+    """Whether a closure is the empty one that Lightning hands on in manual optimization, where the user gave none."""
+    if isinstance(closure, functools.partial):  # its precision plugin wraps it, with the closure as an argument
+        return any(map(_does_nothing, closure.args))
+    module, name = getattr(closure, "__module__", None) or "", getattr(closure, "__name__", None)
+    return name == "do_nothing_closure" and module.endswith(".core.optimizer")

@@ -34,6 +34,11 @@ class ForwardPasses:
     def __bool__(self) -> bool:
         return self._num > 0
 
+    @property
+    def num(self) -> int:
+        """Passes since the last step was closed."""
+        return self._num
+
     def add(self, *, training: bool) -> None:
         """Count a forward pass, in training or in evaluation mode."""
         self._num += 1

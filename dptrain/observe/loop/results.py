@@ -12,6 +12,7 @@ from dptrain.observe.checks.duplicate_data_check import DuplicateDataCheck
 from dptrain.observe.checks.reasons import DropLog, why_no_number
 from dptrain.observe.estimate import Estimate, MeterState, from_record, to_record
 from dptrain.observe.geometry.dual import DualGeometry
+from dptrain.observe.loop.passes import ForwardPasses
 from dptrain.observe.reading import Reading
 
 
@@ -29,6 +30,8 @@ class MeterResults:
     @abstractmethod
     def geometry(self) -> str:
         """The norm."""
+
+    _passes: ForwardPasses
 
     def __init__(
         self,
@@ -73,6 +76,11 @@ class MeterResults:
     def reason(self) -> str | None:
         """Why there is no number, in a sentence with the remedy; None where there is one. Waits as `read` does."""
         return why_no_number(self.read(), self._drops)
+
+    @property
+    def num_passes(self) -> int:
+        """Forward passes with gradients since the last step was closed, measured or not."""
+        return self._passes.num
 
     @property
     def identical_ranks(self) -> tuple[tuple[int, ...], ...]:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from dptrain.config.execution import ExecutionConfig
+from dptrain.cost.flops import is_counting, recomputation
 from dptrain.errors import ConfigError
 from dptrain.exchange import Exchange
 from dptrain.models.expert_parallel import expert_shares
@@ -116,7 +117,14 @@ def wrap(
 
 def _checkpointed(block: nn.Module) -> None:
     # On the instance and not around it: the names of parameters stay as they are.
-    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    block.forward = functools.partial(_recomputed, block.forward)
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever a module takes
+    # The contexts only where they are needed: compiled code takes any such for a choice of what is kept.
+    if is_counting():
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=recomputation, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def _compile(model: nn.Module, blocks: list[nn.Module], *, execution: ExecutionConfig) -> None:

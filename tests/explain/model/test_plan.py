@@ -12,7 +12,7 @@ from dptrain.errors import ConfigError
 from dptrain.explain.model.hardware.devices import devices
 from dptrain.explain.model.plan import make_plan
 from dptrain.explain.model.planner import HALF_GAIN, LARGEST_ERROR, NO_GAIN
-from tests.ideal_runs import ideal_record
+from tests.ideal_runs import branch_of, ideal_record
 
 NUMBERS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 
@@ -78,6 +78,19 @@ def test_compute_by_both_methods_and_energy_are_those_of_the_ledger():
     assert point.compute.by_time == pytest.approx(1e12 * 0.33 * point.device_s)
     assert point.energy_j == pytest.approx(200 * point.device_s)
     assert plan.compute_of_run.disagreement > 1
+
+
+def test_a_run_that_branched_off_is_planned_from_there():
+    """A sample and a second cost what they cost in the whole run, and the plan says where it begins."""
+    record = ideal_record()
+    branch = branch_of(record, at=300)
+    plan = _plan(branch)
+    (point, *_) = plan.points
+    assert point.compute.by_count == pytest.approx(5e7 * point.samples)
+    assert plan.compute_of_run.by_count == pytest.approx(branch.train[-1]["ledger/flops"])
+    assert plan.samples_of_run <= branch.samples_trained
+    assert any(f"{branch.start:,.0f} samples on" in text for text in plan.warnings)
+    assert not any("of another" in text for text in _plan(record).warnings)
 
 
 def test_what_the_run_did_not_measure_is_not_planned():

@@ -9,7 +9,8 @@ import pytest
 
 from dptrain.errors import ConfigError
 from dptrain.explain.model.progress import HIGH, HISTORY, LOW, MEASURED, Assumption, course, loss_curve, needs
-from tests.ideal_runs import FALL, GROWTH, ideal_record, loss_at, steps_to
+from dptrain.explain.model.run_placement import position
+from tests.ideal_runs import FALL, GROWTH, branch_of, ideal_record, loss_at, steps_to
 
 ASSUMPTIONS = [MEASURED, LOW, HIGH, *HISTORY]
 
@@ -101,6 +102,29 @@ def test_a_run_may_say_how_often_the_noise_scale_counts():
     sgd = replace(record, config={"optimizer": {"name": "sgd"}})
     scales = [course(one, loss_curve(record)).noise_scales for one in (own, sgd)]
     np.testing.assert_allclose(scales[0], 5 * scales[1])
+
+
+def test_a_run_that_branched_off_counts_from_there(record):
+    """Steps and samples from there to a loss are the whole run's less those up to there; beyond it nothing is said."""
+    at = 200
+    branch = branch_of(record, at=at)
+    assert (branch.start, branch.samples_trained) == (
+        record.train[at - 1]["progress/samples"],
+        record.train[-1]["progress/samples"] - record.train[at - 1]["progress/samples"],
+    )
+    whole, own = (course(one, loss_curve(one)) for one in (record, branch))
+    np.testing.assert_allclose(own.progress, whole.progress[at:] - whole.progress[at - 1])
+    target = float(loss_curve(branch).losses[-5])
+    found, of_all = _needs(branch, target), _needs(record, target)
+    assert found.implied.min_steps == pytest.approx(of_all.implied.min_steps - float(whole.progress[at - 1]))
+    assert found.samples_of_run == pytest.approx(of_all.samples_of_run - branch.start)
+    placed, before = position(branch), position(record, up_to_samples=branch.start)
+    assert placed.samples == branch.samples_trained
+    assert placed.implied.min_samples == pytest.approx(
+        position(record).implied.min_samples - before.implied.min_samples
+    )
+    with pytest.raises(ConfigError, match=r"began after .* samples of another"):
+        _needs(branch, 0.8 * loss_curve(branch).lowest)
 
 
 def test_a_row_that_stands_still_counts_for_nothing():

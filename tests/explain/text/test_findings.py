@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -129,6 +131,17 @@ def test_a_constant_learning_rate_stayed():
         findings.about_learning_rate(_record({"train/lr": 0.1}, {"train/lr": 0.1})) == "The learning rate stayed at 0.1"
     )
     assert findings.about_learning_rate(_record({"train/lr": 0.1}, {"train/lr": 0.2})).endswith("rose from 0.1 to 0.2")
+
+
+def test_the_factor_of_the_rate_is_that_of_the_end():
+    """A rule that reads the noise scale moves it at a batch that stays; older logs tell it where it cannot move."""
+    move = {"progress/samples": 16, "batch/before": 16, "batch/after": 32, "lr_factor/after": 1.2}
+    told = _record({"train/lr": 0.1}, {"train/lr": 0.1, "batch/lr_factor": 1.35}, decisions=[move])
+    assert findings.about_learning_rate(told).endswith(" (scaling with the batch: ×1.35)")
+    older = _record({"train/lr": 0.1}, {"train/lr": 0.1}, decisions=[move])
+    for rule, factor in (("square_root", 1.2), ("root_gain", None), (None, None)):
+        text = findings.about_learning_rate(replace(older, config={"optimizer": {"rule": rule}}))
+        assert text.endswith("at 0.1" if factor is None else f" (scaling with the batch: ×{factor})")
 
 
 def test_a_fixed_batch_is_no_gain_and_a_moving_one_is_reported_against_it(tmp_path):

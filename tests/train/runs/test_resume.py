@@ -49,21 +49,21 @@ def test_the_run_is_worth_interrupting(whole):
 
 
 def test_killed_after_any_step_it_ends_the_same(whole, tmp_path):
-    """For each step a run that is killed in it, and resumed: same bits, no row lost, none twice, with any `keep`."""
+    """For every second step a run that is killed in it, and resumed: same bits, no row lost, none twice, with any `keep`."""
     num_steps = whole["summary"]["steps"]
     run_replicas(kill_each_step_once, world_size=2, args=(tmp_path, num_steps))
-    for step in range(1, num_steps + 1):
+    for step in range(1, num_steps + 1, 2):
         assert_same(result_of(tmp_path / str(step)), whole)
         kept = list((tmp_path / str(step) / "checkpoints").iterdir())
         assert len(kept) == keep_of(step)
 
 
 def keep_of(step):
-    return 1 if step % 2 else 3
+    return 1 if step % 4 == 1 else 3
 
 
 def kill_each_step_once(rank, world_size, folder, num_steps):
-    for step in range(1, num_steps + 1):
+    for step in range(1, num_steps + 1, 2):
         run, keep = Path(folder) / str(step), keep_of(step)
         with pytest.raises(Killed):
             attempt(run, kill_at=step, keep=keep)

@@ -9,7 +9,6 @@ from dptrain.cost.device_peaks import DEVICES, DeviceSpec, device_of
 from dptrain.errors import ConfigError
 from dptrain.explain.model.compute import UTILISATION
 from dptrain.explain.model.hardware.devices import LATENCY_S, AllReduce, Devices
-from dptrain.explain.record import SAMPLES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,10 +38,11 @@ _LINK_SHARE = 0.5
 """Of the link's peak, at the slow end of the range."""
 _BYTES = 4
 """Of a parameter, a gradient and each moment of Adam, in float32: what dptrain trains with by default."""
-_STATE_COPIES = 4
-"""Parameter, gradient, two moments."""
-_MOVED_IN_PASS, _MOVED_IN_STEP = 3, 7
-"""Copies of the parameters that cross the memory at least: forward, backward, gradient; Adam reads 4 and writes 3."""
+_TRAINED_COPIES = 3
+"""Gradient and two moments: of the parameters that are trained, beside each parameter itself."""
+_READ_IN_PASS, _WRITTEN_IN_PASS, _MOVED_IN_STEP = 2, 1, 7
+"""Copies that cross the memory at least: of the parameters, forward and backward; of those that are trained, the
+gradient, and in a step what Adam reads (4) and writes (3)."""
 _LARGER_MICRO_BATCHES = 64
 """Times the largest micro-batch that a CPU timed: GPUs are planned with larger ones."""
 _PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
@@ -186,7 +186,7 @@ def other_devices(
         precision: of the matrix products there, a field of `DeviceSpec`. None: that of the run, and for a run in
             float32 on a CPU the fastest of 16 bits.
         utilisation: share of the peak that is reached there; None to go by the run, or to assume one.
-        gradient_bytes: of one all-reduce; None for 4 bytes a parameter.
+        gradient_bytes: of one all-reduce; None for 4 bytes a parameter that is trained.
         gb_per_s: bandwidth of the all-reduce; None for the data sheet within a host, and an assumed network beyond.
         latency_s: of a hop.
 
@@ -202,11 +202,9 @@ def other_devices(
     if peak is None:
         has = ", ".join(other for other in _PRECISIONS if spec.flops_per_s(other))
         raise ConfigError(f"the {name} has no {chosen} (it has {has}): choose one with --precision")
-    num_parameters = record.facts.get("num_parameters")
-    if not isinstance(num_parameters, int | float) or num_parameters <= 0:
-        raise ConfigError(f"{record.name} does not tell its number of parameters: plan from a run of this version")
-    _refuse_too_large(num_parameters, spec, name=name)
-    gradient_bytes = gradient_bytes or _BYTES * num_parameters
+    sizes = _sizes(record)
+    _refuse_too_large(sizes, spec, name=name)
+    gradient_bytes = gradient_bytes or _BYTES * sizes.num_trained
     per_sample = _flops_per_sample(record)
     own_peak = _own_peak(record, own)
     if own is not None and own_peak is not None and utilisation is None:
@@ -214,7 +212,7 @@ def other_devices(
         shapes, micro = f"step times scaled from the {own}", here.micro_batch_sizes
     else:
         used = ASSUMED if utilisation is None else _given(utilisation)
-        speeds = _assumed(here, per_sample, used, spec=spec, peak=peak, num_parameters=num_parameters)
+        speeds = _assumed(here, per_sample, used, spec=spec, peak=peak, sizes=sizes)
         shapes, micro = (
             _host_text(speeds),
             (here.micro_batch_sizes[0], _LARGER_MICRO_BATCHES * here.micro_batch_sizes[1]),
@@ -278,18 +276,19 @@ def _host_text(speeds: Sequence[Speed]) -> str:
 
 
 def _assumed(
-    here: Devices, per_sample: float, used: Utilisation, *, spec: DeviceSpec, peak: float, num_parameters: float
+    here: Devices, per_sample: float, used: Utilisation, *, spec: DeviceSpec, peak: float, sizes: _Sizes
 ) -> tuple[Speed, ...]:
     """Return the times by counted FLOPs and assumptions: planned, fastest, slowest."""
-    moved_s = _BYTES * num_parameters / (1e9 * spec.memory_gb_per_s)
+    all_s, trained_s = (_BYTES * number / (1e9 * spec.memory_gb_per_s) for number in (sizes.num_all, sizes.num_trained))
+    pass_s = _READ_IN_PASS * all_s + _WRITTEN_IN_PASS * trained_s
     # The run's own host did it in less: its fixed cost has the same launches and more.
     model = here.model
     most_pass_s, most_step_s = (max(own, HOST_RANGE_S[0]) for own in (model.per_micro_batch_s, model.per_step_s))
     return tuple(
         Speed(
-            step_s=max(min(host_s, most_step_s), _MOVED_IN_STEP * moved_s),
+            step_s=max(min(host_s, most_step_s), _MOVED_IN_STEP * trained_s),
             pass_s=0.0,
-            floor_s=max(min(host_s, most_pass_s), _MOVED_IN_PASS * moved_s),
+            floor_s=max(min(host_s, most_pass_s), pass_s),
             sample_s=per_sample / (peak * share),
             host_gb_per_s=link * spec.link_gb_per_s,
             network_gb_per_s=network,
@@ -346,13 +345,31 @@ def _precision(record: RunRecord, spec: DeviceSpec, *, asked: str | None) -> str
     return found
 
 
-def _refuse_too_large(num_parameters: float, spec: DeviceSpec, *, name: str) -> None:
-    needed_gb = _STATE_COPIES * _BYTES * num_parameters / 1e9
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """Numbers of parameters: all, and those that are trained; the others have neither gradient nor moments."""
+
+    num_all: float
+    num_trained: float
+
+
+def _sizes(record: RunRecord) -> _Sizes:
+    num_all, num_trained = (record.facts.get(name) for name in ("num_parameters", "num_trained_parameters"))
+    if not isinstance(num_all, int | float) or num_all <= 0:
+        raise ConfigError(f"{record.name} does not tell its number of parameters: plan from a run of this version")
+    if not isinstance(num_trained, int | float) or not 0 < num_trained <= num_all:
+        num_trained = num_all
+    return _Sizes(num_all=num_all, num_trained=num_trained)
+
+
+def _refuse_too_large(sizes: _Sizes, spec: DeviceSpec, *, name: str) -> None:
+    needed_gb = _BYTES * (sizes.num_all + _TRAINED_COPIES * sizes.num_trained) / 1e9
     if needed_gb > spec.memory_gb:
+        frozen = f", {sizes.num_trained:,.0f} of them trained," if sizes.num_trained < sizes.num_all else ""
         raise ConfigError(
             f"a replica needs at least {needed_gb:,.0f} GB for weights, gradients and two moments of "
-            f"{num_parameters:,.0f} parameters in float32, and the {name} has {spec.memory_gb:g} GB: choose a device "
-            f"with more memory, or shard (execution.wrapper=fsdp), which plan does not model"
+            f"{sizes.num_all:,.0f} parameters{frozen} in float32, and the {name} has {spec.memory_gb:g} GB: choose a "
+            f"device with more memory, or shard (execution.wrapper=fsdp), which plan does not model"
         )
 
 
@@ -363,7 +380,7 @@ def _flops_per_sample(record: RunRecord) -> float:
             f"{record.name} did not count its FLOPs, without which another device cannot be planned for: plan without "
             f"--device, or from a run whose ledger has them"
         )
-    return float(flops) / float(record.train[-1][SAMPLES])
+    return float(flops) / record.samples_trained
 
 
 def _own_peak(record: RunRecord, own: str | None) -> float | None:

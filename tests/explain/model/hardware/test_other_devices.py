@@ -11,7 +11,7 @@ from dptrain.cost.device_peaks import DEVICES
 from dptrain.errors import ConfigError
 from dptrain.explain.model.hardware.devices import devices
 from dptrain.explain.model.hardware.other_devices import OtherDevices, other_devices
-from tests.ideal_runs import ideal_record
+from tests.ideal_runs import branch_of, ideal_record
 
 PARAMETERS = 1_000_000
 PER_SAMPLE = 5e7
@@ -44,6 +44,13 @@ def test_a_sample_takes_its_flops_over_the_share_of_the_peak():
     found = planned()
     assert found.seconds(shape(micro=2**20)) == pytest.approx(0.005 + 2 * 2**20 * 5e7 / (0.33 * 989.4e12))
     assert found.seconds(shape(micro=2**20)) == pytest.approx(0.3262, rel=1e-3)
+
+
+def test_a_sample_of_a_run_that_branched_off_takes_as_long():
+    """Its FLOPs are divided by the samples that they were counted on."""
+    branch = branch_of(cpu_run(), at=300)
+    for one in (cpu_run(), branch):
+        assert planned(one).planned.sample_s == pytest.approx(PER_SAMPLE / (0.33 * 989.4e12))
 
 
 def test_a_small_pass_takes_its_launches():
@@ -80,6 +87,17 @@ def test_a_step_moves_its_parameters_through_the_memory():
     """10^9 parameters in float32 are 4 GB: seven times through 300 GB/s for Adam, three times a pass."""
     found = planned(cpu_run(num_parameters=10**9), name="L4")
     assert found.seconds(shape()) == pytest.approx((7 + 2 * 3) * 4e9 / 300e9, rel=1e-6)
+
+
+def test_frozen_parameters_are_read_and_nothing_more():
+    """5·10^9 parameters of which 10^9 are trained: 20 + 3 × 4 GB; twice 20 and 4 GB a pass, seven times 4 GB a step."""
+    record = cpu_run(num_parameters=5 * 10**9, num_trained_parameters=10**9)
+    found = planned(record, name="L40S")
+    rate = 1e9 * DEVICES["L40S"].memory_gb_per_s
+    assert found.seconds(shape()) == pytest.approx((7 * 4e9 + 2 * (2 * 20e9 + 4e9)) / rate, rel=1e-6)
+    assert found.gradient_bytes == 4e9
+    with pytest.raises(ConfigError, match=r"at least 32 GB .* 5,000,000,000 parameters, 1,000,000,000 of them trained"):
+        planned(record, name="L4")
 
 
 def test_the_range_encloses_the_plan():
