@@ -2,7 +2,8 @@
 # Start this node's replicas with torchrun. Every node of a run gets the same command but for NODE_RANK.
 #
 # Who runs it: a person on each machine, or any scheduler that starts one command per machine.
-# What to change: nothing here; the variables below. Arguments go to `dptrain train` unchanged.
+# What to change: nothing here; the variables below. Arguments go to `dptrain train` unchanged. The exit code is that of
+# the replica that failed first.
 # What was run for real: one node, two nodes, and one to two nodes with a node that joins, on loopback with gloo
 # (tests/launch). Not run: NCCL on GPUs.
 #
@@ -72,4 +73,5 @@ if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
   export OMP_NUM_THREADS=$((cores > NPROC ? cores / NPROC : 1))
 fi
 
-exec torchrun "${rendezvous[@]}" --nproc-per-node "$NPROC" -m dptrain "${COMMAND:-train}" "$@"
+# torchrun itself ends with 1 whatever happened; this is torchrun with the exit code of the replica that failed first.
+exec python -m dptrain.runtime.hosts.torchrun "${rendezvous[@]}" --nproc-per-node "$NPROC" -m dptrain "${COMMAND:-train}" "$@"

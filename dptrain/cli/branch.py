@@ -17,7 +17,7 @@ from rich.table import Table
 
 from dptrain.checkpoint.store import load_checkpoint
 from dptrain.cli.settings import parse
-from dptrain.config.built import betas, learning_rate_schedule, weight_decay
+from dptrain.config.built import beta_scaling, decay_factor, learning_rate_schedule
 from dptrain.config.filled_in import as_saved, given
 from dptrain.config.resume_check import UNTRAINED
 from dptrain.config.settings_file import build_config, read_settings
@@ -156,8 +156,9 @@ def _trunk(path: Path, *, row: Mapping[str, Any], config: TrainConfig) -> Trunk:
     position, batch = progress["position"], progress["global_batch_size"]
     optimizer, factor = config.optimizer, progress["learning_rate_factor"]
     rate = given(optimizer.learning_rate) * learning_rate_schedule(config).factor(position + batch)
-    scaled = betas(config, batch=batch)
-    decay = weight_decay(config, batch=batch, rate_factor=factor)
+    scaling = beta_scaling(config, batch=batch)
+    scaled = None if scaling is None else scaling.scaled((optimizer.beta1, optimizer.beta2))
+    decay = decay_factor(config, batch=batch, rate_factor=factor)
     return Trunk(
         path=path,
         step=checkpoint.step,
@@ -165,7 +166,7 @@ def _trunk(path: Path, *, row: Mapping[str, Any], config: TrainConfig) -> Trunk:
         global_batch_size=batch,
         learning_rate=rate * factor,
         betas=(optimizer.beta1, optimizer.beta2) if scaled is None else (scaled.beta1, scaled.beta2),
-        weight_decay=optimizer.weight_decay if decay is None else decay,
+        weight_decay=optimizer.weight_decay * (1.0 if decay is None else decay),
         noise_scale={name: row.get(f"noise_scale/{name}") for name in ("value", "lower", "upper")},
     )
 

@@ -26,6 +26,7 @@ from dptrain.config.settings_file import (
     settings_text,
     value_in,
 )
+from dptrain.config.tokens import IN_SAMPLES
 from dptrain.config.train_config import TrainConfig
 from dptrain.error_text import shown
 from dptrain.errors import ConfigError, DptrainError
@@ -52,7 +53,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, Namespace]:
     arguments = with_numbers(arguments, types={**types, "replicas": int, "max_restarts": int})
     settings: dict[str, Any] = {}
     for path in _settings_files(arguments):
-        settings = _merged(settings, read_settings(path))
+        settings = _replaced(settings, read_settings(path))
     try:
         # Without defaults: only what was given. The files do not go through here, because the parser is lenient.
         parsed = parser.parse_args(arguments, defaults=False, env=False)
@@ -60,9 +61,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, Namespace]:
         raise ConfigError(_sentence(str(error), known=known)) from None
     given = parsed.as_dict()
     groups = {name.partition(".")[0] for name in types}
-    if set(LENGTHS) & given.keys():  # the command line wins, whichever of them it says
-        settings = {name: value for name, value in settings.items() if name not in LENGTHS}
-    config = build_config(_merged(settings, {name: value for name, value in given.items() if name in groups}))
+    config = build_config(_replaced(settings, {name: value for name, value in given.items() if name in groups}))
     refuse_secrets(config)
     if given.get("print_config"):
         _print_config(config)
@@ -141,6 +140,32 @@ def _values(option: str, arguments: Sequence[str]) -> list[str]:
         for argument, value in pairwise([*arguments, ""])
         if argument == option or argument.startswith(f"{option}=")
     ]
+
+
+_SAME = LENGTHS, *IN_SAMPLES.items()
+"""Names of settings that say the same thing in other units: whichever of them comes last is meant."""
+
+
+def _replaced(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tree in which the later one wins, also over what the earlier one says in another unit.
+
+    A run's own `config.yaml` holds all settings in samples, whatever they were given in.
+    """
+    left = {name: dict(value) if isinstance(value, dict) else value for name, value in before.items()}
+    for names in _SAME:
+        for name in names if any(_value(after, name) is not None for name in names) else ():
+            group, _, last = name.rpartition(".")
+            within = left.get(group) if group else left
+            if isinstance(within, dict):
+                within.pop(last, None)
+    return _merged(left, after)
+
+
+def _value(settings: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401 - of any setting
+    found: Any = settings
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
 
 
 def _merged(

@@ -24,6 +24,8 @@ from dptrain.tracking.row_text import spelled
 from dptrain.tracking.run_folder import check_not_in_use, default_run_dir, write_config
 
 if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
     from dptrain.runtime.hosts.peer_inquiry import PeerInquiry
     from dptrain.train import Trainer
 
@@ -40,8 +42,7 @@ def train(arguments: Sequence[str]) -> int:
     if options.resume and config.run_dir is None:
         raise ConfigError("--resume needs --run-dir, the folder of the run to continue")
     if is_replica():
-        if options.replicas is not None:
-            raise ConfigError("--replicas has no meaning under a launcher, which has started the replicas already")
+        _refuse_options_of_launcher(options)
         return _train_here(config, resume=options.resume, allow_fresh=options.allow_fresh)
     refuse_in_many_tasks()
     # torch takes a second to load; without a device file there is nothing for it to count.
@@ -65,6 +66,23 @@ def train(arguments: Sequence[str]) -> int:
             grace_s=GRACE_S if options.grace is None else options.grace,
             fork=num_gpus == 0,
         )
+
+
+def _refuse_options_of_launcher(options: Namespace) -> None:
+    """Refuse what another launcher decides: it would be ignored."""
+    for name, instead in _OF_LAUNCHER.items():
+        if options[name] is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} has no meaning under a launcher, {instead}")
+
+
+_OF_LAUNCHER = {
+    "replicas": "which has started the replicas already: give it their number, as torchrun's --nproc-per-node",
+    "max_restarts": "which itself starts replicas again: give torchrun's own --max-restarts (MAX_RESTARTS with "
+    "launch/torchrun.sh)",
+    "grace": "which itself kills replicas that do not stop: DPTRAIN_GRACE_S in the environment is the seconds after "
+    "which a replica gives up by itself, a few less than the launcher waits",
+}
+"""Options of the launcher that `dptrain train` is by itself, and what to use under another one."""
 
 
 def _may_have_gpus() -> bool:

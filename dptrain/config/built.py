@@ -8,9 +8,10 @@ from typing import Any, cast
 from dptrain.config.batch_schedule import batch_schedule
 from dptrain.config.filled_in import given, largest_micro_batch_size
 from dptrain.config.learning_rate_schedule import FunctionSchedule, LearningRateSchedule, StaircaseSchedule
+from dptrain.config.scaling_rules import BetaScaling
 from dptrain.config.train_config import TrainConfig
 from dptrain.control import BatchSizeGrid, Controller, CriticalRatio, OnGrid
-from dptrain.control.batch_scaling import Betas, adam_betas, weight_decay_factor
+from dptrain.control.batch_scaling import weight_decay_factor
 from dptrain.control.contrib.kaplan import KaplanLaw
 from dptrain.control.contrib.pollux import PolluxLaw
 from dptrain.control.contrib.seesaw import SeesawLaw
@@ -112,24 +113,28 @@ def _schedule(config: TrainConfig) -> LearningRateSchedule:
     )
 
 
-def betas(config: TrainConfig, *, batch: int) -> Betas | None:
-    """Return Adam's betas for a batch; None where they stay as they are."""
+def beta_scaling(config: TrainConfig, *, batch: int) -> BetaScaling | None:
+    """Return how Adam's betas follow a batch; None where they stay as they are."""
     optimizer = config.optimizer
     if optimizer.beta_rule in (None, "none"):
         return None
-    tuned = (optimizer.beta1, optimizer.beta2)
-    return adam_betas(optimizer.beta_rule, tuned, batch=batch, reference_batch=given(optimizer.reference_batch_size))
+    return BetaScaling(rule=optimizer.beta_rule, batch=batch, reference_batch=given(optimizer.reference_batch_size))
 
 
-def weight_decay(config: TrainConfig, *, batch: int, rate_factor: float) -> float | None:
-    """Return the weight decay for a batch; None where it stays as it is."""
+def tuned_betas(config: TrainConfig) -> tuple[float, float]:
+    """Return the betas at the reference batch of all parameter groups that have none of their own."""
+    optimizer = config.optimizer
+    beta1, beta2 = optimizer.options.get("betas", (optimizer.beta1, optimizer.beta2))
+    return beta1, beta2
+
+
+def decay_factor(config: TrainConfig, *, batch: int, rate_factor: float) -> float | None:
+    """Return the factor on each parameter group's weight decay for a batch; None where they stay as they are."""
     optimizer = config.optimizer
     if optimizer.decay_rule in (None, "none"):
         return None
     reference = given(optimizer.reference_batch_size)
-    return optimizer.weight_decay * weight_decay_factor(
-        optimizer.decay_rule, batch=batch, reference_batch=reference, rate_factor=rate_factor
-    )
+    return weight_decay_factor(optimizer.decay_rule, batch=batch, reference_batch=reference, rate_factor=rate_factor)
 
 
 def measurement_interval(config: TrainConfig) -> MeasurementInterval:

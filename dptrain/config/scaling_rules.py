@@ -1,11 +1,12 @@
-"""Which rules of rate, betas and weight decay a run has: the defaults by optimizer, the preset, what goes together."""
+"""Which rules of rate, betas and decay a run has: defaults by optimizer, the preset, what goes together, at a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
-from dptrain.control.batch_scaling import BetaRuleName, DecayRuleName
+from dptrain.control.batch_scaling import BetaRuleName, Betas, DecayRuleName, adam_betas
 from dptrain.control.learning_rate import RuleName
 from dptrain.errors import ConfigError
 
@@ -27,6 +28,25 @@ _GO_WITH: Mapping[BetaRuleName, tuple[str, ...]] = {
 }
 """Rate rules that each beta rule goes with. `square_root` is one half of Malladi's rule and needs the other half, the
 root of the batch. `half_life` is for Adam, whose rate does not follow the batch in proportion."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BetaScaling:
+    """A beta rule at the batch in force; each parameter group has the betas that it was tuned with.
+
+    Attributes:
+        rule: which one.
+        batch: in force, in samples.
+        reference_batch: that the betas were tuned at, in samples.
+    """
+
+    rule: BetaRuleName
+    batch: int
+    reference_batch: int
+
+    def scaled(self, tuned: tuple[float, float]) -> Betas:
+        """Return the betas in force for a pair that was tuned at the reference batch."""
+        return adam_betas(self.rule, tuned, batch=self.batch, reference_batch=self.reference_batch)
 
 
 def check_scaling(*, rate: str, betas: BetaRuleName, decay: DecayRuleName) -> None:

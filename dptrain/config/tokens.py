@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,14 +11,12 @@ from dptrain.config.batch_schedule import converted
 from dptrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
 """The settings of a run, or a group of them."""
 
-_IN_SAMPLES = {
+IN_SAMPLES: Mapping[str, str] = {
     "max_tokens": "max_samples",
     "global_batch_tokens": "global_batch_size",
     "control.smallest_tokens": "control.smallest",
@@ -38,9 +37,9 @@ def check_units(config: DataclassInstance) -> None:
         ConfigError: naming both.
     """
     for name, tokens in _given(config):
-        samples = _value(config, _IN_SAMPLES[name])
+        samples = _value(config, IN_SAMPLES[name])
         if samples is not None:
-            raise ConfigError(f"{name}={tokens} and {_IN_SAMPLES[name]}={samples} are the same setting: leave one out")
+            raise ConfigError(f"{name}={tokens} and {IN_SAMPLES[name]}={samples} are the same setting: leave one out")
 
 
 def check_in_samples(config: DataclassInstance) -> None:
@@ -50,7 +49,7 @@ def check_in_samples(config: DataclassInstance) -> None:
         ConfigError: naming the first of them.
     """
     for name, tokens in _given(config):
-        raise ConfigError(f"{name}={tokens} can be used in `dptrain train` alone: give {_IN_SAMPLES[name]} here")
+        raise ConfigError(f"{name}={tokens} can be used in `dptrain train` alone: give {IN_SAMPLES[name]} here")
 
 
 def in_samples(config: Config, *, tokens_per_sample: int | None, task: str) -> Config:
@@ -68,10 +67,10 @@ def in_samples(config: Config, *, tokens_per_sample: int | None, task: str) -> C
         if tokens_per_sample is None:
             raise ConfigError(
                 f"{name}={tokens} counts in tokens, and task {task!r} does not say how many a sample has: give "
-                f"{_IN_SAMPLES[name]}, or tokens_per_sample in the task"
+                f"{IN_SAMPLES[name]}, or tokens_per_sample in the task"
             )
         group, _, field = name.rpartition(".")
-        counterpart = _IN_SAMPLES[name].rpartition(".")[2]
+        counterpart = IN_SAMPLES[name].rpartition(".")[2]
         rounded = partial(_rounded, tokens_per_sample=tokens_per_sample)
         changes = {field: None, counterpart: converted(tokens, rounded) if isinstance(tokens, str) else rounded(tokens)}
         config = replace(config, **({group: replace(getattr(config, group), **changes)} if group else changes))
@@ -84,7 +83,7 @@ def _rounded(tokens: int, *, tokens_per_sample: int) -> int:
 
 
 def _given(config: DataclassInstance) -> Iterator[tuple[str, int | str]]:
-    for name in _IN_SAMPLES:
+    for name in IN_SAMPLES:
         value = _value(config, name)
         if value is not None:
             yield name, value

@@ -398,9 +398,10 @@ def _check_law(config: TrainConfig) -> None:
         raise ConfigError(
             f"optimizer.decay_fraction is given, but optimizer.schedule is {optimizer.schedule}: it would be ignored"
         )
-    for written in (control.schedule, control.schedule_tokens):
-        if written is not None:
-            batch_schedule(written)
+    if control.schedule is not None:
+        batch_schedule(control.schedule)
+    if control.schedule_tokens is not None:
+        batch_schedule(control.schedule_tokens, unit="tokens")
 
 
 def _check_law_options(control: ControlConfig) -> None:

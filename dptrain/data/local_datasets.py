@@ -58,3 +58,24 @@ def check_columns(rows: Rows, *names: str, path: Path) -> None:
     for name in names:
         if name not in rows.column_names:
             raise ConfigError(f"{path} has no column {name!r}; its columns are {', '.join(rows.column_names)}")
+
+
+def read_classes(rows: tuple[Rows, Rows], column: str, *, path: Path) -> tuple[int, list[list[int]]]:
+    """Return the number of classes of training rows, and the class of each training and of each held-out row.
+
+    Raises:
+        ConfigError: where a row has no class, or one that the training rows have not.
+    """
+    values = [part[column] for part in rows]
+    for part, of_part in zip(("training", "held-out"), values, strict=True):
+        if (unknown := next((value for value in of_part if value is None or int(value) < 0), 0)) != 0:
+            raise ConfigError(
+                f"{path} has {part} rows without a class ({column}={unknown}): leave them out, or their whole split; "
+                f"held out is the split validation, else test, else the last rows of train"
+            )
+    labels = [[int(value) for value in of_part] for of_part in values]
+    names = getattr(rows[0].features[column], "names", None)
+    num_classes = len(names) if names else 1 + max(labels[0])
+    if (largest := max(map(max, labels))) >= num_classes:
+        raise ConfigError(f"{path} has a class {largest}, and its training rows have {num_classes} classes")
+    return num_classes, labels

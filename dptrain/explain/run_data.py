@@ -59,7 +59,7 @@ class RunData:
         try:
             import pyarrow as pa
         except ImportError as error:
-            raise ConfigError("to_arrow needs pyarrow: pip install 'dptrain[report]'") from error
+            raise ConfigError("to_arrow needs pyarrow: pip install 'dptrain[tasks]'") from error
         return pa.table(dict(self.metrics))
 
 

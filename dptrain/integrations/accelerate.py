@@ -174,6 +174,7 @@ class BatchAdapter(NoiseScaleMonitor):
             max_samples=max_samples,
         )
         self._schedule = SampleSchedule(reference_batch_size=self.adapter.global_batch_size)
+        self._plan_schedule(self.adapter.global_batch_size / self._schedule_calls)
         self.meter.on_remove(self._schedule.release)
 
     def step(self) -> Reading | None:
@@ -190,6 +191,17 @@ class BatchAdapter(NoiseScaleMonitor):
         self._apply()
         return reading
 
+    @property
+    def _schedule_calls(self) -> int:
+        """How often accelerate steps a schedule with each update: it counts an update as one for each process."""
+        one = self._accelerator
+        return 1 if one.split_batches or not one.step_scheduler_with_optimizer else one.num_processes
+
+    def _plan_schedule(self, samples_per_schedule_step: float) -> None:
+        """Have schedules advance with the samples as they did where the run began, however many processes there are."""
+        self._samples_per_schedule_step = samples_per_schedule_step
+        self._schedule.plan_for(samples_per_schedule_step * self._schedule_calls)
+
     def _apply(self) -> None:
         accumulation_steps = self.adapter.accumulation_steps
         if accumulation_steps != self._accelerator.gradient_accumulation_steps:
@@ -202,7 +214,12 @@ class BatchAdapter(NoiseScaleMonitor):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `accelerator.save_state` saves."""
-        return {**super().state_dict(), "adapter": self.adapter.state_dict(), "schedule": self._schedule.state()}
+        return {
+            **super().state_dict(),
+            "adapter": self.adapter.state_dict(),
+            "schedule": self._schedule.state(),
+            "samples_per_schedule_step": self._samples_per_schedule_step,
+        }
 
     def load_state_dict(self, record: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
@@ -210,6 +227,8 @@ class BatchAdapter(NoiseScaleMonitor):
         if "adapter" in record:
             self.adapter.load_state_dict(record["adapter"])
             self._schedule.restore(record.get("schedule", ()))
+            if "samples_per_schedule_step" in record:
+                self._plan_schedule(record["samples_per_schedule_step"])
         else:
             warnings.warn("the checkpoint has no adaptive batch: the batch begins with its first window", stacklevel=1)
         self._apply()

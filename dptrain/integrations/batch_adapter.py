@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 from torch import Tensor
@@ -102,12 +103,8 @@ class BatchAdapter:
         if exchange is not None and exchange.no_noise_scale is not None:
             kind = f"exchange.kind={exchange.name}"
             check_without_noise(control or ControlConfig(), rule, kind=kind, reason=exchange.no_noise_scale)
-        self._config = _config(self._plan, optimizer, control=control, rule=rule, max_samples=max_samples)
-        self._adapter = Adapter(
-            controller(self._config, world_size=self._world_size, quantum=self._quantum),
-            rule=RULES[given(self._config.optimizer.rule)],
-            reference_batch_size=self._plan.global_batch_size,
-        )
+        self._settings = partial(_config, optimizer=optimizer, control=control, rule=rule, max_samples=max_samples)
+        self._begin_from(self._plan)
         self._clock = _StepClock(meter) if self._config.control.law in _READS_CLOCK else None
         self._samples_seen = 0
         self._num_changes = 0
@@ -118,6 +115,27 @@ class BatchAdapter:
             meter.on_remove(scale_learning_rate(optimizer, lambda: self._rate_in_force))
         if exchange is not None and optimizer is not None:
             meter.on_remove(optimizer.register_step_post_hook(lambda *_: exchange.updated()).remove)
+
+    def _begin_from(self, first: BatchPlan) -> None:
+        """Decide by the settings of a run that began with this plan, on the replicas and micro-batches that there are.
+
+        The limits by default and the batch that the learning rate was tuned at are those of the plan, wherever the run
+        goes on.
+        """
+        self._first = first
+        self._config = replace(
+            self._settings(first), micro_batch_size=self._plan.micro_batch_size, layout_replicas=self._world_size
+        )
+        self._adapter = Adapter(
+            controller(self._config, world_size=self._world_size, quantum=self._quantum),
+            rule=RULES[given(self._config.optimizer.rule)],
+            reference_batch_size=first.global_batch_size,
+        )
+
+    @property
+    def reference_batch_size(self) -> int:
+        """Global batch that the optimizer's learning rate was tuned at: that of the run's first step, in samples."""
+        return self._first.global_batch_size
 
     @property
     def _quantum(self) -> int:
@@ -215,28 +233,38 @@ class BatchAdapter:
             "samples_seen": self._samples_seen,
             "num_changes": self._num_changes,
             "quantum": self._quantum,
+            "first_step": asdict(self._first),
             "step_times": None if self._clock is None else self._clock.state(),
         }
 
     def load_state_dict(self, record: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`; on other replicas the batch is kept, the accumulation steps follow.
 
+        The batch that the learning rate was tuned at stays that of the run's first step. A record of an earlier version
+        does not have it: then it is that of the first step as this adapter was built.
+
         Raises:
             CheckpointError: where the record is not one, or its batch cannot be laid out on these replicas.
+            ConfigError: where no batch within the limits can run on these replicas.
         """
         try:
             window, batch = Window(**record["window"]), record["quantum"] * record["window"]["accumulation_steps"]
-            self._adapter.restore(record["controller"])
-            self._samples_seen, self._num_changes = int(record["samples_seen"]), int(record["num_changes"])
-            if self._clock is not None and record["step_times"] is not None:
-                self._clock.restore(record["step_times"])
-        except (KeyError, TypeError) as error:
+            first = BatchPlan(**record["first_step"]) if "first_step" in record else self._first
+        except (KeyError, TypeError, ConfigError) as error:
             raise CheckpointError(f"not the state of a BatchAdapter: {error!r} is missing or wrong") from error
         if batch % self._quantum:
             raise CheckpointError(
                 f"the saved batch of {batch} is no multiple of micro-batch × world size = {self._quantum}: resume "
                 "on a number of replicas that divides it"
             )
+        self._begin_from(first)
+        try:
+            self._adapter.restore(record["controller"])
+            self._samples_seen, self._num_changes = int(record["samples_seen"]), int(record["num_changes"])
+            if self._clock is not None and record["step_times"] is not None:
+                self._clock.restore(record["step_times"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"not the state of a BatchAdapter: {error!r} is missing or wrong") from error
         self.window = replace(window, accumulation_steps=batch // self._quantum)
         self._rate_in_force = self.window.learning_rate_factor
 
@@ -322,7 +350,7 @@ def _config(
     rule: RuleName | None,
     max_samples: int | None,
 ) -> TrainConfig:
-    """Return the settings that `dptrain train` would have for this loop, filled in by the same rules."""
+    """Return the settings that `dptrain train` would have for a loop that begins so, filled in by the same rules."""
     kind: Literal["sgd", "adamw"] = "sgd" if isinstance(optimizer, SGD) else "adamw"
     config = TrainConfig(
         global_batch_size=plan.global_batch_size,

@@ -28,6 +28,10 @@ class SampleSchedule:
         self._carried: dict[int, float] = {}
         self._followed: list[LRScheduler] = []
 
+    def plan_for(self, reference_batch_size: float) -> None:
+        """Take another number of samples of a planned update, such as that of the run that is resumed."""
+        self._reference = reference_batch_size
+
     def note(self, num_samples: float) -> None:
         """Take the samples of the update that is being made, all replicas together."""
         self._num_samples = num_samples

@@ -333,7 +333,9 @@ def launcher_process() -> psutil.Process | None:
     return None
 
 
-_LAUNCHERS = frozenset({"torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate"})
+_LAUNCHERS = frozenset(
+    {"torchrun", "dptrain.runtime.hosts.torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate"}
+)
 _NUM_WORDS = 8  # of a command line, before the program that it starts
 
 

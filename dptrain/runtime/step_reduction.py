@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dptrain.config.scaling_rules import BetaScaling
 from dptrain.errors import AbortedError, DesyncError, DptrainError, PeerLostError
 from dptrain.observe import NUM_SIZES, PendingSum
 from dptrain.observe.measurement_interval import NUM_TIMINGS
@@ -99,8 +100,8 @@ class StepRecord:
         micro_batch_size: largest micro-batch in it.
         learning_rate: in force.
         wall_s: seconds of training when its work was handed to the device.
-        betas: Adam's, where they follow the batch.
-        weight_decay: where it follows the batch.
+        beta_scaling: of Adam's betas, where they follow the batch.
+        decay_factor: on the weight decay of each parameter group, where it follows the batch.
         learning_rate_factor: that the rule of the learning rate has in it.
     """
 
@@ -110,8 +111,8 @@ class StepRecord:
     micro_batch_size: int
     learning_rate: float
     wall_s: float
-    betas: tuple[float, float] | None = None
-    weight_decay: float | None = None
+    beta_scaling: BetaScaling | None = None
+    decay_factor: float | None = None
     learning_rate_factor: float = 1.0
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from dptrain.data.local_datasets import Rows, check_columns, load_splits
+from dptrain.data.local_datasets import Rows, check_columns, load_splits, read_classes
 from dptrain.data.token_files import Tokens, TokenWindows
 from dptrain.errors import ConfigError
 from dptrain.tasks.base import Suggestion, Task, loss_and_accuracy
@@ -61,7 +60,7 @@ def huggingface(
     folder, root = Path(model).expanduser(), Path(data).expanduser()
     config = _load_config(folder)
     rows = load_splits(root)
-    context = _context(context, config)
+    _check_context(context)
     if kind == "causal":
         return _causal(folder, config, rows=rows, root=root, context=context, pretrained=pretrained, text=text_column)
     return _classification(
@@ -76,20 +75,27 @@ def huggingface(
 
 
 def _causal(
-    folder: Path, config: Foreign, *, rows: tuple[Rows, Rows], root: Path, context: int, pretrained: bool, text: str
+    folder: Path,
+    config: Foreign,
+    *,
+    rows: tuple[Rows, Rows],
+    root: Path,
+    context: int | None,
+    pretrained: bool,
+    text: str,
 ) -> Task:
-    windows = []
-    for part in rows:
-        tokens = _token_row(part, folder=folder, root=root, text=text)
+    token_rows = [_token_row(part, folder=folder, root=root, text=text) for part in rows]
+    for tokens in token_rows:
         if len(tokens) and int(tokens.max()) >= config.vocab_size:
             raise ConfigError(
                 f"{root} holds the token {tokens.max()}, but the model's vocab_size is {config.vocab_size}"
             )
-        windows.append(TokenWindows([tokens], size=context + 1, stride=context))
-    train, held_out = windows
+    network = _build("AutoModelForCausalLM", folder, config, pretrained=pretrained)
+    context = _context(context, longest=_num_positions(network, config))
+    train, held_out = (TokenWindows([tokens], size=context + 1, stride=context) for tokens in token_rows)
     return Task(
         name=f"huggingface-{config.model_type}",
-        model=_build("AutoModelForCausalLM", folder, config, pretrained=pretrained),
+        model=network,
         train_data=train,
         eval_data=held_out.spread(max(1, _EVAL_TOKENS // context)),
         loss=causal_loss,
@@ -109,8 +115,7 @@ def causal_loss(model: nn.Module, windows: Tensor) -> Tensor:
 def _token_row(rows: Rows, *, folder: Path, root: Path, text: str) -> Tokens:
     """Return the tokens of all rows one after the other; texts are closed by the end-of-sequence token."""
     if "input_ids" in rows.column_names:
-        parts: Sequence[Any] = rows["input_ids"]
-        return np.concatenate([np.asarray(ids, dtype=np.int32) for ids in parts])
+        return _tokenised_row(rows, root=root)
     check_columns(rows, text, path=root)
     tokenizer = _tokenizer(folder)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -120,6 +125,37 @@ def _token_row(rows: Rows, *, folder: Path, root: Path, text: str) -> Tokens:
         for ids in tokenizer(batch[text], add_special_tokens=False, verbose=False)["input_ids"]
     ]
     return np.concatenate(found)
+
+
+def _tokenised_row(rows: Rows, *, root: Path) -> Tokens:
+    """Return the tokens of rows that a tokenizer has made; what fills a row up, by its mask, is no token."""
+    names = [name for name in ("attention_mask", "labels", *_PARTS_TRAINED) if name in rows.column_names]
+    found = []
+    for batch in rows.select_columns(["input_ids", *names]).iter(batch_size=1000):
+        for number, ids in enumerate(batch["input_ids"]):
+            row = np.asarray(ids, dtype=np.int32)
+            others = {name: np.asarray(batch[name][number]) for name in names}
+            mask = others.pop("attention_mask", np.ones_like(row))
+            for name, of_tokens in others.items():
+                _check_all_trained(row, name, of_tokens, mask=mask, root=root)
+            found.append(row[mask != 0])
+    return np.concatenate(found)
+
+
+_PARTS_TRAINED = ("completion_mask", "assistant_masks", "loss_mask")
+"""Columns by which other trainers leave tokens out of the loss."""
+
+
+def _check_all_trained(row: Tokens, name: str, of_tokens: NDArray[Any], *, mask: NDArray[Any], root: Path) -> None:
+    """Refuse rows of which other trainers would train a part of the tokens alone, or to predict something else."""
+    if of_tokens.shape != row.shape:  # such as one class for a row, of which a causal model has no use
+        return
+    expected = row if name == "labels" else 1
+    if ((of_tokens != expected) & (mask != 0)).any():
+        raise ConfigError(
+            f"the column {name!r} of {root} leaves tokens out of the loss or asks for others than input_ids, and kind="
+            f"causal trains on each next token: remove that column to train on all of them, or write a task of your own"
+        )
 
 
 class LabelledTexts(Dataset[dict[str, Tensor]]):
@@ -155,24 +191,27 @@ def _classification(
     *,
     rows: tuple[Rows, Rows],
     root: Path,
-    context: int,
+    context: int | None,
     pretrained: bool,
     columns: tuple[str, str],
 ) -> Task:
     text, label = columns
     for part in rows:
         check_columns(part, text, label, path=root)
-    names = getattr(rows[0].features[label], "names", None)
-    config.num_labels = len(names) if names else 1 + max(int(value) for value in rows[0][label])
+    config.num_labels, classes = read_classes(rows, label, path=root)
     tokenizer = _tokenizer(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     config.pad_token_id = tokenizer.pad_token_id
-    encoded = [_encoded(part, tokenizer, context=context, text=text, label=label) for part in rows]
-    train, held_out = encoded
+    network = _build("AutoModelForSequenceClassification", folder, config, pretrained=pretrained)
+    context = _context(context, longest=_num_positions(network, config), default=tokenizer.model_max_length)
+    train, held_out = (
+        _encoded(part, tokenizer, context=context, text=text, classes=of)
+        for part, of in zip(rows, classes, strict=True)
+    )
     return Task(
         name=f"huggingface-{config.model_type}",
-        model=_build("AutoModelForSequenceClassification", folder, config, pretrained=pretrained),
+        model=network,
         train_data=train,
         eval_data=held_out,
         loss=classification_loss,
@@ -193,14 +232,14 @@ def classification_figures(model: nn.Module, batch: dict[str, Tensor]) -> dict[s
     return loss_and_accuracy(logits.float(), batch["labels"])
 
 
-def _encoded(rows: Rows, tokenizer: Foreign, *, context: int, text: str, label: str) -> LabelledTexts:
+def _encoded(rows: Rows, tokenizer: Foreign, *, context: int, text: str, classes: list[int]) -> LabelledTexts:
     found = tokenizer(
         list(rows[text]), truncation=True, max_length=context, padding="longest", return_tensors="pt", verbose=False
     )
     return LabelledTexts(
         input_ids=found["input_ids"],
         attention_mask=found["attention_mask"],
-        labels=torch.tensor([int(value) for value in rows[label]]),
+        labels=torch.tensor(classes),
     )
 
 
@@ -252,13 +291,44 @@ def _has_weights(folder: Path) -> bool:
     return folder.is_dir() and any((folder / name).exists() for name in _WEIGHTS)
 
 
-def _context(context: int | None, config: Foreign) -> int:
-    longest = getattr(config, "max_position_embeddings", None) or _DEFAULT_CONTEXT
+def _check_context(context: int | None) -> None:
+    if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
+        raise ConfigError(f"context must be a whole number of tokens of at least 1, got {context!r}")
+
+
+def _context(context: int | None, *, longest: int | None, default: int = _DEFAULT_CONTEXT) -> int:
+    """Return the tokens that the model is given at most.
+
+    Args:
+        context: as it was asked for.
+        longest: positions that the model has, None for no limit.
+        default: what the tokenizer was made for.
+    """
     if context is None:
-        return min(longest, _DEFAULT_CONTEXT)
-    if isinstance(context, bool) or not isinstance(context, int) or not 1 <= context <= longest:
+        return min(_DEFAULT_CONTEXT, default, longest or _DEFAULT_CONTEXT)
+    if longest is not None and context > longest:
         raise ConfigError(f"context must be from 1 to the model's {longest} positions, got {context!r}")
     return context
+
+
+def _num_positions(model: nn.Module, config: Foreign) -> int | None:
+    """Return the positions that a model has a row for, None where it has no limit, for which XLNet says -1."""
+    longest: object = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest < 1:
+        return None
+    # RoBERTa and its kin number positions from that of padding on, plus one: a table of 514 rows is for 512 tokens.
+    left: list[int] = [
+        len(module.weight) - 1 - module.padding_idx
+        for name, module in model.named_modules()
+        if name.endswith(_POSITIONS)
+        and isinstance(getattr(module, "weight", None), Tensor)
+        and isinstance(getattr(module, "padding_idx", None), int)
+    ]
+    return min([longest, *left])
+
+
+_POSITIONS = ("position_embeddings", "embed_positions")
+"""Names that tables of positions have in transformers."""
 
 
 def _suggestion(num_samples: int, *, pretrained: bool) -> Suggestion:

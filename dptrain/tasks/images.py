@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dptrain.data.image_files import Augmentation, LabelledImages, find_images
-from dptrain.data.local_datasets import check_columns, load_splits
+from dptrain.data.local_datasets import check_columns, load_splits, read_classes
 from dptrain.errors import ConfigError
 from dptrain.models.vision import vision_model
 from dptrain.tasks.base import Suggestion, Task, loss_and_accuracy
@@ -118,11 +118,7 @@ def _read(root: Path, *, image_column: str, label_column: str) -> tuple[int, tup
     rows = load_splits(root)
     for part in rows:
         check_columns(part, image_column, label_column, path=root)
-    labels = [[int(label) for label in part[label_column]] for part in rows]
-    names = getattr(rows[0].features[label_column], "names", None)
-    num_classes = len(names) if names else 1 + max(labels[0])
-    if (largest := max(map(max, labels))) >= num_classes or min(map(min, labels)) < 0:
-        raise ConfigError(f"{root} has a class {largest}, and its training rows have {num_classes} classes")
+    num_classes, labels = read_classes(rows, label_column, path=root)
     return num_classes, *((_Column(part, image_column), of) for part, of in zip(rows, labels, strict=True))  # type: ignore[return-value]
 
 

@@ -53,19 +53,37 @@ def resolve_task(spec: str | Callable[..., Task], *, options: Mapping[str, Any] 
         options: keyword arguments of that function.
 
     Raises:
-        ConfigError: where `spec` or an option does not exist.
+        ConfigError: where `spec` or an option does not exist, or a built-in task needs a package that is not installed.
         TaskError: where the file does not import, or the function raises, or what it returns cannot be trained.
     """
     build, name = (spec, getattr(spec, "__name__", repr(spec))) if callable(spec) else (_find(spec), spec)
     options = {} if options is None else options
     _check_options(build, name=name, options=options)
     with reported(f"task {name!r} could not be built"):
-        task = build(**options)
+        try:
+            task = build(**options)
+        except ImportError as error:
+            _name_extra(error, build=build, name=name)
+            raise
     refuse_coroutine(task, f"what task {name!r} returns")
     if not isinstance(task, Task):
         raise TaskError(f"task {name!r} must return a dptrain.tasks.Task, got {type(task).__name__}")
     check_parts(task)
     return task
+
+
+_BROUGHT = {"sklearn": "scikit-learn", "PIL": "pillow"} | {
+    name: name for name in ("datasets", "pyarrow", "tokenizers", "torchmetrics", "transformers")
+}
+"""Modules of the extra `tasks`, by the names of their packages."""
+
+
+def _name_extra(error: ImportError, *, build: Callable[..., Task], name: str) -> None:
+    """Say which extra brings what a built-in task lacks; a task of the user's own may import anything."""
+    package = _BROUGHT.get((error.name or "").partition(".")[0])
+    if package is not None and build in BUILT_IN.values():
+        needs = f"needs the package {package}, which is not installed: pip install 'dptrain[tasks]'"
+        raise ConfigError(f"task {name!r} {needs}") from error
 
 
 def check_task_name(spec: str, *, options: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dptrain.config.built import betas, controller
+from dptrain.config.built import beta_scaling, controller, tuned_betas
 from dptrain.config.filled_in import given
 from dptrain.config.train_config import TrainConfig
 from dptrain.control import RULES, Adapter, Measurement
@@ -94,7 +94,8 @@ class BatchControl:
             return replace(progress, advised=batch)
         if batch == present and adapted.learning_rate_factor == progress.learning_rate_factor:
             return progress
-        scaled = betas(self._config, batch=batch) if batch != present else None
+        scaling = beta_scaling(self._config, batch=batch) if batch != present else None
+        scaled = None if scaling is None else scaling.scaled(tuned_betas(self._config))
         if scaled is not None and scaled.is_floored:
             log.note(f"batch {batch}: beta1={scaled.beta1:.3g} beta2={scaled.beta2:.3g} (floor of beta_rule)")
         return replace(

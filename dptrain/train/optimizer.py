@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW, Muon, Optimizer, SparseAdam
 
 from dptrain.config.filled_in import given
+from dptrain.config.scaling_rules import BetaScaling
 from dptrain.config.train_config import OptimizerConfig
 from dptrain.errors import ConfigError
 from dptrain.models.gpt import output_layers
@@ -31,6 +32,8 @@ _BY_NAME: Mapping[str, type[Optimizer]] = {
 _NUM_STATES = {"sgd": 1, "adagrad": 1, "muon": 2, "asgd": 2}
 _RATIO = "lr_ratio"
 """Name in a group of its rate over the run's."""
+_TUNED = "tuned_"
+"""Before the names of a group's betas and weight decay as they were given, at the reference batch."""
 
 
 def num_states(config: OptimizerConfig) -> int:
@@ -54,6 +57,15 @@ def build_optimizer(
     Raises:
         ConfigError: where there is no such optimizer, an option is not one of its, or a group is out of order.
     """
+    optimizer = _built_as_named(config, model, parameter_groups=parameter_groups)
+    for group in optimizer.param_groups:
+        group.update({f"{_TUNED}{name}": group[name] for name in ("betas", "weight_decay") if name in group})
+    return optimizer
+
+
+def _built_as_named(
+    config: OptimizerConfig, model: nn.Module, *, parameter_groups: ParameterGroups | None
+) -> Optimizer:
     found = _find(config.name)
     if isinstance(found, type):
         if parameter_groups is None:
@@ -235,16 +247,24 @@ def set_rate(
     optimizer: Optimizer,
     learning_rate: float,
     *,
-    betas: tuple[float, float] | None = None,
-    weight_decay: float | None = None,
+    betas: BetaScaling | None = None,
+    decay_factor: float | None = None,
 ) -> None:
-    """Set the learning rate of all groups, each in its ratio; where given, betas and decay of the groups with some."""
+    """Set the learning rate of all groups, each in its ratio to the run's, and what else follows the batch.
+
+    Args:
+        optimizer: from `build_optimizer`.
+        learning_rate: of the run.
+        betas: how the betas of each group follow the batch, from those that it was built with.
+        decay_factor: on the weight decay that each group was built with.
+    """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get(_RATIO, 1.0)
         if betas is not None and "betas" in group:
-            group["betas"] = betas
-        if weight_decay is not None and group.get("weight_decay"):
-            group["weight_decay"] = weight_decay
+            scaled = betas.scaled(tuple(group[f"{_TUNED}betas"]))
+            group["betas"] = (scaled.beta1, scaled.beta2)
+        if decay_factor is not None and "weight_decay" in group:
+            group["weight_decay"] = decay_factor * group[f"{_TUNED}weight_decay"]
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:

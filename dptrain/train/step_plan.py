@@ -1,4 +1,4 @@
-"""What one step is made of: its window of samples, its micro-batches, its learning rate and betas."""
+"""What one step is made of: its window of samples, its micro-batches, its learning rate, betas and decay."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dptrain.config.built import betas, learning_rate_schedule, micro_batch_size, weight_decay
+from dptrain.config.built import beta_scaling, decay_factor, learning_rate_schedule, micro_batch_size
 from dptrain.config.filled_in import given, largest_micro_batch_size
 from dptrain.config.train_config import TrainConfig
 from dptrain.data import SampleStream, slots
@@ -57,7 +57,6 @@ class StepPlan:
             micro += 1
         base = given(self.config.optimizer.learning_rate) * self._schedule.factor(progress.position + batch)
         factor = progress.learning_rate_factor
-        scaled = betas(self.config, batch=progress.global_batch_size)
         return StepRecord(
             step=progress.step + 1,
             position=progress.position,
@@ -65,8 +64,8 @@ class StepPlan:
             micro_batch_size=micro,
             learning_rate=base * factor,
             wall_s=wall_s,
-            betas=None if scaled is None else (scaled.beta1, scaled.beta2),
-            weight_decay=weight_decay(self.config, batch=progress.global_batch_size, rate_factor=factor),
+            beta_scaling=beta_scaling(self.config, batch=progress.global_batch_size),
+            decay_factor=decay_factor(self.config, batch=progress.global_batch_size, rate_factor=factor),
             learning_rate_factor=factor,
         )
 

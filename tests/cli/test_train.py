@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +20,7 @@ from dptrain.cli import main as command
 from dptrain.cli import settings as settings_of
 from dptrain.cli import train as train_command
 from dptrain.cli.main import main
+from dptrain.config.tokens import IN_SAMPLES
 from dptrain.train import TrainConfig
 from tests.replicas import run_replicas
 
@@ -127,13 +129,18 @@ def test_settings_that_are_wrong_are_reported_in_one_sentence(tmp_path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
 
 
-def test_replicas_are_not_started_by_a_replica(monkeypatch):
-    """--replicas under a launcher would start replicas of replicas."""
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [("--replicas", "--nproc-per-node"), ("--max-restarts", "MAX_RESTARTS"), ("--grace", "DPTRAIN_GRACE_S")],
+)
+def test_a_replica_refuses_what_its_launcher_decides(monkeypatch, option, instead):
+    """Options of dptrain's own launcher would be ignored under torchrun; the sentence says what to use there."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, stderr = outcome(["train", "--replicas", "2"])
+    monkeypatch.setattr(train_command, "_train_here", lambda *_, **__: pytest.fail("it trains"))
+    code, _, stderr = outcome(["train", option, "2"])
     assert code == 2
-    assert_one_sentence(stderr, "--replicas has no meaning under a launcher")
+    assert_one_sentence(stderr, f"{option} has no meaning under a launcher", instead)
 
 
 # What reaches the replicas
@@ -178,6 +185,37 @@ def test_a_run_is_resumed_with_its_own_settings(tmp_path, start, form):
     ((settings, resume, _),) = start
     assert resume
     assert (settings["seed"], settings["log"]["tracker"], settings["log"]["every_steps"]) == (9, "none", 5)
+
+
+@pytest.mark.parametrize("earlier", [None, 4000])
+@pytest.mark.parametrize(("tokens", "samples"), [*IN_SAMPLES.items(), ("max_steps", "max_samples")])
+@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize("is_file", [False, True])
+def test_a_later_setting_replaces_the_same_in_another_unit(tmp_path, tokens, samples, is_turned, is_file, earlier):
+    """A run's own config.yaml has all settings in samples; tokens that are said later win over it, and the reverse."""
+    before, after = (tokens, samples) if is_turned else (samples, tokens)
+    schedule = "schedule" in before
+    value = earlier and ("0:8 100:16" if schedule else earlier)
+    law = {"law": "schedule" if schedule else "constant"}
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump({"control": law, before: value}))
+    later = "0:16 200:32" if schedule else 5000
+    arguments = ["--config", str(tmp_path / "first.yaml")]
+    if is_file:
+        (tmp_path / "later.yaml").write_text(yaml.safe_dump({after: later, before: None}))
+        arguments += ["--config", str(tmp_path / "later.yaml")]
+    else:
+        arguments += [f"--{after}", str(later)]
+    config, _ = settings_of.parse(arguments)
+    found = attrgetter(before, after)(config)
+    assert found == (None, later)
+
+
+def test_a_length_in_steps_and_its_samples_stay_together(tmp_path):
+    """A run's own config.yaml says both, and neither drops the other."""
+    own = {"global_batch_size": 4, "max_steps": 3, "max_samples": 12, "control": {"law": "constant"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(own))
+    config, _ = settings_of.parse(["--config", str(tmp_path / "config.yaml"), "--seed", "1"])
+    assert (config.max_steps, config.max_samples) == (3, 12)
 
 
 def test_print_config_is_a_settings_file(tmp_path, start):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import re
+from itertools import pairwise
+
 import pytest
 
 from dptrain.checkpoint.settings import CheckpointConfig
@@ -38,6 +43,18 @@ def test_a_schedule_of_batches_in_tokens():
     found = in_samples(TrainConfig(control=control), tokens_per_sample=1024, task="gpt").control
     assert found.schedule == "0:64 977:64..128 1953:128"
     assert found.schedule_tokens is None
+
+
+def test_the_schedules_that_the_help_shows_are_read():
+    """Each quoted text of the help of control.schedule and control.schedule_tokens is a value of that setting."""
+    tree = ast.parse(inspect.getsource(ControlConfig)).body[0].body
+    shown = 0
+    for field, described in pairwise(tree):
+        if isinstance(field, ast.AnnAssign) and field.target.id in ("schedule", "schedule_tokens"):
+            for text in re.findall(r'"([^"]+)"', described.value.value):
+                TrainConfig(control=ControlConfig(law="schedule", **{field.target.id: text}))
+                shown += 1
+    assert shown == 3
 
 
 @pytest.mark.parametrize(

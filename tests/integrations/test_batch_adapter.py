@@ -86,6 +86,50 @@ def test_on_other_replicas_the_batch_is_kept():
         other.load_state_dict({**adaptive.state_dict(), "controller": other.state_dict()["controller"]})
 
 
+@pytest.mark.parametrize("law", ["noise", "constant"])
+@pytest.mark.parametrize("rule", ["gain", "root_gain", "linear"])
+def test_on_other_replicas_rate_and_limits_are_those_of_the_first_step(law, rule):
+    """From 2 to 4 replicas and back the batch that the rate was tuned at stays; limits by default stay with it."""
+    options = {"control": ControlConfig(law=law), "rule": rule, "max_samples": 100_000}
+    adaptive = adapter(accumulation_steps=4, **options)
+    for _ in range(3):
+        decide(adaptive)
+    first = adaptive.window.learning_rate_factor, adaptive.global_batch_size, limits_of(adaptive)
+    assert first[:2] == (1.0, 32)
+    for world_size in (4, 2):
+        resumed = adapter(world_size=world_size, accumulation_steps=4, **options)
+        resumed.load_state_dict(json.loads(json.dumps(adaptive.state_dict())))
+        for _ in range(3):
+            window = decide(resumed)
+        assert (window.learning_rate_factor, resumed.global_batch_size, limits_of(resumed)) == first
+        assert resumed.reference_batch_size == 32
+        adaptive = resumed
+
+
+def limits_of(adaptive):
+    return adaptive._config.control.smallest, adaptive._config.control.largest
+
+
+def test_limits_that_are_given_hold_where_a_run_goes_on():
+    """A largest batch of the loop that resumes takes the place of the one by default."""
+    adaptive = adapter(control=ControlConfig(law="noise"))
+    decide(adaptive)
+    wider = adapter(world_size=4, control=ControlConfig(law="noise", largest=64))
+    wider.load_state_dict(adaptive.state_dict())
+    assert limits_of(wider) == (8, 64)
+
+
+def test_a_state_of_an_earlier_version_goes_on_from_the_batch_of_the_loop():
+    """It does not say where the run began; the first step of the loop that resumes is the best guess."""
+    adaptive = adapter()
+    decide(adaptive)
+    record = adaptive.state_dict()
+    del record["first_step"]
+    wider = adapter(world_size=4)
+    wider.load_state_dict(record)
+    assert (wider.reference_batch_size, wider.global_batch_size) == (32, 16)
+
+
 def test_refuses_what_is_not_a_setting_or_a_state():
     """An unknown rule and a foreign record are named."""
     with pytest.raises(ConfigError, match="linear"):

@@ -132,3 +132,35 @@ def test_accelerates_schedulers_end_with_the_samples():
     assert len(accelerator._custom_objects) == 1
     adapter.remove()
     assert accelerator._custom_objects == []
+
+
+@pytest.mark.parametrize("accumulation_steps", [4, 2])
+def test_a_schedule_of_accelerates_keeps_its_pace_where_the_first_window_is_another_on_resume(accumulation_steps):
+    """A checkpoint of windows of two, loaded where the loop is written with four: as many samples to a step of it."""
+    from accelerate import Accelerator
+
+    from dptrain.integrations.accelerate import BatchAdapter
+
+    def begun(steps):
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scheduler = LambdaLR(optimizer, lambda n: 1 - n / 100)
+        model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+        return accelerator, model, optimizer, scheduler, BatchAdapter(accelerator, model, optimizer, micro_batch_size=3)
+
+    accelerator, _, _, _, adapter = begun(2)
+    record = adapter.state_dict()
+    adapter.remove()
+    accelerator, model, optimizer, scheduler, adapter = begun(accumulation_steps)
+    adapter.load_state_dict(record)
+    forced(adapter.adapter, [2] * 8)
+    for _ in range(16):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.randn(3, 4)).square().mean())
+            adapter.step()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    assert scheduler.scheduler.last_epoch == 8
+    adapter.remove()

@@ -94,3 +94,19 @@ def test_a_monitor_that_joins_a_resumed_run_begins_anew(tmp_path):
     monitors = [NoiseScaleMonitor(every=1), NoiseScaleMonitor(every=1, level=0.9)]
     trainer_of(tmp_path, monitors=monitors).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert record(monitors[0]) == record(monitors[1]) is not None
+
+
+def test_a_run_resumed_on_half_of_the_replicas_begins_at_its_sample(tmp_path):
+    """Two steps of two replicas with two micro-batches each are eight micro-steps of one replica, in steps of four."""
+    control = ControlConfig(law="constant")
+    trainer_of(tmp_path, kind=AdaptiveTrainer, control=control).train()
+    path = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    adapter = state["stateful_callbacks"]["WindowCallback"]["attributes"]["record"]["adapter"]
+    adapter["quantum"] *= 2  # as two replicas would have left it
+    adapter["first_step"]["world_size"] *= 2
+    path.write_text(json.dumps(state))
+    resumed = trainer_of(tmp_path, kind=AdaptiveTrainer, control=control)
+    resumed.train(resume_from_checkpoint=str(path.parent))
+    assert resumed.adapter.accumulation_steps == 4
+    assert resumed.micro_steps_seen == 8 + (STEPS - 2) * 4

@@ -21,6 +21,9 @@ TORCHRUN = ROOT / "launch" / "torchrun.sh"
 SBATCH = ROOT / "launch" / "slurm.sbatch"
 
 PRINT_CALL = """#!/usr/bin/env bash
+[[ "$1" == -c ]] && echo 6 && exit
+[[ "$1 $2" == "-m dptrain.runtime.hosts.torchrun" ]] || exit 3
+shift 2
 printf '<%s>' "$@"; echo
 echo "OMP_NUM_THREADS=$OMP_NUM_THREADS SHARE_OFF=$TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """
@@ -34,8 +37,9 @@ def _write(folder, name, text):
 
 @pytest.fixture
 def fake_commands(tmp_path):
-    """A folder for fake commands, with a torchrun that prints its arguments; it goes first on PATH."""
-    _write(tmp_path, "torchrun", PRINT_CALL)
+    """A folder for fake commands, with a python that prints the arguments of torchrun; it goes first on PATH."""
+    _write(tmp_path, "torchrun", "#!/bin/sh\nexit 3\n")
+    _write(tmp_path, "python", PRINT_CALL)
     _write(tmp_path, "nproc", "#!/bin/sh\necho 12\n")
     return tmp_path
 
@@ -94,7 +98,6 @@ def test_the_cores_are_shared_out_unless_threads_are_set(fake_commands, nproc, g
 
 def test_replicas_follow_the_devices_unless_given(fake_commands):
     """Without NPROC the number of replicas is what torch counts as devices."""
-    _write(fake_commands, "python", "#!/bin/sh\necho 6\n")
     assert "<--nproc-per-node><6>" in _torchrun(fake_commands).stdout
 
 
@@ -122,6 +125,27 @@ def test_a_missing_torchrun_is_named(tmp_path):
     result = _torchrun(tmp_path, NPROC="1")
     assert result.returncode == 2
     assert "torchrun is not on PATH" in result.stderr
+
+
+def test_wrong_settings_end_with_their_own_code():
+    """Schedulers go by it: job.yaml gives up at 2, and 1 would have it started again."""
+    result = subprocess.run(
+        [TORCHRUN, "--task", "nosuch"],
+        env=short_runs.environment(NPROC="1"),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "unknown task 'nosuch'" in result.stderr
+
+
+def test_skypilots_machines_have_what_the_task_needs():
+    """Each extra that the task of the example needs is installed by its setup."""
+    job = yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text())
+    assert "--task digits" in job["run"]
+    assert "'.[train,report,tasks]'" in job["setup"]
 
 
 SLURM = {

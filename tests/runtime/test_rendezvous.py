@@ -5,11 +5,15 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import os
+import re
 import socket
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -289,3 +293,22 @@ def test_a_torchrun_that_lives_is_not_taken_for_a_left_over(place, monkeypatch):
     place(MASTER_PORT=free_port())
     sentence, _ = refused()
     assert sentence == "timed out after 0.3 s waiting for rank 1 of 2; check its log"
+
+
+SCRIPT = (Path(__file__).parents[2] / "launch" / "torchrun.sh").read_text()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        re.search(r"^exec (.*)", SCRIPT, re.MULTILINE)[1].split(),
+        ["python", "/opt/bin/torchrun", "--standalone"],
+        ["python", "-m", "torch.distributed.run"],
+        ["/opt/bin/python3", "/opt/bin/accelerate", "launch"],
+    ],
+)
+def test_the_process_that_started_a_replica_is_known_by_its_command(monkeypatch, words):
+    """What `launch/torchrun.sh` becomes among them; a shell between it and the replica is passed over."""
+    shell, launcher = SimpleNamespace(cmdline=lambda: ["bash"]), SimpleNamespace(cmdline=lambda: words)
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parents=lambda: [shell, launcher]))
+    assert rendezvous_module.launcher_process() is launcher

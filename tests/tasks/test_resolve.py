@@ -320,3 +320,21 @@ def test_sentences_of_the_page_are_true(write):
         sentence = str(caught.value).replace(spec.removesuffix("my_task.py:build"), "")
         sentence = sentence.split("; built in")[0]
         assert sentence in page
+
+
+@pytest.mark.parametrize("name", ["digits", "patches"])
+def test_a_built_in_task_that_lacks_a_package_names_the_extra(monkeypatch, name):
+    """One sentence with what to install, in place of Python's."""
+    for module in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ConfigError, match=rf"task '{name}' needs the package scikit-learn.*dptrain\[tasks\]"):
+        resolve_task(name)
+
+
+def test_a_task_of_ones_own_may_lack_anything(tmp_path):
+    """What it imports is its own affair: Python's words, and the line."""
+    path = tmp_path / "lacking_task.py"
+    path.write_text("def build():\n    raise ModuleNotFoundError('No module named sklearn', name='sklearn')\n")
+    with pytest.raises(TaskError, match=r"could not be built: ModuleNotFoundError: .*lacking_task.py, line 2\)"):
+        resolve_task(f"{path}:build")

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from dptrain.checkpoint.state import pack_optimizer, unpack_optimizer
+from dptrain.config.scaling_rules import BetaScaling
+from dptrain.control.batch_scaling import adam_betas
 from dptrain.errors import ConfigError, TaskError
 from dptrain.models.gpt import Gpt, GptConfig
 from dptrain.train import OptimizerConfig
@@ -114,6 +116,68 @@ def test_the_rate_is_set_for_all_groups():
     set_rate(optimizer, 0.0)
     take_step(optimizer, model, seed=0)
     assert_equal([p.detach() for p in model.parameters()], before)
+
+
+def own_groups(model):
+    """A function that returns groups with a decay and betas of their own beside those of the run."""
+    return [
+        {"params": model[0].parameters(), "weight_decay": 0.01, "betas": (0.8, 0.98)},
+        {"params": model[1].parameters(), "weight_decay": 0.0},
+        {"params": model[2].parameters()},
+    ]
+
+
+def own_optimizer(model):
+    """A function that returns the same groups in an optimizer."""
+    return torch.optim.AdamW(own_groups(model), lr=0.1, weight_decay=0.1, betas=(0.9, 0.95))
+
+
+@pytest.mark.parametrize(
+    "built",
+    [
+        lambda model, rules: build_optimizer(OptimizerConfig(**rules), model, parameter_groups=own_groups),
+        lambda model, rules: build_optimizer(OptimizerConfig(name=f"{__file__}:own_groups", **rules), model),
+        lambda model, rules: build_optimizer(OptimizerConfig(name=f"{__file__}:own_optimizer", **rules), model),
+    ],
+    ids=["task", "groups", "optimizer"],
+)
+def test_decay_and_betas_of_a_group_follow_the_batch_from_their_own_values(built):
+    """At the reference batch each group has what it was given; at twice the batch each has moved from there."""
+    rules = {"learning_rate": 0.1, "weight_decay": 0.1, "decay_rule": "timescale", "beta_rule": "half_life"}
+    optimizer = built(make_model(), rules)
+    given = [(0.01, (0.8, 0.98)), (0.0, (0.9, 0.95)), (0.1, (0.9, 0.95))]
+    for batch, factor in ((16, 1.0), (32, 1.5), (16, 1.0)):
+        scaling = BetaScaling(rule="half_life", batch=batch, reference_batch=16)
+        set_rate(optimizer, 0.1, betas=scaling, decay_factor=factor)
+        for group, (decay, betas) in zip(optimizer.param_groups, given, strict=True):
+            assert group["weight_decay"] == pytest.approx(decay * factor)
+            expected = adam_betas("half_life", betas, batch=batch, reference_batch=16)
+            assert group["betas"] == pytest.approx((expected.beta1, expected.beta2))
+
+
+def test_decay_and_betas_among_the_options_follow_the_batch_from_there():
+    """optimizer.options takes the place of the settings, and the rules begin with it."""
+    config = OptimizerConfig(learning_rate=0.1, options={"weight_decay": 0.02, "betas": (0.8, 0.98)})
+    optimizer = build_optimizer(config, make_model())
+    set_rate(optimizer, 0.1, betas=BetaScaling(rule="half_life", batch=8, reference_batch=8), decay_factor=2.0)
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    assert decays == [0.04, 0.0]
+    assert all(group["betas"] == pytest.approx((0.8, 0.98)) for group in optimizer.param_groups)
+
+
+def test_what_a_group_was_built_with_comes_back_from_a_checkpoint_of_an_earlier_version():
+    """Such a checkpoint holds the values in force at its batch alone, and the next step begins with those built."""
+    models = [make_model(), make_model()]
+    optimizers = [build_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.1), model) for model in models]
+    names = [{parameter: key for key, parameter in model.named_parameters()} for model in models]
+    set_rate(optimizers[0], 0.1, decay_factor=3.0)
+    tensors, state = pack_optimizer(optimizers[0], names=names[0])
+    for group in state["groups"]:
+        del group["options"]["tuned_weight_decay"], group["options"]["tuned_betas"]
+    unpack_optimizer(optimizers[1], names=names[1], tensors=tensors, state=state)
+    assert [group["weight_decay"] for group in optimizers[1].param_groups] == pytest.approx([0.3, 0.0])
+    set_rate(optimizers[1], 0.1, decay_factor=2.0)
+    assert [group["weight_decay"] for group in optimizers[1].param_groups] == pytest.approx([0.2, 0.0])
 
 
 class Signed(torch.optim.Optimizer):

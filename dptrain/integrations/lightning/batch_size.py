@@ -90,6 +90,7 @@ class BatchAdapter(NoiseScaleMonitor):
         self.meter.on_remove(self._schedule.release)
         if self._saved_adapter is not None:
             self.adapter.load_state_dict(self._saved_adapter)
+            self._schedule.plan_for(self.adapter.reference_batch_size)
             self._schedule.restore(self._saved_adapter.get("schedule", ()))
             self._saved_adapter = None  # a second fit begins anew, as its meter does
         done = trainer.fit_loop.epoch_loop.batch_progress.current.ready

@@ -131,7 +131,10 @@ class BatchAdapterMixin(_Trainer):
         saved = states.get(WindowCallback.__name__)
         if saved is None:
             raise CheckpointError(f"{checkpoint} was not written with an adaptive batch: resume it without the mixin")
-        self.micro_steps_seen = saved["attributes"]["record"]["micro_steps_seen"]
+        record = saved["attributes"]["record"]
+        # Counted per replica: on another number of them as many samples are other micro-steps.
+        samples_seen = record["micro_steps_seen"] * record["adapter"]["quantum"]
+        self.micro_steps_seen = samples_seen // (self.args.train_batch_size * self.args.world_size)
         epoch, done = divmod(self.micro_steps_seen, updates_per_epoch)
         return epoch, 0 if self.args.ignore_data_skip else done
 

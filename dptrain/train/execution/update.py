@@ -68,7 +68,7 @@ class Update:
         if self._max_grad_norm is not None:
             trained = self._parameters if self._masters is None else self._masters.parameters
             clip([p.grad for p in trained if p.grad is not None], norm=grad_norm, largest=self._max_grad_norm)
-        set_rate(self._optimizer, record.learning_rate, betas=record.betas, weight_decay=record.weight_decay)
+        set_rate(self._optimizer, record.learning_rate, betas=record.beta_scaling, decay_factor=record.decay_factor)
         scale = None if self._loss_scale is None else self._loss_scale.value
         not_finite = step_if_finite(self._optimizer, grad_norm, grad_scale=scale)
         if self._loss_scale is not None:
