@@ -60,9 +60,9 @@ class TimedTrainer(Trainer):
         self._began_s = time.perf_counter()
         return super()._train(*arguments)
 
-    def _evaluate(self, log: Any) -> None:  # noqa: ANN401 - handed on
+    def _evaluate(self, log: Any, **more: Any) -> None:  # noqa: ANN401 - handed on
         before_s = time.perf_counter()
-        super()._evaluate(log)
+        super()._evaluate(log, **more)
         progress, loss = self._run.progress, given(self._run.progress.eval_loss)
         mark = Mark(
             steps=progress.step,

@@ -19,6 +19,7 @@ def check_exchange(
     average_decay: float | None,
     wrapper: str,
     precision: str,
+    sparsity: str,
 ) -> None:
     """Refuse laws and modes that need a noise scale where none is defined, and what a kind cannot do.
 
@@ -29,6 +30,7 @@ def check_exchange(
         average_decay: of an average of the weights.
         wrapper: of the model.
         precision: of parameters and passes.
+        sparsity: method by which weights are kept at zero.
 
     Raises:
         ConfigError: with the reason and the remedy.
@@ -57,6 +59,11 @@ def check_exchange(
     if average_decay is not None:
         raise ConfigError(
             f"with {kind} the weights are not the same on all replicas: leave optimizer.average_decay out"
+        )
+    if sparsity == "rigl":
+        raise ConfigError(
+            f"with {kind} the weights are not the same on all replicas, so that sparsity.method=rigl would move each "
+            f"one's mask elsewhere, and a checkpoint holds one: use sparsity.method=static or exchange.kind=all_reduce"
         )
 
 

@@ -214,6 +214,7 @@ class TrainConfig:
             average_decay=self.optimizer.average_decay,
             wrapper=self.execution.wrapper,
             precision=self.precision,
+            sparsity=self.sparsity.method,
         )
         _check_wrapper(self)
         _check_float8(self)

@@ -11,8 +11,8 @@ from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 from dptrain.cost.flops import FORMULAS, uncompiled
+from dptrain.data.source import random_state_kept
 from dptrain.tasks.base import LossFunction, Task, split_loss
-from dptrain.tasks.check import random_state_kept
 
 
 def flop_density(task: Task, densities: Mapping[str, float]) -> float:

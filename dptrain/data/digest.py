@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from dptrain.data.source import SlotSource
+from dptrain.data.source import SlotSource, random_state_kept
 from dptrain.data.stream import SampleStream
 
 _NUM_SPREAD, _NUM_DRAWN, _NUM_RECENT = 8, 32, 8
@@ -83,7 +81,7 @@ class DataDigest:
 
     def _of(self, source: SlotSource, positions: list[int]) -> str:
         digest = hashlib.sha256(str(self.num_samples).encode())
-        with _random_state_kept():
+        with random_state_kept():
             for start in range(0, len(positions), _PER_MICRO_BATCH):
                 _feed(digest, _read(source, positions[start : start + _PER_MICRO_BATCH]))
         return digest.hexdigest()[:16]
@@ -95,18 +93,6 @@ def _read(source: SlotSource, positions: list[int]) -> object:
         return source.micro_batch(np.array(positions, dtype=np.int64))
     except Exception as error:  # noqa: BLE001 - whatever a user's data raises
         return type(error).__qualname__
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Leave the generators that a training loop draws from as they were."""
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002 - the global one
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002 - as above
-        torch.default_generator.set_state(states[2])
 
 
 def _feed(digest: hashlib._Hash, value: object, depth: int = 0) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -150,6 +151,24 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (datasets draw from the global generator, so that one it is)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every device as well: 200 times the cost
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave the global generators that data sets and tasks draw from on the CPU as they were."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002 - the global one
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002 - as above
+        torch.default_generator.set_state(states[2])
+
+
+def state_beside_torch() -> object:
+    """Return the states of numpy's and of Python's global generators; equal where none was drawn from."""
+    state: Any = np.random.get_state()  # noqa: NPY002 - the global one
+    return random.getstate(), state[1].tobytes(), *state[2:]
 
 
 def _draws() -> tuple[float, float, float]:

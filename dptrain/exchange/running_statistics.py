@@ -68,10 +68,7 @@ class RunningStatistics:
         # A module in eval mode while others train is frozen, and its statistics are in use.
         self._active = {name: module for name, module in self._modules.items() if module.training}
         self._before = [buffer.clone() for buffer in self._buffers()]
-        self._last = -1
-        if self._rank != 0:
-            for buffer in self._buffers():
-                buffer.zero_()
+        self._begin()
 
     def begin_micro_batch(self, number: int | None) -> None:
         """Prepare for a forward pass.
@@ -107,10 +104,17 @@ class RunningStatistics:
         self._before = []
 
     def discard_step(self) -> None:
-        """Go back to the statistics before the step, which is begun anew."""
+        """Begin the step anew, with the statistics before it; ranks but 0 from zero again."""
         self._end_filler()
         for buffer, before in zip(self._buffers(), self._before, strict=True):
             buffer.copy_(before)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._last = -1
+        if self._rank != 0:
+            for buffer in self._buffers():
+                buffer.zero_()
 
     def _decay(self, num_others: int) -> None:
         if num_others == 0:

@@ -19,12 +19,17 @@ from dptrain.errors import AbortedError, DesyncError, DptrainError, PeerLostErro
 from dptrain.observe import NUM_SIZES, PendingSum
 from dptrain.observe.measurement_interval import NUM_TIMINGS
 from dptrain.observe.reduction import on_device
+from dptrain.runtime.rendezvous import collective_timeout_s
 
 Result = TypeVar("Result")
+_POLL_S = 5.0
+"""Between two questions whether all are done: one small reduction, and a last save ends within a second on most."""
 _LONGEST_QUOTE = 300  # characters of what torch says, cut between words
 
 _PEER_LOST = re.compile(r"gloo/transport|Connection (closed|reset)|(?<!DataLoader )timed? ?out|NCCL", re.IGNORECASE)
 """What gloo and NCCL say when the other side is gone; a loader that timed out is something else."""
+
+_TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
 
 _TAGS = ("step", "position", "global_batch_size")
 _FLAGS = (
@@ -280,6 +285,24 @@ def on_rank_0(action: Callable[[], Result], *, rank: int, device: torch.device) 
     return result
 
 
+def wait_together(wait: Callable[[float], bool], *, device: torch.device, beat: Callable[[], None]) -> None:
+    """Wait until each replica is done with something of its own, such as a write. A collective.
+
+    It may take longer than a collective waits for a peer: those that are done ask the others every few seconds.
+
+    Args:
+        wait: waits for at most so many seconds, and returns whether this replica is done.
+        device: where the collectives run.
+        beat: called between two of them, for a watchdog.
+    """
+    longest_s = min(_POLL_S, collective_timeout_s() / 4)
+    num_waiting = 1.0
+    while num_waiting:
+        is_done = wait(longest_s)
+        (num_waiting,) = PendingSum(torch.tensor([float(not is_done)], dtype=torch.float64, device=device)).read()
+        beat()
+
+
 def broadcast_from_rank_0(values: Sequence[int], *, device: torch.device) -> list[int]:
     """Return rank 0's whole numbers on every replica; the others give none. A collective; waits."""
     (length,) = PendingSum(torch.tensor([float(len(values))], dtype=torch.float64, device=device)).read()
@@ -308,7 +331,10 @@ def translate_peer_errors(step: Callable[[], int]) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, DptrainError) or not _PEER_LOST.search(str(error)):
             raise
+        waited = ""
+        if _TIMED_OUT.search(str(error)):
+            waited = f"; DPTRAIN_COLLECTIVE_TIMEOUT_S, now {collective_timeout_s():g}, is how many seconds it has"
         raise PeerLostError(
-            f"another replica ended, or did not answer in time, after step {step():,}: its own message says why "
-            f"({textwrap.shorten(str(error).splitlines()[0], _LONGEST_QUOTE, placeholder=' …')})"
+            f"another replica ended, or did not answer in time, after step {step():,}: its own message says "
+            f"why{waited} ({textwrap.shorten(str(error).splitlines()[0], _LONGEST_QUOTE, placeholder=' …')})"
         ) from error

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import random
 import signal
 import sysconfig
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 from torch.utils.data import IterableDataset, default_collate
 
 from dptrain.data.iterable import StreamedSamples
+from dptrain.data.source import random_state_kept, state_beside_torch
 from dptrain.errors import DptrainError, TaskError
 from dptrain.tasks.base import Batch, LossFunction, Suggestion, Task, split_loss
 
@@ -32,16 +32,28 @@ _MOST_PARAMETERS = 200_000_000
 _MAX_NAMES = 5
 
 
-def check_task(task: Task) -> frozenset[str]:
+@dataclass(frozen=True, kw_only=True)
+class CheckedLoss:
+    """What the check of a task found out about its loss.
+
+    Attributes:
+        unused: names of the parameters that it does not reach.
+        parts: names of what it returns beside what is minimised, sorted.
+        draws_beside_torch: whether it draws from numpy's or Python's global generator.
+    """
+
+    unused: frozenset[str]
+    parts: tuple[str, ...]
+    draws_beside_torch: bool
+
+
+def check_task(task: Task) -> CheckedLoss:
     """Run two training samples through a copy of the model, on the CPU in train mode, and look at the loss.
 
-    The task stays as it was: parameters, gradients, buffers, modes, and the random states of torch and of `random`;
+    The task stays as it was: parameters, gradients, buffers, modes, and the random states of torch, numpy and Python;
     lazy modules alone get their parameters. The value need not be finite. Because the loss sees a copy, a loss that
     uses a model of its own instead of the one that it is given is found out too: under data parallelism nobody would
     reduce its gradients.
-
-    Returns:
-        The names of the parameters that this loss does not reach.
 
     Raises:
         TaskError: where a sample, the collation, or the loss raises; where the loss is not a floating-point scalar with
@@ -55,9 +67,10 @@ def check_task(task: Task) -> frozenset[str]:
         _materialise(task, batch)
         with reported(f"the model of task {task.name!r} cannot be copied"):
             model = copy.deepcopy(task.model).train()
-        wrapped = _Wrapped(model)
+        wrapped, state = _Wrapped(model), state_beside_torch()
         with _explained(wrapped, name=task.name):
             found = task.loss(wrapped, batch)
+        draws = state != state_beside_torch()
         refuse_coroutine(found, f"what the loss of task {task.name!r} returns")
         unused = _check_loss(found, model=model, kept=task.model, name=task.name)
     if not wrapped.was_called:
@@ -65,7 +78,7 @@ def check_task(task: Task) -> frozenset[str]:
             f"the loss of task {task.name!r} does not call model(…), the one call that replicas synchronise by: call "
             f"it rather than its parts, and put the work of other methods into forward()"
         )
-    return unused
+    return CheckedLoss(unused=unused, parts=tuple(sorted(split_loss(found)[1])), draws_beside_torch=draws)
 
 
 def fewest_samples(task: Task) -> int:
@@ -108,14 +121,14 @@ def warn_unless_mean(task: Task) -> None:
     with random_state_kept(), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a single sample
         wrapped, collate = _Wrapped(copy.deepcopy(task.model)).eval(), task.collate or default_collate
-        samples, state = _first_samples(task), torch.get_rng_state()
+        samples, state, beside = _first_samples(task), torch.get_rng_state(), state_beside_torch()
         try:
             together, first, second = (
                 split_loss(task.loss(wrapped, collate(part)))[0].item() for part in (samples, samples[:1], samples[1:])
             )
         except Exception:  # noqa: BLE001 - it needs more samples, or training mode
             return
-        draws = not torch.equal(torch.get_rng_state(), state)
+        draws = not torch.equal(torch.get_rng_state(), state) or beside != state_beside_torch()
     mean = (first + second) / 2
     if draws or not math.isfinite(together + mean) or math.isclose(together, mean, rel_tol=0.01, abs_tol=1e-4):
         return
@@ -368,17 +381,6 @@ def _check_gradients(gradients: Mapping[str, Tensor], *, name: str) -> None:
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     return f"{', '.join(names[:_MAX_NAMES])}{more}"
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Leave the random states of torch and of `random` as they were."""
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(state)
 
 
 @contextmanager

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
+from dptrain.data.source import random_state_kept, state_beside_torch
 from dptrain.errors import TaskError
 from dptrain.tasks.base import Batch, Task, split_loss
-from dptrain.tasks.check import random_state_kept, refuse_coroutine, reported
+from dptrain.tasks.check import refuse_coroutine, reported
 
 _NUM_SAMPLES = 2
 
@@ -45,7 +46,7 @@ def _dry_run(task: Task, data: Dataset[Any], *, what: str) -> float:
     with reported(f"the first samples of {what} of task {task.name!r} do not make a batch"):
         batch = (task.collate or default_collate)(samples)
     model = copy.deepcopy(task.model).eval()
-    state = torch.get_rng_state()
+    state, beside = torch.get_rng_state(), state_beside_torch()
     with reported(f"the loss of task {task.name!r} does not run on the first samples of {what}"):
         found, outputs = held_out_loss(task, model, batch)
         refuse_coroutine(found, f"what the loss of task {task.name!r} returns for {what}")
@@ -61,7 +62,7 @@ def _dry_run(task: Task, data: Dataset[Any], *, what: str) -> float:
             part = "" if name == "loss" else f" as part {name!r}"
             raise TaskError(f"the loss of task {task.name!r} must return one number{part} for {what}, got {got}")
     is_first = not dist.is_initialized() or dist.get_rank() == 0  # one of all replicas says so
-    if is_first and not torch.equal(torch.get_rng_state(), state):
+    if is_first and (not torch.equal(torch.get_rng_state(), state) or beside != state_beside_torch()):
         warnings.warn(
             f"the loss of task {task.name!r} draws random numbers for {what}, so that held-out figures differ from one "
             "evaluation to the next: dropout must depend on the mode, as functional.dropout(x, training=self.training)",

@@ -15,11 +15,12 @@ from dptrain.checkpoint.interval import young_daly_s
 from dptrain.checkpoint.settings import CheckpointConfig
 from dptrain.checkpoint.shards import Staging, pieces_of
 from dptrain.errors import CheckpointError, DivergedError
-from dptrain.runtime.step_reduction import StepRecord
+from dptrain.runtime.step_reduction import StepRecord, on_rank_0, wait_together
 from dptrain.tracking.run_folder import was_removed
 from dptrain.tracking.run_log import RunLog
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from dptrain.checkpoint.manifest import JSON
@@ -86,6 +87,7 @@ class CheckpointManager:
         self._interval_s = _FIRST_S
         self._logged_s: float | None = None
         self._failed = 0
+        self._last: int | None = None
         self._saved_s = time.monotonic()
         self._looked_s = -math.inf
         self._has_been_there = False
@@ -103,31 +105,36 @@ class CheckpointManager:
     def save(self) -> None:
         """Copy the state and have it written while training goes on.
 
-        Where a save is still under way, one that is due by the clock is left out; one by samples waits.
+        Where a save is still under way, this one is left out: `wait` first where it must not be.
         """
         began_s = time.monotonic()
-        if self._config.every_samples is not None or self._rank != 0:
-            self._writer.wait()
         self._begin()
         self._saved_s = time.monotonic()
         self._choose_interval(stall_s=self._saved_s - began_s)
 
-    def save_and_wait(self) -> None:
-        """Write the state of this moment, after the save under way.
+    def wait(self, timeout_s: float, *, for_last: bool) -> bool:
+        """Wait for the save under way, where the next one does; return whether that can begin."""
+        if for_last or self._config.every_samples is not None or self._rank != 0:
+            return self._writer.wait(timeout_s=timeout_s)
+        return True
+
+    def begin_last(self) -> None:
+        """Copy the state of this moment and have it written, once `wait` says that it can be."""
+        self._last = self._begin()
+
+    def check_last(self) -> None:
+        """Say what came of it, once it is written.
 
         Raises:
-            CheckpointError: where it cannot be written.
+            CheckpointError: where it could not be written.
             DivergedError: where it holds numbers that are not finite.
         """
-        self._writer.wait()
-        step = self._begin()
-        self._writer.wait()
         status = self._writer.status()
-        if status.committed_step != step:
+        if status.committed_step != self._last:
             # The last steps of a run can be too few for the trainer to call it diverged; no disk is to blame for them.
             if status.is_diverged:
                 raise DivergedError(str(status.error))
-            raise CheckpointError(status.error or f"the checkpoint of step {step} was not written")
+            raise CheckpointError(status.error or f"the checkpoint of step {self._last} was not written")
 
     def _begin(self) -> int | None:
         """Copy the state and have it written; return the step, or None where a write is under way."""
@@ -193,6 +200,49 @@ class CheckpointManager:
                 f"checkpoint interval: {self._interval_s:.0f} s (stall {1e3 * stall_s:.2g} ms, assumed MTBF "
                 f"{self._config.hours_between_failures:g} h)"
             )
+
+
+def save_on_all(
+    manager: CheckpointManager | None,
+    *,
+    is_last: bool,
+    join: Callable[[], object] | None,
+    rank: int,
+    device: torch.device,
+    beat: Callable[[], None],
+) -> None:
+    """Save on all replicas. A collective; the last save of a run is written when it returns.
+
+    Replicas wait for a write in turns of a few seconds each, so that it may take longer than one collective.
+
+    Args:
+        manager: on replicas that write something.
+        is_last: whether the run ends.
+        join: what a replica that writes nothing does while the state is packed, where that takes all of them.
+        rank: of this replica.
+        device: where the collectives run.
+        beat: for the watchdog.
+
+    Raises:
+        CheckpointError: where the last save cannot be written.
+        DivergedError: where the last save holds numbers that are not finite.
+    """
+
+    def wait(timeout_s: float) -> bool:
+        return manager is None or manager.wait(timeout_s, for_last=is_last)
+
+    wait_together(wait, device=device, beat=beat)
+    if manager is None and join is not None:
+        join()
+    if not is_last:
+        if manager is not None:
+            manager.save()
+        return
+    if manager is not None and rank != 0:
+        manager.begin_last()  # its shard, for which rank 0 waits
+    on_rank_0(lambda: None if manager is None else manager.begin_last(), rank=rank, device=device)
+    wait_together(wait, device=device, beat=beat)
+    on_rank_0(lambda: None if manager is None else manager.check_last(), rank=rank, device=device)
 
 
 def crosses(record: StepRecord, every_samples: int | None) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -61,15 +63,21 @@ class HeldOut:
             "precision": precision,
         }
 
-    def figures(self, *, batch_size: int) -> dict[str, float]:
-        """Return the figures by name, empty for a task without held-out data. A collective; waits."""
+    def figures(self, *, batch_size: int, beat: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Return the figures by name, empty for a task without held-out data. A collective; waits.
+
+        Args:
+            batch_size: as for `evaluate_task`.
+            beat: called after each batch, for the watchdog.
+        """
         if not self._task.eval_sets:
             return {}
         with self._exchange.evaluating(self._model) as (model, see_all):
             layout = {**self._layout, "rank": 0, "world_size": 1} if see_all else self._layout
-            figures = evaluate_task(self._task, model, batch_size=batch_size, **layout)
+            figures = evaluate_task(self._task, model, batch_size=batch_size, beat=beat, **layout)
         if self._average is not None:
-            averaged = evaluate_task(self._task, self._average.model, batch_size=batch_size, **self._layout)
+            with self._average.evaluating() as model:
+                averaged = evaluate_task(self._task, model, batch_size=batch_size, beat=beat, **self._layout)
             figures |= {f"average/{name}": value for name, value in averaged.items()}
         return figures
 
@@ -83,6 +91,7 @@ def evaluate_task(
     world_size: int,
     device: torch.device,
     precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Return the figures of all held-out sets of a task by name. A collective; waits.
 
@@ -97,6 +106,7 @@ def evaluate_task(
         world_size: number of replicas.
         device: where the model is.
         precision: makes the context of a forward pass.
+        beat: called after each batch, for the watchdog.
     """
     figures: dict[str, float] = {}
     for key, data in task.eval_sets.items():
@@ -109,6 +119,7 @@ def evaluate_task(
             world_size=world_size,
             device=device,
             precision=precision,
+            beat=beat,
         )
         found |= {name: figure(found["loss"]) for name, figure in task.eval_metrics.items()}
         if not figures:
@@ -128,12 +139,14 @@ def _evaluate(
     world_size: int,
     device: torch.device,
     precision: Callable[[], AbstractContextManager[object]],
+    beat: Callable[[], None],
 ) -> dict[str, float]:
     """Return the mean loss, its parts and the metrics over one set."""
     metrics = {name: copy.deepcopy(metric).to(device) for name, metric in task.metrics.items()}
     for metric in metrics.values():
         metric.reset()
     sums: dict[str, Tensor] = {}
+    others: set[str] | None = None
     num_seen = 0
     # Module by module: one that its user keeps in eval mode while others train stays there.
     modes = [(module, module.training) for module in model.modules()]
@@ -143,12 +156,16 @@ def _evaluate(
             in_step = is_sharded(model)
             layout = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
             for indices, counts in _shares(len(data), in_step=in_step, **layout):  # type: ignore[arg-type]
+                beat()
                 batch = send_to_device(_read(data, indices, collate=task.collate), device, non_blocking=True)
                 with precision():
                     loss, outputs = held_out_loss(task, model, batch)
                 total, parts = split_loss(loss)
                 weight = len(indices) if counts else 0
-                for name, mean in {"loss": total, **parts}.items():
+                if sums and parts.keys() | {"loss"} != sums.keys():
+                    others = others or set(parts)  # raised below: replicas may still be in passes with one another
+                    continue
+                for name, mean in {"loss": total, **dict(sorted(parts.items()))}.items():
                     # Selected, not multiplied: a mean that is not finite must not reach the sum of who has no share.
                     share = mean.double() * weight if counts else torch.zeros((), dtype=torch.float64, device=device)
                     sums[name] = sums.get(name, 0) + share
@@ -159,10 +176,40 @@ def _evaluate(
     finally:
         for module, was_training in modes:
             module.training = was_training
+    _check_parts(sums.keys() - {"loss"}, others=others, device=device)
     count = torch.tensor(num_seen, dtype=torch.float64, device=device)
     *totals, count_all = PendingSum(torch.stack([*sums.values(), count])).read()
     figures = {name: total / count_all for name, total in zip(sums, totals, strict=True)}
     return figures | {name: _over_replicas(name, metric) for name, metric in metrics.items()}
+
+
+def _check_parts(parts: AbstractSet[str], *, others: AbstractSet[str] | None, device: torch.device) -> None:
+    """Refuse parts of the held-out loss that some batches have and others have not. A collective; waits.
+
+    Their sums travel by place, and are divided by the number of all samples.
+
+    Args:
+        parts: names of those of this replica's first batch.
+        others: of a later batch, where they are others.
+        device: where the collective runs.
+
+    Raises:
+        TaskError: where any two batches on any replicas have other parts; on all replicas alike.
+    """
+    number = float(zlib.crc32(repr(sorted(parts)).encode()))
+    extremes = torch.tensor([number, -number, float(others is not None)], dtype=torch.float64, device=device)
+    largest, smallest, differ = PendingSum(extremes, op=dist.ReduceOp.MAX).read()
+    if largest == -smallest and not differ:
+        return
+    here = "another set on another replica" if others is None else f"{_listed(others)} for another"
+    raise TaskError(
+        f"the held-out loss returned the parts {_listed(parts)} for one batch and {here}: return the same ones for "
+        f"each batch, or make it one of the task's metrics"
+    )
+
+
+def _listed(names: AbstractSet[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
 
 
 def _read(data: Dataset[Any], indices: range, *, collate: Callable[[list[Any]], Batch] | None) -> Batch:

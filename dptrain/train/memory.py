@@ -18,7 +18,7 @@ from dptrain.tasks import Batch, Task
 from dptrain.tasks.base import split_loss
 
 
-def split(batch: Batch, parts: int) -> list[Batch]:
+def split(batch: Batch, parts: int, *, num_samples: int) -> list[Batch]:
     """Cut a collated micro-batch along its first dimension, into that many parts or one for each sample.
 
     Raises:
@@ -26,7 +26,8 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     """
     leaves, structure = tree_flatten(batch)
     lengths = {len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves}
-    if len(lengths) != 1 or None in lengths:
+    # Other numbers of rows, such as of the tokens or views of all samples, would be cut within samples.
+    if lengths != {num_samples}:
         raise TaskError(
             "a micro-batch that does not fit into memory could not be cut: it must be a tensor, or a tuple, list or "
             "dict of tensors, each with one row for each sample; set a smaller micro_batch_size"

@@ -114,7 +114,7 @@ class RunState:
             own = {name: tensors[name] for name in of_members if name in tensors}
             tensors |= gathered(own, device=next(self._model.parameters()).device)
         if self._average is not None:
-            tensors["average"] = self._average.tensors()
+            tensors["average"] = self._average.weights()
         if self._masters is not None:
             tensors["masters"] = self._masters.tensors()
         if beside := self._hook.tensors():
@@ -131,12 +131,15 @@ class RunState:
         """Whether to pack takes all replicas, because each has something of its own."""
         return self._world_size > 1 and bool(self._of_members())
 
-    def of_all_members(self, entries: frozenset[str]) -> frozenset[str]:
-        """Return entries of the model (`model/mask`) for the models of all replicas that have one of their own."""
-        if self._exchange.parameters_are_equal:
-            return entries
+    def of_all_models(self, entries: frozenset[str]) -> frozenset[str]:
+        """Return entries of the model (`model/mask`) under the names of all models that a checkpoint holds.
+
+        Of replicas that have models of their own, and of the average of the weights, whose buffers are the model's.
+        """
         names = [entry.removeprefix("model/") for entry in entries]
-        return frozenset(f"{member_name('model', rank)}/{name}" for rank in range(self._world_size) for name in names)
+        ranks = range(1 if self._exchange.parameters_are_equal else self._world_size)
+        models = [member_name("model", rank) for rank in ranks] + ["average"] * (self._average is not None)
+        return frozenset(f"{model}/{name}" for model in models for name in names)
 
     def check(self, saved: Checkpoint | None, branch: Checkpoint | None) -> None:
         """Refuse checkpoints that this run can neither resume nor branch from.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dptrain.cost.flops import FlopCounter, uncompiled
 from dptrain.data import MicroBatchLoader
+from dptrain.data.source import seed_generators
 from dptrain.errors import OutOfMemoryError, TaskError
 from dptrain.exchange import Exchange, RunningStatistics
 from dptrain.observe import Meter, PendingSum
@@ -20,6 +21,7 @@ from dptrain.runtime.replica import num_replicas, rank_of_replica
 from dptrain.runtime.step_reduction import RankReport, StepRecord, send
 from dptrain.tasks.base import Batch, LossFunction, split_training_loss
 from dptrain.train.execution.device_copy import DeviceCopy
+from dptrain.train.execution.step_buffers import StepBuffers
 from dptrain.train.execution.update import Update
 from dptrain.train.execution.wrapping import defer_combining, is_sharded
 from dptrain.train.memory import release_memory, split
@@ -39,7 +41,7 @@ class Stepper:
         statistics: of the model's batch norms.
         precision: makes the context of a forward pass.
         flops: counts passes.
-        seed_of: position in the stream → seed of the forward pass that begins there.
+        seed_forward: seeds the generators for the forward pass that begins at a position in the stream.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Stepper:
         statistics: RunningStatistics,
         precision: Callable[[], AbstractContextManager[object]] = nullcontext,
         flops: FlopCounter | None = None,
-        seed_of: Callable[[int], int],
+        seed_forward: Callable[[int], None],
     ) -> None:
         self._model = model
         self._loss = loss
@@ -66,8 +68,9 @@ class Stepper:
         self._device = device
         self._precision = precision
         self._statistics = statistics
+        self._buffers = StepBuffers(model, ignored=statistics.buffer_names())
         self._flops = flops or FlopCounter()
-        self._seed_of = seed_of
+        self._seed_forward = seed_forward
         self._rank, self._world_size = rank_of_replica(), num_replicas()
         self._is_sharded = is_sharded(model)
         self._to_device = DeviceCopy(device)
@@ -103,6 +106,7 @@ class Stepper:
         """
         if self._statistics:
             self._statistics.begin_step()
+        self._buffers.begin_step()
         (loss_sum, *part_sums), num_samples, halved = self._backward(record)
         self._exchange.combine()
         grad_norm, scaled_norm = self._update.grad_norms(self._exchange.grad_norm)
@@ -150,6 +154,7 @@ class Stepper:
             self._update.zero_grad()
             self._meter.discard_step()
             self._statistics.discard_step()
+            self._buffers.discard_step()
             release_memory(self._device)
             parts *= 2
 
@@ -161,7 +166,7 @@ class Stepper:
             weight = one.num_samples * self._world_size / record.global_batch_size
             self._meter.begin(num_samples=one.num_samples, weight=weight)
             self._statistics.begin_micro_batch(one.number if one.num_samples else None)
-            _seed_forward(self._seed_of(one.position), self._device)
+            self._seed_forward(one.position)
             with self._deferred(is_last=one.is_last), self._as_counted(one, record):
                 loss, parts = self._forward(one)
                 self._is_combining = one.is_last and self._world_size > 1
@@ -211,7 +216,7 @@ class Stepper:
         for number, micro in enumerate(window, start=1):
             batch = self._to_device(micro.batch)
             num_pieces = min(parts, micro.num_samples // self._statistics.smallest_micro_batch)
-            pieces = [batch] if num_pieces <= 1 else split(batch, num_pieces)
+            pieces = [batch] if num_pieces <= 1 else split(batch, num_pieces, num_samples=micro.num_samples)
             position, left = micro.position, micro.num_samples
             for index, piece in enumerate(pieces, start=1):
                 share = -(-left // (len(pieces) - index + 1))
@@ -227,6 +232,13 @@ class Stepper:
                 f"parameters cannot begin a step anew by itself: go on from the latest checkpoint with --resume "
                 f"--micro_batch_size {max(1, record.micro_batch_size // 2)} ({cause})"
             )
+        if self._world_size > 1 and _synchronises_forward(self._model):
+            raise OutOfMemoryError(
+                f"micro-batches of {record.micro_batch_size} did not fit into memory, and a replica whose "
+                f"SyncBatchNorm takes part in the others' forward passes cannot begin a step anew by itself: go on "
+                f"from the latest checkpoint with --resume --micro-batch-size "
+                f"{max(1, record.micro_batch_size // 2)} ({cause})"
+            )
         if self._is_combining:
             raise OutOfMemoryError(
                 f"micro-batches of {record.micro_batch_size} did not fit into memory while the replicas combined their "
@@ -237,6 +249,10 @@ class Stepper:
         if parts >= record.micro_batch_size // least:
             samples = "a single sample" if least == 1 else f"{least} samples"
             raise OutOfMemoryError(f"the memory does not suffice for {samples} at a time ({cause})")
+
+
+def _synchronises_forward(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.SyncBatchNorm) and module.training for module in model.modules())
 
 
 @contextmanager
@@ -278,19 +294,24 @@ class _Pass:
     is_last: bool
 
 
-def _seed_forward(seed: int, device: torch.device) -> None:
-    """Seed the generators that a forward pass draws from."""
-    # torch.manual_seed visits every kind of device there is, which costs a hundred times as much.
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-
-
-def forward_seed(seed: int, position: int) -> int:
-    """Return the seed of the forward pass on the micro-batch that begins at `position`.
+def seed_forward(seed: int, position: int, *, device: torch.device, beside_torch: bool) -> None:
+    """Seed the generators that the forward pass on the micro-batch that begins at `position` draws from.
 
     Dropout and the like depend on the position in the stream, and so not on restarts, and not on which replica runs
     the micro-batch.
+
+    Args:
+        seed: of the run.
+        position: in the stream.
+        device: of this replica.
+        beside_torch: whether numpy's and Python's generators are drawn from, such as for the weights of a mixup.
     """
     digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    number = int.from_bytes(digest, "big") >> 1
+    if beside_torch:
+        seed_generators(number)
+    else:
+        # torch.manual_seed visits every kind of device there is, which costs a hundred times as much.
+        torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)

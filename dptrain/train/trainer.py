@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -43,7 +44,7 @@ from dptrain.tasks import Task, fewest_samples
 from dptrain.tracking.jsonl import Value
 from dptrain.tracking.run_folder import RunFolder, checkpoints_in, default_run_dir
 from dptrain.tracking.run_log import RunLog, SilentLog, WritingLog
-from dptrain.train.checkpoint_schedule import CheckpointManager, crosses
+from dptrain.train.checkpoint_schedule import CheckpointManager, crosses, save_on_all
 from dptrain.train.evaluation import HeldOut
 from dptrain.train.execution.exchanging import prepare_exchange, shared_loss
 from dptrain.train.execution.loss_scale import LossScale
@@ -63,7 +64,7 @@ from dptrain.train.parts import (
 from dptrain.train.preparation import check_same_training, prepared, requested
 from dptrain.train.run_progress import RunProgress
 from dptrain.train.run_state import RunState, newest_checkpoint
-from dptrain.train.step import Stepper, forward_seed
+from dptrain.train.step import Stepper, seed_forward
 
 
 class Trainer:
@@ -107,7 +108,7 @@ class Trainer:
         self._saved = newest_checkpoint(self._run_dir, allow_fresh=allow_fresh) if resume else None
         if self._saved is not None:
             config = as_saved(config, saved=self._saved.state["config"])  # type: ignore[arg-type]
-        self._task, self._unused = prepared(self._task, config, is_resumed=self._saved is not None)
+        self._task, self._loss = prepared(self._task, config, is_resumed=self._saved is not None)
         self._statistics = RunningStatistics(
             self._task.model, rank=self._rank, world_size=self._world_size, fewest_samples=fewest_samples(self._task)
         )
@@ -124,7 +125,7 @@ class Trainer:
             self._config,
             self._task,
             identity=self._identity,
-            unused=self._unused,
+            loss=self._loss,
             branch=self._branch,
             saved=self._saved,
             device=self._device,
@@ -141,8 +142,7 @@ class Trainer:
             execution=execution,
             precision=precision,
             device=self._device,
-            find_unused_parameters=bool(self._unused) if looks is None else looks,
-            ignored_buffers=self._statistics.buffer_names(),
+            find_unused_parameters=bool(self._loss.unused) if looks is None else looks,
         )
         self._optimizer = build_optimizer(
             self._config.optimizer, self._bare_model, parameter_groups=self._task.parameter_groups
@@ -152,7 +152,9 @@ class Trainer:
         self._loss_scale = LossScale(self._device) if precision == "fp16" else None
         self._is_sharded = is_sharded(self._bare_model)
         self._autocast = forward_precision(self._bare_model, device=self._device, precision=precision)
-        self._hook, average = build_hooks(self._config, self._task, model=self._bare_model, optimizer=self._optimizer)
+        self._hook, average = build_hooks(
+            self._config, self._task, model=self._bare_model, optimizer=self._optimizer, masters=self._masters
+        )
         self._held_out = HeldOut(
             self._task,
             self._bare_model,
@@ -294,7 +296,7 @@ class Trainer:
                 drift.start(record.step)
                 garbage.stepped(record.step)
                 watchdog.beat()
-                if self._pause(record, checkpoint_manager, log):
+                if self._pause(record, checkpoint_manager, log, beat=watchdog.beat):
                     run.paused(wall_s=time.monotonic() - began_s)
                     watchdog.beat()
                 yield record
@@ -325,7 +327,9 @@ class Trainer:
             energy_j=self._energy.take_j(),
         )
 
-    def _pause(self, record: StepRecord, checkpoint_manager: CheckpointManager | None, log: RunLog) -> bool:
+    def _pause(
+        self, record: StepRecord, checkpoint_manager: CheckpointManager | None, log: RunLog, *, beat: Callable[[], None]
+    ) -> bool:
         """Evaluate and save after a step, whichever is due; both at the end of the run. Return whether any was.
 
         Both rest on the outcome of the step. To read it earlier than usual changes no decision: that is taken after
@@ -339,25 +343,19 @@ class Trainer:
             return False
         run.read_outcome(log)
         if evaluates:
-            self._evaluate(log)
+            self._evaluate(log, beat=beat)
             ends = ends or run.at_end
         if ends or saves:
             self._drift.check(record.step)
-        if ends:  # what the last step and the evaluation drew; the report of a step is of what was before it
-            run.spent(energy_j=summed(self._energy.take_j(at_once=True), device=self._device))
-        if (ends or saves) and self._state.takes_all and checkpoint_manager is None:
-            self._state.pack()  # rank 0 alone keeps what comes of it
-        if ends and checkpoint_manager is not None and not self._is_main:
-            checkpoint_manager.save()  # its shard, for which rank 0 waits
-        if ends:
-            self._on_rank_0(lambda: None if checkpoint_manager is None else checkpoint_manager.save_and_wait())
-        elif checkpoint_manager is not None and saves:
-            checkpoint_manager.save()
+            if ends:  # what the last step and the evaluation drew; the report of a step is of what was before it
+                run.spent(energy_j=summed(self._energy.take_j(at_once=True), device=self._device))
+            join = self._state.pack if self._state.takes_all else None  # rank 0 alone keeps what comes of it
+            save_on_all(checkpoint_manager, is_last=ends, join=join, beat=beat, rank=self._rank, device=self._device)
         return True
 
-    def _evaluate(self, log: RunLog) -> None:
+    def _evaluate(self, log: RunLog, *, beat: Callable[[], None]) -> None:
         run = self._run
-        figures = self._held_out.figures(batch_size=run.largest_micro_batch_size)
+        figures = self._held_out.figures(batch_size=run.largest_micro_batch_size, beat=beat)
         if not figures:
             return
         run.evaluated(figures)
@@ -417,6 +415,7 @@ class Trainer:
         update = build_update(
             self._config, self._model, optimizer=self._optimizer, loss_scale=self._loss_scale, masters=self._masters
         )
+        draws = self._loss.draws_beside_torch
         return Stepper(
             model=self._model,
             loss=self._task.loss,
@@ -428,7 +427,7 @@ class Trainer:
             device=self._device,
             precision=self._autocast,
             flops=self._flops,
-            seed_of=lambda position: forward_seed(self._config.seed, position),
+            seed_forward=partial(seed_forward, self._config.seed, device=self._device, beside_torch=draws),
         )
 
     def _checkpoint_manager(self, log: RunLog) -> CheckpointManager:
@@ -436,7 +435,7 @@ class Trainer:
             self._config.checkpoint,
             folder=checkpoints_in(self._run_dir),
             pack=self._state.pack,
-            infinite=self._state.of_all_members(infinite_buffers(self._bare_model)),
+            infinite=self._state.of_all_models(infinite_buffers(self._bare_model)),
             committed_step=0 if self._saved is None else self._saved.step,
             log=log,
             sharding=sharding(self._device) if self._is_sharded else None,

@@ -80,6 +80,33 @@ def test_a_step_that_is_not_taken_leaves_them():
         assert all(torch.equal(value, before[name]) for name, value in statistics_of(model).items())
 
 
+def begun_anew(rank, world_size):
+    """Two micro-batches a replica in each of two steps, which rank 1 begins anew after its second one."""
+    model = make_model()
+    statistics = RunningStatistics(model, rank=rank, world_size=world_size)
+    batches = micro_batches(0)
+    for _ in range(2):
+        statistics.begin_step()
+        for attempt in range(1 + (rank == 1)):
+            if attempt:
+                statistics.discard_step()
+            for number in range(rank, len(batches), world_size):
+                statistics.begin_micro_batch(number)
+                model(batches[number])
+        statistics.end_step(num_micro_batches=len(batches), finite=torch.tensor(True))
+    return {name: value.tolist() for name, value in statistics_of(model).items()}
+
+
+def test_a_step_begun_anew_on_one_replica_counts_once():
+    """For want of memory there: the statistics are those of one process that saw each micro-batch once."""
+    model = make_model()
+    for batch in 2 * micro_batches(0):
+        model(batch)
+    for found in run_replicas(begun_anew, world_size=2):
+        for name, value in statistics_of(model).items():
+            assert found[name] == pytest.approx(value.tolist(), rel=1e-5, abs=1e-6), name
+
+
 def frozen(rank, world_size):
     model = make_model()
     model[1].eval()

@@ -8,10 +8,19 @@ import math
 import pytest
 import torch
 
-from dptrain.errors import AbortedError, ConfigError, DesyncError
+from dptrain.errors import AbortedError, ConfigError, DesyncError, PeerLostError
 from dptrain.observe import NUM_SUMS
 from dptrain.observe.measurement_interval import NUM_TIMINGS
-from dptrain.runtime.step_reduction import RankReport, StepRecord, on_rank_0, receive, send
+from dptrain.runtime.rendezvous import collective_timeout_s
+from dptrain.runtime.step_reduction import (
+    RankReport,
+    StepRecord,
+    on_rank_0,
+    receive,
+    send,
+    translate_peer_errors,
+    wait_together,
+)
 from tests.replicas import run_replicas
 
 RECORD = StepRecord(step=7, position=96, global_batch_size=16, micro_batch_size=4, learning_rate=0.1, wall_s=1.0)
@@ -143,3 +152,35 @@ def test_all_learn_that_rank_0_failed():
     assert first == ("the folder is full", 5)
     assert "rank 0" in second[0]
     assert second[1] is None
+
+
+def wait_in_turns(rank, world_size):
+    answers, beats = iter([False, False, True][2 * (rank == 1) :]), []
+    waits = []
+
+    def wait(timeout_s):
+        waits.append(timeout_s)
+        return next(answers, True)
+
+    wait_together(wait, device=torch.device("cpu"), beat=lambda: beats.append(len(waits)))
+    return waits, beats
+
+
+def test_replicas_wait_for_one_another_in_turns():
+    """One that is done asks the other again and again, so that no single collective lasts as long as a long write."""
+    for waits, beats in run_replicas(wait_in_turns, world_size=2):
+        assert beats == [1, 2, 3]
+        assert all(0 < timeout_s < collective_timeout_s() for timeout_s in waits)
+
+
+def test_a_collective_that_timed_out_names_the_setting(monkeypatch):
+    """With its value; one that broke off does not."""
+    monkeypatch.setenv("DPTRAIN_COLLECTIVE_TIMEOUT_S", "7")
+    for text, is_named in (
+        ("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 7000ms for recv operation", True),
+        ("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3) ran for 7000 milliseconds", True),
+        ("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3", False),
+    ):
+        with pytest.raises(PeerLostError) as caught, translate_peer_errors(lambda: 3):
+            raise RuntimeError(text)
+        assert ("DPTRAIN_COLLECTIVE_TIMEOUT_S, now 7," in str(caught.value)) is is_named

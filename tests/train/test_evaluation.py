@@ -22,6 +22,9 @@ SUGGESTION = Suggestion(
 )
 
 
+CPU = torch.device("cpu")
+
+
 def make_model():
     torch.manual_seed(2)
     return nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3))
@@ -46,9 +49,7 @@ def make_task(eval_data, **changes):
 
 
 def evaluate_on(task, micro, *, rank=0, world_size=1):
-    return evaluate_task(
-        task, task.model, batch_size=micro, rank=rank, world_size=world_size, device=torch.device("cpu")
-    )
+    return evaluate_task(task, task.model, batch_size=micro, rank=rank, world_size=world_size, device=CPU)
 
 
 def evaluate_all(rank, world_size):
@@ -142,6 +143,55 @@ def test_a_metric_of_many_numbers_is_refused():
         evaluate_on(task, 2)
 
 
+def uneven_parts(rank, world_size, at):
+    """Evaluate 8 batches of a sample, of which number `at` alone has a part; return the error."""
+
+    def loss(_, batch):
+        value = batch[0].mean()
+        return {"loss": value, "error": value, **({"rare": value} if int(batch[1]) == at else {})}
+
+    data = [(torch.ones(4), index) for index in range(8)]
+    try:
+        evaluate_on(make_task(data, eval_loss=loss), 1, rank=rank, world_size=world_size)
+    except TaskError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(("world_size", "at"), [(1, 3), (1, 0), (2, 0), (2, 5), (2, 7)])
+def test_parts_that_some_batches_lack_are_refused_on_all_replicas(world_size, at):
+    """Their sums would be divided by the number of all samples, and meet other parts of other replicas."""
+    for error in run_replicas(uneven_parts, world_size=world_size, args=(at,)):
+        assert "error" in error
+        assert "return the same ones for each batch" in error
+
+
+def parts_by_rank(rank, world_size):
+    def loss(_, batch):
+        value = batch[0].mean()
+        return {"loss": value, ("first", "second")[rank]: value}
+
+    with pytest.raises(TaskError, match="another set on another replica"):
+        evaluate_on(make_task(make_data(8), eval_loss=loss), 2, rank=rank, world_size=world_size)
+
+    def turned(_, batch):
+        parts = {"first": batch[0].mean(), "second": batch[0].std()}
+        return {"loss": batch[0].sum(), **dict(sorted(parts.items(), reverse=bool(rank)))}
+
+    return evaluate_on(make_task(make_data(8), eval_loss=turned), 2, rank=rank, world_size=world_size)
+
+
+def test_parts_meet_by_name():
+    """Other names on another replica are refused; the same ones in another order are the same parts."""
+    first, second = run_replicas(parts_by_rank, world_size=2)
+    assert first == second
+
+    def plain(_, batch):
+        return {"loss": batch[0].sum(), "first": batch[0].mean(), "second": batch[0].std()}
+
+    assert first == pytest.approx(evaluate_on(make_task(make_data(8), eval_loss=plain), 2))
+
+
 def test_each_held_out_set_has_its_figures():
     """Two sets: each under its name, the first also without one, `eval_metrics` included."""
     sets = {"near": make_data(7), "far": make_data(31)}
@@ -178,6 +228,14 @@ def test_a_batch_is_no_larger_than_a_micro_batch():
 
     evaluate_on(make_task(make_data(7), loss=loss), 3)
     assert sizes == [3, 3, 1]
+
+
+def test_each_batch_is_a_sign_of_life():
+    """The watchdog hears of each, so that a long evaluation is no hang."""
+    beats = []
+    task = make_task(make_data(7))
+    evaluate_task(task, task.model, batch_size=2, rank=0, world_size=1, device=CPU, beat=lambda: beats.append(1))
+    assert len(beats) == 4
 
 
 def test_a_loss_that_raises_leaves_the_modes():

@@ -15,6 +15,7 @@ from dptrain.checkpoint.store import load_newest
 from dptrain.cli.export import export
 from dptrain.errors import ConfigError, TaskError
 from dptrain.exchange import ExchangeConfig
+from dptrain.models.settings import SparsityConfig
 from dptrain.tracking.jsonl import read_rows
 from dptrain.train import ControlConfig, OptimizerConfig, TrainConfig, Trainer
 from tests.replicas import run_replicas
@@ -283,6 +284,17 @@ def test_one_replica_is_the_single_model(tmp_path):
                 "precision": "fp16",
             },
             "precision=bf16",
+        ),
+        *(
+            (
+                {
+                    "exchange": ExchangeConfig(kind=kind),
+                    "control": ControlConfig(law="constant"),
+                    "sparsity": SparsityConfig(method="rigl", sparsity=0.5),
+                },
+                f"with exchange.kind={kind} .*sparsity.method=static",
+            )
+            for kind in ("ensemble", "codistillation", "local_updates")
         ),
     ],
 )

@@ -39,6 +39,36 @@ def small_memory(limit, *, rank=None, from_call=0):
     return Task(**{**vars(task), "loss": loss})
 
 
+class Counting(nn.Module):
+    """Counts its samples in a buffer, and runs out of memory before or after it did so."""
+
+    def __init__(self, limit, *, rank, from_call, counts_first):
+        super().__init__()
+        self.inner = enough().model
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self._limit, self._rank, self._from_call, self._counts_first = limit, rank, from_call, counts_first
+        self._calls = 0
+
+    def forward(self, features):
+        if not self.training:
+            return self.inner(features)
+        self._calls += 1
+        if self._counts_first:
+            self.seen += len(features)
+        here = torch.distributed.get_rank() == self._rank and self._calls > self._from_call
+        if here and len(features) > self._limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        if not self._counts_first:
+            self.seen += len(features)
+        return self.inner(features)
+
+
+def counting(limit=10**9, **settings):
+    """Make the task with a model that counts."""
+    model = Counting(limit, **{"rank": 1, "from_call": 9, "counts_first": True, **settings})
+    return Task(**{**vars(enough()), "model": model})
+
+
 # Cutting
 
 
@@ -46,7 +76,7 @@ def small_memory(limit, *, rank=None, from_call=0):
 def test_the_parts_make_up_the_micro_batch(parts):
     """Nested tensors are cut alike; joined again they are what they were, in sizes that differ by one at most."""
     batch = {"x": torch.arange(24.0).reshape(8, 3), "y": (torch.arange(8), [torch.rand(8, 1)])}
-    pieces = split(batch, parts)
+    pieces = split(batch, parts, num_samples=8)
     assert len(pieces) == min(parts, 8)
     sizes = [len(piece["x"]) for piece in pieces]
     assert max(sizes) - min(sizes) <= 1
@@ -54,11 +84,14 @@ def test_the_parts_make_up_the_micro_batch(parts):
     assert torch.equal(torch.cat([piece["y"][1][0] for piece in pieces]), batch["y"][1][0])
 
 
-@pytest.mark.parametrize("batch", [["a", "b"], (torch.rand(3), torch.rand(4)), torch.tensor(1.0)])
+@pytest.mark.parametrize(
+    "batch",
+    [["a", "b"], (torch.rand(3), torch.rand(4)), torch.tensor(1.0), (torch.rand(4, 2), torch.rand(4)), torch.rand(7)],
+)
 def test_what_has_no_rows_is_not_cut(batch):
     """Cutting a batch whose rows are not known would mix samples; the sentence says what to set."""
     with pytest.raises(TaskError, match="micro_batch_size"):
-        split(batch, 2)
+        split(batch, 2, num_samples=2)
 
 
 # Finding
@@ -169,6 +202,49 @@ def test_the_noise_scale_survives_it(little):
     folder, _ = little
     last = {name: read_rows(folder / name / "metrics.jsonl")[-2] for name in ("enough", "late")}
     assert last["late"]["noise_scale/trace"] == pytest.approx(last["enough"]["noise_scale/trace"], rel=0.5)
+
+
+def train_and_count(rank, world_size, folder):
+    """Train with a rank short of memory in its forward pass, in the first one of a step and in the last."""
+    found = {}
+    tasks = {
+        "enough": counting,
+        "first": lambda: counting(2, from_call=10),
+        "last": lambda: counting(2, from_call=9),
+        "before it counts": lambda: counting(2, counts_first=False),
+        "rank 0": lambda: counting(2, rank=0),
+    }
+    for name, task in tasks.items():
+        settings = {"control": ControlConfig(law="constant"), "global_batch_size": 16, "micro_batch_size": 4}
+        trainer = Trainer(make_config(f"{folder}/{name}", max_samples=160, **settings), task=task)
+        trainer.run()
+        model = trainer._bare_model
+        found[name] = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist(), int(model.seen)
+    return found
+
+
+def test_a_step_begun_anew_leaves_no_trace_in_buffers(tmp_path):
+    """Nor do the other replicas wait: a buffer that the model changes has rank 0's value before each step."""
+    for found in run_replicas(train_and_count, world_size=2, args=(str(tmp_path),)):
+        parameters, seen = found["enough"]
+        assert seen == 160 / 2  # 8 samples a step on each replica, and of the other's none
+        for name in found:
+            assert found[name][0] == pytest.approx(parameters, rel=1e-5, abs=1e-6), name
+            assert found[name][1] == seen, name
+
+
+def train_synchronised(rank, world_size, folder):
+    settings = {"global_batch_size": 16, "micro_batch_size": 4, "control": ControlConfig(law="constant")}
+    task = lambda: small_memory(2, rank=1, from_call=9)  # noqa: E731 - built by the trainer
+    trainer = Trainer(make_config(folder, max_samples=160, **settings), task=task)
+    trainer._bare_model[1].norm = nn.SyncBatchNorm(1, affine=False)  # only now, as DDP takes none on a CPU
+    trainer.run()
+
+
+def test_a_step_with_sync_batch_norm_is_not_begun_anew_by_one_replica(tmp_path):
+    """The others would take part in another number of its forward passes: a sentence, and nobody waits for ever."""
+    with pytest.raises(AssertionError, match=r"OutOfMemoryError: .*SyncBatchNorm .*--micro-batch-size 2"):
+        run_replicas(train_synchronised, world_size=2, args=(str(tmp_path / "run"),))
 
 
 def test_what_cannot_be_halved_ends_the_run(tmp_path):

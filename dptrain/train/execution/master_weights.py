@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,11 @@ class MasterWeights:
     def parameters(self) -> Sequence[nn.Parameter]:
         """The copies, in the order of the model's trained parameters."""
         return self._masters
+
+    @property
+    def copies(self) -> Mapping[nn.Parameter, nn.Parameter]:
+        """The copies by the parameters that they are of."""
+        return dict(zip(self._trained, self._masters, strict=True))
 
     def take_over(self, optimizer: Optimizer, *, device: torch.device) -> None:
         """Have an optimizer over the model's parameters move the copies instead, which go to the device."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -72,7 +73,6 @@ def wrap(
     precision: str,
     device: torch.device,
     find_unused_parameters: bool = False,
-    ignored_buffers: Collection[str] = (),
 ) -> nn.Module:
     """Return what the loss is called with; the bare model is changed in place and keeps its names.
 
@@ -86,7 +86,6 @@ def wrap(
         precision: of the settings.
         device: of this replica.
         find_unused_parameters: whether DDP looks for them in each step.
-        ignored_buffers: those that DDP need not copy from rank 0.
 
     Raises:
         ConfigError: where the replicas do not make up the shards, or fp8 cannot be had.
@@ -104,11 +103,9 @@ def wrap(
     if execution.compile != "off":
         _compile(model, blocks, execution=execution)
     if execution.wrapper == "ddp":
-        # Nor the tables that no checkpoint holds, which nobody changes.
-        ignored = {*ignored_buffers, *(dict(model.named_buffers()).keys() - model.state_dict().keys())}
         return exchange.wrap(
             model,
-            ignored_buffers=ignored,
+            ignored_buffers=list(dict(model.named_buffers())),  # `StepBuffers` and `RunningStatistics` share them
             device_ids=[device] if device.type == "cuda" else None,
             # Not static_graph: with it the first pass under no_sync ends in an internal error of torch 2.13's reducer.
             find_unused_parameters=find_unused_parameters,
@@ -140,16 +137,35 @@ def _compile(model: nn.Module, blocks: list[nn.Module], *, execution: ExecutionC
         settings: dict[str, Any] = {"backend": execution.compile_backend, "dynamic": False}
         if type(module).__module__.startswith("torch."):
             # Dynamo passes over functions of torch's own files, and leaves such a module uncompiled without a word.
-            module.forward = torch.compile(_of_this_file(module.forward), **settings)
+            module.forward = _CompiledForward(module.forward, **settings)
         else:
             module.compile(**settings)
 
 
-def _of_this_file(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever a module takes
-        return forward(*args, **kwargs)
+class _CompiledForward:
+    """The forward function of a module of torch's own, compiled; a copy of the module runs its own one uncompiled.
 
-    return call
+    A plain function on the module would be shared by its copies, which would compute with the parameters of the first:
+    `copy.deepcopy` takes functions as they are. It does the same to what `module.compile()` sets: a copy is uncompiled.
+
+    Args:
+        forward: of the module, bound to it.
+        settings: of `torch.compile`.
+    """
+
+    def __init__(self, forward: Callable[..., Any], **settings: Any) -> None:  # noqa: ANN401 - of torch.compile
+        def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever a module takes
+            return forward(*args, **kwargs)
+
+        self._forward = forward
+        self._compiled = torch.compile(call, **settings)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever a module takes
+        return self._compiled(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        copied: Callable[..., Any] = copy.deepcopy(self._forward, memo)
+        return copied
 
 
 def _sharded(

@@ -31,16 +31,16 @@ class EarlyStopping(TrainHook):
         if name not in figures:
             raise ConfigError(f"early_stopping.figure {name!r} is none of this task's: {', '.join(figures)}")
         value = -figures[name] if self._config.higher_is_better else figures[name]
-        if self._best is None or value < self._best - self._config.min_improvement:
+        # No value is better than one that is no number, were that the first, and none is finite below minus infinity.
+        if math.isfinite(value) and (self._best is None or value < self._best - self._config.min_improvement):
             self._best, self._num_since = value, 0
-        else:  # also where it is no number
+        else:
             self._num_since += 1
         return self._num_since >= self._patience
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return the best figure and the count since then."""
-        finite = self._best is not None and math.isfinite(self._best)
-        return {"best": self._best if finite else None, "num_since": self._num_since}
+        return {"best": self._best, "num_since": self._num_since}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting."""

@@ -13,13 +13,14 @@ from dptrain.config.train_config import TrainConfig
 from dptrain.observe import PendingSum
 from dptrain.tasks import Task
 from dptrain.tasks.base import Hooks, Moment, TrainHook
+from dptrain.train.execution.master_weights import MasterWeights
 from dptrain.train.hooks.early_stopping import EarlyStopping
 from dptrain.train.hooks.sparse_training import SparseTraining
 from dptrain.train.hooks.weight_average import WeightAverage
 
 
 def build_hooks(
-    config: TrainConfig, task: Task, *, model: nn.Module, optimizer: Optimizer
+    config: TrainConfig, task: Task, *, model: nn.Module, optimizer: Optimizer, masters: MasterWeights | None = None
 ) -> tuple[TrainHook, WeightAverage | None]:
     """Return all hooks as one, and the average of the weights where the settings ask for it.
 
@@ -28,6 +29,7 @@ def build_hooks(
         task: may have a hook.
         model: not wrapped, on its device; the meter is not on it yet, so that it sees what hooks leave of gradients.
         optimizer: of the model's parameters.
+        masters: float32 copies of the model's parameters, where the optimizer moves those.
     """
     sparse = None
     if config.sparsity.method != "off":  # before the average, which begins with the sparse weights
@@ -36,7 +38,8 @@ def build_hooks(
     average = None
     if config.optimizer.average_decay is not None:
         batch = given(config.optimizer.reference_batch_size)
-        average = WeightAverage(model, decay=config.optimizer.average_decay, reference_batch_size=batch)
+        decay = config.optimizer.average_decay
+        average = WeightAverage(model, decay=decay, reference_batch_size=batch, masters=masters)
     stopping = None if config.early_stopping.patience is None else EarlyStopping(config.early_stopping)
     return Hooks([hook for hook in (task.hook, average, stopping, sparse) if hook is not None]), average
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import default_collate
 
+from dptrain.data.source import random_state_kept
 from dptrain.errors import ConfigError, TaskError
 from dptrain.tasks.base import Batch, Loss, LossFunction, Task, split_loss
-from dptrain.tasks.check import random_state_kept, reported
+from dptrain.tasks.check import reported
 from dptrain.train.preparation.hidden_states import HiddenStates, captured
 
 

@@ -14,6 +14,7 @@ from dptrain.models.gpt import Gpt
 from dptrain.models.settings import DistillationConfig
 from dptrain.runtime.replica import rank_of_replica
 from dptrain.tasks import Task, check_evaluation, check_task, resolve_task, warn_unless_mean
+from dptrain.tasks.check import CheckedLoss
 from dptrain.train.preparation.distillation import DistilledLoss, check_logits
 from dptrain.train.preparation.hidden_states import hidden_states
 from dptrain.train.preparation.layer_rates import with_layer_rates
@@ -38,8 +39,8 @@ def requested(task: Task | Callable[..., Task] | None, config: TrainConfig) -> t
     return task, in_samples(config, tokens_per_sample=task.tokens_per_sample, task=task.name)
 
 
-def prepared(task: Task, config: TrainConfig, *, is_resumed: bool = False) -> tuple[Task, frozenset[str]]:
-    """Return the task as the settings want it, checked, and the names of the parameters that its loss does not use.
+def prepared(task: Task, config: TrainConfig, *, is_resumed: bool = False) -> tuple[Task, CheckedLoss]:
+    """Return the task as the settings want it, checked, and what was found out about its loss.
 
     The model is changed in place. Held-out figures stay the task's own.
 
@@ -59,13 +60,13 @@ def prepared(task: Task, config: TrainConfig, *, is_resumed: bool = False) -> tu
         task = with_layer_rates(task, decay=config.model.layer_decay)
     if config.distillation.teacher is not None:
         task = _taught(task, config.distillation)
-    unused = check_task(task)
+    loss = check_task(task)
     if config.model.quantize is not None:
         check_quantized_layers(task)
     check_evaluation(task)
     if rank_of_replica() == 0:
         warn_unless_mean(task)
-    return task, unused
+    return task, loss
 
 
 def _taught(task: Task, config: DistillationConfig) -> Task:

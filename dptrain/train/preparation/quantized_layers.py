@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
+from dptrain.data.source import random_state_kept
 from dptrain.errors import ConfigError
 from dptrain.models.quantization import quantized_layers
 from dptrain.tasks.base import Task
-from dptrain.tasks.check import random_state_kept
 
 _MAX_NAMED = 5
 

@@ -9,6 +9,7 @@ from dptrain.config.train_config import TrainConfig
 from dptrain.runtime.hosts.task_identity import TaskIdentity
 from dptrain.runtime.startup_check import check_same_loss, check_same_run, model_digests
 from dptrain.tasks import Task
+from dptrain.tasks.check import CheckedLoss
 
 
 def check_same_training(
@@ -16,7 +17,7 @@ def check_same_training(
     task: Task,
     *,
     identity: TaskIdentity,
-    unused: frozenset[str],
+    loss: CheckedLoss,
     branch: Checkpoint | None,
     saved: Checkpoint | None,
     device: torch.device,
@@ -27,7 +28,7 @@ def check_same_training(
         config: filled in.
         task: prepared.
         identity: of its data and source.
-        unused: names of the parameters that its loss does not use.
+        loss: what was found out about its loss.
         branch: the checkpoint to branch from.
         saved: the checkpoint to resume from.
         device: of this replica.
@@ -40,11 +41,13 @@ def check_same_training(
         {
             **identity.subjects(),
             **model_digests(task.model),
-            "the parameters that the loss does not use": sorted(unused),
+            "the parameters that the loss does not use": sorted(loss.unused),
+            "the parts that the loss returns": loss.parts,
+            "whether the loss draws random numbers from numpy or random": loss.draws_beside_torch,
             "the checkpoint to branch from": None if branch is None else branch.step,
             "the checkpoint to resume from": None if saved is None else saved.step,
         },
         device=device,
     )
-    for loss in identity.losses:
-        check_same_loss(loss, device=device)
+    for value in identity.losses:
+        check_same_loss(value, device=device)

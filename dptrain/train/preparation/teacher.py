@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dptrain.data.source import random_state_kept
 from dptrain.errors import ConfigError
-from dptrain.tasks.check import random_state_kept
 from dptrain.train.preparation.saved_task import saved_task
 from dptrain.train.preparation.weights import find_checkpoint
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -61,6 +63,30 @@ def test_a_compiled_model_stays_compiled_beside_the_flop_counter(make):
     assert calls == 14
     assert compiles.frame_count == 2  # one for each size of micro-batch
     assert flops.take_per_sample() == 3 * 2 * (4 * 4 + 4 * 2) - 2 * 4 * 4  # no gradient of the input
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "blocks"])
+@pytest.mark.parametrize("compiled", ["blocks", "model"])
+@pytest.mark.parametrize("make", [Own, lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))])
+def test_a_copy_of_a_compiled_model_has_parameters_of_its_own(make, compiled, checkpointing):
+    """As the average of the weights is one: it computes with what it holds, whatever becomes of the model."""
+    torch.compiler.reset()
+    model = make()
+    execution = ExecutionConfig(compile=compiled, compile_backend="eager", activation_checkpointing=checkpointing)
+    wrap(model, exchange=AllReduce(), execution=execution, precision="no", device=torch.device("cpu"))
+    batch = torch.randn(3, 4)
+    before = model(batch)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(batch), before)
+    assert not model(batch).any()
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert not copied(batch).any()
     torch.compiler.reset()
 
 

@@ -15,6 +15,7 @@ from dptrain.errors import ConfigError
 from dptrain.tasks import Moment, TrainHook
 from dptrain.tracking.jsonl import read_rows
 from dptrain.train import ControlConfig, OptimizerConfig, Trainer
+from dptrain.train.execution.master_weights import MasterWeights
 from dptrain.train.hooks import EarlyStopping, WeightAverage
 from tests.replicas import run_replicas
 from tests.runs import Killed, attempt, make_config, noisy
@@ -60,6 +61,45 @@ def test_a_larger_step_decays_more():
         torch.testing.assert_close(one, other)
 
 
+def test_parameters_of_16_bits_are_averaged_in_float32():
+    """The average of float32 copies is that of a float32 model, bit for bit; in bfloat16 it would stay at its start."""
+    short, wide = make_model(), make_model()
+    masters = MasterWeights(short)
+    ours = WeightAverage(short, decay=0.999, reference_batch_size=16, masters=masters)
+    theirs = WeightAverage(wide, decay=0.999, reference_batch_size=16)
+    began = [parameter.detach().clone() for parameter in wide.parameters()]
+    for step in range(1, 101):
+        for master, parameter in zip(masters.parameters, wide.parameters(), strict=True):
+            parameter.data += 1e-3 * torch.randn_like(parameter)
+            master.data.copy_(parameter.data)
+        masters.give_values()
+        ours.on_step(moment(short, step=step, batch=16))
+        theirs.on_step(moment(wide, step=step, batch=16))
+    for kept, expected, first in zip(ours.model.parameters(), theirs.model.parameters(), began, strict=True):
+        assert torch.equal(kept, expected)
+        assert not torch.equal(kept, first)
+    with ours.evaluating() as averaged:
+        assert {parameter.dtype for parameter in averaged.parameters()} == {torch.bfloat16}
+        for kept, expected in zip(averaged.parameters(), theirs.model.parameters(), strict=True):
+            assert torch.equal(kept, expected.bfloat16())
+    assert torch.equal(next(ours.model.parameters()), next(theirs.model.parameters()))
+
+
+def test_a_model_that_comes_in_bfloat16_is_averaged_in_float32():
+    """Without copies it is the average of what the parameters are, not rounded."""
+    model = nn.Linear(3, 4, dtype=torch.bfloat16)
+    average = WeightAverage(model, decay=0.999, reference_batch_size=16)
+    expected = None
+    for step in range(1, 101):
+        model.weight.data += 0.1
+        average.on_step(moment(model, step=step, batch=16))
+        now = model.weight.detach().float()
+        expected = now if expected is None else torch.lerp(expected, now, 1 - 0.999)
+    assert torch.equal(average.model.weight, expected)
+    with average.evaluating() as averaged:
+        assert averaged(torch.ones(1, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 def stopper(values, **settings):
     """Count after how many evaluations it stops; None where it does not."""
     stopping = EarlyStopping(EarlyStoppingConfig(**settings))
@@ -79,6 +119,10 @@ def stopper(values, **settings):
         ([2, 1, 1], {"patience": 2, "figure": "accuracy", "higher_is_better": True}, 3),
         ([1.0, 0.95, 0.91], {"patience": 2, "min_improvement": 0.1}, 3),
         ([1.0, float("nan"), float("nan")], {"patience": 2}, 3),
+        ([float("nan"), 3.0, 2.0, 1.0], {"patience": 2}, None),
+        ([float("inf"), 3.0, 3.5, 3.2], {"patience": 2}, 4),
+        ([float("nan"), float("nan")], {"patience": 2}, 2),
+        ([float("inf"), 0.5, 0.6, 0.7], {"patience": 2, "figure": "accuracy", "higher_is_better": True}, None),
     ],
 )
 def test_early_stopping_waits_for_its_patience(values, settings, expected):
@@ -151,8 +195,9 @@ def test_a_users_hook_is_called_and_may_end_the_run(tmp_path):
     assert all("eval/average/loss" in row for row in rows)
 
 
-def test_average_and_hook_survive_a_kill(tmp_path):
-    """Killed and resumed, the averaged weights are the same bytes, and the hook counts on."""
+@pytest.mark.parametrize("precision", ["no", "bf16_parameters"])
+def test_average_and_hook_survive_a_kill(tmp_path, precision):
+    """Killed and resumed, the averaged weights are the same bytes in float32, and the hook counts on."""
     results = []
     for name, deaths in (("straight", []), ("killed", [20])):
         folder = tmp_path / name
@@ -160,16 +205,38 @@ def test_average_and_hook_survive_a_kill(tmp_path):
         for death in [*deaths, None]:
             hook = Noting()
             try:
-                attempt(
-                    folder, kill_at=death, config=settings(folder), task=lambda hook=hook: replace(noisy(), hook=hook)
-                )
+                config = settings(folder, precision=precision)
+                attempt(folder, kill_at=death, config=config, task=lambda hook=hook: replace(noisy(), hook=hook))
             except Killed:
                 assert death is not None
         saved = load_newest(folder / "checkpoints")
+        assert {tensor.dtype for tensor in saved.tensors("average").values()} == {torch.float32}
         figures = {key: value for key, value in saved.state["progress"].items() if key != "wall_s"}
         results.append(((saved.path / "average.safetensors").read_bytes(), figures, hook.evaluations))
     assert results[0] == results[1]
     assert results[0][2] == 3
+
+
+class Masked(nn.Module):
+    """A model with a mask of attention in its checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = noisy().model
+        self.register_buffer("mask", torch.full((2,), float("-inf")))
+
+    def forward(self, features):
+        return self.inner(features) + self.mask.exp().sum()
+
+
+def test_a_mask_of_infinities_is_saved_with_the_average_too(tmp_path):
+    """The buffers of the averaged model are the model's: what is meant in one is no divergence in the other."""
+    summary = Trainer(settings(tmp_path / "run"), task=replace(noisy(), model=Masked())).run()
+    assert summary["samples_seen"] == 230
+    saved = load_newest(tmp_path / "run" / "checkpoints")
+    assert saved.state["progress"]["position"] == 230
+    assert saved.tensors("average")["mask"].tolist() == [float("-inf")] * 2
+    assert not saved.holds("hook")  # which would hold the average once more
 
 
 def test_a_run_with_the_average_trains_as_without(tmp_path):
