@@ -7,16 +7,14 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from dptrain.checkpoint.manifest import MANIFEST
 from dptrain.checkpoint.opened import Checkpoint
 from dptrain.checkpoint.store import load_checkpoint, load_newest
 from dptrain.errors import CheckpointError, ConfigError
-from dptrain.exchange.members import member_name
+from dptrain.exchange.members import averaged, member_names, model_of
 from dptrain.tracking.run_folder import checkpoints_in
 
 _DESCRIPTION = """Write the bare weights of a checkpoint to one safetensors file, which needs no dptrain to be read,
@@ -85,17 +83,11 @@ def _members(checkpoint: Checkpoint, *, member: str | None, to: Path) -> Iterato
     Raises:
         ConfigError: where there is no such member, or it must be said which.
     """
-    names = ["model"]
-    while checkpoint.holds(member_name("model", len(names))):
-        names.append(member_name("model", len(names)))
-    kind = _kind(checkpoint)
-    if member is None and len(names) > 1 and kind != "local_updates":
-        raise ConfigError(
-            f"the {len(names)} replicas of exchange.kind={kind} are models of their own, and their mean is none: use "
-            f"--member 0 … {len(names) - 1}, or --member all"
-        )
-    if member is None or member == "average":
-        yield to, _average([checkpoint.tensors(name) for name in names])
+    names = member_names(checkpoint)
+    if member is None:
+        yield to, model_of(checkpoint, remedy=f"use --member 0 … {len(names) - 1}, or --member all")
+    elif member == "average":
+        yield to, averaged([checkpoint.tensors(name) for name in names])
     elif member == "all":
         files = [to.with_name(f"{to.stem}-{rank}{to.suffix}") for rank in range(len(names))]
         if taken := [str(file) for file in files if file.exists()]:
@@ -106,25 +98,6 @@ def _members(checkpoint: Checkpoint, *, member: str | None, to: Path) -> Iterato
         yield to, checkpoint.tensors(names[int(member)])
     else:
         raise ConfigError(f"--member must be average, all, or a replica from 0 to {len(names) - 1}, got {member}")
-
-
-def _kind(checkpoint: Checkpoint) -> str:
-    config: Any = checkpoint.state.get("config", {})
-    return str(config.get("exchange", {}).get("kind", "all_reduce"))
-
-
-def _average(members: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the means of floating-point entries, and of all others those of rank 0."""
-    if len(members) == 1:
-        return members[0]
-    found = dict(members[0])
-    for name, first in found.items():
-        if first.is_floating_point():
-            wide = first.new_zeros(first.shape, dtype=torch.float64)
-            for each in members:
-                wide += each[name].double()
-            found[name] = (wide / len(members)).to(first.dtype)
-    return found
 
 
 def _export_metrics(run: Path, *, to: Path) -> int:

@@ -16,15 +16,13 @@ from dptrain.models.settings import ModelConfig
 from dptrain.tasks import Task, resolve_task
 
 
-def saved_task(
-    checkpoint: Checkpoint, *, what: str, tensors: Mapping[str, Tensor] | None = None, quantized: bool = True
-) -> Task:
+def saved_task(checkpoint: Checkpoint, *, what: str, tensors: Mapping[str, Tensor], quantized: bool = True) -> Task:
     """Return a run's task with its trained model, on the CPU.
 
     Args:
         checkpoint: of the run. The task's file must still be where it was.
         what: is built, in an error: "the teacher".
-        tensors: of the model, in place of those of the checkpoint.
+        tensors: of the model, by name.
         quantized: whether layers compute in the run's number format; in full precision otherwise.
 
     Raises:
@@ -38,7 +36,7 @@ def saved_task(
             config = replace(config, quantize=None)
         # Its adapters must be there to be filled; the weights that it once started from are no longer needed.
         adapt_model(task.model, replace(config, weights=None, new_head=None, freeze=None))
-        unpack_model(task.model, checkpoint.tensors("model") if tensors is None else tensors)
+        unpack_model(task.model, tensors)
     except (TypeError, KeyError, CheckpointError) as error:
         raise ConfigError(
             f"{what} {checkpoint.path} cannot be built from the settings of its run, task {settings.get('task')}: "

