@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from dptrain.train.preparation.hidden_states import HiddenStates, captured
 class DistilledLoss:
     """(1 − weight) × the task's loss + weight × T² × KL(teacher ‖ model), both predictions at temperature T.
 
-    With hidden states, their distance times its own weight is added.
+    With hidden states, their distance times its own weight is added. Where the task's loss has a part `cross_entropy`,
+    that alone is weighted by 1 − weight; the rest of it, such as the balance loss of experts, stays as it is.
 
     Hinton et al. 2015 (arXiv 1503.02531), section 2. The divergence is a mean over the samples of its mean over the
     places of a sample, so the loss stays a mean over samples and the noise scale keeps its meaning. Whatever the task's
@@ -78,6 +80,11 @@ class DistilledLoss:
             )
         loss, parts = split_loss(found)
         mixed = (1 - self._weight) * loss + self._weight * divergence(logits, taught, temperature=self._temperature)
+        own = parts.get("cross_entropy")
+        if own is not None and own.requires_grad == loss.requires_grad:
+            # The divergence takes the place of the cross-entropy alone: at a weight of 1 a router of experts would have
+            # no balance loss. A detached part is for the log, and its gradient could not be told from the rest.
+            mixed = mixed + self._weight * (loss - own)
         if hidden:
             mixed = mixed + hidden.weight * hidden.distance(states, taught_states)
         return {"loss": mixed, **parts} if parts else mixed
@@ -110,7 +117,10 @@ def check_logits(task: Task) -> None:
         task.model.eval()
         try:
             plain, _ = split_loss(task.loss(task.model, batch))
-            moved, _ = split_loss(task.loss(_SeenModel(task.model, shift=1.0), batch))  # type: ignore[arg-type]
+            with reported(
+                "a teacher needs a model that returns logits, and the loss fails on outputs to which 1 is added"
+            ):
+                moved, _ = split_loss(task.loss(_SeenModel(task.model, shift=1.0), batch))  # type: ignore[arg-type]
         finally:
             task.model.train(was_training)
     if not torch.allclose(plain, moved, rtol=1e-4, atol=1e-5):
@@ -168,7 +178,11 @@ def _shifted(output: Any, shift: float) -> Any:  # noqa: ANN401 - whatever a mod
     if isinstance(output, Mapping):  # a ModelOutput of transformers is one, and an OrderedDict
         output["logits"] = output["logits"] + shift  # type: ignore[index]
         return output
+    if hasattr(output, "_fields"):  # a NamedTuple, whose class takes values one by one
+        return output._replace(**{output._fields[0]: output[0] + shift})
     if isinstance(output, (tuple, list)):
         return type(output)((output[0] + shift, *output[1:]))
+    if is_dataclass(output) and not isinstance(output, type):  # it may be frozen
+        return replace(output, logits=output.logits + shift)  # type: ignore[attr-defined]
     output.logits = output.logits + shift
     return output

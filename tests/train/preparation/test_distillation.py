@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -130,6 +131,79 @@ def test_a_teacher_of_local_blocks_is_refused(tmp_path):
     task = gpt(data=str(make_nanogpt_folder(tmp_path / "data")), vocab_size=96, context=32, local_blocks=2)
     with pytest.raises(ConfigError, match="would teach the last local block alone"):
         prepared(task, taught(tmp_path / "run", tmp_path / "nowhere"))
+
+
+def test_experts_are_taught_and_keep_their_balance(tmp_path):
+    """At weight 1 the loss is the divergence and the whole balance loss, of which the router has its gradient."""
+    options = {"data": str(make_nanogpt_folder(tmp_path / "data")), "vocab_size": 96, "context": 16, "width": 16}
+    options |= {"depth": 1, "heads": 2}
+    Trainer(settings(tmp_path / "teacher", task="gpt", task_options=options, max_samples=16)).run()
+    torch.manual_seed(0)
+    task = resolve_task("gpt", options={**options, "num_experts": 4})
+    task, _ = prepared(task, taught(tmp_path / "run", tmp_path / "teacher", weight=1.0))
+    nn.init.normal_(task.model.blocks[0].experts.router.weight)  # unbalanced
+    windows = torch.stack([torch.as_tensor(task.train_data[i]) for i in range(4)]).long()
+    logits, routing, _ = task.model.train()(windows[:, :-1])
+    target = task.loss._teacher(windows[:, :-1])
+    balance = task.model.config.experts.balance_weight * routing.balance
+    found = task.loss(task.model, windows)
+    torch.testing.assert_close(found["loss"], divergence(logits, target, temperature=2.0) + balance)
+    router = task.model.blocks[0].experts.router.weight
+    (of_balance,) = torch.autograd.grad(balance, router, retain_graph=True)
+    # Experts begin at zero, so that nothing but the balance loss moves the router.
+    (gradient,) = torch.autograd.grad(found["loss"], router)
+    assert float(of_balance.abs().max()) > 1e-5
+    torch.testing.assert_close(gradient, of_balance, rtol=1e-3, atol=1e-8)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What a model may return."""
+
+    logits: torch.Tensor
+
+
+class Pair(NamedTuple):
+    """What a model may return, too."""
+
+    logits: torch.Tensor
+    more: int
+
+
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: (x, 1), lambda x: Pair(x, 1), lambda x: [x], Frozen])
+def test_models_may_return_logits_in_any_form(tmp_path, teacher, form):
+    """A tensor, a tuple, a NamedTuple, a list, a frozen dataclass: the logits are found and the task is taught."""
+
+    class Formed(nn.Linear):
+        def forward(self, features):
+            return form(super().forward(features))
+
+    def loss(model, batch):
+        found = model(batch[0])
+        logits = found if isinstance(found, torch.Tensor) else getattr(found, "logits", None)
+        return functional.cross_entropy(found[0] if logits is None else logits, batch[1])
+
+    task = replace(resolve_task("digits", options={"model": "softmax"}), model=Formed(64, 10), loss=loss)
+    task, _ = prepared(task, taught(tmp_path, teacher))
+    batch = (torch.rand(3, 64), torch.tensor([0, 1, 2]))
+    assert not torch.equal(task.loss(task.model, batch), loss(task.model, batch))
+
+
+def test_a_loss_that_fails_on_moved_outputs_is_one_sentence(tmp_path, teacher):
+    """What the task raises where 1 is added to its model's outputs is told as an error of the task."""
+
+    def loss(model, batch):
+        logits = model(batch[0])
+        if bool(logits.mean() > 0.5):
+            raise KeyError("out of bounds")
+        return functional.cross_entropy(logits, batch[1])
+
+    task = replace(resolve_task("digits", options={"model": "softmax"}), loss=loss)
+    with torch.no_grad():
+        task.model.weight.zero_()
+        task.model.bias.zero_()
+    with pytest.raises(TaskError, match=r"fails on outputs to which 1 is added: .*out of bounds"):
+        prepared(task, taught(tmp_path, teacher))
 
 
 def test_a_model_of_transformers_teaches(tmp_path):
