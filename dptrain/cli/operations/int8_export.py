@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from dptrain.checkpoint.opened import Checkpoint
-from dptrain.checkpoint.state import unpack_model
 from dptrain.data.source import seed_everything
 from dptrain.errors import ConfigError
 from dptrain.models.int8 import as_int8, from_int8, int8_weights
 from dptrain.tasks import Task
 from dptrain.tasks.check import reported
 from dptrain.train.evaluation import evaluate_task
-from dptrain.train.preparation.saved_task import saved_task
+from dptrain.train.preparation.saved_task import fill_model, saved_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +52,9 @@ class Int8Export:
 def in_int8(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> Int8Export:
     """Return a model's weights in int8, and its held-out loss before and after.
 
-    Both losses are computed in float32 on the CPU: with the weights as they are, and with the products of int8 weights
-    and their scales. It seeds the global generators, from which a task may draw what it holds out.
+    Both losses are computed on the CPU in the type that the task builds its model in, float32 as a rule: with the
+    weights as they are, and with the products of int8 weights and their scales. It seeds the global generators, from
+    which a task may draw what it holds out.
 
     Args:
         checkpoint: of the run whose settings name the task.
@@ -65,18 +65,14 @@ def in_int8(checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> Int8Export
         TaskError: where the task cannot be evaluated.
     """
     settings: Any = checkpoint.state["config"]
-    wide = {
-        name: tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-        for name, tensor in weights.items()
-    }
     seed_everything(settings["seed"])
-    task = saved_task(checkpoint, what="--int8 needs the task of the run:", tensors=wide, quantized=False)
-    names = [name for name in int8_weights(task.model) if name in wide]
+    task = saved_task(checkpoint, what="--int8 needs the task of the run:", tensors=weights, quantized=False)
+    names = [name for name in int8_weights(task.model) if name in weights]
     if not names:
         raise ConfigError("the model has no linear or convolutional layers: export it without --int8")
     found = as_int8(weights, names)
     before = _loss(task, settings)
-    unpack_model(task.model, from_int8(as_int8(wide, names)))
+    fill_model(task.model, from_int8(found))
     after = _loss(task, settings)
     return Int8Export(
         tensors=found,

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dptrain.checkpoint.opened import Checkpoint
 from dptrain.checkpoint.state import unpack_model
 from dptrain.errors import CheckpointError, ConfigError
+from dptrain.exchange.members import model_of
 from dptrain.models.adaptation import adapt_model
 from dptrain.models.settings import ModelConfig
 from dptrain.tasks import Task, resolve_task
@@ -22,7 +23,7 @@ def saved_task(checkpoint: Checkpoint, *, what: str, tensors: Mapping[str, Tenso
     Args:
         checkpoint: of the run. The task's file must still be where it was.
         what: is built, in an error: "the teacher".
-        tensors: of the model, by name.
+        tensors: of the model, by name; floating-point ones in any type, such as the bfloat16 of bf16_parameters.
         quantized: whether layers compute in the run's number format; in full precision otherwise.
 
     Raises:
@@ -36,10 +37,40 @@ def saved_task(checkpoint: Checkpoint, *, what: str, tensors: Mapping[str, Tenso
             config = replace(config, quantize=None)
         # Its adapters must be there to be filled; the weights that it once started from are no longer needed.
         adapt_model(task.model, replace(config, weights=None, new_head=None, freeze=None))
-        unpack_model(task.model, tensors)
+        fill_model(task.model, tensors)
     except (TypeError, KeyError, CheckpointError) as error:
         raise ConfigError(
             f"{what} {checkpoint.path} cannot be built from the settings of its run, task {settings.get('task')}: "
             f"{error}"
         ) from error
     return task
+
+
+def trained_weights(checkpoint: Checkpoint, *, remedy: str) -> dict[str, Tensor]:
+    """Return the tensors of a run's model, with the float32 copies of precision=bf16_parameters where there are any.
+
+    Args:
+        checkpoint: of the run.
+        remedy: as of `model_of`.
+
+    Raises:
+        ConfigError: where replicas are models of their own.
+    """
+    masters = checkpoint.tensors("masters") if checkpoint.holds("masters") else {}
+    return model_of(checkpoint, remedy=remedy) | masters
+
+
+def fill_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load tensors of any floating-point type into a model whose parameters keep their own.
+
+    Raises:
+        CheckpointError: where names or shapes differ, or types of whole numbers.
+    """
+    own = model.state_dict()
+    cast = {
+        name: tensor.to(own[name].dtype)
+        if name in own and tensor.is_floating_point() and own[name].is_floating_point()
+        else tensor
+        for name, tensor in tensors.items()
+    }
+    unpack_model(model, cast)

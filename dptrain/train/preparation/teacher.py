@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from dptrain.checkpoint.opened import Checkpoint
 from dptrain.data.source import random_state_kept
 from dptrain.errors import ConfigError
-from dptrain.exchange.members import model_of
-from dptrain.train.preparation.saved_task import saved_task
+from dptrain.train.preparation.saved_task import saved_task, trained_weights
 from dptrain.train.preparation.weights import find_checkpoint
 
 _AUTO = {
@@ -62,7 +61,7 @@ def _of_run(checkpoint: Checkpoint) -> nn.Module:
         "a teacher is one model, so write one with `dptrain export --member 0 --to FILE.safetensors`, begin a run with "
         "--from FILE.safetensors, and name that run"
     )
-    return saved_task(checkpoint, what="the teacher", tensors=model_of(checkpoint, remedy=remedy)).model
+    return saved_task(checkpoint, what="the teacher", tensors=trained_weights(checkpoint, remedy=remedy)).model
 
 
 def _of_transformers(folder: Path) -> nn.Module:

@@ -11,10 +11,10 @@ from dptrain.checkpoint.manifest import MANIFEST
 from dptrain.checkpoint.opened import Checkpoint
 from dptrain.checkpoint.store import load_checkpoint, load_newest
 from dptrain.errors import ConfigError
-from dptrain.exchange.members import model_of
 from dptrain.models.adaptation import read_safetensors
 from dptrain.models.efficientnet_lite0 import NAME, read_efficientnet_lite0
 from dptrain.tracking.run_folder import checkpoints_in
+from dptrain.train.preparation.saved_task import trained_weights
 
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -42,7 +42,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return read_safetensors(path)
     if checkpoint := find_checkpoint(path):
         remedy = f"write one with `dptrain export {path} --member 0 --to FILE.safetensors`, and start from that file"
-        return model_of(checkpoint, remedy=remedy)
+        return trained_weights(checkpoint, remedy=remedy)
     if (path / _INDEX).is_file():
         return _sharded(path)
     if (path / _ONE_FILE).is_file():

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 
 from dptrain.checkpoint.store import save_checkpoint
 from dptrain.errors import ConfigError
+from dptrain.models.settings import ModelConfig
 from dptrain.train.preparation.teacher import load_teacher
 from dptrain.train.preparation.weights import read_weights
-from tests.runs import attempt, load_newest
+from tests.runs import attempt, load_newest, make_config
 
 TENSORS = {"a": torch.arange(3.0), "b": torch.ones(2, 2)}
 
@@ -74,6 +75,20 @@ def test_replicas_that_are_models_of_their_own_are_refused(tmp_path, kind):
     for read in (read_weights, load_teacher):
         with pytest.raises(ConfigError, match=rf"{kind} in .* models of their own.*--member 0 --to FILE"):
             read(tmp_path / "two")
+
+
+def test_a_run_of_bfloat16_parameters_gives_its_float32_copies(tmp_path):
+    """They are what was trained; of frozen parameters there are none, and those are widened for a teacher."""
+    config = make_config(tmp_path / "run", precision="bf16_parameters", model=ModelConfig(freeze="0.*"))
+    attempt(tmp_path / "run", config=config)
+    saved = load_newest(tmp_path / "run" / "checkpoints")
+    masters = saved.tensors("masters")
+    assert set(masters) == {"3.weight", "3.bias"}
+    assert not torch.equal(masters["3.weight"], masters["3.weight"].bfloat16().float())
+    expected = {**saved.tensors("model"), **masters}
+    assert same(read_weights(tmp_path / "run"), expected)
+    teacher = load_teacher(tmp_path / "run").state_dict()
+    assert same(teacher, {name: tensor.float() for name, tensor in expected.items()})
 
 
 def test_what_holds_no_weights_is_refused(tmp_path):
