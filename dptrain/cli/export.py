@@ -19,7 +19,8 @@ from dptrain.tracking.run_folder import checkpoints_in
 
 _DESCRIPTION = """Write the bare weights of a checkpoint to one safetensors file, which needs no dptrain to be read,
 or the metrics of a run to a table. Every byte of a checkpoint is verified first. Tied weights stand under the first of
-their names. Where replicas have parameters of their own, --member says which are written. With --int8, weights of
+their names. Where replicas have parameters of their own, --member says which are written. Of a run with
+optimizer.average_decay, --averaged writes the averaged weights. With --int8, weights of
 linear and convolutional layers are rounded, and the held-out loss of the run's task is printed before and after."""
 _TABLES = (".csv", ".parquet")
 
@@ -36,7 +37,13 @@ def export(arguments: Sequence[str]) -> int:
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--to", type=Path, metavar="FILE", help="weights, such as weights.safetensors")
     kind.add_argument("--metrics", type=Path, metavar="FILE", help="metrics, such as metrics.csv or metrics.parquet")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--averaged",
+        action="store_true",
+        help="the average of optimizer.average_decay, not the weights of the last step",
+    )
+    which.add_argument(
         "--member",
         metavar="average|N|all",
         help="weights of which replica: the mean of all, that of rank N, or each in a file of its own, FILE-N "
@@ -53,15 +60,20 @@ def export(arguments: Sequence[str]) -> int:
     if target.exists():
         raise ConfigError(f"{target} exists already: name another file, or remove it")
     if options.metrics is not None:
-        if options.int8:
-            raise ConfigError("--int8 is about weights: use it with --to FILE.safetensors")
+        given = {"--int8": options.int8, "--averaged": options.averaged, "--member": options.member is not None}
+        if of_weights := [name for name, is_given in given.items() if is_given]:
+            raise ConfigError(f"{of_weights[0]} is about weights: use it with --to FILE.safetensors")
         return _export_metrics(options.source, to=options.metrics)
     if options.to.suffix in _TABLES:
         raise ConfigError(f"--to writes weights, not tables: use --metrics {options.to}")
     checkpoint = _find(options.source)
     for path, reason in checkpoint.passed_over:
         sys.stderr.write(f"dptrain export: passed over {path}: {reason}\n")
-    for target, weights in _members(checkpoint, member=options.member, to=options.to):
+    if options.averaged:
+        found_for = iter([(options.to, _average_of(checkpoint))])
+    else:
+        found_for = _members(checkpoint, member=options.member, to=options.to)
+    for target, weights in found_for:
         found, told = _in_int8(checkpoint, weights) if options.int8 else (weights, "")
         num_tensors, size_bytes = _write_weights(found, step=checkpoint.step, to=target, is_int8=options.int8)
         sys.stdout.write(
@@ -84,6 +96,9 @@ def _members(checkpoint: Checkpoint, *, member: str | None, to: Path) -> Iterato
         ConfigError: where there is no such member, or it must be said which.
     """
     names = member_names(checkpoint)
+    if member is not None and len(names) == 1:
+        remedy = ", or for the average of optimizer.average_decay use --averaged" if checkpoint.holds("average") else ""
+        raise ConfigError(f"{checkpoint.path} holds one model, equal on all replicas: leave out --member{remedy}")
     if member is None:
         yield to, model_of(checkpoint, remedy=f"use --member 0 … {len(names) - 1}, or --member all")
     elif member == "average":
@@ -98,6 +113,15 @@ def _members(checkpoint: Checkpoint, *, member: str | None, to: Path) -> Iterato
         yield to, checkpoint.tensors(names[int(member)])
     else:
         raise ConfigError(f"--member must be average, all, or a replica from 0 to {len(names) - 1}, got {member}")
+
+
+def _average_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    if not checkpoint.holds("average"):
+        raise ConfigError(
+            f"{checkpoint.path} holds no averaged weights: train with --optimizer.average_decay 0.999, or leave out "
+            f"--averaged"
+        )
+    return checkpoint.tensors("average")
 
 
 def _export_metrics(run: Path, *, to: Path) -> int:

@@ -86,3 +86,31 @@ def test_a_folder_that_is_not_there_to_write_to_is_an_error(tmp_path):
     """With the name that was given."""
     with pytest.raises(CheckpointError, match="could not be written to"):
         export([str(save(tmp_path, 1)), "--to", str(tmp_path / "missing" / "w")])
+
+
+def test_the_averaged_weights_are_written_where_they_are_asked_for(tmp_path):
+    """`--averaged` writes them, the default those of the last step; where there are none it says how to get some."""
+    weights = {"layer.weight": torch.full((2, 3), 1.0)}
+    average = {"layer.weight": torch.full((2, 3), 0.5)}
+    run = save_checkpoint(tmp_path, step=1, tensors={"model": weights, "average": average}, state={})
+    export([str(run), "--to", str(tmp_path / "last"), "--averaged"])
+    export([str(run), "--to", str(tmp_path / "plain")])
+    assert torch.equal(load_file(tmp_path / "last")["layer.weight"], average["layer.weight"])
+    assert torch.equal(load_file(tmp_path / "plain")["layer.weight"], weights["layer.weight"])
+    with pytest.raises(ConfigError, match="holds no averaged weights: train with --optimizer"):
+        export([str(save(tmp_path / "other", 1)), "--to", str(tmp_path / "x"), "--averaged"])
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("member", ["average", "0", "all"])
+def test_a_member_of_one_model_is_refused(tmp_path, member):
+    """There is nothing to choose from; what a reader may have meant is named."""
+    plain = save(tmp_path / "plain", 1)
+    weights = {"w": torch.ones(1)}
+    both = save_checkpoint(tmp_path / "both", step=1, tensors={"model": weights, "average": weights}, state={})
+    with pytest.raises(ConfigError, match=r"one model, equal on all replicas: leave out --member$"):
+        export([str(plain), "--to", str(tmp_path / "x"), "--member", member])
+    with pytest.raises(ConfigError, match=r"leave out --member, or for the average .* use --averaged"):
+        export([str(both), "--to", str(tmp_path / "x"), "--member", member])
+    with pytest.raises(ConfigError, match="--member is about weights"):
+        export([str(both), "--metrics", str(tmp_path / "x.csv"), "--member", member])

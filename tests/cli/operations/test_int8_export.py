@@ -101,6 +101,14 @@ def test_a_run_in_few_bits_is_told_apart(tmp_path, capsys):
     assert losses_of(said)[0] != pytest.approx(own, rel=1e-3)
 
 
+def test_a_run_of_bfloat16_parameters_is_rounded_and_measured(tmp_path, capsys):
+    """The task's model is in float32, and takes what the run holds in bfloat16."""
+    Trainer(settings(tmp_path / "run", max_samples=160, precision="bf16_parameters")).run()
+    export([str(tmp_path / "run"), "--to", str(tmp_path / "w.safetensors"), "--int8"])
+    own = json.loads((tmp_path / "run" / "summary.json").read_text())["eval_loss"]
+    assert losses_of(capsys.readouterr().out) == pytest.approx((own, own), rel=0.02)
+
+
 def bare(*, layers=True):
     """A task without held-out data, and without layers where that is asked for."""
     return Task(
