@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -19,9 +20,10 @@ from dptrain.tracking.run_folder import checkpoints_in
 
 _DESCRIPTION = """Write the bare weights of a checkpoint to one safetensors file, which needs no dptrain to be read,
 or the metrics of a run to a table. Every byte of a checkpoint is verified first. Tied weights stand under the first of
-their names. Where replicas have parameters of their own, --member says which are written. Of a run with
-optimizer.average_decay, --averaged writes the averaged weights. With --int8, weights of
-linear and convolutional layers are rounded, and the held-out loss of the run's task is printed before and after."""
+their names, and low-rank adapters are merged into the weights. Where replicas have parameters of their own, --member
+says which are written. Of a run with optimizer.average_decay, --averaged writes the averaged weights. With --int8,
+weights of linear and convolutional layers are rounded, and the held-out loss of the run's task is printed before and
+after."""
 _TABLES = (".csv", ".parquet")
 
 
@@ -73,13 +75,23 @@ def export(arguments: Sequence[str]) -> int:
         found_for = iter([(options.to, _average_of(checkpoint))])
     else:
         found_for = _members(checkpoint, member=options.member, to=options.to)
-    for target, weights in found_for:
+    for target, own in found_for:
+        weights = _merged(checkpoint, own)
         found, told = _in_int8(checkpoint, weights) if options.int8 else (weights, "")
         num_tensors, size_bytes = _write_weights(found, step=checkpoint.step, to=target, is_int8=options.int8)
         sys.stdout.write(
             f"weights of step {checkpoint.step:,} ({num_tensors} tensors, {size_bytes:,} bytes): {target}\n{told}"
         )
     return 0
+
+
+def _merged(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    settings: Any = checkpoint.state.get("config", {})
+    if settings.get("model", {}).get("lora_rank") is None:
+        return weights
+    from dptrain.train.preparation.saved_task import without_adapters  # needs the trainer's parts, too
+
+    return without_adapters(checkpoint, weights)
 
 
 def _in_int8(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:

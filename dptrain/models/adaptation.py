@@ -65,6 +65,28 @@ def adapt_model(model: nn.Module, config: ModelConfig, *, read: ReadWeights = re
         quantize_layers(model, to=config.quantize, rounding=config.rounding, unquantized=config.unquantized)
 
 
+def merge_adapters(model: nn.Module) -> None:
+    """Add the product of each layer's adapters to its weight (W + alpha/rank · B·A) and take them out; in place.
+
+    Raises:
+        ConfigError: where a weight with adapters is that of another layer, too, which has none.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    named = list(model.named_parameters(remove_duplicate=False))
+    for name, module in adapted.items():
+        base: nn.Module = module.get_base_layer()
+        weight = base.weight
+        if shared := [other for other, p in named if p is weight and not other.startswith(f"{name}.")]:
+            raise ConfigError(
+                f"the adapters of {name} cannot be merged: its weight is {shared[0]}, too, which would change with it"
+            )
+        module.merge()  # peft's own, which knows how each kind of layer lays out its weight
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, base)
+
+
 def matching_parameters(model: nn.Module, patterns: Iterable[str], *, setting: str) -> dict[str, nn.Parameter]:
     """Return the parameters whose names match one of the patterns.
 

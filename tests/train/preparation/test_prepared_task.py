@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import dptrain
 from dptrain.checkpoint.store import load_newest
+from dptrain.cli.export import export
 from dptrain.cli.settings import parse
 from dptrain.errors import ConfigError
+from dptrain.models.adaptation import adapt_model, merge_adapters
+from dptrain.models.gpt import Gpt, GptConfig
 from dptrain.models.settings import ModelConfig
 from dptrain.tasks import resolve_task
-from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, NoiseConfig, TrainConfig, Trainer
+from dptrain.train import CheckpointConfig, ControlConfig, LogConfig, NoiseConfig, OptimizerConfig, TrainConfig, Trainer
 from dptrain.train.preparation import prepared
+from dptrain.train.preparation.saved_task import saved_task
+from dptrain.train.preparation.weights import read_weights
 from tests.runs import Killed, assert_same, attempt, result_of
 
 FEW = {"model": "cnn", "classes": "5-9", "num_train": 60}
@@ -153,3 +160,37 @@ def test_what_leaves_nothing_to_do_is_refused(tmp_path):
         prepared(task, settings(tmp_path, model=ModelConfig(freeze="*")))
     with pytest.raises(ConfigError, match="the whole model is new"):
         prepared(task, settings(tmp_path, model=ModelConfig(new_head="8.*")))
+
+
+def test_adapters_are_merged_for_whoever_reads_the_run(tmp_path, others):
+    """A model of the task without adapters computes what the run's does, from `--from`, an export and one in int8."""
+    config = replace(tuned(tmp_path / "run", others, "lora"), optimizer=OptimizerConfig(learning_rate=0.05))
+    Trainer(config).run()
+    saved = load_newest(tmp_path / "run" / "checkpoints")
+    trained = saved_task(saved, what="it", tensors=saved.tensors("model")).model.eval()
+    signals = torch.stack([resolve_task("mnist1d", options=FEW).train_data[index][0] for index in range(8)])
+    export([str(tmp_path / "run"), "--to", str(tmp_path / "w.safetensors")])
+    export([str(tmp_path / "run"), "--to", str(tmp_path / "int8.safetensors"), "--int8"])
+    before = torch.random.get_rng_state()
+    read_weights(tmp_path / "run")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with torch.no_grad():
+        expected = trained(signals)
+        for source in ("run", "w.safetensors", "int8.safetensors"):
+            start = settings(tmp_path / "next", model=ModelConfig(weights=str(tmp_path / source)))
+            task, _ = prepared(resolve_task("mnist1d", options=FEW), start)
+            found = task.model.eval()(signals)
+            tolerance = 0.05 if source.startswith("int8") else 1e-5
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    # The adapters did something that could be lost.
+    base = {name.replace(".base_layer", ""): t for name, t in saved.tensors("model").items() if ".lora_" not in name}
+    task.model.load_state_dict(base)
+    assert not torch.allclose(task.model(signals), expected, rtol=1e-3)
+
+
+def test_adapters_of_a_tied_weight_are_not_merged():
+    """The embedding would change with the output."""
+    model = Gpt(GptConfig(vocab_size=8, context=4, width=8, depth=1, heads=1, tied=True))
+    adapt_model(model, ModelConfig(lora_rank=1, lora_targets="output"))
+    with pytest.raises(ConfigError, match=r"adapters of output cannot be merged: its weight is embedding\.weight"):
+        merge_adapters(model)
