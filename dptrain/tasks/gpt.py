@@ -21,6 +21,7 @@ from dptrain.tasks.base import Loss, Suggestion, Task
 
 _EVAL_TOKENS = 1 << 20
 _HELD_OUT_SHARE = 20
+_MOST_UINT16 = 1 << 16
 _LARGEST_HELD_OUT = 1 << 22
 
 SUGGESTIONS: Mapping[str, Suggestion] = MappingProxyType(
@@ -226,6 +227,12 @@ def _holds_tokens(path: Path) -> bool:
 
 def _token_windows(path: Path, dtype: str | None, *, config: GptConfig) -> tuple[TokenWindows, TokenWindows]:
     train, held_out = find_token_files(path, dtype=dtype)
+    raw = next((file for file in (*train, *held_out) if not file.offset_bytes), None)
+    if raw is not None and dtype is None and config.vocab_size > _MOST_UINT16:
+        raise ConfigError(
+            f"vocab_size {config.vocab_size} is more than uint16 holds, and {raw.path} does not say its type: "
+            "give dtype uint32, or uint16 if that is what the file holds"
+        )
     return _windows(list(train), list(held_out), config=config)
 
 

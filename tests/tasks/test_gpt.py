@@ -82,6 +82,10 @@ def test_a_token_without_a_row_is_refused(tmp_path):
         ({"data": "nowhere"}, "there is no nowhere to train on"),
         ({"size": "7b"}, "gpt has the sizes tiny, 124m, 350m, 1.5b, got '7b'"),
         ({"tokenizer": "tokenizer.json"}, "holds tokens already: leave it out"),
+        (
+            {"vocab_size": 128_256},
+            r"vocab_size 128256 is more than uint16 holds, and .*: give dtype uint32, or uint16 if",
+        ),
         ({"dtype": "int8"}, "uint16 or uint32, got 'int8'"),
         ({"positions": "alibi"}, "positions must be one of rotary, learned"),
     ],
