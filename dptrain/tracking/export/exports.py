@@ -16,6 +16,9 @@ class Export(Protocol):
 
     name: str
 
+    def is_due(self) -> bool:
+        """Whether a row would change what is shown; where it would not, none is made for this export."""
+
     def update(self, row: Mapping[str, Value]) -> None:
         """Take a row of `metrics.jsonl`."""
 
@@ -34,6 +37,10 @@ class Exports:
     def __init__(self, exports: list[Export], *, warn: Callable[[str], None]) -> None:
         self._exports = exports
         self._warn = warn
+
+    def is_due(self) -> bool:
+        """Whether any export would show a row now."""
+        return any(export.is_due() for export in self._exports)
 
     def update(self, row: Mapping[str, Value]) -> None:
         """Hand on a row."""
