@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -50,11 +51,17 @@ class Exports:
             except OSError as error:
                 self._exports.remove(export)
                 self._warn(f"{export.name} is switched off: {error.strerror or error}; training goes on")
+                with contextlib.suppress(OSError):  # most likely the same one, which was said
+                    export.close()
 
     def close(self) -> None:
-        """Close all exports."""
+        """Close all exports; one that fails is reported, and the others are closed."""
         while self._exports:
-            self._exports.pop().close()
+            export = self._exports.pop()
+            try:
+                export.close()
+            except OSError as error:
+                self._warn(f"{export.name} is not complete: {error.strerror or error}")
 
 
 def start_exports(
