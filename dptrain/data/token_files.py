@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -211,20 +211,38 @@ def _spot_check(tokens: Tokens) -> int:
 
 
 def split_off(
-    files: Sequence[TokenFile | Tokens], *, num_tokens: int
+    files: Sequence[TokenFile | Tokens], *, num_tokens: int, shortest: int = 1
 ) -> tuple[list[TokenFile | Tokens], list[TokenFile | Tokens]]:
-    """Return the sources without the last tokens of the last one, and those tokens.
+    """Return the sources without the last tokens of all, and those tokens.
+
+    Args:
+        files: the sources.
+        num_tokens: how many are split off, at least `shortest`; fewer where the rest would be shorter than that.
+        shortest: tokens of a source that anything is read from; shorter ones count for nothing and are left out.
 
     Raises:
-        ConfigError: where the last source is not longer than that.
+        ConfigError: where nothing would be left.
     """
-    *others, last = files
-    kept = len(last) - num_tokens
-    if kept < 1:
-        raise ConfigError(f"{num_tokens} tokens cannot be held out of the {len(last)} of the last file")
-    if not isinstance(last, TokenFile):
-        return [*others, last[:kept]], [last[kept:]]
-    offset = last.offset_bytes + kept * np.dtype(last.dtype).itemsize
-    head = TokenFile(path=last.path, dtype=last.dtype, offset_bytes=last.offset_bytes, num_tokens=kept)
-    tail = TokenFile(path=last.path, dtype=last.dtype, offset_bytes=offset, num_tokens=num_tokens)
-    return [*others, head], [tail]
+    kept = [file for file in files if len(file) >= shortest]
+    tail: list[TokenFile | Tokens] = []
+    missing = num_tokens
+    while kept and missing >= shortest:
+        last = kept.pop()
+        if len(last) > missing:
+            head, last = _cut(last, len(last) - missing)
+            kept.append(head)
+        tail.insert(0, last)
+        missing -= len(last)
+    if not any(len(file) >= shortest for file in kept):
+        raise ConfigError(
+            f"{num_tokens} tokens cannot be held out of the {sum(map(len, files))} of {len(files)} files: put a file "
+            "with val in its name beside them, or lower the context"
+        )
+    return kept, tail
+
+
+def _cut(source: TokenFile | Tokens, at: int) -> tuple[TokenFile | Tokens, TokenFile | Tokens]:
+    if not isinstance(source, TokenFile):
+        return source[:at], source[at:]
+    offset = source.offset_bytes + at * np.dtype(source.dtype).itemsize
+    return replace(source, num_tokens=at), replace(source, offset_bytes=offset, num_tokens=len(source) - at)
