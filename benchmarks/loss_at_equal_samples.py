@@ -37,8 +37,8 @@ class Ended:
     Attributes:
         learning_rate: of a fixed batch at that, of an adaptive run at the task's default batch.
         at_edge: whether no larger, or no smaller, rate was tried.
-        ends: by seed.
-        batches: the last one of each run.
+        ends: by seed; without those of runs that diverged.
+        batches: the last one of each run, of those that diverged too.
     """
 
     learning_rate: float
@@ -48,13 +48,18 @@ class Ended:
 
     @property
     def loss(self) -> float:
-        """The median held-out loss at the end."""
-        return statistics.median(end.loss for end in self.ends.values())
+        """The median held-out loss at the end, in which a run that diverged is infinitely bad."""
+        return statistics.median([end.loss for end in self.ends.values()] + [math.inf] * self.num_diverged)
 
     @property
     def seconds(self) -> float:
-        """The median seconds of training."""
+        """The median seconds of training, of the runs that did not diverge."""
         return statistics.median(end.seconds for end in self.ends.values())
+
+    @property
+    def num_diverged(self) -> int:
+        """Runs without an end."""
+        return len(self.batches) - len(self.ends)
 
 
 def main() -> None:
@@ -161,7 +166,7 @@ def findings(variants: Mapping[str, Ended], *, samples: int) -> harness.Findings
             "seconds": [end.seconds for end in variant.ends.values()],
             "last_batches": list(variant.batches),
             "shown_rate": f"{variant.learning_rate:.3g}" + (" (edge of the grid)" if variant.at_edge else ""),
-            "shown_loss": _shown(losses),
+            "shown_loss": _shown(losses) + (f", {variant.num_diverged} diverged" if variant.num_diverged else ""),
             "shown_seconds": _shown([end.seconds for end in variant.ends.values()]),
             "shown_batch": _shown(variant.batches),
             "shown_gap": "",

@@ -18,9 +18,9 @@ from scipy import stats
 
 from benchmarks import harness
 from benchmarks.targets.benchmark_case import BenchmarkCase, Run, Search, benchmark_cases
-from benchmarks.targets.comparison import doublings, linear_ramp, reporting, search_adaptive, search_fixed
+from benchmarks.targets.comparison import doublings, linear_ramp, reporting, search_adaptive, search_fixed, turned
 from benchmarks.targets.results import ADAPTIVE, RAMP, SMITH, far_starts, fixed_name
-from benchmarks.targets.timed_run import Finish, Pair, StepDelay, TimedRun
+from benchmarks.targets.timed_run import Finish, Mark, Pair, StepDelay, TimedRun
 
 REGIMES = {
     "plain": StepDelay(),
@@ -115,21 +115,33 @@ def compare(
         seeds: of the runs.
         run: runs a timed run.
     """
-    seconds: dict[str, dict[int, float]] = {}
-    for batch, search in searches.items():
-        step_s = None if delay == StepDelay() else _step_s(case, batch, search.rate, delay=delay, run=run)
-        for seed in seeds:
-            end = run(case.fixed(batch, learning_rate=search.rate, seed=seed)).end
-            taken = math.inf if end is None else end.seconds if step_s is None else end.steps * step_s
-            seconds.setdefault(fixed_name(batch), {})[seed] = taken
-    best = min(searches, key=lambda batch: statistics.median(seconds[fixed_name(batch)].values()))
-    most_seconds = _PATIENCE * statistics.median(seconds[fixed_name(best)].values())
+    is_delayed = delay != StepDelay()
+    step_s = {
+        batch: _step_s(case, batch, search.rate, delay=delay, run=run) if is_delayed else None
+        for batch, search in searches.items()
+    }
+
+    def seconds_of(batch: int, end: Mark | None) -> float:
+        each_s = step_s[batch]
+        return math.inf if end is None else end.seconds if each_s is None else end.steps * each_s
+
+    searched = {batch: seconds_of(batch, search.end) for batch, search in searches.items()}
+    best = min(searched, key=searched.__getitem__)
+    fixed = {fixed_name(batch): batch for batch in searches}
+    moving = dict(_moving(case, searches=searches, best=best, rate=rate))
+    seconds: dict[str, dict[int, float]] = {name: {} for name in [*fixed, *moving]}
     for seed in seeds:
-        for name, timed_run in _moving(case, searches=searches, best=best, rate=rate):
-            slowed = dataclasses.replace(timed_run(seed), delay=delay, most_seconds=most_seconds)
-            end = run(slowed).end
-            seconds.setdefault(name, {})[seed] = math.inf if end is None else end.seconds
-    return Comparison(seconds=seconds, best=fixed_name(best), default=fixed_name(case.default_batch))
+        # All variants of a seed in one spell of the machine, and each at another place with each seed.
+        for name in turned(list(seconds), seed):
+            if name in fixed:
+                end = run(case.fixed(fixed[name], learning_rate=searches[fixed[name]].rate, seed=seed)).end
+                seconds[name][seed] = seconds_of(fixed[name], end)
+            else:
+                slowed = dataclasses.replace(moving[name](seed), delay=delay, most_seconds=_PATIENCE * searched[best])
+                end = run(slowed).end
+                seconds[name][seed] = math.inf if end is None else end.seconds
+    fastest = min(searches, key=lambda batch: statistics.median(seconds[fixed_name(batch)].values()))
+    return Comparison(seconds=seconds, best=fixed_name(fastest), default=fixed_name(case.default_batch))
 
 
 def _step_s(case: BenchmarkCase, batch: int, rate: float, *, delay: StepDelay, run: Run) -> float:

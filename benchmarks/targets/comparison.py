@@ -68,7 +68,7 @@ def hold(case: BenchmarkCase, *, num_seeds: int, tell: Tell) -> Outcome:
         for seed in range(1, num_seeds + 1):
             # The best fixed batch goes first: the adaptive run is to go as many samples far.
             names = sorted(variants, key=lambda name: name != fixed_name(best))
-            for name in [names[0], *_turned(names[1:], seed)]:
+            for name in [names[0], *turned(names[1:], seed)]:
                 end = finishes[fixed_name(best)].get(seed)
                 least = end.end.samples if name == ADAPTIVE and end is not None and end.end is not None else 0.0
                 tell(f"seed {seed}, {name}")
@@ -100,7 +100,7 @@ def _step_times(
     """
     times: dict[tuple[int, int], list[float]] = defaultdict(list)
     for turn in range(num_turns):
-        for batch in _turned(list(searches), turn):
+        for batch in turned(list(searches), turn):
             rate = searches[batch].rate
             finish = run(case.fixed(batch, learning_rate=rate, seed=turn, most_steps=_STEPS_OF_A_TURN))
             for shape, seconds in finish.step_s.items():
@@ -154,7 +154,7 @@ def _seconds(end: Mark) -> float:
     return end.seconds
 
 
-def _turned(names: Sequence[_T], seed: int) -> list[_T]:
+def turned(names: Sequence[_T], seed: int) -> list[_T]:
     """Return the names, or batches, in an order that changes from seed to seed."""
     shift = seed * len(names) // 3 % max(len(names), 1)
     return [*names[shift:], *names[:shift]]

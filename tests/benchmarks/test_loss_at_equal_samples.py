@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +56,16 @@ def test_adaptive_runs_are_held_against_fixed_ones_of_their_speed(loss, gap, rat
     assert f"adaptive ends {said} fixed batches of its speed ({gap:+.3g}, seeds spread by 0.01)" in text
     assert f"in {ratio:.2f} of the seconds of fixed batches of its loss" in text
     assert "| fixed 64 | 0.01 | 2.04 (2.03–2.05) | 4 (4–4) | 64 (64–64) |  |  |" in text
+
+
+def test_a_variant_that_diverges_is_not_judged_by_the_runs_that_did_not():
+    """Its median loss counts what is lost as infinite, and the row says how many are."""
+    whole = ended(2.0, 8.0)
+    assert dataclasses.replace(whole, batches=[64] * 7).loss == math.inf
+    one_lost = dataclasses.replace(whole, batches=[64] * 4)
+    assert one_lost.loss == pytest.approx(2.005)
+    (row,) = findings({"fixed 64": one_lost}, samples=6_400).rows
+    assert row["shown_loss"].endswith(", 1 diverged")
 
 
 def test_the_picture_is_drawn(tmp_path):

@@ -11,9 +11,9 @@ from torch.utils.data import default_collate
 
 from benchmarks import time_to_target_unseen as unseen
 from benchmarks.targets import new_tasks
-from benchmarks.targets.benchmark_case import benchmark_cases
+from benchmarks.targets.benchmark_case import Search, benchmark_cases
 from benchmarks.targets.results import ADAPTIVE
-from benchmarks.targets.timed_run import Pair, StepDelay
+from benchmarks.targets.timed_run import Finish, Mark, Pair, StepDelay
 
 LIGHT = ["lstm_bytes", "denoiser", "policy_gradient"]
 
@@ -67,6 +67,28 @@ def test_the_sleep_is_real():
         timed_run = case.adaptive(64, learning_rate=0.002, seed=1, most_steps=20)
         finish = pair.run(dataclasses.replace(timed_run, delay=delay))
     assert finish.marks[-1].seconds >= 0.05 * finish.marks[-1].steps
+
+
+def test_all_variants_of_a_seed_run_before_the_next_seed():
+    """A slow spell of the machine falls on all of them, and none is always the first."""
+    case = benchmark_cases(quick=True)["digits"]
+    ran = []
+
+    def run(timed_run):
+        seed, batch = (timed_run.settings[name] for name in ("seed", "global_batch_size"))
+        ran.append((seed, batch, str(timed_run.settings.get("control"))))
+        end = Mark(steps=100, samples=100.0 * batch, seconds=1.0 + batch / 64, loss=0.1)
+        return Finish(end=end, reason="", marks=[end], rows=[], step_s={})
+
+    searches = {b: Search(best=0.1, finishes={0.1: run(case.fixed(b, learning_rate=0.1, seed=9))}) for b in (32, 64)}
+    ran.clear()
+    found = unseen.compare(case, StepDelay(), searches=searches, rate=0.1, seeds=range(1, 4), run=run)
+    assert found.best == "fixed 32"
+    assert {len(of_seeds) for of_seeds in found.seconds.values()} == {3}
+    seeds = [seed for seed, *_ in ran]
+    assert seeds == sorted(seeds)
+    firsts = [ran[seeds.index(seed)][1:] for seed in (1, 2, 3)]
+    assert len(set(firsts)) > 1
 
 
 def _compared(**seconds):
