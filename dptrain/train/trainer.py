@@ -411,11 +411,13 @@ class Trainer:
 
     def _stepper(self, loader: MicroBatchLoader) -> Stepper:
         self._model.train()
-        self._exchange.share(shared_loss(self._task, self._config, device=self._device, precision=self._autocast))
+        draws = self._loss.draws_beside_torch
+        seed = partial(seed_forward, self._config.seed, device=self._device, beside_torch=draws)
+        shared = shared_loss(self._task, self._config, device=self._device, precision=self._autocast, seed_forward=seed)
+        self._exchange.share(shared)
         update = build_update(
             self._config, self._model, optimizer=self._optimizer, loss_scale=self._loss_scale, masters=self._masters
         )
-        draws = self._loss.draws_beside_torch
         return Stepper(
             model=self._model,
             loss=self._task.loss,
@@ -427,7 +429,7 @@ class Trainer:
             device=self._device,
             precision=self._autocast,
             flops=self._flops,
-            seed_forward=partial(seed_forward, self._config.seed, device=self._device, beside_torch=draws),
+            seed_forward=seed,
         )
 
     def _checkpoint_manager(self, log: RunLog) -> CheckpointManager:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
@@ -15,7 +14,8 @@ from torch.utils.data import default_collate
 from dptrain.config.filled_in import largest_micro_batch_size
 from dptrain.config.train_config import TrainConfig
 from dptrain.data.iterable import StreamedSamples
-from dptrain.data.source import seed_everything
+from dptrain.data.shared import SharedStream, read_shared
+from dptrain.data.source import SlotSource, seed_everything
 from dptrain.errors import ConfigError, TaskError
 from dptrain.exchange import Exchange, RunningStatistics, build_exchange
 from dptrain.exchange.base import SharedLoss
@@ -79,28 +79,32 @@ def shared_loss(
     *,
     device: torch.device,
     precision: Callable[[], AbstractContextManager[object]],
+    seed_forward: Callable[[int], None],
 ) -> SharedLoss:
     """Return what runs a model on training samples that depend on seed and step alone.
+
+    So do all numbers that the dataset, its collation and the loss draw: replicas compare predictions of equal inputs,
+    and those of a step are the same inputs whenever they are made.
 
     Args:
         task: of the run.
         config: filled in.
         device: of this replica.
         precision: makes the context of a forward pass.
+        seed_forward: seeds the generators for the forward pass that begins at a position in the stream.
     """
     data: Any = task.train_data
     number = min(config.exchange.shared_samples or largest_micro_batch_size(config), len(data))
+    stream = SharedStream(len(data), seed=config.seed, num_drawn=number)
+    source = SlotSource(data, stream=stream, collate=task.collate or default_collate)
 
     def loss(model: nn.Module, step: int) -> Tensor:
         """Return the mean loss of a model on the samples of a step, a scalar with its graph."""
         if isinstance(data, StreamedSamples):
             raise ConfigError("replicas cannot share samples of an iterable data set: use one with indices")
-        drawn = np.random.default_rng((config.seed, step)).choice(len(data), size=number, replace=False)
-        if task.collate is None and hasattr(data, "read_batch"):
-            batch = data.read_batch(drawn)
-        else:
-            batch = (task.collate or default_collate)([data[int(index)] for index in drawn])
+        batch = send_to_device(read_shared(source, step, num_drawn=number), device, non_blocking=True)
+        seed_forward(-step)  # below 0, where no micro-batch begins; no rank in it, for a loss may change its inputs
         with precision():
-            return split_loss(task.loss(model, send_to_device(batch, device, non_blocking=True)))[0]
+            return split_loss(task.loss(model, batch))[0]
 
     return loss

@@ -1,0 +1,81 @@
+"""What replicas are given beside their own samples: shared samples that are the same for all, and where they begin."""
+
+from __future__ import annotations
+
+import random
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset, default_collate
+
+from dptrain.config.train_config import TrainConfig
+from dptrain.control.settings import ControlConfig
+from dptrain.exchange.settings import ExchangeConfig
+from dptrain.tasks import Suggestion, Task
+from dptrain.train.execution.exchanging import shared_loss
+from dptrain.train.step import seed_forward
+
+SUGGESTION = Suggestion(
+    learning_rate=0.1, global_batch_size=4, micro_batch_size=4, max_samples=40, eval_every_samples=40
+)
+
+
+class Drawing(Dataset):
+    """Each sample with a number from each of the three generators, as an augmentation draws them."""
+
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, index):
+        return torch.tensor([float(index), torch.rand(()).item(), np.random.rand(), random.random()])
+
+
+def collate(samples):
+    return default_collate(samples) + torch.rand(())
+
+
+def mixed(model, batch):
+    return model(batch * torch.rand(()) + np.random.rand()).sum()
+
+
+class Noted(nn.Module):
+    """Keeps its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.inputs = []
+
+    def forward(self, inputs):
+        self.inputs.append(inputs.clone())
+        return inputs.mean(1)
+
+
+def inputs_of(task, *, rank, steps):
+    """What a replica's model is called with, its generators being where its own samples have left them."""
+    exchange, constant = ExchangeConfig(kind="codistillation"), ControlConfig(law="constant")
+    config = TrainConfig(task="digits", seed=3, micro_batch_size=4, exchange=exchange, control=constant)
+    cpu = torch.device("cpu")
+    seed = partial(seed_forward, config.seed, device=cpu, beside_torch=True)
+    loss = shared_loss(task, config, device=cpu, precision=nullcontext, seed_forward=seed)
+    model = Noted()
+    for number, step in enumerate(steps):
+        seed(100 * rank + number)
+        loss(model, step)
+    return model.inputs
+
+
+def test_shared_samples_are_equal_where_data_collation_and_loss_draw():
+    """On all replicas, and when a step's predictions are made some steps ahead as when they are used."""
+    task = Task(
+        name="t", model=nn.Linear(4, 1), train_data=Drawing(), loss=mixed, collate=collate, suggestion=SUGGESTION
+    )
+    for one in (task, replace(task, collate=None)):
+        first, second = (inputs_of(one, rank=rank, steps=(4, 5, 4)) for rank in (0, 1))
+        for ours, theirs in zip(first, second, strict=True):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(first[0], first[2])
+        assert not torch.equal(first[0], first[1])
