@@ -62,6 +62,7 @@ from dptrain.train.parts import (
     sharding,
 )
 from dptrain.train.preparation import check_same_training, prepared, requested
+from dptrain.train.preparation.weights import read_weights
 from dptrain.train.run_progress import RunProgress
 from dptrain.train.run_state import RunState, newest_checkpoint
 from dptrain.train.step import Stepper, seed_forward
@@ -132,7 +133,10 @@ class Trainer:
         )
 
         self._bare_model = self._task.model
-        self._exchange = prepare_exchange(self._config, self._bare_model, statistics=self._statistics, task=task)
+        read = read_weights if self._saved is None else None
+        self._exchange = prepare_exchange(
+            self._config, self._bare_model, statistics=self._statistics, task=task, read=read
+        )
         execution, precision = self._config.execution, self._config.precision
         looks = self._config.find_unused_parameters
         self._masters = MasterWeights(self._bare_model) if needs_masters(self._config) else None

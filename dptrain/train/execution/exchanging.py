@@ -19,7 +19,7 @@ from dptrain.data.source import SlotSource, seed_everything
 from dptrain.errors import ConfigError, TaskError
 from dptrain.exchange import Exchange, RunningStatistics, build_exchange
 from dptrain.exchange.base import SharedLoss
-from dptrain.models.adaptation import adapt_model
+from dptrain.models.adaptation import ReadWeights, adapt_model
 from dptrain.tasks import Task, resolve_task
 from dptrain.tasks.base import split_loss
 
@@ -30,6 +30,7 @@ def prepare_exchange(
     *,
     statistics: RunningStatistics,
     task: Task | Callable[..., Task] | None,
+    read: ReadWeights | None,
 ) -> Exchange:
     """Return the exchange of a run; the model then has the parameters that this replica begins with.
 
@@ -40,6 +41,8 @@ def prepare_exchange(
         model: as the task was built on all replicas.
         statistics: of the model.
         task: as the trainer was given it.
+        read: reads the weights that the settings name; None where parameters come from a checkpoint of the run, so
+            what it started from need no longer be there.
 
     Raises:
         TaskError: where the model has running statistics, and replicas go ways of their own.
@@ -64,10 +67,10 @@ def prepare_exchange(
                 f"with exchange.kind={exchange.name} each replica begins with parameters of its own, but the task was "
                 f"given as built: give the function that builds it"
             )
-        if exchange.rank > 0:
+        if exchange.rank > 0 and read is not None:
             seed_everything(config.seed + exchange.rank)
             other = resolve_task(task or config.task, options=config.task_options).model
-            adapt_model(other, config.model)
+            adapt_model(other, config.model, read=read)
             model.load_state_dict(other.state_dict())
             seed_everything(config.seed)
     return exchange

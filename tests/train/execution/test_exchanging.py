@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import random
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset, default_collate
 
 from dptrain.config.train_config import TrainConfig
 from dptrain.control.settings import ControlConfig
 from dptrain.exchange.settings import ExchangeConfig
+from dptrain.models.settings import ModelConfig
 from dptrain.tasks import Suggestion, Task
+from dptrain.train import Trainer
 from dptrain.train.execution.exchanging import shared_loss
 from dptrain.train.step import seed_forward
+from tests.replicas import run_replicas
+from tests.runs import Killed, attempt, make_config, noisy
 
 SUGGESTION = Suggestion(
     learning_rate=0.1, global_batch_size=4, micro_batch_size=4, max_samples=40, eval_every_samples=40
@@ -31,7 +39,7 @@ class Drawing(Dataset):
         return 30
 
     def __getitem__(self, index):
-        return torch.tensor([float(index), torch.rand(()).item(), np.random.rand(), random.random()])
+        return torch.tensor([float(index), torch.rand(()).item(), np.random.rand(), random.random()])  # noqa: NPY002 - the global one
 
 
 def collate(samples):
@@ -39,7 +47,7 @@ def collate(samples):
 
 
 def mixed(model, batch):
-    return model(batch * torch.rand(()) + np.random.rand()).sum()
+    return model(batch * torch.rand(()) + np.random.rand()).sum()  # noqa: NPY002 - the global one
 
 
 class Noted(nn.Module):
@@ -79,3 +87,29 @@ def test_shared_samples_are_equal_where_data_collation_and_loss_draw():
             assert torch.equal(ours, theirs)
         assert torch.equal(first[0], first[2])
         assert not torch.equal(first[0], first[1])
+
+
+def start_from(rank, world_size, folder):
+    """What each member begins with; then a run that is killed, its first weights deleted, and resumed."""
+    run = folder / "run"
+    model = ModelConfig(weights=str(folder / "weights"))
+    exchange, constant = ExchangeConfig(kind="ensemble"), ControlConfig(law="constant")
+    config = replace(make_config(run, control=constant), exchange=exchange, model=model, max_samples=60)
+    begun = Trainer(config, task=noisy)._bare_model.state_dict()
+    with pytest.raises(Killed):
+        attempt(run, kill_at=8, config=config)
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(folder / "weights")
+    dist.barrier()
+    attempt(run, config=config)
+    return {name: value.tolist() for name, value in begun.items()}
+
+
+def test_members_begin_with_the_weights_of_a_folder_and_resume_without_it(tmp_path):
+    """Each member reads whatever rank 0 can read, and none needs it once there is a checkpoint."""
+    (tmp_path / "weights").mkdir()
+    weights = noisy().model.state_dict()
+    save_file(weights, tmp_path / "weights" / "model.safetensors")
+    for begun in run_replicas(start_from, world_size=2, args=(tmp_path,)):
+        assert begun == {name: value.tolist() for name, value in weights.items()}
