@@ -21,7 +21,8 @@ from dptrain.exchange import Exchange, RunningStatistics, build_exchange
 from dptrain.exchange.base import SharedLoss
 from dptrain.models.adaptation import ReadWeights, adapt_model
 from dptrain.tasks import Task, resolve_task
-from dptrain.tasks.base import split_loss
+from dptrain.tasks.base import LossFunction, split_loss
+from dptrain.train.preparation.distillation import DistilledLoss
 
 
 def prepare_exchange(
@@ -98,6 +99,8 @@ def shared_loss(
     """
     data: Any = task.train_data
     number = min(config.exchange.shared_samples or largest_micro_batch_size(config), len(data))
+    # Predictions alone are compared, so a teacher has nothing to say here, and would cost a pass.
+    own_loss: LossFunction = task.loss.__wrapped__ if isinstance(task.loss, DistilledLoss) else task.loss
     stream = SharedStream(len(data), seed=config.seed, num_drawn=number)
     source = SlotSource(data, stream=stream, collate=task.collate or default_collate)
 
@@ -108,6 +111,6 @@ def shared_loss(
         batch = send_to_device(read_shared(source, step, num_drawn=number), device, non_blocking=True)
         seed_forward(-step)  # below 0, where no micro-batch begins; no rank in it, for a loss may change its inputs
         with precision():
-            return split_loss(task.loss(model, batch))[0]
+            return split_loss(own_loss(model, batch))[0]
 
     return loss

@@ -18,11 +18,15 @@ from torch.utils.data import Dataset, default_collate
 
 from dptrain.config.train_config import TrainConfig
 from dptrain.control.settings import ControlConfig
+from dptrain.data.source import seed_generators
+from dptrain.exchange.predictions import Recorder
 from dptrain.exchange.settings import ExchangeConfig
 from dptrain.models.settings import ModelConfig
 from dptrain.tasks import Suggestion, Task
 from dptrain.train import Trainer
 from dptrain.train.execution.exchanging import shared_loss
+from dptrain.train.preparation.distillation import DistilledLoss
+from dptrain.train.preparation.hidden_states import hidden_states
 from dptrain.train.step import seed_forward
 from tests.replicas import run_replicas
 from tests.runs import Killed, attempt, make_config, noisy
@@ -62,16 +66,20 @@ class Noted(nn.Module):
         return inputs.mean(1)
 
 
-def inputs_of(task, *, rank, steps):
-    """What a replica's model is called with, its generators being where its own samples have left them."""
+def shared(task):
+    """The loss of shared samples."""
     exchange, constant = ExchangeConfig(kind="codistillation"), ControlConfig(law="constant")
     config = TrainConfig(task="digits", seed=3, micro_batch_size=4, exchange=exchange, control=constant)
     cpu = torch.device("cpu")
     seed = partial(seed_forward, config.seed, device=cpu, beside_torch=True)
-    loss = shared_loss(task, config, device=cpu, precision=nullcontext, seed_forward=seed)
-    model = Noted()
+    return shared_loss(task, config, device=cpu, precision=nullcontext, seed_forward=seed)
+
+
+def inputs_of(task, *, rank, steps):
+    """What a replica's model is called with, its generators being where its own samples have left them."""
+    loss, model = shared(task), Noted()
     for number, step in enumerate(steps):
-        seed(100 * rank + number)
+        seed_generators(100 * rank + number)
         loss(model, step)
     return model.inputs
 
@@ -87,6 +95,26 @@ def test_shared_samples_are_equal_where_data_collation_and_loss_draw():
             assert torch.equal(ours, theirs)
         assert torch.equal(first[0], first[2])
         assert not torch.equal(first[0], first[1])
+
+
+def test_a_teacher_is_not_asked_about_shared_samples():
+    """Predictions of the model alone are compared, also where the loss has a teacher and hidden states in it."""
+    model, teacher = (nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)) for _ in range(2))
+    calls = []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    hidden = hidden_states("0", weight=1.0, model=model, teacher=teacher)
+    taught = DistilledLoss(mean_of_squares, teacher, temperature=1.0, weight=0.5, hidden=hidden)
+    task = Task(name="t", model=model, train_data=Drawing(), loss=taught, suggestion=SUGGESTION)
+    recorder = Recorder(model)
+    shared(task)(recorder, 1)
+    assert recorder.output.shape == (4, 2)
+    assert not calls
+    taught(recorder, torch.ones(4, 4))  # a loss that looks for modules by name finds them through a recorder
+    assert len(calls) == 1
+
+
+def mean_of_squares(model, batch):
+    return (model(batch) ** 2).mean()
 
 
 def start_from(rank, world_size, folder):
