@@ -21,7 +21,7 @@ Image = Any
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"})
 _HELD_OUT_NAMES = ("val", "validation", "valid", "test")
-_HELD_OUT_SHARE = 10
+_HELD_OUT_EVERY = 10
 _CROP_TRIES = 10
 _ASPECT = (3 / 4, 4 / 3)
 
@@ -81,30 +81,52 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 def find_images(root: Path) -> tuple[list[str], tuple[list[Path], list[int]], tuple[list[Path], list[int]]]:
     """Return the names of the classes, and paths and classes of training and of held-out images.
 
-    `root` holds a folder for each class, or `train` and `val` with a folder for each class. Without the latter a tenth
-    of each class is held out, by a hash of the file's path, so that more files move none from one side to the other.
+    `root` holds a folder for each class, or `train` and `val` with a folder for each class. Without the latter about a
+    tenth of each class is held out, by a hash of the file's path alone, so that more files move none from one side to
+    the other. A class in which that would hold out none or all has one image on that side, until there are more.
 
     Raises:
-        ConfigError: where there are fewer than two classes, or a class is without training images.
+        ConfigError: where there are fewer than two classes, a class is without training images, or a folder beside
+            `train` could be a class or held-out images.
     """
     held_out_root = next((root / name for name in _HELD_OUT_NAMES if (root / name).is_dir()), None)
-    has_parts = (root / "train").is_dir() and held_out_root is not None
-    train = _by_class(root / "train" if has_parts else root)
+    has_train = (root / "train").is_dir()
+    if has_train and held_out_root is None:
+        # Images that lie in `train` itself are those of a class of that name.
+        has_train = len(_by_class(root / "train")) > 1
+        others = [name for name in _by_class(root) if name != "train"] if has_train else []
+        if others:
+            raise ConfigError(
+                f"{root} holds train, with a folder for each class, beside {', '.join(others)}: name the folder of "
+                "held-out images val, or put the images of a class called train into that folder itself"
+            )
+    train_root = root / "train" if has_train else root
+    train = _by_class(train_root)
     classes = sorted(train)
     if len(classes) < 2:  # noqa: PLR2004 - two
         raise ConfigError(f"{root} must hold a folder of images for each of at least two classes, found {classes}")
-    if has_parts and held_out_root is not None:
+    if has_train and held_out_root is not None:
         held_out = _by_class(held_out_root)
         if unknown := sorted(set(held_out) - set(classes)):
             raise ConfigError(f"{held_out_root} has classes without training images: {', '.join(unknown)}")
     else:
-        held_out = {}
-        for name, paths in train.items():
-            by_hash = sorted(paths, key=lambda path: zlib.crc32(path.relative_to(root).as_posix().encode()))
-            chosen = set(by_hash[: len(paths) // _HELD_OUT_SHARE or (len(paths) > 1)])
-            held_out[name] = [path for path in paths if path in chosen]
-            train[name] = [path for path in paths if path not in chosen]
+        held_out = {name: _held_out(paths, root=train_root) for name, paths in train.items()}
+        train = {name: sorted(set(paths) - set(held_out[name])) for name, paths in train.items()}
     return classes, _labelled(train, classes), _labelled(held_out, classes)
+
+
+def _held_out(paths: list[Path], *, root: Path) -> list[Path]:
+    """Return the images of a class that are held out; at least one, and not all, where there are two."""
+    hashes = {path: zlib.crc32(path.relative_to(root).as_posix().encode()) for path in paths}
+    chosen = {path for path in paths if hashes[path] % _HELD_OUT_EVERY == 0}
+    by_hash = sorted(paths, key=hashes.__getitem__)
+    if len(paths) == 1:
+        return []
+    if not chosen:
+        chosen = {by_hash[0]}
+    elif len(chosen) == len(paths):
+        chosen.remove(by_hash[-1])
+    return [path for path in paths if path in chosen]
 
 
 def _by_class(root: Path) -> dict[str, list[Path]]:

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from dptrain.data.source import Batch, Sample, SlotSource
+from dptrain.data.source import Batch, PlannedSlot, Sample, SlotSource
 from dptrain.data.stream import SampleStream
 from dptrain.data.window import Slot, is_full, slots
 from dptrain.errors import ConfigError, TaskError
@@ -93,7 +93,7 @@ class MicroBatchLoader:
                 f"got {num_workers} and {prefetch_factor}"
             )
         self._source = SlotSource(dataset, stream=stream, collate=collate or default_collate, filler_size=filler_size)
-        self._plan = _EndlessSlots(rank=rank, world_size=world_size)
+        self._plan = _EndlessSlots(rank=rank, world_size=world_size, reads_ahead=num_workers > 0)
         self._num_workers = num_workers
         self._prefetch_factor = prefetch_factor
         self._pin_memory = pin_memory
@@ -123,10 +123,12 @@ class MicroBatchLoader:
             plan.position = position
             plan.global_batch_size = global_batch_size
             plan.micro_batch_size = micro_batch_size
+            plan.keep_from = position
             self._anchor()
         self._next_position = None  # a window that is dropped half way leaves the feed between two slots
         for micro in wanted:
             fetched_position, samples = self._fetched()
+            plan.keep_from = fetched_position  # no later window begins before it
             if fetched_position != micro.position:
                 raise RuntimeError(
                     f"position {micro.position} was due but {fetched_position} came: another window of this loader was "
@@ -209,21 +211,37 @@ class _EndlessSlots:
 
     rank: int
     world_size: int
+    reads_ahead: bool
     position: int = 0
     global_batch_size: int = 1
     micro_batch_size: int = 1
+    keep_from: int = 0  # of the latest micro-batch that was delivered
 
     def __iter__(self) -> Iterator[Slot]:
         position = self.position
         while True:
-            yield from slots(
+            window = slots(
                 position=position,
                 global_batch_size=self.global_batch_size,
                 micro_batch_size=self.micro_batch_size,
                 world_size=self.world_size,
                 rank=self.rank,
             )
+            for slot in window:
+                yield self._planned(slot)
             position += self.global_batch_size
+
+    def _planned(self, slot: Slot) -> Slot:
+        # A filler's samples lie beyond its step: they are asked for again even where nothing is read ahead.
+        if not self.reads_ahead and slot.num_samples:
+            return slot
+        return PlannedSlot(
+            micro_step=slot.micro_step,
+            rank=slot.rank,
+            position=slot.position,
+            num_samples=slot.num_samples,
+            keep_from=min(self.keep_from, slot.position),
+        )
 
     def covers(self, *, global_batch_size: int, micro_batch_size: int) -> bool:
         """Whether a window of this shape, at a position where one of the plan's begins, has the plan's slots."""

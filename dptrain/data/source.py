@@ -7,6 +7,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
+from dptrain.data.iterable import StreamedSamples
 from dptrain.data.stream import SampleStream
 from dptrain.data.window import Slot
 from dptrain.errors import TaskExitError
@@ -23,6 +25,17 @@ Sample = Any
 
 Batch = Any
 """What `collate` makes of a list of samples."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedSlot(Slot):
+    """A slot some of whose samples may be asked for again in another one.
+
+    Attributes:
+        keep_from: the position from which on samples may be asked for again. It is the end of any other slot.
+    """
+
+    keep_from: int
 
 
 class SlotSource(Dataset[tuple[int, Batch]]):
@@ -54,12 +67,20 @@ class SlotSource(Dataset[tuple[int, Batch]]):
         self._read_batch = _reader(dataset) if collate is default_collate else None
 
     def __getitem__(self, slot: Slot) -> tuple[int, Batch]:
-        numbers = self._stream.window(slot.position, slot.num_samples or self._filler_size)
+        num_samples = slot.num_samples or self._filler_size
+        numbers = self._stream.window(slot.position, num_samples)
+        end = slot.position + num_samples
+        stream = self._dataset if isinstance(self._dataset, StreamedSamples) else None
+        if stream is not None and isinstance(slot, PlannedSlot):
+            stream.keep_from(slot.keep_from, until=end)
         try:
-            return slot.position, self._collated(numbers, first=slot.position)
+            batch = self._collated(numbers, first=slot.position)
         except SystemExit as error:
             # A process that loads samples would end without a word, and torch could only say that it did.
             raise TaskExitError(f"the task called sys.exit({error.code!r}) before the run was done") from error
+        if stream is not None and not isinstance(slot, PlannedSlot):
+            stream.keep_from(end, until=end)
+        return slot.position, batch
 
     def micro_batch(self, positions: NDArray[np.int64]) -> Batch:
         """Return the samples at some positions, collated."""
@@ -87,6 +108,8 @@ class SlotSource(Dataset[tuple[int, Batch]]):
             if _draws() == untouched:
                 return samples
             self._draws_random_numbers = True
+            if isinstance(self._dataset, StreamedSamples):
+                self._dataset.forget()  # what was made from the fixed seed
         return [self._read_seeded(index, position) for position, index in enumerate(indices, first_position)]
 
     def _read_together(self, indices: list[int]) -> list[Sample]:

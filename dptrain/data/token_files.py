@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ Tokens = NDArray[Any]
 _HEADER_INTS = 256
 # First number of the 1,024-byte header that llm.c's tools write, and the type of the tokens behind it.
 _MAGIC = {20240520: "uint16", 20240801: "uint32"}
+_LOOKED_AT_BYTES = 1 << 16
+_LARGEST_UPPER_HALF = 3  # of a token below 262,144; no vocabulary in use is larger
+_FEWEST_HALVES = 64
 _MAX_OPEN_FILES = 256  # a process has 1,024 descriptors by default, and a map keeps one
 _BLOCK = 1 << 20
 _MAX_CHECKED_BLOCKS = 64
@@ -61,24 +65,40 @@ def token_file(path: Path, *, dtype: str | None = None) -> TokenFile:
         dtype: of raw tokens, `uint16` or `uint32`; uint16 where not given, as nanoGPT writes them.
 
     Raises:
-        ConfigError: where the file cannot be read, or its size is no whole number of tokens.
+        ConfigError: where the file cannot be read, its size is no whole number of tokens, or no type is given and the
+            tokens look like uint32.
     """
     if dtype not in (None, "uint16", "uint32"):
         raise ConfigError(f"the tokens of a .bin file are uint16 or uint32, got {dtype!r}")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            head = np.frombuffer(file.read(4 * _HEADER_INTS), dtype="<i4", count=-1 if size >= 4 * _HEADER_INTS else 0)
+            start = file.read(_LOOKED_AT_BYTES)
     except OSError as error:
         raise ConfigError(f"token file {path} cannot be read: {error.strerror or error}") from error
-    found = _MAGIC.get(int(head[0])) if len(head) == _HEADER_INTS else None
+    found = _MAGIC.get(int.from_bytes(start[:4], "little")) if len(start) >= 4 * _HEADER_INTS else None
     if found is not None and dtype not in (None, found):
         raise ConfigError(f"the header of token file {path} says {found}, but dtype is {dtype}")
     kind, offset = (found, 4 * _HEADER_INTS) if found is not None else (dtype or "uint16", 0)
     itemsize = np.dtype(kind).itemsize
     if (size - offset) % itemsize:
         raise ConfigError(f"token file {path} has {size - offset} bytes, no whole number of {kind} tokens")
+    if found is None and dtype is None and _look_like_uint32(start):
+        raise ConfigError(
+            f"the tokens of {path} look like uint32, each of which would be read as two: give dtype uint32, or uint16 "
+            "if that is what they are"
+        )
     return TokenFile(path=path, dtype=kind, offset_bytes=offset, num_tokens=(size - offset) // itemsize)
+
+
+def _look_like_uint32(start: bytes) -> bool:
+    """Whether every second 16-bit number is what the upper half of a token is, and the others are not."""
+    halves = np.frombuffer(start[: len(start) // 4 * 4], dtype=np.uint16)
+    if len(halves) < _FEWEST_HALVES:
+        return False
+    first, second = int(halves[::2].max()), int(halves[1::2].max())
+    lower, upper = (first, second) if sys.byteorder == "little" else (second, first)
+    return upper <= _LARGEST_UPPER_HALF < lower
 
 
 def find_token_files(path: Path, *, dtype: str | None = None) -> tuple[list[TokenFile], list[TokenFile]]:
@@ -191,20 +211,38 @@ def _spot_check(tokens: Tokens) -> int:
 
 
 def split_off(
-    files: Sequence[TokenFile | Tokens], *, num_tokens: int
+    files: Sequence[TokenFile | Tokens], *, num_tokens: int, shortest: int = 1
 ) -> tuple[list[TokenFile | Tokens], list[TokenFile | Tokens]]:
-    """Return the sources without the last tokens of the last one, and those tokens.
+    """Return the sources without the last tokens of all, and those tokens.
+
+    Args:
+        files: the sources.
+        num_tokens: how many are split off, at least `shortest`; fewer where the rest would be shorter than that.
+        shortest: tokens of a source that anything is read from; shorter ones count for nothing and are left out.
 
     Raises:
-        ConfigError: where the last source is not longer than that.
+        ConfigError: where nothing would be left.
     """
-    *others, last = files
-    kept = len(last) - num_tokens
-    if kept < 1:
-        raise ConfigError(f"{num_tokens} tokens cannot be held out of the {len(last)} of the last file")
-    if not isinstance(last, TokenFile):
-        return [*others, last[:kept]], [last[kept:]]
-    offset = last.offset_bytes + kept * np.dtype(last.dtype).itemsize
-    head = TokenFile(path=last.path, dtype=last.dtype, offset_bytes=last.offset_bytes, num_tokens=kept)
-    tail = TokenFile(path=last.path, dtype=last.dtype, offset_bytes=offset, num_tokens=num_tokens)
-    return [*others, head], [tail]
+    kept = [file for file in files if len(file) >= shortest]
+    tail: list[TokenFile | Tokens] = []
+    missing = num_tokens
+    while kept and missing >= shortest:
+        last = kept.pop()
+        if len(last) > missing:
+            head, last = _cut(last, len(last) - missing)
+            kept.append(head)
+        tail.insert(0, last)
+        missing -= len(last)
+    if not any(len(file) >= shortest for file in kept):
+        raise ConfigError(
+            f"{num_tokens} tokens cannot be held out of the {sum(map(len, files))} of {len(files)} files: put a file "
+            "with val in its name beside them, or lower the context"
+        )
+    return kept, tail
+
+
+def _cut(source: TokenFile | Tokens, at: int) -> tuple[TokenFile | Tokens, TokenFile | Tokens]:
+    if not isinstance(source, TokenFile):
+        return source[:at], source[at:]
+    offset = source.offset_bytes + at * np.dtype(source.dtype).itemsize
+    return replace(source, num_tokens=at), replace(source, offset_bytes=offset, num_tokens=len(source) - at)

@@ -21,6 +21,7 @@ from dptrain.tasks.base import Loss, Suggestion, Task
 
 _EVAL_TOKENS = 1 << 20
 _HELD_OUT_SHARE = 20
+_MOST_UINT16 = 1 << 16
 _LARGEST_HELD_OUT = 1 << 22
 
 SUGGESTIONS: Mapping[str, Suggestion] = MappingProxyType(
@@ -83,8 +84,8 @@ def gpt(
     """Predict the next token.
 
     Token files are read where they lie, through a memory map. A folder may be nanoGPT's (`train.bin`, `val.bin`) or
-    hold shards, of which those with `val` in their name are held out. Where nothing is held out by name, the end of the
-    last file is: a twentieth of it, at most 4 Mi tokens. Text is read into memory by every replica.
+    hold shards, of which those with `val` in their name are held out. Where nothing is held out by name, the end of all
+    of them is: a twentieth of the tokens, at most 4 Mi. Text is read into memory by every replica.
 
     Args:
         data: a .bin file or a folder of them; or a text file or a folder of .txt files.
@@ -226,6 +227,12 @@ def _holds_tokens(path: Path) -> bool:
 
 def _token_windows(path: Path, dtype: str | None, *, config: GptConfig) -> tuple[TokenWindows, TokenWindows]:
     train, held_out = find_token_files(path, dtype=dtype)
+    raw = next((file for file in (*train, *held_out) if not file.offset_bytes), None)
+    if raw is not None and dtype is None and config.vocab_size > _MOST_UINT16:
+        raise ConfigError(
+            f"vocab_size {config.vocab_size} is more than uint16 holds, and {raw.path} does not say its type: "
+            "give dtype uint32, or uint16 if that is what the file holds"
+        )
     return _windows(list(train), list(held_out), config=config)
 
 
@@ -238,8 +245,9 @@ def _windows(
 ) -> tuple[TokenWindows, TokenWindows]:
     size = config.context + 1
     if not held_out:
-        num_held_out = min(_LARGEST_HELD_OUT, max(size, len(train[-1]) // _HELD_OUT_SHARE))
-        train, held_out = split_off(train, num_tokens=num_held_out)
+        num_tokens = sum(len(part) for part in train if len(part) >= size)
+        num_held_out = min(_LARGEST_HELD_OUT, num_tokens // _HELD_OUT_SHARE)
+        train, held_out = split_off(train, num_tokens=max(size, num_held_out), shortest=size)
     # Windows overlap by one token, so that each token but a file's first is predicted once.
     return tuple(TokenWindows(part, size=size, stride=config.context) for part in (train, held_out))  # type: ignore[return-value]
 

@@ -106,8 +106,6 @@ class WritingLog:
         self._folder = folder
         self._every_steps = config.log.every_steps
         self._num_failures = 0
-        settings = config.log
-        self._is_exported = bool(settings.metrics_file or settings.metrics_port or settings.opentelemetry)
         with ExitStack() as stack:
             stack.callback(folder.close)
             refuse_secrets(config)
@@ -163,8 +161,8 @@ class WritingLog:
             self._closing = stack.pop_all()
 
     def takes(self, step: int) -> bool:
-        """Whether the row of this step is written or shown."""
-        return step % self._every_steps == 0 or self._is_exported or self._view.takes(step)
+        """Whether the row of this step is written, shown or exported."""
+        return step % self._every_steps == 0 or self._view.takes(step) or self._exports.is_due()
 
     def _damage(self, up_to_step: int) -> str:
         """Return one sentence on what the logs lack, or have too much, up to the checkpoint; empty for nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 from dataclasses import replace
 
@@ -9,6 +10,8 @@ import pytest
 from torch.utils.data import IterableDataset
 
 from dptrain.data.iterable import StreamedSamples
+from dptrain.data.loader import MicroBatchLoader
+from dptrain.data.stream import SampleStream
 from dptrain.errors import TaskError
 from tests.runs import Killed, Noisy, attempt, make_config, noisy, result_of
 
@@ -58,6 +61,60 @@ def test_a_copy_for_a_loading_process_begins_anew():
     samples = StreamedSamples(Counted(9))
     assert samples[4] == 4
     assert pickle.loads(pickle.dumps(samples))[5] == 5  # noqa: S301 - made here
+
+
+class Begun(IterableDataset):
+    """Yields [0], [1] … [length-1]; `times` counts in all processes how often it was begun."""
+
+    def __init__(self, length):
+        self.length = length
+        self.times = multiprocessing.Value("q", 0)
+
+    def __iter__(self):
+        self.times.value += 1
+        for number in range(self.length):
+            yield [number]
+
+
+def emptied(samples):
+    """Collate and change the samples, as collate functions do that pop the labels."""
+    return [sample.pop() for sample in samples]
+
+
+STEPS = [*[(8, 4)] * 20, (16, 8), (8, 4), (3, 4), (5, 4), *[(32, 8)] * 3, *[(6, 2)] * 3, (1, 2), (1, 2), (8, 4)]
+"""(global batch, micro-batch): the micro-batch grows and shrinks, and some steps have fillers."""
+
+
+@pytest.mark.parametrize(("num_workers", "rank"), [(0, 0), (0, 1), (1, 0), (2, 1)])
+@pytest.mark.parametrize("length", [10_000, 50])
+def test_a_change_of_the_micro_batch_reads_on_where_it_is(num_workers, rank, length):
+    """What was read ahead and dropped is not read from the stream's beginning again, also where samples are changed."""
+    source = Begun(length)
+    samples = StreamedSamples(source)
+    stream = SampleStream(len(samples), seed=0, shuffle=False)
+    loader = MicroBatchLoader(
+        samples, stream=stream, rank=rank, world_size=2, num_workers=num_workers, collate=emptied, filler_size=4
+    )
+    position = 0
+    with loader:
+        for size, micro in STEPS:
+            window = loader.window(position=position, global_batch_size=size, micro_batch_size=micro)
+            for micro_batch in window:
+                first = micro_batch.position
+                wanted = [number % length for number in range(first, first + (micro_batch.num_samples or 4))]
+                assert micro_batch.batch == wanted
+            position += size
+    furthest = position + (num_workers * 2 + 1) * 2 * 8  # two micro-batches of 8 ahead by each process, of 2 replicas
+    assert source.times.value <= max(1, num_workers) * -(-furthest // length)
+
+
+def test_what_is_kept_is_bounded_and_a_long_way_back_reads_again():
+    """A jump to where nothing is kept from keeps no more than what may be asked for again."""
+    samples = StreamedSamples(Counted(10_000))
+    for position in (*range(0, 5_000, 8), 2_000):
+        samples.keep_from(max(0, position - 16), until=position + 8)
+        assert [samples[at] for at in range(position, position + 8)] == list(range(position, position + 8))
+        assert len(samples._kept) <= 24
 
 
 def test_an_empty_iterable_is_refused():

@@ -48,6 +48,24 @@ def test_a_header_says_what_the_tokens_are(tmp_path, header, dtype):
         token_file(file.path, dtype=other)
 
 
+@pytest.mark.parametrize("vocab_size", [256, 50_257, 128_256])
+def test_raw_uint32_tokens_without_a_type_are_refused(tmp_path, vocab_size):
+    """Each would be read as two, every second of them 0 or 1; the type, if it is given, is believed."""
+    tokens = np.random.default_rng(0).integers(vocab_size, size=5_000)
+    file = write(tmp_path / "a.bin", tokens, dtype="uint32")
+    with pytest.raises(ConfigError, match=r"look like uint32.*: give dtype uint32, or uint16 if"):
+        token_file(file)
+    assert token_file(file, dtype="uint32").open().tolist() == tokens.tolist()
+    assert len(token_file(file, dtype="uint16")) == 10_000
+
+
+@pytest.mark.parametrize("vocab_size", [4, 8, 96, 50_257])
+def test_raw_uint16_tokens_are_read_as_such(tmp_path, vocab_size):
+    """Of a vocabulary as small as that of bases, too."""
+    tokens = np.random.default_rng(0).integers(vocab_size, size=5_000)
+    assert token_file(write(tmp_path / "a.bin", tokens)).open().tolist() == tokens.tolist()
+
+
 def test_a_batch_is_its_windows(tmp_path):
     """Read at once or one by one, in any order, also beyond the number of files that stay open."""
     for shard in range(5):

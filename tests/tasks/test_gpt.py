@@ -34,6 +34,28 @@ def test_text_is_read_as_bytes_or_by_a_tokenizer(tmp_path, with_tokenizer):
     assert set(task.eval_metrics) == ({"perplexity"} if with_tokenizer else {"bits_per_byte"})
 
 
+@pytest.mark.parametrize("last", [10, 33, 40, 400])
+def test_a_short_last_file_refuses_no_folder(tmp_path, last):
+    """A twentieth of all tokens is held out, of as many files as hold it, and none of it is trained on."""
+    lengths = {"a": 8000, "b": 500, "c": last}
+    for name, length in lengths.items():
+        start = ord(name) - ord("a")
+        (tmp_path / f"{name}.txt").write_bytes(bytes(start * 64 + at % 64 for at in range(length)))
+    task = gpt(data=str(tmp_path), context=32, width=8, heads=2, depth=1)
+    share = sum(length for length in lengths.values() if length >= 33) // 20
+    held_out = 32 * len(task.eval_data)
+    assert share - 2 * 33 <= held_out <= share
+    assert set(torch.stack(list(task.train_data)).flatten().tolist()) >= set(range(64))
+    assert len(task.train_data) * 32 >= sum(lengths.values()) - share - last % 33 - 4 * 33
+
+
+def test_text_for_one_window_is_refused_with_the_remedy(tmp_path):
+    """Nothing would be left to train on."""
+    (tmp_path / "a.txt").write_bytes(bytes(33))
+    with pytest.raises(ConfigError, match="put a file with val in its name beside them, or lower the context"):
+        gpt(data=str(tmp_path), context=32, width=8, heads=2, depth=1)
+
+
 def test_the_balance_loss_of_experts_is_in_training_alone(tmp_path):
     """In eval mode the loss is that of the predictions; in train mode it is larger by the weighted balance loss."""
     data = str(make_nanogpt_folder(tmp_path / "data"))
@@ -82,6 +104,10 @@ def test_a_token_without_a_row_is_refused(tmp_path):
         ({"data": "nowhere"}, "there is no nowhere to train on"),
         ({"size": "7b"}, "gpt has the sizes tiny, 124m, 350m, 1.5b, got '7b'"),
         ({"tokenizer": "tokenizer.json"}, "holds tokens already: leave it out"),
+        (
+            {"vocab_size": 128_256},
+            r"vocab_size 128256 is more than uint16 holds, and .*: give dtype uint32, or uint16 if",
+        ),
         ({"dtype": "int8"}, "uint16 or uint32, got 'int8'"),
         ({"positions": "alibi"}, "positions must be one of rotary, learned"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from dptrain.config.filled_in import filled_in
 from dptrain.errors import ConfigError
 from dptrain.tasks import Suggestion
 from dptrain.tracking import run_log
+from dptrain.tracking.export import heartbeat
 from dptrain.tracking.jsonl import JsonlLog, read_rows
 from dptrain.tracking.run_facts import RunFacts
 from dptrain.tracking.run_folder import RunFolder
@@ -85,6 +87,21 @@ def test_rows_and_summary_are_written(tmp_path):
     assert (tmp_path / "summary.json").read_bytes().isascii()
     with FileLock(tmp_path / ".lock").acquire(timeout=0):
         pass
+
+
+def test_the_heartbeat_is_due_between_rows_that_are_logged(tmp_path, monkeypatch):
+    """With rows that are a thousand steps apart, a run that trains rewrites the file all the same."""
+    monkeypatch.setattr(heartbeat, "_EVERY_S", 1e9)
+    changes = {"every_steps": 1000, "print_every_steps": 1000}
+    with closing(open_log(tmp_path / "run", config=replace(CONFIG, log=replace(CONFIG.log, **changes)))) as log:
+        assert log.takes(1)
+        log.train(row(1))
+        assert not log.takes(2)
+        log._exports._exports[0]._next_s = 0.0
+        assert log.takes(3)
+        log.train(row(3))
+        assert json.loads((tmp_path / "run" / "heartbeat.json").read_text())["step"] == 3
+        assert not (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_a_full_disk_delays_rows_and_is_reported_once(tmp_path, said, disk):

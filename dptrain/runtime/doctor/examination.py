@@ -193,6 +193,10 @@ class _Course:
 
     def _follow(self, store: Store, plan: dict[str, Any]) -> None:
         roll = self._get(store, "roll", limit_s=self._request.wait_s + _STAGE_S)
+        if self._place.rank in roll["missing"]:
+            text = f"rank {self._place.rank} came after rank 0 had waited {self._request.wait_s:g} s for all ranks"
+            self._findings.append(_failure("ranks", text, "start all ranks within that time, or raise --wait"))
+            raise _StoppedError
         present = [rank for rank in range(self._place.world_size) if rank not in set(roll["missing"])]
         _put(store, f"seen/{self._place.rank}", self._look_round(store, plan, present))
         go = self._get(store, "go", limit_s=2 * _STAGE_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,9 @@ class Export(Protocol):
     """Something that shows the newest row to another program. Methods may raise OSError."""
 
     name: str
+
+    def is_due(self) -> bool:
+        """Whether a row would change what is shown; where it would not, none is made for this export."""
 
     def update(self, row: Mapping[str, Value]) -> None:
         """Take a row of `metrics.jsonl`."""
@@ -35,6 +39,10 @@ class Exports:
         self._exports = exports
         self._warn = warn
 
+    def is_due(self) -> bool:
+        """Whether any export would show a row now."""
+        return any(export.is_due() for export in self._exports)
+
     def update(self, row: Mapping[str, Value]) -> None:
         """Hand on a row."""
         for export in list(self._exports):
@@ -43,11 +51,17 @@ class Exports:
             except OSError as error:
                 self._exports.remove(export)
                 self._warn(f"{export.name} is switched off: {error.strerror or error}; training goes on")
+                with contextlib.suppress(OSError):  # most likely the same one, which was said
+                    export.close()
 
     def close(self) -> None:
-        """Close all exports."""
+        """Close all exports; one that fails is reported, and the others are closed."""
         while self._exports:
-            self._exports.pop().close()
+            export = self._exports.pop()
+            try:
+                export.close()
+            except OSError as error:
+                self._warn(f"{export.name} is not complete: {error.strerror or error}")
 
 
 def start_exports(

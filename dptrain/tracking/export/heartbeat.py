@@ -28,13 +28,17 @@ class Heartbeat:
         self._path = path
         self._next_s = 0.0
 
+    def is_due(self) -> bool:
+        """Whether the file is to be rewritten."""
+        return time.monotonic() >= self._next_s
+
     def update(self, row: Mapping[str, Value]) -> None:
         """Rewrite the file where it is due.
 
         Raises:
             OSError: where the disk does not take it.
         """
-        if time.monotonic() < self._next_s:
+        if not self.is_due():
             return
         self._next_s = time.monotonic() + _EVERY_S
         record = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 import socket
 import urllib.error
 import urllib.request
@@ -13,6 +15,7 @@ import pytest
 
 from dptrain.tracking.export import heartbeat as heartbeat_file
 from dptrain.tracking.export import start_exports
+from dptrain.tracking.export.exports import Exports
 from dptrain.tracking.export.heartbeat import Heartbeat
 from dptrain.tracking.export.prometheus import PrometheusEndpoint, PrometheusFile, exposition, metric_name
 
@@ -134,3 +137,36 @@ def test_what_does_not_start_or_breaks_is_reported_once(tmp_path):
     exports.update(ROW)
     exports.close()
     assert notes == ["the heartbeat is switched off: No such file or directory; training goes on"]
+
+
+def test_an_export_that_fails_at_the_end_is_reported_and_the_others_are_closed(tmp_path):
+    """The folder of the metrics is gone when the run ends: a sentence, and the heartbeat is removed all the same."""
+    (tmp_path / "node").mkdir()
+    notes = []
+    exports = start_exports(
+        heartbeat=tmp_path / "heartbeat.json",
+        metrics_file=str(tmp_path / "node" / "run.prom"),
+        metrics_port=None,
+        opentelemetry=False,
+        run_name="a",
+        warn=notes.append,
+    )
+    exports.update(ROW)
+    shutil.rmtree(tmp_path / "node")
+    exports.close()
+    assert notes == ["log.metrics_file is not complete: No such file or directory"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_is_switched_off_is_closed(tmp_path, monkeypatch):
+    """A heartbeat that can no longer be written is removed: it would look like that of a run that hangs."""
+    monkeypatch.setattr(heartbeat_file, "_EVERY_S", 0.0)
+    exports = Exports([Heartbeat(tmp_path / "heartbeat.json")], warn=lambda _: None)
+    exports.update(ROW)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(heartbeat_file, "write_whole", full)
+    exports.update(ROW)
+    assert list(tmp_path.iterdir()) == []
