@@ -50,6 +50,7 @@ def check_exchange(
         )
     if precision == "bf16_parameters":
         raise ConfigError(f"{kind} is for parameters in full precision, not for bf16_parameters: use precision=bf16")
+    _check_masks(exchange, sparsity)
     if reason is not None:
         check_without_noise(control, rule, kind=kind, reason=reason)
     if parameters_are_equal(exchange):
@@ -92,4 +93,16 @@ def check_without_noise(control: ControlConfig, rule: str | None, *, kind: str, 
         raise ConfigError(
             f"with {kind} and control.law={control.law} the learning rate cannot follow the batch by the noise scale: "
             f"use optimizer.rule=square_root (adamw), linear (sgd) or none"
+        )
+
+
+def _check_masks(exchange: ExchangeConfig, sparsity: str) -> None:
+    """Refuse masks where the combined gradient is not zero at a masked weight, though each replica's is."""
+    if sparsity != "off" and (exchange.kind == "random_bases" or exchange.codec == "powersgd"):
+        kind = f"exchange.kind={exchange.kind}"
+        how = f"{kind} exchange.codec=powersgd" if exchange.codec == "powersgd" else kind
+        raise ConfigError(
+            f"{how} makes gradients of a few numbers, which are not zero where sparsity.method={sparsity} has masked a "
+            f"weight, so that grad_norm, clipping and the optimizer's moments would be of other weights: use "
+            f"exchange.codec=int8 of exchange.kind=compressed, or exchange.kind=all_reduce"
         )

@@ -24,7 +24,7 @@ class Recorder(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.module = model
         self.output: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401 - whatever the model takes
@@ -33,7 +33,7 @@ class Recorder(nn.Module):
         Raises:
             TaskError: where that is no tensor of predictions.
         """
-        self.output = _checked(self.model(*args, **kwargs))
+        self.output = _checked(self.module(*args, **kwargs))
         return self.output
 
 
@@ -53,7 +53,7 @@ class AveragedPredictions(nn.Module):
         self, model: nn.Module, *, predictions: Predictions, group: dist.ProcessGroup | None, num_replicas: int
     ) -> None:
         super().__init__()
-        self.model = model
+        self.module = model
         self._predictions = predictions
         self._group = group
         self._num_replicas = num_replicas
@@ -64,7 +64,7 @@ class AveragedPredictions(nn.Module):
         Raises:
             TaskError: where the model returns no tensor of predictions.
         """
-        output = _checked(self.model(*args, **kwargs)).detach()
+        output = _checked(self.module(*args, **kwargs)).detach()
         single = output.float() if output.element_size() < 4 else output  # noqa: PLR2004 - bytes of single precision
         mean = functional.softmax(single, -1) if self._predictions == "probabilities" else single.clone()
         dist.all_reduce(mean, group=self._group)

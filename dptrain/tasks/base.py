@@ -108,15 +108,15 @@ class Hooks(TrainHook):
             member.on_save(moment)
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Return the states by the classes' names and places."""
-        return {f"{place}/{type(member).__name__}": member.state_dict() for place, member in enumerate(self._members)}
+        """Return the states, each under its member's name."""
+        return {name: member.state_dict() for name, member in self._named()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Give each its own; one that a checkpoint does not know begins anew."""
-        for place, member in enumerate(self._members):
-            name = f"{place}/{type(member).__name__}"
-            if name in state:
-                member.load_state_dict(state[name])
+        known = _named_by_class(state)
+        for name, member in self._named():
+            if name in known:
+                member.load_state_dict(known[name])
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Return the tensors of all, each under its member's name."""
@@ -136,6 +136,20 @@ class Hooks(TrainHook):
         """Return the members by class, and by their number among those of a class: one that joins moves no other."""
         kinds = [type(member).__name__ for member in self._members]
         return [(f"{kind}-{kinds[:at].count(kind)}", self._members[at]) for at, kind in enumerate(kinds)]
+
+
+def _named_by_class(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the states of hooks by class and number; older checkpoints have them by place and class, as 1/Average."""
+    named: dict[str, Any] = {}
+    numbers: dict[str, int] = {}
+    for key, value in state.items():
+        place, _, kind = key.partition("/")
+        if not (kind and place.isdecimal()):
+            named[key] = value
+            continue
+        number = numbers[kind] = numbers.get(kind, -1) + 1
+        named[f"{kind}-{number}"] = value
+    return named
 
 
 @dataclass(frozen=True, kw_only=True)

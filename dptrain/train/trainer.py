@@ -62,6 +62,7 @@ from dptrain.train.parts import (
     sharding,
 )
 from dptrain.train.preparation import check_same_training, prepared, requested
+from dptrain.train.preparation.weights import read_weights
 from dptrain.train.run_progress import RunProgress
 from dptrain.train.run_state import RunState, newest_checkpoint
 from dptrain.train.step import Stepper, seed_forward
@@ -132,7 +133,10 @@ class Trainer:
         )
 
         self._bare_model = self._task.model
-        self._exchange = prepare_exchange(self._config, self._bare_model, statistics=self._statistics, task=task)
+        read = read_weights if self._saved is None else None
+        self._exchange = prepare_exchange(
+            self._config, self._bare_model, statistics=self._statistics, task=task, read=read
+        )
         execution, precision = self._config.execution, self._config.precision
         looks = self._config.find_unused_parameters
         self._masters = MasterWeights(self._bare_model) if needs_masters(self._config) else None
@@ -411,11 +415,13 @@ class Trainer:
 
     def _stepper(self, loader: MicroBatchLoader) -> Stepper:
         self._model.train()
-        self._exchange.share(shared_loss(self._task, self._config, device=self._device, precision=self._autocast))
+        draws = self._loss.draws_beside_torch
+        seed = partial(seed_forward, self._config.seed, device=self._device, beside_torch=draws)
+        shared = shared_loss(self._task, self._config, device=self._device, precision=self._autocast, seed_forward=seed)
+        self._exchange.share(shared)
         update = build_update(
             self._config, self._model, optimizer=self._optimizer, loss_scale=self._loss_scale, masters=self._masters
         )
-        draws = self._loss.draws_beside_torch
         return Stepper(
             model=self._model,
             loss=self._task.loss,
@@ -427,7 +433,7 @@ class Trainer:
             device=self._device,
             precision=self._autocast,
             flops=self._flops,
-            seed_forward=partial(seed_forward, self._config.seed, device=self._device, beside_torch=draws),
+            seed_forward=seed,
         )
 
     def _checkpoint_manager(self, log: RunLog) -> CheckpointManager:

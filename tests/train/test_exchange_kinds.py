@@ -296,6 +296,18 @@ def test_one_replica_is_the_single_model(tmp_path):
             )
             for kind in ("ensemble", "codistillation", "local_updates")
         ),
+        *(
+            (
+                {
+                    "exchange": ExchangeConfig(kind=kind, codec=codec),
+                    "control": ControlConfig(law="constant"),
+                    "sparsity": SparsityConfig(method=method),
+                },
+                f"sparsity.method={method} has masked .*exchange.codec=int8",
+            )
+            for method in ("static", "rigl")
+            for kind, codec in (("random_bases", None), ("compressed", "powersgd"))
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, message):

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
@@ -15,13 +14,15 @@ from torch.utils.data import default_collate
 from dptrain.config.filled_in import largest_micro_batch_size
 from dptrain.config.train_config import TrainConfig
 from dptrain.data.iterable import StreamedSamples
-from dptrain.data.source import seed_everything
+from dptrain.data.shared import SharedStream, read_shared
+from dptrain.data.source import SlotSource, seed_everything
 from dptrain.errors import ConfigError, TaskError
 from dptrain.exchange import Exchange, RunningStatistics, build_exchange
 from dptrain.exchange.base import SharedLoss
-from dptrain.models.adaptation import adapt_model
+from dptrain.models.adaptation import ReadWeights, adapt_model
 from dptrain.tasks import Task, resolve_task
-from dptrain.tasks.base import split_loss
+from dptrain.tasks.base import LossFunction, split_loss
+from dptrain.train.preparation.distillation import DistilledLoss
 
 
 def prepare_exchange(
@@ -30,6 +31,7 @@ def prepare_exchange(
     *,
     statistics: RunningStatistics,
     task: Task | Callable[..., Task] | None,
+    read: ReadWeights | None,
 ) -> Exchange:
     """Return the exchange of a run; the model then has the parameters that this replica begins with.
 
@@ -40,6 +42,8 @@ def prepare_exchange(
         model: as the task was built on all replicas.
         statistics: of the model.
         task: as the trainer was given it.
+        read: reads the weights that the settings name; None where parameters come from a checkpoint of the run, so
+            what it started from need no longer be there.
 
     Raises:
         TaskError: where the model has running statistics, and replicas go ways of their own.
@@ -64,10 +68,10 @@ def prepare_exchange(
                 f"with exchange.kind={exchange.name} each replica begins with parameters of its own, but the task was "
                 f"given as built: give the function that builds it"
             )
-        if exchange.rank > 0:
+        if exchange.rank > 0 and read is not None:
             seed_everything(config.seed + exchange.rank)
             other = resolve_task(task or config.task, options=config.task_options).model
-            adapt_model(other, config.model)
+            adapt_model(other, config.model, read=read)
             model.load_state_dict(other.state_dict())
             seed_everything(config.seed)
     return exchange
@@ -79,28 +83,34 @@ def shared_loss(
     *,
     device: torch.device,
     precision: Callable[[], AbstractContextManager[object]],
+    seed_forward: Callable[[int], None],
 ) -> SharedLoss:
     """Return what runs a model on training samples that depend on seed and step alone.
+
+    So do all numbers that the dataset, its collation and the loss draw: replicas compare predictions of equal inputs,
+    and those of a step are the same inputs whenever they are made.
 
     Args:
         task: of the run.
         config: filled in.
         device: of this replica.
         precision: makes the context of a forward pass.
+        seed_forward: seeds the generators for the forward pass that begins at a position in the stream.
     """
     data: Any = task.train_data
     number = min(config.exchange.shared_samples or largest_micro_batch_size(config), len(data))
+    # Predictions alone are compared, so a teacher has nothing to say here, and would cost a pass.
+    own_loss: LossFunction = task.loss.__wrapped__ if isinstance(task.loss, DistilledLoss) else task.loss
+    stream = SharedStream(len(data), seed=config.seed, num_drawn=number)
+    source = SlotSource(data, stream=stream, collate=task.collate or default_collate)
 
     def loss(model: nn.Module, step: int) -> Tensor:
         """Return the mean loss of a model on the samples of a step, a scalar with its graph."""
         if isinstance(data, StreamedSamples):
             raise ConfigError("replicas cannot share samples of an iterable data set: use one with indices")
-        drawn = np.random.default_rng((config.seed, step)).choice(len(data), size=number, replace=False)
-        if task.collate is None and hasattr(data, "read_batch"):
-            batch = data.read_batch(drawn)
-        else:
-            batch = (task.collate or default_collate)([data[int(index)] for index in drawn])
+        batch = send_to_device(read_shared(source, step, num_drawn=number), device, non_blocking=True)
+        seed_forward(-step)  # below 0, where no micro-batch begins; no rank in it, for a loss may change its inputs
         with precision():
-            return split_loss(task.loss(model, send_to_device(batch, device, non_blocking=True)))[0]
+            return split_loss(own_loss(model, batch))[0]
 
     return loss

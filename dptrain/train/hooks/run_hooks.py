@@ -41,7 +41,8 @@ def build_hooks(
         decay = config.optimizer.average_decay
         average = WeightAverage(model, decay=decay, reference_batch_size=batch, masters=masters)
     stopping = None if config.early_stopping.patience is None else EarlyStopping(config.early_stopping)
-    return Hooks([hook for hook in (task.hook, average, stopping, sparse) if hook is not None]), average
+    # Masks first: the task's hook and the average see the weights that the next step trains.
+    return Hooks([hook for hook in (sparse, task.hook, average, stopping) if hook is not None]), average
 
 
 def wants_end(hook: TrainHook, moment: Moment, figures: Mapping[str, float], *, device: torch.device) -> bool:

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from dptrain.checkpoint.store import load_newest
-from dptrain.config.train_config import EarlyStoppingConfig
+from dptrain.config.train_config import EarlyStoppingConfig, TrainConfig
 from dptrain.errors import ConfigError
+from dptrain.models.settings import SparsityConfig
 from dptrain.tasks import Moment, TrainHook
+from dptrain.tasks.base import Hooks
 from dptrain.tracking.jsonl import read_rows
 from dptrain.train import ControlConfig, OptimizerConfig, Trainer
 from dptrain.train.execution.master_weights import MasterWeights
-from dptrain.train.hooks import EarlyStopping, WeightAverage
+from dptrain.train.hooks import EarlyStopping, WeightAverage, build_hooks
 from tests.replicas import run_replicas
 from tests.runs import Killed, attempt, make_config, noisy
 
@@ -247,3 +249,57 @@ def test_a_run_with_the_average_trains_as_without(tmp_path):
         attempt(tmp_path / name, config=config, task=noisy)
         found.append((load_newest(tmp_path / name / "checkpoints").path / "model.safetensors").read_bytes())
     assert found[0] == found[1]
+
+
+def test_masks_are_back_before_other_hooks_look():
+    """Muon mixes a matrix's entries, so it moves masked weights; neither the average nor the task's hook sees that."""
+    torch.manual_seed(0)
+    seen = []
+
+    class Looking(TrainHook):
+        def on_step(self, moment):
+            seen.append(moment.model[0].weight.detach().clone())
+
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 1, bias=False))
+    optimizer = torch.optim.Muon(model.parameters(), lr=0.05)
+    config = TrainConfig(
+        task="digits",
+        max_samples=40,
+        sparsity=SparsityConfig(method="static", sparsity=0.5),
+        optimizer=OptimizerConfig(average_decay=0.5, reference_batch_size=4),
+    )
+    hook, average = build_hooks(config, replace(noisy(), hook=Looking()), model=model, optimizer=optimizer)
+    masked = model[0].weight == 0
+    assert 0 < int(masked.sum()) < masked.numel()
+    for step in (1, 2):
+        model(torch.randn(4, 4)).sum().backward()
+        optimizer.step()
+        assert model[0].weight[masked].any()
+        hook.on_step(moment(model, step=step, batch=4))
+    assert not average.model[0].weight[masked].any()
+    assert not any(weight[masked].any() for weight in seen)
+
+
+class Keeping(TrainHook):
+    """Has a number as its state."""
+
+    def __init__(self, number=0):
+        self.number = number
+
+    def state_dict(self):
+        return {"number": self.number}
+
+    def load_state_dict(self, state):
+        self.number = state["number"]
+
+
+def test_states_are_found_by_class_wherever_a_hook_stands():
+    """So another order, or a hook that joins, moves none; checkpoints that have them by place are still read."""
+    stopping = EarlyStopping(EarlyStoppingConfig(patience=2))
+    for saved in (
+        Hooks([Keeping(1), Keeping(2)]).state_dict(),
+        {"0/Keeping": {"number": 1}, "1/Absent": {}, "2/Keeping": {"number": 2}},
+    ):
+        one, two = Keeping(), Keeping()
+        Hooks([stopping, one, two]).load_state_dict(saved)
+        assert (one.number, two.number) == (1, 2)
