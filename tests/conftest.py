@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import getpass
 import os
 import shutil
 import signal
@@ -20,6 +21,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # third of the suite's time. The fixture `on_disk` is for tests that need another place.
 _MEMORY, _ENOUGH_BYTES = "/dev/shm", 4 << 30  # noqa: S108 - all names in it are made by tempfile
 if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free >= _ENOUGH_BYTES:
+    # What torch has compiled stays where the next run finds it, and takes no memory.
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}")
+    )
     os.environ.setdefault("TMPDIR", _MEMORY)
     tempfile.tempdir = None  # what was found before
 
