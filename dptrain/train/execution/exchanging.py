@@ -14,7 +14,6 @@ from torch.utils.data import default_collate
 from dptrain.config.filled_in import largest_micro_batch_size
 from dptrain.config.train_config import TrainConfig
 from dptrain.data.iterable import StreamedSamples
-from dptrain.data.shared import SharedStream, read_shared
 from dptrain.data.source import SlotSource, seed_everything
 from dptrain.errors import ConfigError, TaskError
 from dptrain.exchange import Exchange, RunningStatistics, build_exchange
@@ -22,6 +21,7 @@ from dptrain.exchange.base import SharedLoss
 from dptrain.models.adaptation import ReadWeights, adapt_model
 from dptrain.tasks import Task, resolve_task
 from dptrain.tasks.base import LossFunction, split_loss
+from dptrain.train.execution.shared_samples import SharedStream, read_shared
 from dptrain.train.preparation.distillation import DistilledLoss
 
 
