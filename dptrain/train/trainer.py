@@ -132,11 +132,9 @@ class Trainer:
             device=self._device,
         )
 
-        self._bare_model = self._task.model
+        model = self._bare_model = self._task.model
         read = read_weights if self._saved is None else None
-        self._exchange = prepare_exchange(
-            self._config, self._bare_model, statistics=self._statistics, task=task, read=read
-        )
+        self._exchange = prepare_exchange(self._config, model, statistics=self._statistics, task=task, read=read)
         execution, precision = self._config.execution, self._config.precision
         looks = self._config.find_unused_parameters
         self._masters = MasterWeights(self._bare_model) if needs_masters(self._config) else None
