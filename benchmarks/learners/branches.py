@@ -60,7 +60,8 @@ def critical_batch(arm: Arm, *, seed: int, folder: Path) -> dict[str, Any]:
             pass
         steps.close()
         (trunk,) = trunks(folder, steps=None)
-        options = Namespace(run=folder, window_samples=round(_WINDOW * length), rule="square_root", replicas=1)
+        window = round(_WINDOW * length)
+        options = Namespace(run=folder, window_samples=window, rule="square_root", replicas=1, cpu=False)
         losses = {}
         for multiple in MULTIPLES:
             to = folder / "branches" / f"x{multiple}"
