@@ -328,12 +328,13 @@ def _divide_factor(managers: list[Any]) -> float | None:
 
 
 def reduction_formats(model: nn.Module) -> set[torch.dtype]:
-    """Return the formats that a wrapper was told to reduce gradients in; none where it takes those of the gradients."""
+    """Return the formats that a wrapper is set to reduce gradients in; none where it takes those of the gradients."""
     if isinstance(model, DistributedDataParallel):
-        told = [getattr(model, "mixed_precision", None)]
+        policies = [getattr(model, "mixed_precision", None)]
     else:
-        told = [getattr(group, "mp_policy", None) for module in _fsdp_modules(model) for group in _param_groups(module)]
-    return {policy.reduce_dtype for policy in told if policy is not None and policy.reduce_dtype is not None}
+        groups = [group for module in _fsdp_modules(model) for group in _param_groups(module)]
+        policies = [getattr(group, "mp_policy", None) for group in groups]
+    return {policy.reduce_dtype for policy in policies if policy is not None and policy.reduce_dtype is not None}
 
 
 def _fsdp_modules(model: nn.Module) -> list[Any]:
