@@ -105,6 +105,15 @@ def forced(adapter, windows):
 WINDOWS = [2, 4, 4, 8, 8, 8, 8, 4]
 
 
+def micro_step(accelerator, model, optimizer, scheduler, adapter):
+    with accelerator.accumulate(model):
+        accelerator.backward(model(torch.randn(3, 4)).square().mean())
+        adapter.step()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+
 def test_accelerates_schedulers_end_with_the_samples():
     """Accelerate in one process: windows of 2 to 8 micro-batches, and the schedule is at its end when the data is."""
     from accelerate import Accelerator
@@ -120,13 +129,8 @@ def test_accelerates_schedulers_end_with_the_samples():
     forced(adapter.adapter, WINDOWS)
     updates = 0
     for _ in range(num_micro_batches):
-        with accelerator.accumulate(model):
-            accelerator.backward(model(torch.randn(3, 4)).square().mean())
-            adapter.step()
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            updates += accelerator.sync_gradients
+        micro_step(accelerator, model, optimizer, scheduler, adapter)
+        updates += accelerator.sync_gradients
     assert updates < 20
     assert scheduler.scheduler.last_epoch == num_micro_batches / 2
     assert len(accelerator._custom_objects) == 1
@@ -156,11 +160,6 @@ def test_a_schedule_of_accelerates_keeps_its_pace_where_the_first_window_is_anot
     adapter.load_state_dict(record)
     forced(adapter.adapter, [2] * 8)
     for _ in range(16):
-        with accelerator.accumulate(model):
-            accelerator.backward(model(torch.randn(3, 4)).square().mean())
-            adapter.step()
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
+        micro_step(accelerator, model, optimizer, scheduler, adapter)
     assert scheduler.scheduler.last_epoch == 8
     adapter.remove()
